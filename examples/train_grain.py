@@ -1,0 +1,164 @@
+# Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
+"""Stage 2 (a): train a D2iTGrainModel (sec. 3.2.2 of arXiv:2504.09454) on the grain maps of images.
+
+    accelerate launch examples/train_grain.py --train_data_dir photos --vae runs/dvae/vae --preset grain-s \
+        --resolution 256 --train_batch_size 64 --max_train_steps 100000 --output_dir runs/grain
+
+Only the thresholds of the autoencoder are used: the map of an image follows from its entropy. `runs/grain/grain_model`
+and `runs/grain/grain_scheduler` are what train_d2it.py reads.
+"""
+
+import argparse
+import os
+
+import torch
+from accelerate.utils import set_seed
+from diffusers import DDIMScheduler
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
+from diffusers.utils import make_image_grid
+from PIL import Image
+from tqdm.auto import tqdm
+
+from diffusers_d2it import D2iTGrainModel, DynamicAutoencoderKL, load_preset, visualize_grain_map
+from diffusers_d2it.grains import fine_share, grain_map_from_entropy
+from diffusers_d2it.losses import grain_loss
+from diffusers_d2it.pipeline_d2it import sample_grain_map
+from diffusers_d2it.training import (
+    Checkpoints,
+    ImageDataset,
+    add_class_arguments,
+    add_data_arguments,
+    add_training_arguments,
+    batches_from,
+    drop_labels,
+    load_images,
+    make_accelerator,
+    make_loader,
+    read_classes,
+    save_aside,
+    step_generator,
+    use_ema,
+)
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_data_arguments(parser)
+    add_class_arguments(parser)
+    add_training_arguments(parser)
+    group = parser.add_argument_group("grain model")
+    group.add_argument("--vae", required=True, help="folder or Hub name of a calibrated DynamicAutoencoderKL")
+    group.add_argument("--preset", default="grain-s", help="a preset, or a JSON file with a model's configuration")
+    group.add_argument("--ratio_dropout", type=float, default=0.5, help="share of maps trained without their ratio")
+    return parser.parse_args()
+
+
+@torch.no_grad()
+def validate(model: D2iTGrainModel, scheduler, class_labels: torch.Tensor | None, seed: int, path: str) -> None:
+    """Draw maps sampled for some classes: red is fine."""
+    generator = torch.Generator(model.device).manual_seed(seed)
+    size = model.config.sample_size
+    grain_map = sample_grain_map(model, scheduler, (size, size), class_labels, 16, 20, generator=generator)
+    blank = Image.new("RGB", (8 * size, 8 * size), "white")
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    make_image_grid([visualize_grain_map(blank, one) for one in grain_map], rows=2, cols=8).save(path)
+
+
+def main(args: argparse.Namespace) -> None:
+    accelerator = make_accelerator(args)
+    set_seed(args.seed)
+
+    # 1. Data
+    images = load_images(args)
+    id2label, num_classes = read_classes(images, args)
+    dataset = ImageDataset(images, args.resolution, args.image_column, args.label_column, args.seed)
+    loader = make_loader(dataset, args)
+
+    # 2. Model, average, optimizer
+    vae = DynamicAutoencoderKL.from_pretrained(args.vae)
+    config = load_preset(args.preset)
+    config.update(num_grains=vae.num_grains, num_classes=num_classes, sample_size=args.resolution // vae.region_size)
+    grain_model = D2iTGrainModel(**config)
+    if args.gradient_checkpointing:
+        grain_model.enable_gradient_checkpointing()
+    # Steps of x0-prediction over a one-hot state; the estimate is an expectation, so there is nothing to clip.
+    scheduler = DDIMScheduler(prediction_type="sample", clip_sample=False, timestep_spacing="trailing")
+    ema = EMAModel(
+        grain_model.parameters(),
+        decay=args.ema_decay,
+        use_ema_warmup=True,
+        foreach=True,
+        model_cls=D2iTGrainModel,
+        model_config=grain_model.config,
+    )
+    optimizer = torch.optim.AdamW(grain_model.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay)
+    lr_scheduler = get_scheduler(
+        args.lr_scheduler,
+        optimizer,
+        num_warmup_steps=args.lr_warmup_steps,
+        num_training_steps=args.max_train_steps,
+    )
+    model, optimizer, loader, lr_scheduler = accelerator.prepare(grain_model, optimizer, loader, lr_scheduler)
+    ema.to(accelerator.device)
+    checkpoints = Checkpoints(accelerator, args.output_dir, grain_model, ema, args.checkpoints_total_limit)
+    step = checkpoints.resume(args.resume_from_checkpoint)
+    accelerator.init_trackers("train_grain")
+    sample_labels = None
+    if num_classes is not None:
+        sample_labels = torch.tensor([sorted(id2label)[i % len(id2label)] for i in range(16)])
+        sample_labels = sample_labels.to(accelerator.device)
+
+    # 3. Train
+    progress = tqdm(total=args.max_train_steps, initial=step, disable=not accelerator.is_main_process)
+    batch_index = step * args.gradient_accumulation_steps
+    batches = batches_from(accelerator, loader, batch_index)
+    while step < args.max_train_steps:
+        batch = next(batches)
+        generator = step_generator(accelerator, args.seed, batch_index)
+        batch_index += 1
+        with accelerator.accumulate(model):
+            grain_map = grain_map_from_entropy(vae.region_entropy(batch["pixels"]), vae.thresholds())
+            state = grain_model.state_from_grain_map(grain_map, vae.num_grains)
+            noise = torch.randn(state.shape, generator=generator, device=state.device)
+            timesteps = torch.randint(
+                scheduler.config.num_train_timesteps, (len(state),), generator=generator, device=state.device
+            )
+            noised = scheduler.add_noise(state, noise, timesteps)
+            class_labels = drop_labels(batch["class_labels"], num_classes, args.label_dropout, generator)
+            ratio = fine_share(grain_map, vae.num_grains)
+            dropped = torch.rand(len(ratio), generator=generator, device=ratio.device) < args.ratio_dropout
+            with accelerator.autocast():
+                logits = model(noised, timesteps, class_labels, ratio.masked_fill(dropped, float("nan"))).logits
+            losses = grain_loss(logits, grain_map)
+            accelerator.backward(losses["loss"])
+            if accelerator.sync_gradients:
+                accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+        if not accelerator.sync_gradients:
+            continue
+        lr_scheduler.step()
+        ema.step(grain_model.parameters())
+        step += 1
+
+        progress.update()
+        progress.set_postfix(loss=f"{losses['loss'].item():.4f}")
+        accelerator.log({name: value.item() for name, value in losses.items()}, step=step)
+        if step % args.checkpointing_steps == 0 or step == args.max_train_steps:
+            checkpoints.save(step)
+        if accelerator.is_main_process and (step % args.validation_steps == 0 or step == args.max_train_steps):
+            with use_ema(ema, grain_model):
+                path = os.path.join(args.output_dir, "samples", f"step-{step:07d}.png")
+                validate(grain_model, scheduler, sample_labels, args.seed, path)
+
+    # 4. What train_d2it.py reads
+    if accelerator.is_main_process:
+        ema.copy_to(grain_model.parameters())
+        save_aside(grain_model.save_pretrained, os.path.join(args.output_dir, "grain_model"))
+        save_aside(scheduler.save_pretrained, os.path.join(args.output_dir, "grain_scheduler"))
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main(parse_args())

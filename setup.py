@@ -1,0 +1,49 @@
+# Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+
+root = Path(__file__).parent
+version = re.search(r'^__version__ = "(.+)"$', (root / "src/diffusers_d2it/__init__.py").read_text(), re.M)[1]
+
+extras = {
+    "training": ["tensorboard>=2.14"],
+    "demo": ["gradio>=5"],
+    "metrics": ["torch-fidelity>=0.3", "lpips>=0.1.4"],
+    "docs": ["mkdocs-material>=9.5", "mkdocstrings[python]>=0.26"],
+    "quality": ["ruff>=0.9"],
+    # torchsde serves one scheduler, DPMSolverSDEScheduler; scikit-image brings photographs; peft LoRA.
+    "test": ["pytest>=8", "scikit-image>=0.22", "torchsde>=0.2.6", "peft>=0.15"],
+}
+extras["test"] += extras["training"]
+extras["dev"] = extras["test"] + extras["quality"]
+
+setup(
+    name="diffusers-d2it",
+    version=version,
+    description="D2iT, the Dynamic Diffusion Transformer (arXiv:2504.09454), for diffusers",
+    long_description=(root / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    author="The diffusers-d2it authors",
+    python_requires=">=3.10",
+    package_dir={"": "src"},
+    packages=find_packages("src"),
+    package_data={"diffusers_d2it": ["presets/*.json", "checkpoints/**/*"]},
+    install_requires=[
+        "torch>=2.5",
+        "diffusers>=0.36",
+        "transformers>=4.48",
+        "accelerate>=1.2",
+        "safetensors>=0.4.5",
+        "huggingface-hub>=0.27",
+        "datasets>=3.0",
+        "einops>=0.8",
+        "scipy>=1.11",
+        "numpy>=1.26",
+        "pillow>=10.0",
+    ],
+    extras_require=extras,
+)

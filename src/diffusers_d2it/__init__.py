@@ -1,0 +1,39 @@
+# Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
+"""D2iT, the Dynamic Diffusion Transformer (arXiv:2504.09454), for diffusers.
+
+from diffusers_d2it import D2iTPipeline, bundled_checkpoint
+
+pipe = D2iTPipeline.from_pretrained(bundled_checkpoint())
+image = pipe(class_labels=[207]).images[0]
+"""
+
+from diffusers import ModelMixin  # diffusers' loaders look for it in the package of a component
+
+from .grains import region_entropy
+from .models.autoencoder_kl_dynamic import DynamicAutoencoderKL
+from .models.layers import DiTBlock
+from .models.transformer_d2it_content import D2iTContentModel
+from .models.transformer_d2it_grain import D2iTGrainModel
+from .pipeline_d2it import D2iTPipeline, D2iTPipelineOutput
+from .presets import bundled_checkpoint, list_presets, load_preset
+from .registration import register
+from .visualization import visualize_grain_map
+
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "D2iTContentModel",
+    "D2iTGrainModel",
+    "D2iTPipeline",
+    "D2iTPipelineOutput",
+    "DynamicAutoencoderKL",
+    "ModelMixin",
+    "bundled_checkpoint",
+    "list_presets",
+    "load_preset",
+    "region_entropy",
+    "visualize_grain_map",
+]
+
+register([DynamicAutoencoderKL, D2iTGrainModel, D2iTContentModel, D2iTPipeline], block_classes=[DiTBlock])

@@ -1,0 +1,468 @@
+# Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
+"""Dynamic VAE (DVAE, sec. 3.1 of arXiv:2504.09454): one code for a smooth region, four for a detailed one.
+
+Shapes:
+    B batch, C latent channels, H W image sides in pixels, k number of grains
+    f_0 > ... > f_{k-1} downsample factors, coarsest first; S = f_0 is the side of a region; f = f_{k-1} the finest
+"""
+
+from dataclasses import dataclass
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.attention import AttentionMixin
+from diffusers.models.autoencoders.vae import AutoencoderMixin, Decoder, DecoderOutput, DiagonalGaussianDistribution
+from diffusers.models.downsampling import Downsample2D
+from diffusers.models.unets.unet_2d_blocks import DownEncoderBlock2D, UNetMidBlock2D
+from diffusers.utils import BaseOutput
+from diffusers.utils.accelerate_utils import apply_forward_hook
+from diffusers.utils.torch_utils import randn_tensor
+from torch import nn
+
+from ..calibration import thresholds_for_ratios
+from ..grains import (
+    NUM_BINS,
+    SIGMA,
+    cells_per_region,
+    check_grain_map,
+    code_weights,
+    grain_map_from_entropy,
+    grain_map_to_cells,
+    merge,
+    region_entropy,
+    tie,
+)
+from .loading import StrictModelMixin
+
+
+class TiedGaussianDistribution(DiagonalGaussianDistribution):
+    """Diagonal Gaussian over codes of mixed grain: one mean, one variance and one noise draw serve all cells of a code.
+
+    Args:
+        parameters: means and log-variances, (B, 2C, H/f, W/f), equal inside every code.
+        grain_map: (B, H/S, W/S).
+    """
+
+    def __init__(self, parameters: torch.Tensor, grain_map: torch.Tensor):
+        super().__init__(parameters)
+        self.grain_map = grain_map
+
+    def sample(self, generator: torch.Generator | None = None) -> torch.Tensor:
+        """Draw latents (B, C, H/f, W/f), equal inside every code."""
+        noise = randn_tensor(self.mean.shape, generator=generator, device=self.mean.device, dtype=self.mean.dtype)
+        return self.mean + self.std * tie(noise, self.grain_map)
+
+    def kl(self) -> torch.Tensor:
+        """KL divergence to the standard normal in nats, (B,): summed over codes, each counted once."""
+        cells = cells_per_region(self.mean, self.grain_map)
+        share = code_weights(grain_map_to_cells(self.grain_map, cells), num_grains=cells.bit_length())
+        kl = 0.5 * (self.mean.pow(2) + self.var - 1.0 - self.logvar).sum(dim=1)  # (B, H/f, W/f)
+        return (kl * share.to(kl)).sum(dim=(-2, -1))
+
+
+@dataclass
+class DynamicAutoencoderKLOutput(BaseOutput):
+    """Output of `DynamicAutoencoderKL.encode`.
+
+    Args:
+        latent_dist: posterior over the latents (B, C, H/f, W/f), tied inside every code.
+        grain_map: grain of every region, (B, H/S, W/S), int64, 0 = coarsest.
+        entropy: entropy of every region in nats, (B, H/S, W/S), float32.
+    """
+
+    latent_dist: TiedGaussianDistribution
+    grain_map: torch.Tensor
+    entropy: torch.Tensor
+
+
+class HierarchicalEncoder(nn.Module):
+    """E_h of sec. 3.1: one convolutional trunk with one output head per downsample factor.
+
+    Returns a list of moments (B, 2C, H/f_i, W/f_i), coarsest first.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        latent_channels: int,
+        downsample_factors: tuple[int, ...],
+        block_out_channels: tuple[int, ...],
+        layers_per_block: int,
+        norm_num_groups: int,
+        mid_block_add_attention: bool,
+    ):
+        super().__init__()
+        self.gradient_checkpointing = False
+        self.conv_in = nn.Conv2d(in_channels, block_out_channels[0], 3, padding=1)
+
+        # Level i of the trunk works at 1 / 2^i of the image. A level that feeds a head hands out its features before
+        # it is downsampled, so its downsampler stands apart.
+        self.down_blocks = nn.ModuleList()
+        self.downsamplers = nn.ModuleDict()
+        self.mid_blocks = nn.ModuleDict()
+        self.conv_norm_outs = nn.ModuleDict()
+        self.conv_outs = nn.ModuleDict()
+        last_level = len(block_out_channels) - 1
+        channels = block_out_channels[0]
+        for level, out_channels in enumerate(block_out_channels):
+            has_head = 2**level in downsample_factors
+            self.down_blocks.append(
+                DownEncoderBlock2D(
+                    in_channels=channels,
+                    out_channels=out_channels,
+                    num_layers=layers_per_block,
+                    resnet_groups=norm_num_groups,
+                    add_downsample=not has_head,
+                    downsample_padding=0,
+                )
+            )
+            channels = out_channels
+            if not has_head:
+                continue
+            head = f"f{2**level}"
+            if level != last_level:
+                self.downsamplers[head] = Downsample2D(channels, use_conv=True, padding=0, name="op")
+            self.mid_blocks[head] = UNetMidBlock2D(
+                in_channels=channels,
+                resnet_eps=1e-6,
+                attention_head_dim=channels,
+                resnet_groups=norm_num_groups,
+                temb_channels=None,
+                add_attention=mid_block_add_attention,
+            )
+            self.conv_norm_outs[head] = nn.GroupNorm(norm_num_groups, channels, eps=1e-6)
+            self.conv_outs[head] = nn.Conv2d(channels, 2 * latent_channels, 3, padding=1)
+        self.conv_act = nn.SiLU()
+
+    def forward(self, sample: torch.Tensor) -> list[torch.Tensor]:
+        moments = []
+        hidden_states = self.conv_in(sample)
+        for level, down_block in enumerate(self.down_blocks):
+            hidden_states = self._run(down_block, hidden_states)
+            head = f"f{2**level}"
+            if head in self.mid_blocks:
+                features = self._run(self.mid_blocks[head], hidden_states)
+                moments.append(self.conv_outs[head](self.conv_act(self.conv_norm_outs[head](features))))
+            if head in self.downsamplers:
+                hidden_states = self.downsamplers[head](hidden_states)
+        return moments[::-1]
+
+    def _run(self, block: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
+        if torch.is_grad_enabled() and self.gradient_checkpointing:
+            return self._gradient_checkpointing_func(block, hidden_states)
+        return block(hidden_states)
+
+
+class DynamicAutoencoderKL(StrictModelMixin, AttentionMixin, AutoencoderMixin, ConfigMixin):
+    r"""Variational autoencoder that gives every region of an image as many codes as its entropy asks for.
+
+    The trunk of the encoder is read at every factor of `downsample_factors`; Dynamic Grained Coding decides by the
+    entropy of a region (Eqs. 2-3, arXiv:2504.09454) which of the heads encodes it, and coarser codes are copied to
+    the finest grid, which the decoder reads.
+
+        vae = DynamicAutoencoderKL.from_pretrained(...)
+        posterior = vae.encode(pixels, fine_ratio=0.5)      # pixels (B, 3, H, W) in [-1, 1]
+        latents = posterior.latent_dist.sample(generator)   # (B, C, H/f, W/f)
+        pixels = vae.decode(latents).sample
+
+    Args:
+        in_channels: channels of the input image.
+        out_channels: channels of the decoded image.
+        latent_channels: C, channels of a code.
+        downsample_factors: powers of two, each twice the one before, finest first; (8, 16) in sec. 4.1.
+        block_out_channels: width of the encoder at each halving of the image, up to the coarsest factor.
+        decoder_block_out_channels: width of the decoder, from the image to the finest grid.
+        layers_per_block: residual blocks in each level of the encoder; the decoder has one more.
+        norm_num_groups: groups of every GroupNorm.
+        mid_block_add_attention: self-attention in the heads of the encoder and at the bottom of the decoder.
+        sample_size: side of the training images in pixels; also the smallest side of a tile.
+        scaling_factor: latents are multiplied by it before diffusion, measured on the training set after stage 1.
+        shift_factor: subtracted from the latents before scaling; None for zero.
+        grain_ratios: share of regions of each grain, coarsest first, that `encode` aims at by default; None for equal
+            shares. (0.5, 0.5) is the paper's main setting.
+        calibration: entropy quantiles of a data set and how they were counted, from `EntropyCalibration.to_config`.
+            Without it `encode` needs a `grain_map`, or a `fine_ratio` of 0 or 1.
+
+    Raises:
+        ValueError: factors, widths or ratios contradict one another, or the calibration was counted for another
+            region size.
+    """
+
+    _supports_gradient_checkpointing = True
+    _no_split_modules = ["DownEncoderBlock2D", "UpDecoderBlock2D", "UNetMidBlock2D"]
+    _repeated_blocks = ["ResnetBlock2D"]
+    _skip_layerwise_casting_patterns = ["norm", "conv_in", "conv_out"]
+    _group_offload_block_modules = ["encoder", "decoder"]
+
+    @register_to_config
+    def __init__(
+        self,
+        in_channels: int = 3,
+        out_channels: int = 3,
+        latent_channels: int = 4,
+        downsample_factors: tuple[int, ...] = (8, 16),
+        block_out_channels: tuple[int, ...] = (128, 128, 256, 256, 512),
+        decoder_block_out_channels: tuple[int, ...] = (128, 128, 256, 256),
+        layers_per_block: int = 2,
+        norm_num_groups: int = 32,
+        mid_block_add_attention: bool = True,
+        sample_size: int = 256,
+        scaling_factor: float = 1.0,
+        shift_factor: float | None = None,
+        grain_ratios: tuple[float, ...] | None = None,
+        calibration: dict | None = None,
+    ):
+        super().__init__()
+        self._check_config(
+            downsample_factors, block_out_channels, decoder_block_out_channels, grain_ratios, calibration
+        )
+        self.encoder = HierarchicalEncoder(
+            in_channels,
+            latent_channels,
+            downsample_factors,
+            block_out_channels,
+            layers_per_block,
+            norm_num_groups,
+            mid_block_add_attention,
+        )
+        self.decoder = Decoder(
+            in_channels=latent_channels,
+            out_channels=out_channels,
+            up_block_types=("UpDecoderBlock2D",) * len(decoder_block_out_channels),
+            block_out_channels=decoder_block_out_channels,
+            layers_per_block=layers_per_block,
+            norm_num_groups=norm_num_groups,
+            mid_block_add_attention=mid_block_add_attention,
+        )
+        self.use_slicing = False
+        self.use_tiling = False
+        self.tile_sample_min_size = sample_size
+        self.tile_overlap_factor = 0.25
+
+    @staticmethod
+    def _check_config(factors, block_out_channels, decoder_block_out_channels, grain_ratios, calibration) -> None:
+        factors = list(factors)
+        if len(factors) < 2 or factors[0] < 1 or factors[0] & (factors[0] - 1):
+            raise ValueError(f"`downsample_factors` must be two or more powers of two, got {factors}.")
+        if any(coarse != 2 * fine for fine, coarse in zip(factors, factors[1:])):
+            raise ValueError(f"each of `downsample_factors` must be twice the one before, got {factors}.")
+        if 2 ** (len(block_out_channels) - 1) != factors[-1]:
+            raise ValueError(
+                f"`block_out_channels` has {len(block_out_channels)} levels, the coarsest factor {factors[-1]} needs"
+                f" {factors[-1].bit_length()}."
+            )
+        if 2 ** (len(decoder_block_out_channels) - 1) != factors[0]:
+            raise ValueError(
+                f"`decoder_block_out_channels` has {len(decoder_block_out_channels)} levels, the finest factor"
+                f" {factors[0]} needs {factors[0].bit_length()}."
+            )
+        if grain_ratios is not None and (
+            len(grain_ratios) != len(factors) or min(grain_ratios) < 0 or abs(sum(grain_ratios) - 1) > 1e-6
+        ):
+            raise ValueError(
+                f"`grain_ratios` must be {len(factors)} shares that sum to 1, coarsest first, got {grain_ratios}."
+            )
+        if calibration is not None and calibration.get("region_size") != factors[-1]:
+            raise ValueError(
+                f"`calibration` was counted on regions of {calibration.get('region_size')} pixels, this model has"
+                f" regions of {factors[-1]}."
+            )
+
+    @property
+    def num_grains(self) -> int:
+        """k, the number of grains."""
+        return len(self.config.downsample_factors)
+
+    @property
+    def region_size(self) -> int:
+        """S, the side of a region in pixels: the coarsest factor."""
+        return self.config.downsample_factors[-1]
+
+    @property
+    def downsample_factor(self) -> int:
+        """f, pixels per cell of the latents along one side: the finest factor."""
+        return self.config.downsample_factors[0]
+
+    def scale_latents(self, latents: torch.Tensor) -> torch.Tensor:
+        """What diffusion works on: latents of the posterior, shifted and scaled to zero mean and unit variance."""
+        return (latents - (self.config.shift_factor or 0.0)) * self.config.scaling_factor
+
+    def unscale_latents(self, latents: torch.Tensor) -> torch.Tensor:
+        """What `decode` reads: the inverse of `scale_latents`."""
+        return latents / self.config.scaling_factor + (self.config.shift_factor or 0.0)
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # Dynamic Grained Coding
+    # ------------------------------------------------------------------------------------------------------------------
+
+    def region_entropy(self, x: torch.Tensor) -> torch.Tensor:
+        """Entropy of the regions of images (B, 3, H, W) in [-1, 1], with the settings of the calibration: (B, h, w)."""
+        calibration = self.config.calibration or {}
+        return region_entropy(
+            x, self.region_size, calibration.get("num_bins", NUM_BINS), calibration.get("sigma", SIGMA)
+        )
+
+    def thresholds(self, fine_ratio: float | None = None) -> list[float]:
+        """Entropy thresholds T_0 ... T_{k-2} in nats for a share of fine regions.
+
+        Args:
+            fine_ratio: share of regions in the finest grain, in [0, 1]; the other grains share the rest in the
+                proportion of `config.grain_ratios`. None takes `config.grain_ratios` as they are.
+
+        Raises:
+            ValueError: the ratio lies outside [0, 1], or the model has not been calibrated.
+        """
+        ratios = list(self.config.grain_ratios or [1 / self.num_grains] * self.num_grains)
+        if fine_ratio is not None:
+            if not 0 <= fine_ratio <= 1:
+                raise ValueError(f"`fine_ratio` must lie in [0, 1], got {fine_ratio}.")
+            coarse = ratios[:-1] if sum(ratios[:-1]) > 0 else [1.0] * (self.num_grains - 1)
+            ratios = [(1 - fine_ratio) * share / sum(coarse) for share in coarse] + [fine_ratio]
+        if self.config.calibration is None:
+            if any(0 < ratio < 1 for ratio in ratios):
+                raise ValueError(
+                    "this DynamicAutoencoderKL has no entropy thresholds: run examples/calibrate_dvae.py on its training"
+                    " images, or pass a `grain_map`, or a `fine_ratio` of 0 or 1."
+                )
+            return thresholds_for_ratios({"quantiles": [0.0, 0.0]}, ratios)
+        return thresholds_for_ratios(self.config.calibration, ratios)
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # Encode and decode
+    # ------------------------------------------------------------------------------------------------------------------
+
+    @apply_forward_hook
+    def encode(
+        self,
+        x: torch.Tensor,
+        grain_map: torch.Tensor | None = None,
+        fine_ratio: float | None = None,
+        return_dict: bool = True,
+    ) -> DynamicAutoencoderKLOutput | tuple:
+        """Encode images into a posterior over codes of mixed grain.
+
+        Args:
+            x: images (B, 3, H, W) in [-1, 1], H and W multiples of S.
+            grain_map: grain of every region, (B, H/S, W/S), int64, 0 = coarsest; None lets the entropy decide.
+            fine_ratio: share of fine regions over the calibration set, in [0, 1]; None for `config.grain_ratios`.
+            return_dict: False returns the tuple (latent_dist, grain_map, entropy).
+
+        Raises:
+            ValueError: `x` has another shape, sides that are not multiples of S or values outside [-1, 1]; the map has
+                another shape, dtype or value; both map and ratio are given; the ratio lies outside [0, 1]; the model
+                has not been calibrated.
+        """
+        entropy = self.region_entropy(x)
+        if grain_map is None:
+            grain_map = grain_map_from_entropy(entropy, self.thresholds(fine_ratio))
+        elif fine_ratio is not None:
+            raise ValueError("`grain_map` and `fine_ratio` exclude each other: pass one of them.")
+        else:
+            check_grain_map(grain_map, self.num_grains)
+            if grain_map.shape != entropy.shape:
+                raise ValueError(
+                    f"`grain_map` must have one entry per region, shape {tuple(entropy.shape)} for these images, got"
+                    f" {tuple(grain_map.shape)}."
+                )
+            grain_map = grain_map.to(x.device)
+
+        if self.use_slicing and len(x) > 1:
+            slices = [self._encode_grains(one) for one in x.split(1)]
+            moments = [torch.cat(grain) for grain in zip(*slices)]
+        else:
+            moments = self._encode_grains(x)
+        latent_dist = TiedGaussianDistribution(merge(moments, grain_map), grain_map)
+
+        if not return_dict:
+            return latent_dist, grain_map, entropy
+        return DynamicAutoencoderKLOutput(latent_dist=latent_dist, grain_map=grain_map, entropy=entropy)
+
+    @apply_forward_hook
+    def decode(self, z: torch.Tensor, return_dict: bool = True, generator=None) -> DecoderOutput | tuple:
+        """Decode latents (B, C, H/f, W/f), unscaled, into images (B, 3, H, W), about [-1, 1].
+
+        `generator` is accepted because diffusers' pipelines pass one; decoding is deterministic.
+
+        Raises:
+            ValueError: `z` is not (B, C, ., .).
+        """
+        if z.ndim != 4 or z.shape[1] != self.config.latent_channels:
+            raise ValueError(f"`z` must have shape (B, {self.config.latent_channels}, h, w), got {tuple(z.shape)}.")
+        slices = z.split(1) if self.use_slicing else (z,)
+        sample = torch.cat([self._decode(one) for one in slices])
+        if not return_dict:
+            return (sample,)
+        return DecoderOutput(sample=sample)
+
+    def forward(
+        self,
+        sample: torch.Tensor,
+        sample_posterior: bool = False,
+        return_dict: bool = True,
+        generator: torch.Generator | None = None,
+    ) -> DecoderOutput | tuple:
+        """Reconstruct images (B, 3, H, W) in [-1, 1] from the mode of the posterior, or from a sample of it."""
+        posterior = self.encode(sample).latent_dist
+        z = posterior.sample(generator=generator) if sample_posterior else posterior.mode()
+        return self.decode(z, return_dict=return_dict)
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # Tiling: memory bounded by the tile, seams blended over a quarter of it
+    # ------------------------------------------------------------------------------------------------------------------
+
+    def _encode_grains(self, x: torch.Tensor) -> list[torch.Tensor]:
+        if not self.use_tiling or max(x.shape[-2:]) <= self.tile_sample_min_size:
+            return self.encoder(x)
+        # The tile and its stride are whole regions, so that tiles meet on the grid of every grain.
+        tile, stride = self._tile_and_stride(self.region_size)
+        tiles = [
+            [self.encoder(x[..., top : top + tile, left : left + tile]) for left in range(0, x.shape[-1], stride)]
+            for top in range(0, x.shape[-2], stride)
+        ]
+        moments = []
+        for grain, factor in enumerate(reversed(self.config.downsample_factors)):
+            rows = [[heads[grain] for heads in row] for row in tiles]
+            blended = _blend_tiles(rows, stride=stride // factor, overlap=(tile - stride) // factor)
+            moments.append(blended[..., : x.shape[-2] // factor, : x.shape[-1] // factor])
+        return moments
+
+    def _decode(self, z: torch.Tensor) -> torch.Tensor:
+        factor = self.downsample_factor
+        if not self.use_tiling or max(z.shape[-2:]) * factor <= self.tile_sample_min_size:
+            return self.decoder(z)
+        tile, stride = (side // factor for side in self._tile_and_stride(self.region_size))
+        tiles = [
+            [self.decoder(z[..., top : top + tile, left : left + tile]) for left in range(0, z.shape[-1], stride)]
+            for top in range(0, z.shape[-2], stride)
+        ]
+        blended = _blend_tiles(tiles, stride=stride * factor, overlap=(tile - stride) * factor)
+        return blended[..., : z.shape[-2] * factor, : z.shape[-1] * factor]
+
+    def _tile_and_stride(self, unit: int) -> tuple[int, int]:
+        tile = max(self.tile_sample_min_size // unit, 2) * unit
+        overlap = max(round(tile * self.tile_overlap_factor / unit), 1) * unit
+        return tile, tile - overlap
+
+
+def _blend_tiles(tiles: list[list[torch.Tensor]], stride: int, overlap: int) -> torch.Tensor:
+    """Join overlapping tiles: where two meet, the earlier fades linearly into the later."""
+    for i, row in enumerate(tiles):
+        for j, tile in enumerate(row):
+            if i > 0:
+                tile = _fade(tiles[i - 1][j], tile, stride, overlap, dim=-2)
+            if j > 0:
+                tile = _fade(row[j - 1], tile, stride, overlap, dim=-1)
+            row[j] = tile
+    rows = [torch.cat([tile[..., :stride, :stride] for tile in row], dim=-1) for row in tiles]
+    return torch.cat(rows, dim=-2)
+
+
+def _fade(before: torch.Tensor, after: torch.Tensor, stride: int, overlap: int, dim: int) -> torch.Tensor:
+    shared = min(overlap, before.shape[dim] - stride, after.shape[dim])
+    if shared <= 0:
+        return after
+    ramp = torch.linspace(0, 1, shared + 2, device=after.device, dtype=after.dtype)[1:-1]
+    ramp = ramp[:, None] if dim == -2 else ramp
+    start = after.narrow(dim, 0, shared)
+    faded = before.narrow(dim, stride, shared) * (1 - ramp) + start * ramp
+    return torch.cat([faded, after.narrow(dim, shared, after.shape[dim] - shared)], dim=dim)

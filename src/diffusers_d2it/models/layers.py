@@ -1,0 +1,226 @@
+# Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
+"""What the grain model and the content model share: the adaLN-Zero block of DiT, embeddings, positions.
+
+Shapes:
+    B batch, N tokens, D width, A heads
+"""
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.attention import AttentionModuleMixin
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.embeddings import TimestepEmbedding, Timesteps, get_2d_sincos_pos_embed_from_grid
+from torch import nn
+
+
+FREQUENCY_SIZE = 256  # width of the sinusoidal embedding that precedes the timestep MLP, as in the original DiT
+
+
+class SelfAttentionProcessor:
+    """Multi-head self-attention through diffusers' attention backends."""
+
+    _attention_backend = None
+    _parallel_config = None
+
+    def __call__(self, attn: "SelfAttention", hidden_states: torch.Tensor) -> torch.Tensor:
+        query, key, value = attn.project(hidden_states)
+        hidden_states = dispatch_attention_fn(
+            query, key, value, backend=self._attention_backend, parallel_config=self._parallel_config
+        )
+        return attn.to_out[0](hidden_states.flatten(-2))
+
+
+class SelfAttention(nn.Module, AttentionModuleMixin):
+    """Self-attention with separate `to_q`, `to_k`, `to_v` (what LoRA targets), fused on request.
+
+    Args:
+        dim: width D.
+        heads: number of heads A; divides D.
+    """
+
+    _default_processor_cls = SelfAttentionProcessor
+    _available_processors = [SelfAttentionProcessor]
+
+    def __init__(self, dim: int, heads: int, processor=None):
+        super().__init__()
+        self.heads = heads
+        self.use_bias = True
+        self.is_cross_attention = False
+        self.to_q = nn.Linear(dim, dim)
+        self.to_k = nn.Linear(dim, dim)
+        self.to_v = nn.Linear(dim, dim)
+        self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
+        self.set_processor(processor or self._default_processor_cls())
+
+    def project(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Query, key and value, each (..., N, A, D / A)."""
+        if self.fused_projections:
+            qkv = self.to_qkv(hidden_states).chunk(3, dim=-1)
+        else:
+            qkv = self.to_q(hidden_states), self.to_k(hidden_states), self.to_v(hidden_states)
+        query, key, value = (x.unflatten(-1, (self.heads, -1)) for x in qkv)
+        return query, key, value
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.processor(self, hidden_states)
+
+
+class FeedForward(nn.Module):
+    """Two linear layers with a tanh-approximated GELU between, as in DiT."""
+
+    def __init__(self, dim: int, mlp_ratio: float):
+        super().__init__()
+        self.linear_1 = nn.Linear(dim, int(dim * mlp_ratio))
+        self.linear_2 = nn.Linear(int(dim * mlp_ratio), dim)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.linear_2(F.gelu(self.linear_1(hidden_states), approximate="tanh"))
+
+
+class DiTBlock(nn.Module):
+    """Transformer block with adaLN-Zero conditioning (Peebles and Xie, arXiv:2212.09748).
+
+    Args:
+        dim: width D.
+        heads: number of heads.
+        mlp_ratio: hidden width of the feed-forward over D.
+    """
+
+    def __init__(self, dim: int, heads: int, mlp_ratio: float = 4.0):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
+        self.attn = SelfAttention(dim, heads)
+        self.norm2 = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
+        self.ff = FeedForward(dim, mlp_ratio)
+        self.adaln = nn.Linear(dim, 6 * dim)
+
+    def forward(self, hidden_states: torch.Tensor, conditioning: torch.Tensor) -> torch.Tensor:
+        """hidden_states (B, N, D), conditioning (B, D) after its SiLU -> (B, N, D)."""
+        modulation = self.adaln(conditioning)[:, None].chunk(6, dim=-1)  # 6 x (B, 1, D)
+        shift_attn, scale_attn, gate_attn, shift_ff, scale_ff, gate_ff = modulation
+        attended = self.attn(modulate(self.norm1(hidden_states), shift_attn, scale_attn))
+        hidden_states = torch.addcmul(hidden_states, gate_attn, attended)
+        fed = self.ff(modulate(self.norm2(hidden_states), shift_ff, scale_ff))
+        return torch.addcmul(hidden_states, gate_ff, fed)
+
+
+class AdaLayerNormOut(nn.Module):
+    """The last layer of DiT: modulated LayerNorm and a linear map to `out_features`."""
+
+    def __init__(self, dim: int, out_features: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
+        self.adaln = nn.Linear(dim, 2 * dim)
+        self.proj_out = nn.Linear(dim, out_features)
+
+    def modulation(self, conditioning: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Shift and scale, each (B, D)."""
+        return self.adaln(conditioning).chunk(2, dim=-1)
+
+    def forward(self, hidden_states: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        """hidden_states (..., D) with shift and scale that broadcast to it -> (..., out_features)."""
+        return self.proj_out(modulate(self.norm(hidden_states), shift, scale))
+
+
+def modulate(hidden_states: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """hidden_states * (1 + scale) + shift, in one pass over the tokens."""
+    return torch.addcmul(shift, hidden_states, 1 + scale)
+
+
+class TimestepEmbedder(nn.Module):
+    """Sinusoidal embedding of a scalar in [0, 1000] and an MLP to width D.
+
+    `downscale_freq_shift` is 0, as in the original DiT; diffusers' own DiT uses 1, which moves outputs by 1e-2.
+    """
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.frequencies = Timesteps(FREQUENCY_SIZE, flip_sin_to_cos=True, downscale_freq_shift=0)
+        self.mlp = TimestepEmbedding(FREQUENCY_SIZE, dim)
+
+    def forward(self, timestep: torch.Tensor) -> torch.Tensor:
+        """timestep (B,) -> (B, D)."""
+        return self.mlp(self.frequencies(timestep).to(self.mlp.linear_1.weight.dtype))
+
+
+class LabelEmbedder(nn.Embedding):
+    """Class labels, with one more entry, index `num_classes`, for "no class": what guidance needs."""
+
+    def __init__(self, num_classes: int, dim: int):
+        super().__init__(num_classes + 1, dim)
+
+
+def sincos_positions(height: int, width: int, dim: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """Fixed 2-D sine-cosine positions of DiT for a grid of tokens of any shape: (height * width, dim).
+
+    Positions are token indices, not rescaled to the training size: a wider image has more positions, equally spaced.
+    """
+    rows = torch.arange(height, device=device, dtype=torch.float32)
+    columns = torch.arange(width, device=device, dtype=torch.float32)
+    grid = torch.stack(torch.meshgrid(columns, rows, indexing="xy"))  # the column comes first, as in DiT
+    return get_2d_sincos_pos_embed_from_grid(dim, grid).to(dtype)
+
+
+def init_dit_weights(module: nn.Module) -> None:
+    """DiT's initialisation of one module tree: Xavier for every linear map, zero where adaLN-Zero starts as identity.
+
+    Callers zero what is theirs (output projections) afterwards.
+    """
+    for child in module.modules():
+        if isinstance(child, nn.Linear):
+            nn.init.xavier_uniform_(child.weight)
+            if child.bias is not None:
+                nn.init.zeros_(child.bias)
+        elif isinstance(child, TimestepEmbedding):
+            pass  # its layers are visited below
+        elif isinstance(child, nn.Embedding):
+            nn.init.normal_(child.weight, std=0.02)
+        elif isinstance(child, nn.Conv2d):
+            nn.init.xavier_uniform_(child.weight.flatten(1))
+            nn.init.zeros_(child.bias)
+    for child in module.modules():
+        if isinstance(child, TimestepEmbedding):
+            nn.init.normal_(child.linear_1.weight, std=0.02)
+            nn.init.normal_(child.linear_2.weight, std=0.02)
+        if isinstance(child, (DiTBlock, AdaLayerNormOut)) or hasattr(child, "adaln"):
+            nn.init.zeros_(child.adaln.weight)
+            nn.init.zeros_(child.adaln.bias)
+
+
+def check_conditioning(
+    batch_size: int,
+    timestep: torch.Tensor | float | int,
+    class_labels: torch.Tensor | None,
+    num_classes: int | None,
+    device: torch.device,
+) -> torch.Tensor:
+    """Validate what conditions a model and return the timestep as a (B,) tensor.
+
+    Raises:
+        ValueError: the timestep is neither a scalar nor (B,); labels are given to an unconditional model, missing for
+            a conditional one, of a wrong shape or dtype, or outside 0 ... num_classes.
+    """
+    timestep = torch.as_tensor(timestep, device=device)
+    if timestep.ndim > 1 or (timestep.ndim == 1 and len(timestep) not in (1, batch_size)):
+        raise ValueError(f"`timestep` must be a scalar or have shape ({batch_size},), got {tuple(timestep.shape)}.")
+    if num_classes is None:
+        if class_labels is not None:
+            raise ValueError("`class_labels` were given to an unconditional model (num_classes is None).")
+    elif class_labels is None:
+        raise ValueError(
+            f"`class_labels` are required by a model of {num_classes} classes; {num_classes} itself means no class."
+        )
+    else:
+        if class_labels.shape != (batch_size,) or class_labels.dtype != torch.int64:
+            raise ValueError(
+                f"`class_labels` must be int64 of shape ({batch_size},), got {class_labels.dtype} of shape"
+                f" {tuple(class_labels.shape)}."
+            )
+        if class_labels.device.type == "cpu" and not torch.compiler.is_compiling():
+            # Elsewhere the embedding itself fails on a bad index, and reading the labels back would stall the queue.
+            low, high = torch.aminmax(class_labels)
+            if low < 0 or high > num_classes:
+                raise ValueError(
+                    f"`class_labels` must lie in 0 ... {num_classes} (no class), got {low.item()} to {high.item()}."
+                )
+    return timestep.expand(batch_size)

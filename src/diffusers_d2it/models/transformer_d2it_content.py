@@ -1,0 +1,396 @@
+# Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
+"""Dynamic Content Transformer (sec. 3.2.3 of arXiv:2504.09454): predicts noise that has the grain of its region.
+
+Shapes:
+    B batch, C latent channels, O output channels (C, or 2C with learned variance), D width
+    h w sides of the grain map in regions, k grains, R = 2 ** (k-1) cells along a side of a region
+    latents are (B, C, h * R, w * R); N packed tokens of RefineNet
+"""
+
+import torch
+import torch.nn.functional as F
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.loaders import PeftAdapterMixin
+from diffusers.models.attention import AttentionMixin
+from diffusers.models.cache_utils import CacheMixin
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from einops import rearrange
+from torch import nn
+
+from ..grains import average_codes, cells_per_region, check_tied
+from .grain_layout import GrainLayout, RefineLayout, window_side
+from .layers import (
+    FREQUENCY_SIZE,
+    AdaLayerNormOut,
+    DiTBlock,
+    FeedForward,
+    LabelEmbedder,
+    SelfAttention,
+    TimestepEmbedder,
+    check_conditioning,
+    init_dit_weights,
+    modulate,
+    sincos_positions,
+)
+from .loading import StrictModelMixin
+
+
+class GrainEmbedder(nn.Module):
+    """Embedding of a region's grain, added to its token. It starts at zero: the network starts as a plain DiT."""
+
+    def __init__(self, num_grains: int, dim: int):
+        super().__init__()
+        self.embed = nn.Embedding(num_grains, FREQUENCY_SIZE)
+        self.linear_1 = nn.Linear(FREQUENCY_SIZE, dim)
+        self.linear_2 = nn.Linear(dim, dim)
+
+    def forward(self, grain_map: torch.Tensor) -> torch.Tensor:
+        """(B, h, w) int64 -> (B, h * w, D)."""
+        per_grain = self.linear_2(F.silu(self.linear_1(self.embed.weight)))  # (k, D)
+        return F.embedding(grain_map.flatten(1), per_grain)
+
+
+class WindowAttentionProcessor:
+    """Attention inside windows of packed tokens, with a learned relative position bias, Eq. 10.
+
+    A window holds at most a few dozen tokens, so the scores are written out: for so few keys a plain matrix product
+    and softmax is as fast as a fused kernel, and faster in the backward pass, where a bias needs the scores anyway.
+    """
+
+    _attention_backend = None
+    _parallel_config = None
+
+    def __call__(self, attn: "WindowAttention", hidden_states: torch.Tensor, layout: RefineLayout) -> torch.Tensor:
+        query, key, value = attn.project(hidden_states)  # (N, A, D / A)
+        query = query * query.shape[-1] ** -0.5
+        attended, start = [], 0
+        for group in layout.groups:
+            tokens = slice(start, start + group.num_windows * group.length)
+            q, k, v = (rearrange(x[tokens], "(w l) a d -> w a l d", l=group.length) for x in (query, key, value))
+            bias = attn.relative_position_bias[group.relative_index]  # (P, L, L, A)
+            bias = rearrange(bias, "p i j a -> p a i j").index_select(0, group.arrangement)  # (W, A, L, L)
+            scores = torch.matmul(q, k.transpose(-1, -2)) + bias.to(q.dtype)
+            x = torch.matmul(scores.softmax(dim=-1), v)
+            attended.append(rearrange(x, "w a l d -> (w l) (a d)"))
+            start = tokens.stop
+        return attn.to_out[0](torch.cat(attended) if attended else hidden_states)
+
+
+class WindowAttention(SelfAttention):
+    """Self-attention of packed tokens inside windows, with one learned bias per head and relative position.
+
+    Args:
+        dim: width D.
+        heads: number of heads A.
+        side: tokens along a side of a window.
+    """
+
+    _default_processor_cls = WindowAttentionProcessor
+    _available_processors = [WindowAttentionProcessor]
+
+    def __init__(self, dim: int, heads: int, side: int):
+        super().__init__(dim, heads)
+        self.relative_position_bias = nn.Parameter(torch.zeros((2 * side - 1) ** 2, heads))
+
+    def forward(self, hidden_states: torch.Tensor, layout: RefineLayout) -> torch.Tensor:
+        return self.processor(self, hidden_states, layout)
+
+
+class RefineBlock(nn.Module):
+    """DiT block on packed tokens: adaLN-Zero of each token's image, attention inside windows (Eq. 10)."""
+
+    def __init__(self, dim: int, heads: int, mlp_ratio: float, side: int):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
+        self.attn = WindowAttention(dim, heads, side)
+        self.norm2 = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
+        self.ff = FeedForward(dim, mlp_ratio)
+        self.adaln = nn.Linear(dim, 6 * dim)
+
+    def forward(self, hidden_states: torch.Tensor, conditioning: torch.Tensor, layout: RefineLayout) -> torch.Tensor:
+        """hidden_states (N, D), conditioning (B, D) after its SiLU -> (N, D)."""
+        modulation = self.adaln(conditioning).index_select(0, layout.images).chunk(6, dim=-1)  # 6 x (N, D)
+        shift_attn, scale_attn, gate_attn, shift_ff, scale_ff, gate_ff = modulation
+        attended = self.attn(modulate(self.norm1(hidden_states), shift_attn, scale_attn), layout)
+        hidden_states = torch.addcmul(hidden_states, gate_attn, attended)
+        fed = self.ff(modulate(self.norm2(hidden_states), shift_ff, scale_ff))
+        return torch.addcmul(hidden_states, gate_ff, fed)
+
+
+class RefineNet(nn.Module):
+    """Corrects the rough noise of finer regions (Eq. 8), with half the patch size of the level before.
+
+    Input of a token: its share of the coarser token's up-projection, and an embedding of its patch of [z_t; noise].
+    Output: a residual on the noise, zero at the start.
+
+    Args:
+        in_channels: C.
+        out_channels: O.
+        patch_size: cells along a side of a token's patch.
+        dim: width D.
+        num_layers, heads, mlp_ratio: of the blocks.
+        side: tokens along a side of an attention window.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        patch_size: int,
+        dim: int,
+        num_layers: int,
+        heads: int,
+        mlp_ratio: float,
+        side: int,
+    ):
+        super().__init__()
+        self.gradient_checkpointing = False
+        self.patch_size = patch_size
+        self.time_embed = TimestepEmbedder(dim)
+        self.up_proj = nn.Linear(dim, 4 * dim)
+        self.patch_embed = nn.Linear((in_channels + out_channels) * patch_size**2, dim)
+        self.transformer_blocks = nn.ModuleList([RefineBlock(dim, heads, mlp_ratio, side) for _ in range(num_layers)])
+        self.norm_out = AdaLayerNormOut(dim, out_channels * patch_size**2)
+
+    def forward(
+        self,
+        parents: torch.Tensor,
+        latents: torch.Tensor,
+        noise: torch.Tensor,
+        timestep: torch.Tensor,
+        label_embedding: torch.Tensor | float,
+        layout: RefineLayout,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Residual on the noise and the refined tokens.
+
+        Args:
+            parents: tokens of the level before, (M, D).
+            latents: z_t, (B, C, h * R, w * R).
+            noise: prediction so far, (B, O, h * R, w * R).
+            timestep: (B,).
+            label_embedding: (B, D), shared with the Multi-grained Net, or 0.
+            layout: packed tokens of this level.
+
+        Returns:
+            residual (B, O, h * R, w * R), zero outside the regions of this level, and tokens (N, D).
+        """
+        conditioning = F.silu(self.time_embed(timestep) + label_embedding)  # (B, D)
+        patches = patchify(torch.cat([latents, noise], dim=1), self.patch_size).flatten(0, 1)
+        tokens = self.patch_embed(patches.index_select(0, layout.tokens))  # (N, D)
+        tokens = tokens + self.up_proj(parents.index_select(0, layout.parents)).view_as(tokens)
+
+        for block in self.transformer_blocks:
+            if torch.is_grad_enabled() and self.gradient_checkpointing:
+                tokens = self._gradient_checkpointing_func(block, tokens, conditioning, layout)
+            else:
+                tokens = block(tokens, conditioning, layout)
+
+        shift, scale = self.norm_out.modulation(conditioning)
+        images = layout.images
+        correction = self.norm_out(tokens, shift.index_select(0, images), scale.index_select(0, images))
+        batch, _, height, width = noise.shape
+        rows, columns = height // self.patch_size, width // self.patch_size
+        residual = correction.new_zeros(batch * rows * columns, correction.shape[-1])
+        residual = residual.index_copy(0, layout.tokens, correction)  # (B * rows * columns, O * patch ** 2)
+        return unpatchify(residual.view(batch, rows * columns, -1), rows, self.patch_size), tokens
+
+
+class D2iTContentModel(StrictModelMixin, AttentionMixin, CacheMixin, PeftAdapterMixin, ConfigMixin):
+    r"""Multi-grained Net, Router and RefineNet: rough noise for every region, corrected where the map is fine.
+
+        layout = model.prepare_grain_map(grain_map)         # once per map
+        noise = model(latents, timestep, layout, class_labels).sample
+
+    The latents are tied: every cell of a coarse code has one value (`diffusers_d2it.grains.tie`). So is the output.
+    With an all-fine map and a fresh RefineNet the model is a DiT of patch size R.
+
+    Args:
+        sample_size: side of the training latents in cells.
+        in_channels: C.
+        out_channels: O; None for C. 2C predicts the variance too, for schedulers with variance_type "learned_range".
+        num_grains: k. The patch size of the Multi-grained Net is R = 2 ** (k - 1): a token per region.
+        num_layers: blocks of the Multi-grained Net, N_L.
+        num_refine_layers: blocks of each RefineNet, N_R; one RefineNet for every grain but the coarsest. They replace
+            layers of the backbone, 5 : 1 (Table 4).
+        num_attention_heads, attention_head_dim, mlp_ratio: of every block.
+        num_classes: number of class labels; label `num_classes` means no class. None for an unconditional model.
+        window_size: side of RefineNet's attention windows in tokens.
+
+    Raises:
+        ValueError: a count is out of range.
+    """
+
+    _supports_gradient_checkpointing = True
+    _no_split_modules = ["DiTBlock", "RefineBlock"]
+    _repeated_blocks = ["DiTBlock", "RefineBlock"]
+    _skip_layerwise_casting_patterns = [
+        "patch_embed",
+        "norm",
+        "time_embed",
+        "label_embed",
+        "grain_embed",
+        "relative_position_bias",
+    ]
+
+    @register_to_config
+    def __init__(
+        self,
+        sample_size: int = 32,
+        in_channels: int = 4,
+        out_channels: int | None = None,
+        num_grains: int = 2,
+        num_layers: int = 23,
+        num_refine_layers: int = 5,
+        num_attention_heads: int = 16,
+        attention_head_dim: int = 72,
+        mlp_ratio: float = 4.0,
+        num_classes: int | None = 1000,
+        window_size: int = 4,
+    ):
+        super().__init__()
+        if num_grains < 2:
+            raise ValueError(f"`num_grains` must be at least 2, got {num_grains}.")
+        if out_channels not in (None, in_channels, 2 * in_channels):
+            raise ValueError(
+                f"`out_channels` must be None, {in_channels} (noise) or {2 * in_channels} (noise and variance), got"
+                f" {out_channels}."
+            )
+        dim = num_attention_heads * attention_head_dim
+        self.gradient_checkpointing = False
+        self.out_channels = out_channels or in_channels
+        self.patch_size = 2 ** (num_grains - 1)
+
+        # Multi-grained Net
+        self.patch_embed = nn.Linear(in_channels * self.patch_size**2, dim)
+        self.grain_embed = GrainEmbedder(num_grains, dim)
+        self.time_embed = TimestepEmbedder(dim)
+        self.label_embed = LabelEmbedder(num_classes, dim) if num_classes is not None else None
+        self.transformer_blocks = nn.ModuleList(
+            [DiTBlock(dim, num_attention_heads, mlp_ratio) for _ in range(num_layers)]
+        )
+        self.norm_out = AdaLayerNormOut(dim, self.out_channels * self.patch_size**2)
+
+        # Fine-grained Net: one RefineNet for each finer grain
+        self.refine_nets = nn.ModuleList(
+            [
+                RefineNet(
+                    in_channels,
+                    self.out_channels,
+                    patch_size=self.patch_size >> level,
+                    dim=dim,
+                    num_layers=num_refine_layers,
+                    heads=num_attention_heads,
+                    mlp_ratio=mlp_ratio,
+                    side=window_side(level, window_size),
+                )
+                for level in range(1, num_grains)
+            ]
+        )
+        self.initialize_weights()
+
+    def initialize_weights(self) -> None:
+        """DiT's initialisation; the grain embedding, the noise and RefineNet's residual start at zero."""
+        init_dit_weights(self)
+        nn.init.zeros_(self.grain_embed.linear_2.weight)
+        for norm_out in (self.norm_out, *(refine_net.norm_out for refine_net in self.refine_nets)):
+            nn.init.zeros_(norm_out.proj_out.weight)
+        for refine_net in self.refine_nets:
+            for block in refine_net.transformer_blocks:
+                nn.init.trunc_normal_(block.attn.relative_position_bias, std=0.02)
+
+    def prepare_grain_map(self, grain_map: torch.Tensor) -> GrainLayout:
+        """Work out what depends on the map alone, so that `forward` need not repeat it at every step.
+
+        Args:
+            grain_map: (B, h, w) int64, 0 = coarsest.
+
+        Raises:
+            ValueError: wrong type, dtype, shape or values.
+        """
+        return GrainLayout.from_grain_map(grain_map, self.config.num_grains, self.config.window_size)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        timestep: torch.Tensor | float | int,
+        grain_map: torch.Tensor | GrainLayout,
+        class_labels: torch.Tensor | None = None,
+        return_dict: bool = True,
+    ) -> Transformer2DModelOutput | tuple:
+        """Predict multi-grained noise, Eqs. 6-9.
+
+        Args:
+            hidden_states: noised latents z_t, tied, (B, C, h * R, w * R).
+            timestep: (B,) or a scalar, in the scheduler's units, 0 ... 999.
+            grain_map: (B, h, w) int64, 0 = coarsest, or what `prepare_grain_map` made of it.
+            class_labels: (B,) int64, `num_classes` for no class; None for an unconditional model.
+            return_dict: False returns a tuple.
+
+        Returns:
+            The noise (and the variance), tied, (B, O, h * R, w * R).
+
+        Raises:
+            ValueError: shapes, labels or map do not fit the configuration or one another, or the latents are not tied
+                (checked on the CPU; reading the answer back from an accelerator would stall it at every step).
+        """
+        layout = grain_map if isinstance(grain_map, GrainLayout) else self.prepare_grain_map(grain_map)
+        self._check_latents(hidden_states, layout)
+        grain_map = layout.grain_map
+        batch_size, height, width = grain_map.shape
+        timestep = check_conditioning(
+            batch_size, timestep, class_labels, self.config.num_classes, hidden_states.device
+        )
+        label_embedding = 0.0 if self.label_embed is None else self.label_embed(class_labels)
+
+        # 1. Multi-grained Net: rough tokens, one per region (Eq. 6)
+        conditioning = F.silu(self.time_embed(timestep) + label_embedding)  # (B, D)
+        tokens = self.patch_embed(patchify(hidden_states, self.patch_size))  # (B, h * w, D)
+        tokens = tokens + sincos_positions(height, width, tokens.shape[-1], tokens.device, tokens.dtype)
+        tokens = tokens + self.grain_embed(grain_map)
+        for block in self.transformer_blocks:
+            if torch.is_grad_enabled() and self.gradient_checkpointing:
+                tokens = self._gradient_checkpointing_func(block, tokens, conditioning)
+            else:
+                tokens = block(tokens, conditioning)
+
+        # 2. Router: noise of every region (Eq. 7); the cells of a coarse code share their mean
+        shift, scale = self.norm_out.modulation(conditioning)
+        noise = self.norm_out(tokens, shift[:, None], scale[:, None])  # (B, h * w, O * R * R)
+        noise = unpatchify(noise, height, self.patch_size)  # (B, O, h * R, w * R)
+        noise = average_codes(noise, grain_map, grain=0)
+
+        # 3. RefineNet: correct the finer regions (Eq. 8) and 4. merge (Eq. 9), once for every finer grain
+        tokens = tokens.flatten(0, 1)  # (B * h * w, D)
+        for level, refine_net in enumerate(self.refine_nets, start=1):
+            residual, tokens = refine_net(
+                tokens, hidden_states, noise, timestep, label_embedding, layout.levels[level - 1]
+            )
+            noise = average_codes(noise + residual, grain_map, grain=level)
+
+        if not return_dict:
+            return (noise,)
+        return Transformer2DModelOutput(sample=noise)
+
+    def _check_latents(self, hidden_states: torch.Tensor, layout: GrainLayout) -> None:
+        if hidden_states.ndim != 4 or hidden_states.shape[1] != self.config.in_channels:
+            raise ValueError(
+                f"`hidden_states` must have shape (B, {self.config.in_channels}, height, width), got"
+                f" {tuple(hidden_states.shape)}."
+            )
+        if cells_per_region(hidden_states, layout.grain_map) != self.patch_size:
+            raise ValueError(
+                f"`hidden_states` of {tuple(hidden_states.shape[-2:])} cells need a `grain_map` of one entry per"
+                f" {self.patch_size}x{self.patch_size} cells, got {tuple(layout.grain_map.shape[-2:])}."
+            )
+        if hidden_states.device.type == "cpu" and not torch.compiler.is_compiling():
+            check_tied(hidden_states, layout.grain_map)
+
+
+def patchify(image: torch.Tensor, patch_size: int) -> torch.Tensor:
+    """(B, C, y * p, x * p) -> (B, y * x, C * p * p), a patch's values in the order of a convolution's weight."""
+    return rearrange(image, "b c (y p) (x q) -> b (y x) (c p q)", p=patch_size, q=patch_size)
+
+
+def unpatchify(patches: torch.Tensor, rows: int, patch_size: int) -> torch.Tensor:
+    """(B, y * x, p * p * C) -> (B, C, y * p, x * p), a patch's values in the order of DiT's output layer."""
+    return rearrange(patches, "b (y x) (p q c) -> b c (y p) (x q)", y=rows, p=patch_size, q=patch_size)

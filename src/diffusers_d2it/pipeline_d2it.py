@@ -1,0 +1,644 @@
+# Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
+"""From a class label to an image and its grain map: the whole of Fig. 2 (Stage 2) of arXiv:2504.09454.
+
+Shapes:
+    B images, C latent channels, H W image sides in pixels, f finest downsample factor, S region side in pixels
+    h = H / S, w = W / S sides of the grain map, k grains
+"""
+
+import difflib
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import PIL.Image
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.schedulers import KarrasDiffusionSchedulers
+from diffusers.utils import BaseOutput
+from diffusers.utils.torch_utils import randn_tensor
+
+from .grains import check_grain_map, check_tied, grain_map_from_entropy
+from .models.autoencoder_kl_dynamic import DynamicAutoencoderKL
+from .models.transformer_d2it_content import D2iTContentModel
+from .models.transformer_d2it_grain import D2iTGrainModel
+from .tied_scheduler import TiedScheduler
+from .visualization import visualize_grain_map
+
+
+@dataclass
+class D2iTPipelineOutput(BaseOutput):
+    """Output of `D2iTPipeline`.
+
+    Args:
+        images: list of B PIL images, array (B, H, W, 3) in [0, 1], tensor (B, 3, H, W) in [0, 1], or latents
+            (B, C, H / f, W / f), by `output_type`.
+        grain_maps: the grain of every region, (B, h, w) int64, 0 = coarsest.
+    """
+
+    images: list[PIL.Image.Image] | np.ndarray | torch.Tensor
+    grain_maps: torch.Tensor
+
+
+class D2iTPipeline(DiffusionPipeline):
+    r"""Class-conditional (or unconditional) generation with D2iT.
+
+        pipe = D2iTPipeline.from_pretrained(bundled_checkpoint())
+        output = pipe(class_labels=["golden retriever"], generator=torch.manual_seed(0))
+        output.images[0]
+        visualize_grain_map(output.images[0], output.grain_maps[0])
+
+    The grain model draws a grain map for the class, the content model denoises latents that have this grain, the
+    Dynamic VAE decodes them. The map can also be given, or asked to have a share of fine regions.
+
+    Args:
+        vae: decoder of the latents; its thresholds also make maps from images.
+        grain_model: draws grain maps; None if maps are always given.
+        transformer: the content model.
+        scheduler: any of `KarrasDiffusionSchedulers`.
+        grain_scheduler: scheduler of the grain model, with prediction_type "sample".
+        id2label: names of the classes by id, several names separated by commas. Only these ids can be asked for; None
+            allows every id of the model.
+
+    Raises:
+        ValueError: the components do not fit one another.
+    """
+
+    model_cpu_offload_seq = "grain_model->transformer->vae"
+    _optional_components = ["grain_model", "grain_scheduler"]
+    _callback_tensor_inputs = ["latents"]
+
+    def __init__(
+        self,
+        vae: DynamicAutoencoderKL,
+        grain_model: D2iTGrainModel | None,
+        transformer: D2iTContentModel,
+        scheduler: KarrasDiffusionSchedulers,
+        grain_scheduler: KarrasDiffusionSchedulers | None,
+        id2label: dict[int, str] | dict[str, str] | None = None,
+    ):
+        super().__init__()
+        self.register_modules(
+            vae=vae,
+            grain_model=grain_model,
+            transformer=transformer,
+            scheduler=scheduler,
+            grain_scheduler=grain_scheduler,
+        )
+        # JSON has strings for keys, so the dictionary is kept as it will be read back.
+        if id2label is not None:
+            id2label = {str(key): id2label[key] for key in sorted(id2label, key=int)}
+        self.register_to_config(id2label=id2label)
+        self._check_components()
+        self.image_processor = VaeImageProcessor(vae_scale_factor=vae.region_size, do_resize=False)
+
+    def _check_components(self) -> None:
+        vae, grain_model, transformer = self.vae, self.grain_model, self.transformer
+        pairs = [
+            (
+                "transformer.in_channels",
+                transformer.config.in_channels,
+                "vae.latent_channels",
+                vae.config.latent_channels,
+            ),
+            ("transformer.num_grains", transformer.config.num_grains, "the grains of the vae", vae.num_grains),
+        ]
+        if grain_model is not None:
+            grain, content = grain_model.config, transformer.config
+            pairs += [
+                ("grain_model.num_grains", grain.num_grains, "transformer.num_grains", content.num_grains),
+                ("grain_model.num_classes", grain.num_classes, "transformer.num_classes", content.num_classes),
+            ]
+        for left, left_value, right, right_value in pairs:
+            if left_value != right_value:
+                raise ValueError(f"components do not fit: {left} is {left_value}, {right} is {right_value}.")
+        for scheduler_name, model_name in (("grain_scheduler", "grain_model"), ("grain_model", "grain_scheduler")):
+            if getattr(self, scheduler_name) is not None and getattr(self, model_name) is None:
+                raise ValueError(f"components do not fit: `{scheduler_name}` was given without `{model_name}`.")
+        if self.grain_scheduler is not None and self.grain_scheduler.config.prediction_type != "sample":
+            raise ValueError(
+                "components do not fit: `grain_scheduler` needs prediction_type 'sample', got"
+                f" {self.grain_scheduler.config.prediction_type!r}."
+            )
+        num_classes = transformer.config.num_classes
+        beyond = [id for id in self.id2label or {} if num_classes is None or not 0 <= id < num_classes]
+        if beyond:
+            raise ValueError(f"components do not fit: `id2label` names {beyond}, the model has {num_classes} classes.")
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # Labels
+    # ------------------------------------------------------------------------------------------------------------------
+
+    @property
+    def id2label(self) -> dict[int, str] | None:
+        """Names of the classes by id, as serialised with the pipeline."""
+        if self.config.id2label is None:
+            return None
+        return {int(key): name for key, name in self.config.id2label.items()}
+
+    def get_label_ids(self, label: str | list[str]) -> list[int]:
+        """Ids of class names.
+
+        Args:
+            label: a name or a list of names, as in `id2label`; one of several names separated by commas is enough.
+
+        Raises:
+            ValueError: a name is unknown (close ones are listed) or belongs to several classes, or the pipeline has no
+                names.
+        """
+        if self.id2label is None:
+            raise ValueError(f"`class_labels` {label!r}: this pipeline has no `id2label`, pass ids.")
+        ids_of_name: dict[str, list[int]] = {}
+        for id, names in self.id2label.items():
+            for name in {names, *(part.strip() for part in names.split(","))}:
+                ids_of_name.setdefault(name, []).append(id)
+        ids = []
+        for name in [label] if isinstance(label, str) else label:
+            found = ids_of_name.get(name, [])
+            if not found:
+                close = difflib.get_close_matches(str(name), ids_of_name, n=3) or sorted(ids_of_name)[:3]
+                raise ValueError(f"unknown class name {name!r}. Close names: {', '.join(map(repr, close))}.")
+            if len(found) > 1:
+                raise ValueError(f"class name {name!r} belongs to several classes, {found}: pass one of these ids.")
+            ids += found
+        return ids
+
+    def _class_ids(self, class_labels: int | str | list[int] | list[str] | None) -> list[int] | None:
+        """Class ids of the argument `class_labels`, each checked against the model and its names."""
+        num_classes = self.transformer.config.num_classes
+        if num_classes is None:
+            if class_labels is not None:
+                raise ValueError(f"`class_labels` {class_labels!r} were given to an unconditional model.")
+            return None
+        if class_labels is None:
+            raise ValueError("`class_labels` are required: this model is class-conditional.")
+        labels = [class_labels] if isinstance(class_labels, (int, np.integer, str)) else list(class_labels)
+        if not labels:
+            raise ValueError("`class_labels` is empty.")
+        ids = []
+        for label in labels:
+            if isinstance(label, str):
+                ids += self.get_label_ids(label)
+                continue
+            if isinstance(label, bool) or not isinstance(label, (int, np.integer)):
+                raise ValueError(f"`class_labels` must be ids or names, got {label!r} of type {type(label).__name__}.")
+            known = range(num_classes) if self.id2label is None else sorted(self.id2label)
+            if label not in known:
+                close = sorted(known, key=lambda id: (abs(id - label), id))[:3]
+                named = [f"{id} ({self.id2label[id]})" if self.id2label else str(id) for id in close]
+                raise ValueError(f"unknown class id {label}. Close ids: {', '.join(named)}.")
+            ids.append(int(label))
+        return ids
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # Grain maps
+    # ------------------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def grain_map_from_image(
+        self,
+        image: PIL.Image.Image | list[PIL.Image.Image] | np.ndarray | torch.Tensor,
+        fine_ratio: float | None = None,
+    ) -> torch.Tensor:
+        """The grain maps of images, by their entropy: what Dynamic Grained Coding does in the first stage.
+
+        Args:
+            image: a PIL image or a list of them, an array (B, H, W, 3) or tensor (B, 3, H, W) in [0, 1]. Sides are
+                multiples of S: nothing is resized.
+            fine_ratio: share of fine regions over the calibration set; None for the autoencoder's default.
+
+        Returns:
+            (B, h, w) int64.
+
+        Raises:
+            ValueError: sides are not multiples of S, values lie outside [0, 1], the ratio lies outside [0, 1] or the
+                autoencoder has not been calibrated.
+        """
+        images = image if isinstance(image, (list, tuple)) else [image]
+        for one in images:
+            width, height = one.size if isinstance(one, PIL.Image.Image) else (self.vae.region_size,) * 2
+            if width % self.vae.region_size or height % self.vae.region_size:
+                raise ValueError(
+                    f"the sides of `image` must be multiples of the region size {self.vae.region_size}, got"
+                    f" {height}x{width}."
+                )
+        if isinstance(image, PIL.Image.Image) or isinstance(images[0], PIL.Image.Image):
+            arrays = np.stack([np.asarray(one.convert("RGB"), dtype=np.float32) / 255 for one in images])
+            pixels = torch.from_numpy(arrays).permute(0, 3, 1, 2)
+        elif isinstance(image, np.ndarray):
+            pixels = torch.from_numpy(image if image.ndim == 4 else image[None]).permute(0, 3, 1, 2)
+        else:
+            pixels = image if image.ndim == 4 else image[None]
+        if not pixels.is_floating_point():
+            raise ValueError(f"`image` as an array or tensor must be floating point in [0, 1], got {pixels.dtype}.")
+        entropy = self.vae.region_entropy(2 * pixels.to(self._execution_device) - 1)
+        return grain_map_from_entropy(entropy, self.vae.thresholds(fine_ratio))
+
+    @staticmethod
+    def visualize_grain_map(image: PIL.Image.Image, grain_map: torch.Tensor | np.ndarray) -> PIL.Image.Image:
+        """Red regions are fine, blue ones coarse: see `diffusers_d2it.visualize_grain_map`."""
+        return visualize_grain_map(image, grain_map)
+
+    def prepare_grain_map(
+        self,
+        grain_map: torch.Tensor | np.ndarray | str | None,
+        fine_ratio: float | None,
+        class_ids: torch.Tensor | None,
+        batch_size: int,
+        size: tuple[int, int],
+        num_inference_steps: int,
+        guidance_scale: float,
+        generator: torch.Generator | list[torch.Generator] | None,
+    ) -> torch.Tensor:
+        """The maps of a batch, (B, h, w) on the execution device: given, constant, random, or drawn by the grain model."""
+        device = self._execution_device
+        num_grains = self.transformer.config.num_grains
+        if grain_map is None:
+            return sample_grain_map(
+                self.grain_model,
+                self.grain_scheduler,
+                size,
+                class_ids,
+                batch_size,
+                num_inference_steps,
+                guidance_scale,
+                fine_ratio,
+                generator,
+                device,
+            )
+        if isinstance(grain_map, str):
+            if grain_map == "random":
+                ratio = fine_ratio
+                if ratio is None:
+                    ratio = (self.vae.config.grain_ratios or [1 / num_grains] * num_grains)[-1]
+                return _random_grain_map((batch_size, *size), num_grains, ratio, generator, device)
+            return torch.full((batch_size, *size), 0 if grain_map == "coarse" else num_grains - 1, device=device)
+        grain_map = torch.as_tensor(grain_map, device=device)
+        return grain_map.expand(batch_size, *size) if grain_map.ndim == 2 else grain_map.expand(batch_size, -1, -1)
+
+    def _map_size(
+        self, grain_map, latents: torch.Tensor | None, height: int | None, width: int | None
+    ) -> tuple[int, int]:
+        """Sides of the grain map: from the map, the latents, the size asked for, or the training size, if they agree."""
+        cells = self.transformer.patch_size
+        region = self.vae.region_size
+        sizes = {}
+        if grain_map is not None and not isinstance(grain_map, str):
+            sizes["grain_map"] = tuple(grain_map.shape[-2:])
+        if latents is not None:
+            sizes["latents"] = tuple(side / cells for side in latents.shape[-2:])
+        if height is not None or width is not None:
+            default = self.transformer.config.sample_size * self.vae.downsample_factor
+            sides = (default if height is None else height, default if width is None else width)
+            if any(side < region or side % region for side in sides):
+                raise ValueError(
+                    f"`height` and `width` must be positive multiples of the region size {region}, got"
+                    f" {sides[0]}x{sides[1]}."
+                )
+            sizes["height and width"] = tuple(side // region for side in sides)
+        if not sizes:
+            return (self.transformer.config.sample_size // cells,) * 2
+        if len(set(sizes.values())) > 1:
+            described = ", ".join(f"{name} {size[0]:g}x{size[1]:g}" for name, size in sizes.items())
+            raise ValueError(f"arguments ask for maps of different sizes: {described} regions.")
+        return next(iter(sizes.values()))
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # The call
+    # ------------------------------------------------------------------------------------------------------------------
+
+    def check_inputs(
+        self,
+        batch_size: int,
+        num_images_per_prompt: int,
+        num_inference_steps: int,
+        guidance_interval: tuple[float, float],
+        guidance_power: float | None,
+        grain_map,
+        fine_ratio: float | None,
+        grain_num_inference_steps: int,
+        generator,
+        latents: torch.Tensor | None,
+        output_type: str,
+        callback_on_step_end_tensor_inputs: list[str],
+    ) -> None:
+        """Raise a ValueError that names the first argument of `__call__` that is out of range."""
+        for name, value in (
+            ("num_images_per_prompt", num_images_per_prompt),
+            ("num_inference_steps", num_inference_steps),
+            ("grain_num_inference_steps", grain_num_inference_steps),
+        ):
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"`{name}` must be a positive integer, got {value!r}.")
+        if len(guidance_interval) != 2 or not 0 <= guidance_interval[0] <= guidance_interval[1] <= 1:
+            raise ValueError(
+                f"`guidance_interval` must be (start, stop) with 0 <= start <= stop <= 1, got {guidance_interval}."
+            )
+        if guidance_power is not None and not guidance_power > 0:
+            raise ValueError(f"`guidance_power` must be positive or None, got {guidance_power}.")
+        if fine_ratio is not None and not 0 <= fine_ratio <= 1:
+            raise ValueError(f"`fine_ratio` must lie in [0, 1], got {fine_ratio}.")
+        if output_type not in ("pil", "np", "pt", "latent"):
+            raise ValueError(f"`output_type` must be 'pil', 'np', 'pt' or 'latent', got {output_type!r}.")
+        unknown = set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs)
+        if unknown:
+            raise ValueError(
+                f"`callback_on_step_end_tensor_inputs` must be among {self._callback_tensor_inputs}, got"
+                f" {sorted(unknown)}."
+            )
+        if isinstance(generator, list) and len(generator) != batch_size:
+            raise ValueError(f"`generator` must be one, or one for each of {batch_size} images, got {len(generator)}.")
+        if grain_map is None:
+            if self.grain_model is None:
+                raise ValueError("`grain_map` is required: this pipeline has no grain model.")
+        elif isinstance(grain_map, str):
+            if grain_map not in ("coarse", "fine", "random"):
+                raise ValueError(f"`grain_map` must be 'coarse', 'fine', 'random' or a map, got {grain_map!r}.")
+            if fine_ratio is not None and grain_map != "random":
+                raise ValueError(f"`grain_map` {grain_map!r} and `fine_ratio` exclude each other.")
+        else:
+            self._check_given_map(grain_map, batch_size)
+            if fine_ratio is not None:
+                raise ValueError("a given `grain_map` and `fine_ratio` exclude each other.")
+        channels = self.transformer.config.in_channels
+        if latents is not None and (latents.ndim != 4 or latents.shape[:2] != (batch_size, channels)):
+            raise ValueError(
+                f"`latents` must have shape ({batch_size}, {channels}, h, w), got {tuple(latents.shape)}."
+            )
+        if latents is not None and not latents.isfinite().all():
+            raise ValueError("`latents` hold values that are not finite.")
+
+    def _check_given_map(self, grain_map, batch_size: int) -> None:
+        if not isinstance(grain_map, (torch.Tensor, np.ndarray)):
+            raise ValueError(f"`grain_map` must be a tensor, an array or a name, got {type(grain_map).__name__}.")
+        if grain_map.dtype not in (torch.int64, np.int64):
+            raise ValueError(f"`grain_map` must be int64, got {grain_map.dtype}.")
+        if grain_map.ndim not in (2, 3) or (grain_map.ndim == 3 and len(grain_map) not in (1, batch_size)):
+            raise ValueError(
+                f"`grain_map` must have shape (h, w), (1, h, w) or ({batch_size}, h, w), got {tuple(grain_map.shape)}."
+            )
+        grain_map = torch.as_tensor(grain_map)
+        check_grain_map(grain_map if grain_map.ndim == 3 else grain_map[None], self.transformer.config.num_grains)
+
+    @property
+    def guidance_scale(self) -> float:
+        """Scale of classifier-free guidance; a callback may set `_guidance_scale` between steps."""
+        return self._guidance_scale
+
+    @property
+    def num_timesteps(self) -> int:
+        """Number of steps of the running or last call."""
+        return self._num_timesteps
+
+    @property
+    def interrupt(self) -> bool:
+        """A callback may set `_interrupt` to stop denoising; what has been reached is decoded."""
+        return self._interrupt
+
+    def _guidance_at(self, progress: float, interval: tuple[float, float], power: float | None) -> float:
+        """Guidance scale after a share `progress` of the steps: 1 outside the interval, where one pass is enough."""
+        if self.transformer.config.num_classes is None or not interval[0] <= progress < interval[1]:
+            # The last step ends at progress 1, so an interval up to 1 includes it.
+            return 1.0
+        if power is None:
+            return self._guidance_scale
+        # Power-cosine schedule of MDT (Gao et al., arXiv:2303.14389): from 1 at pure noise to the full scale.
+        return 1 + (self._guidance_scale - 1) * (1 - math.cos(math.pi * progress**power)) / 2
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        class_labels: int | str | list[int] | list[str] | None = None,
+        num_images_per_prompt: int = 1,
+        num_inference_steps: int = 50,
+        guidance_scale: float = 4.0,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
+        grain_map: torch.Tensor | np.ndarray | str | None = None,
+        fine_ratio: float | None = None,
+        grain_num_inference_steps: int = 20,
+        grain_guidance_scale: float = 1.0,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[["D2iTPipeline", int, torch.Tensor, dict], dict] | None = None,
+        callback_on_step_end_tensor_inputs: list[str] = ["latents"],
+        height: int | None = None,
+        width: int | None = None,
+        guidance_power: float | None = None,
+    ) -> D2iTPipelineOutput | tuple:
+        """Generate images and their grain maps.
+
+        Args:
+            class_labels: an id, a name, or a list of either, one image each; None for an unconditional model.
+            num_images_per_prompt: images for each label.
+            num_inference_steps: denoising steps.
+            guidance_scale: classifier-free guidance w, eps = eps_null + w (eps_class - eps_null); 1 is without, and an
+                unconditional model has none.
+            guidance_interval: first and last share of the steps that are guided, 0 = first step (noise), 1 = last.
+                Steps outside take one pass instead of two.
+            grain_map: the map, int64 (h, w), (1, h, w) or (B, h, w), 0 = coarsest; or "coarse", "fine", "random". None
+                lets the grain model draw it. Its size decides the size of the image.
+            fine_ratio: share of regions in the finest grain, in [0, 1], met exactly in every image: the grain model is
+                asked for it and its map trimmed. For "random" it is the probability of a fine region.
+            grain_num_inference_steps: steps of the grain model.
+            grain_guidance_scale: classifier-free guidance of the grain model, on its logits.
+            generator: a torch generator, or one for each image, which then does not depend on the rest of the batch.
+            latents: noise to start from, (B, C, H / f, W / f), standard normal. It is tied to the map.
+            output_type: "pil", "np", "pt" or "latent" (scaled latents).
+            return_dict: False returns the tuple (images, grain_maps).
+            callback_on_step_end: called as callback(pipe, step, timestep, {"latents": ...}) after every step; what it
+                returns under "latents" replaces them, tied to the map.
+            callback_on_step_end_tensor_inputs: which tensors the callback receives.
+            height, width: sides of the image in pixels, multiples of S; default: the size of training.
+            guidance_power: exponent of MDT's power-cosine schedule of the scale; None keeps the scale constant.
+
+        Raises:
+            ValueError: an argument is out of range, unknown, or contradicts another or the model.
+        """
+        # 1. Arguments
+        class_ids = self._class_ids(class_labels)
+        batch_size = num_images_per_prompt * (1 if class_ids is None else len(class_ids))
+        self.check_inputs(
+            batch_size,
+            num_images_per_prompt,
+            num_inference_steps,
+            guidance_interval,
+            guidance_power,
+            grain_map,
+            fine_ratio,
+            grain_num_inference_steps,
+            generator,
+            latents,
+            output_type,
+            callback_on_step_end_tensor_inputs,
+        )
+        size = self._map_size(grain_map, latents, height, width)
+        device = self._execution_device
+        self._guidance_scale = guidance_scale
+        self._interrupt = False
+        if class_ids is not None:
+            class_ids = torch.tensor(class_ids, device=device).repeat_interleave(num_images_per_prompt)  # (B,)
+
+        # 2. Grain map
+        grain_map = self.prepare_grain_map(
+            grain_map,
+            fine_ratio,
+            class_ids,
+            batch_size,
+            size,
+            grain_num_inference_steps,
+            grain_guidance_scale,
+            generator,
+        )  # (B, h, w)
+        # What depends on the map alone, for passes with and without the unconditional half
+        layout = self.transformer.prepare_grain_map(grain_map)
+        guided_layout, guided_class_ids = None, None
+        if class_ids is not None:
+            null_ids = torch.full_like(class_ids, self.transformer.config.num_classes)
+            guided_class_ids = torch.cat([class_ids, null_ids])
+            guided_layout = self.transformer.prepare_grain_map(torch.cat([grain_map, grain_map]))
+
+        # 3. Noise with the grain of its region
+        cells, channels = self.transformer.patch_size, self.transformer.config.in_channels
+        shape = (batch_size, channels, size[0] * cells, size[1] * cells)
+        if latents is None:
+            latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
+        steps = TiedScheduler(self.scheduler, grain_map, num_inference_steps, device, generator)
+        latents = steps.prior(latents.to(device))  # (B, C, h * R, w * R)
+
+        # 4. Denoise
+        self._num_timesteps = len(steps.timesteps)
+        predicts_variance = self.transformer.out_channels == 2 * channels
+        scheduler_reads_variance = self.scheduler.config.get("variance_type") in ("learned", "learned_range")
+        with self.progress_bar(total=self._num_timesteps) as progress_bar:
+            for i, t in enumerate(steps.timesteps):
+                if self.interrupt:
+                    break
+                scale = self._guidance_at(i / self._num_timesteps, guidance_interval, guidance_power)
+                model_input, timestep = steps.model_input(latents, t)
+                model_input = model_input.to(self.transformer.dtype)
+                if scale == 1.0:
+                    with self.transformer.cache_context("cond"):
+                        prediction = self.transformer(model_input, timestep, layout, class_ids).sample
+                else:
+                    model_input = torch.cat([model_input, model_input])
+                    with self.transformer.cache_context("guided"):
+                        prediction = self.transformer(model_input, timestep, guided_layout, guided_class_ids).sample
+                    prediction, null = prediction.chunk(2)
+                    noise, null_noise = prediction[:, :channels], null[:, :channels]
+                    guided = null_noise + scale * (noise - null_noise)
+                    prediction = torch.cat([guided, prediction[:, channels:]], dim=1)
+                if predicts_variance and not scheduler_reads_variance:
+                    prediction = prediction[:, :channels]
+                latents = steps.step(prediction.to(latents.dtype), t, latents)
+                if callback_on_step_end is not None:
+                    tensors = {name: locals()[name] for name in callback_on_step_end_tensor_inputs}
+                    replaced = callback_on_step_end(self, i, t, tensors).pop("latents", latents)
+                    latents = latents if replaced is latents else steps.tie(replaced)
+                progress_bar.update()
+
+        # 5. Decode
+        check_tied(latents, grain_map)
+        images = self.decode_latents(latents, output_type)
+        self.maybe_free_model_hooks()
+        if not return_dict:
+            return (images, grain_map)
+        return D2iTPipelineOutput(images=images, grain_maps=grain_map)
+
+    def decode_latents(self, latents: torch.Tensor, output_type: str = "pil"):
+        """Scaled latents (B, C, H / f, W / f) to images of `output_type`.
+
+        Raises:
+            ValueError: the latents are not finite: the model or the scheduler has diverged.
+        """
+        if not latents.isfinite().all():
+            raise ValueError("denoising ended in latents that are not finite: the model or the scheduler diverged.")
+        if output_type == "latent":
+            return latents
+        pixels = self.vae.decode(self.vae.unscale_latents(latents).to(self.vae.dtype)).sample
+        return self.image_processor.postprocess(pixels.float(), output_type=output_type)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Drawing grain maps
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def sample_grain_map(
+    model: D2iTGrainModel,
+    scheduler: KarrasDiffusionSchedulers,
+    size: tuple[int, int],
+    class_ids: torch.Tensor | None,
+    batch_size: int,
+    num_inference_steps: int = 20,
+    guidance_scale: float = 1.0,
+    fine_ratio: float | None = None,
+    generator: torch.Generator | list[torch.Generator] | None = None,
+    device: torch.device | None = None,
+) -> torch.Tensor:
+    """Draw grain maps from noise (sec. 3.2.2): diffusion over one-hot maps, argmax of the last logits (Eq. 4).
+
+    Args:
+        model: the grain model.
+        scheduler: a scheduler with prediction_type "sample".
+        size: (h, w) sides of the map.
+        class_ids: (B,) int64, or None for an unconditional model.
+        batch_size: B.
+        num_inference_steps: steps of the scheduler.
+        guidance_scale: classifier-free guidance on the logits; 1 is without.
+        fine_ratio: share of regions in the finest grain, met exactly; None leaves it to the model.
+        generator: one, or one for each map.
+        device: where to draw; default: the model's.
+
+    Returns:
+        (B, h, w) int64.
+    """
+    device = device or model.device
+    num_grains, num_classes = model.config.num_grains, model.config.num_classes
+    ratio = None
+    if fine_ratio is not None and model.config.fine_ratio_condition:
+        ratio = torch.full((batch_size,), float(fine_ratio), device=device)
+    guided = num_classes is not None and guidance_scale != 1.0
+
+    scheduler.set_timesteps(num_inference_steps, device=device)
+    state = randn_tensor((batch_size, num_grains, *size), generator=generator, device=device, dtype=torch.float32)
+    state = state * scheduler.init_noise_sigma  # (B, k, h, w)
+    for t in scheduler.timesteps:
+        model_input = scheduler.scale_model_input(state, t).to(model.dtype)
+        logits = model(model_input, t, class_ids, ratio).logits.float()
+        if guided:
+            null_logits = model(model_input, t, torch.full_like(class_ids, num_classes), ratio).logits.float()
+            logits = null_logits + guidance_scale * (logits - null_logits)
+        state = scheduler.step(model.expected_state(logits), t, state, return_dict=False)[0]
+    return _grain_map_from_logits(logits, fine_ratio)
+
+
+def _grain_map_from_logits(logits: torch.Tensor, fine_ratio: float | None) -> torch.Tensor:
+    """The most likely grain of each region; with a ratio, the finest grain goes to the regions likeliest to have it."""
+    if fine_ratio is None:
+        return logits.argmax(dim=1)
+    coarser = logits[:, :-1]
+    fineness = (logits[:, -1] - coarser.logsumexp(dim=1)).flatten(1)  # (B, h * w)
+    num_fine = round(fine_ratio * fineness.shape[1])
+    ranked = fineness.argsort(dim=1, descending=True, stable=True)
+    fine = torch.zeros_like(fineness, dtype=torch.bool).scatter(1, ranked[:, :num_fine], True)
+    return coarser.argmax(dim=1).masked_fill(fine.view_as(logits[:, -1]), logits.shape[1] - 1)
+
+
+def _random_grain_map(
+    shape: tuple[int, int, int],
+    num_grains: int,
+    fine_ratio: float,
+    generator: torch.Generator | list[torch.Generator] | None,
+    device: torch.device,
+) -> torch.Tensor:
+    """Independent regions, fine with probability `fine_ratio`, the coarser grains equally likely (Table 5)."""
+    batch_size, height, width = shape
+    normal = randn_tensor((batch_size, 2, height, width), generator=generator, device=device)
+    uniform = torch.special.ndtr(normal).unbind(dim=1)
+    coarser = (uniform[1] * (num_grains - 1)).long().clamp_max(num_grains - 2)
+    return torch.where(uniform[0] < fine_ratio, num_grains - 1, coarser)
