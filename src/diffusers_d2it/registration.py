@@ -1,8 +1,9 @@
 # Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
 """Makes the classes of this package loadable by diffusers: the one place that touches its internals.
 
-Without it `D2iTPipeline.from_pretrained("user/repo")` fails on components that diffusers does not know (diffusers issue
-6563). Each internal is looked up with care and pinned by a test, so a diffusers that moved it fails there and not here.
+Without it `D2iTPipeline.from_pretrained("user/repo")` fails on components that diffusers does not know (diffusers
+issue 6563). Each internal is looked up with care and pinned by a test: a diffusers that moved it fails there, not
+here.
 """
 
 import diffusers

@@ -36,7 +36,7 @@ from .loading import StrictModelMixin
 
 
 class TiedGaussianDistribution(DiagonalGaussianDistribution):
-    """Diagonal Gaussian over codes of mixed grain: one mean, one variance and one noise draw serve all cells of a code.
+    """Diagonal Gaussian over codes of mixed grain: one mean, one variance, one noise draw for all cells of a code.
 
     Args:
         parameters: means and log-variances, (B, 2C, H/f, W/f), equal inside every code.
@@ -291,12 +291,12 @@ class DynamicAutoencoderKL(StrictModelMixin, AttentionMixin, AutoencoderMixin, C
         """What `decode` reads: the inverse of `scale_latents`."""
         return latents / self.config.scaling_factor + (self.config.shift_factor or 0.0)
 
-    # ------------------------------------------------------------------------------------------------------------------
+    # -----------------------------------------------------------------------------------------------------------------
     # Dynamic Grained Coding
-    # ------------------------------------------------------------------------------------------------------------------
+    # -----------------------------------------------------------------------------------------------------------------
 
     def region_entropy(self, x: torch.Tensor) -> torch.Tensor:
-        """Entropy of the regions of images (B, 3, H, W) in [-1, 1], with the settings of the calibration: (B, h, w)."""
+        """Entropy of the regions of images (B, 3, H, W) in [-1, 1], counted as in the calibration: (B, h, w)."""
         calibration = self.config.calibration or {}
         return region_entropy(
             x, self.region_size, calibration.get("num_bins", NUM_BINS), calibration.get("sigma", SIGMA)
@@ -321,15 +321,15 @@ class DynamicAutoencoderKL(StrictModelMixin, AttentionMixin, AutoencoderMixin, C
         if self.config.calibration is None:
             if any(0 < ratio < 1 for ratio in ratios):
                 raise ValueError(
-                    "this DynamicAutoencoderKL has no entropy thresholds: run examples/calibrate_dvae.py on its training"
-                    " images, or pass a `grain_map`, or a `fine_ratio` of 0 or 1."
+                    "this DynamicAutoencoderKL has no entropy thresholds: run examples/calibrate_dvae.py on its"
+                    " training images, or pass a `grain_map`, or a `fine_ratio` of 0 or 1."
                 )
             return thresholds_for_ratios({"quantiles": [0.0, 0.0]}, ratios)
         return thresholds_for_ratios(self.config.calibration, ratios)
 
-    # ------------------------------------------------------------------------------------------------------------------
+    # -----------------------------------------------------------------------------------------------------------------
     # Encode and decode
-    # ------------------------------------------------------------------------------------------------------------------
+    # -----------------------------------------------------------------------------------------------------------------
 
     @apply_forward_hook
     def encode(
@@ -406,9 +406,9 @@ class DynamicAutoencoderKL(StrictModelMixin, AttentionMixin, AutoencoderMixin, C
         z = posterior.sample(generator=generator) if sample_posterior else posterior.mode()
         return self.decode(z, return_dict=return_dict)
 
-    # ------------------------------------------------------------------------------------------------------------------
+    # -----------------------------------------------------------------------------------------------------------------
     # Tiling: memory bounded by the tile, seams blended over a quarter of it
-    # ------------------------------------------------------------------------------------------------------------------
+    # -----------------------------------------------------------------------------------------------------------------
 
     def _encode_grains(self, x: torch.Tensor) -> list[torch.Tensor]:
         if not self.use_tiling or max(x.shape[-2:]) <= self.tile_sample_min_size:

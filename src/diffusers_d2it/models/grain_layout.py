@@ -92,7 +92,7 @@ class GrainLayout:
 
 
 def window_side(level: int, window_size: int) -> int:
-    """Tokens along a side of a window of this level: at least one region, otherwise whole regions up to window_size."""
+    """Tokens along a side of a window: whole regions, as many as fit in window_size, at least one."""
     tokens_per_region = 2**level
     return max(1, window_size // tokens_per_region) * tokens_per_region
 
@@ -165,7 +165,7 @@ def _refine_layout(
 
 
 def _token_order(level: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Row and column in their region of the tokens of a level, quarter by quarter: children of a parent are adjacent."""
+    """Row and column of each token in its region, quarter by quarter: children of a parent are adjacent."""
     row = column = torch.zeros(1, dtype=torch.int64, device=device)
     quarter = torch.arange(4, device=device)
     for _ in range(level):

@@ -173,13 +173,13 @@ class D2iTGrainModel(StrictModelMixin, AttentionMixin, CacheMixin, PeftAdapterMi
             raise ValueError("`fine_ratio` was given to a grain model with fine_ratio_condition=False.")
         if fine_ratio.shape != hidden_states.shape[:1] or not fine_ratio.is_floating_point():
             raise ValueError(
-                f"`fine_ratio` must be floating point of shape ({len(hidden_states)},), got {fine_ratio.dtype} of shape"
-                f" {tuple(fine_ratio.shape)}."
+                f"`fine_ratio` must be floating point of shape ({len(hidden_states)},), got {fine_ratio.dtype} of"
+                f" shape {tuple(fine_ratio.shape)}."
             )
 
     @staticmethod
     def expected_state(logits: torch.Tensor) -> torch.Tensor:
-        """x0 of the diffusion over maps: the one-hot state, -1 and +1, expected under softmax(logits), (B, k, h, w)."""
+        """x0 of the diffusion over maps: the one-hot state (-1, +1) expected under softmax(logits), (B, k, h, w)."""
         return 2 * logits.softmax(dim=1) - 1
 
     @staticmethod
