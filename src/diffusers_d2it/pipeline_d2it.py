@@ -252,7 +252,7 @@ class D2iTPipeline(DiffusionPipeline):
         guidance_scale: float,
         generator: torch.Generator | list[torch.Generator] | None,
     ) -> torch.Tensor:
-        """The maps of a batch, (B, h, w) on the execution device: given, constant, random, or drawn by the grain model."""
+        """The maps of a batch, (B, h, w) on the execution device: given, constant, random, or drawn."""
         device = self._execution_device
         num_grains = self.transformer.config.num_grains
         if grain_map is None:
@@ -281,7 +281,7 @@ class D2iTPipeline(DiffusionPipeline):
     def _map_size(
         self, grain_map, latents: torch.Tensor | None, height: int | None, width: int | None
     ) -> tuple[int, int]:
-        """Sides of the grain map: from the map, the latents, the size asked for, or the training size, if they agree."""
+        """Sides of the grain map: from the map, the latents, the size asked for or that of training."""
         cells = self.transformer.patch_size
         region = self.vae.region_size
         sizes = {}
@@ -618,7 +618,7 @@ def sample_grain_map(
 
 
 def _grain_map_from_logits(logits: torch.Tensor, fine_ratio: float | None) -> torch.Tensor:
-    """The most likely grain of each region; with a ratio, the finest grain goes to the regions likeliest to have it."""
+    """The most likely grain of each region; with a ratio, the regions likeliest to be fine are."""
     if fine_ratio is None:
         return logits.argmax(dim=1)
     coarser = logits[:, :-1]
