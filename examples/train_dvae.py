@@ -23,7 +23,6 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from diffusers_d2it import DynamicAutoencoderKL, load_preset, visualize_grain_map
-from diffusers_d2it.calibration import EntropyCalibration
 from diffusers_d2it.grains import grain_map_to_cells, split
 from diffusers_d2it.losses import dvae_loss
 from diffusers_d2it.training import (
@@ -32,13 +31,14 @@ from diffusers_d2it.training import (
     add_data_arguments,
     add_training_arguments,
     batches_from,
+    count_entropy,
+    describe_source,
     load_images,
     make_accelerator,
     make_loader,
     psnr,
     save_aside,
     step_generator,
-    to_pixels,
     use_ema,
 )
 
@@ -68,34 +68,18 @@ class DvaeStep(torch.nn.Module):
         return dvae_loss(pixels, reconstruction, posterior.kl(), self.kl_weight)
 
 
-def calibrate(images, config: dict, args: argparse.Namespace, accelerator) -> dict:
-    """Entropy quantiles of the training images, each process counting its share."""
-    calibration = EntropyCalibration(region_size=config["downsample_factors"][-1])
-    shard = images.shard(accelerator.num_processes, accelerator.process_index)
-    for row in tqdm(shard, desc="entropy", disable=not accelerator.is_main_process):
-        calibration.update(to_pixels(row[args.image_column], args.resolution)[None])
-    counts = torch.cat([calibration.counts, torch.tensor([calibration.num_images])]).to(accelerator.device)
-    counts = accelerator.reduce(counts, "sum").cpu()
-    total = EntropyCalibration(region_size=calibration.region_size)
-    total.merge(counts[:-1], int(counts[-1]))
-    name = args.dataset_name or args.train_data_dir
-    return total.to_config(source=f"{os.path.basename(os.path.normpath(name))}, {args.split}, {args.resolution}px")
-
-
 @torch.no_grad()
-def measure_latents(vae: DynamicAutoencoderKL, loader: DataLoader, device: torch.device) -> dict[str, float]:
-    """Mean and standard deviation of the latents at the default ratio, over codes, and the deviation of each grain."""
-    moments = torch.zeros(vae.num_grains, 3, dtype=torch.float64)  # per grain: codes, sum, sum of squares
-    for batch in loader:
-        encoded = vae.encode(batch["pixels"].to(device))
-        latents = encoded.latent_dist.mode()
+def measure_latents(vae: DynamicAutoencoderKL, loader: DataLoader, generator: torch.Generator) -> dict[str, float]:
+    """Shift and scale of sampled codes at the default ratio, and the deviation of each grain."""
+    moments = torch.zeros(vae.num_grains, 3, dtype=torch.float64)  # per grain: number of values, sum, sum of squares
+    for batch in tqdm(loader, desc="latents"):
+        encoded = vae.encode(batch["pixels"].to(vae.device))
+        latents = encoded.latent_dist.sample(generator)
         for grain, codes in enumerate(split(latents, encoded.grain_map)):
             codes_per_side = codes.shape[-1] // encoded.grain_map.shape[-1]
             of_grain = grain_map_to_cells(encoded.grain_map, codes_per_side) == grain
-            codes = codes.movedim(1, -1)[of_grain].double()
-            moments[grain] += torch.stack(
-                [torch.tensor(codes.numel()).double(), codes.sum(), codes.pow(2).sum()]
-            ).cpu()
+            values = codes.movedim(1, -1)[of_grain].double().cpu()
+            moments[grain] += torch.tensor([values.numel(), values.sum(), values.pow(2).sum()], dtype=torch.float64)
     counts, sums, squares = moments.sum(dim=0)
     mean = sums / counts
     statistics = {"shift_factor": mean.item(), "scaling_factor": (squares / counts - mean**2).rsqrt().item()}
@@ -107,12 +91,10 @@ def measure_latents(vae: DynamicAutoencoderKL, loader: DataLoader, device: torch
 @torch.no_grad()
 def validate(vae: DynamicAutoencoderKL, pixels: torch.Tensor, path: str) -> dict[str, float]:
     """Draw originals, reconstructions and maps at the default ratio; PSNR in dB at ratios 0, 0.5 and 1."""
-    scores = {
-        f"psnr_{ratio}": psnr(
-            pixels, vae.decode(vae.encode(pixels, fine_ratio=ratio).latent_dist.mode()).sample
-        ).mean()
-        for ratio in (0.0, 0.5, 1.0)
-    }
+    scores = {}
+    for ratio in (0.0, 0.5, 1.0):
+        latents = vae.encode(pixels, fine_ratio=ratio).latent_dist.mode()
+        scores[f"psnr_{ratio}"] = psnr(pixels, vae.decode(latents).sample).mean()
     encoded = vae.encode(pixels)
     decoded = vae.decode(encoded.latent_dist.mode()).sample
     processor = VaeImageProcessor()
@@ -131,7 +113,8 @@ def main(args: argparse.Namespace) -> None:
     images = load_images(args)
     config = load_preset(args.preset)
     config["sample_size"] = args.resolution
-    config["calibration"] = calibrate(images, config, args, accelerator)
+    calibration = count_entropy(accelerator, images, args, region_size=config["downsample_factors"][-1])
+    config["calibration"] = calibration.to_config(source=describe_source(args))
     dataset = ImageDataset(images, args.resolution, args.image_column, label_column=None, seed=args.seed)
     loader = make_loader(dataset, args)
     samples = torch.stack([dataset[index]["pixels"] for index in range(min(8, len(dataset)))])
@@ -202,7 +185,8 @@ def main(args: argparse.Namespace) -> None:
     # 4. Scale of the latents, and the model that the next stages read
     if accelerator.is_main_process:
         ema.copy_to(vae.parameters())
-        statistics = measure_latents(vae, DataLoader(dataset, batch_size=args.train_batch_size), accelerator.device)
+        generator = torch.Generator(accelerator.device).manual_seed(args.seed)
+        statistics = measure_latents(vae, DataLoader(dataset, batch_size=args.train_batch_size), generator)
         vae.register_to_config(**{key: statistics[key] for key in ("shift_factor", "scaling_factor")})
         save_aside(vae.save_pretrained, os.path.join(args.output_dir, "vae"))
         print(json.dumps(statistics, indent=2))

@@ -65,7 +65,7 @@ class EntropyCalibration:
             raise ValueError("no image was counted: a calibration needs at least one.")
         total = int(self.counts.sum())
         ranks = torch.arange(NUM_QUANTILES + 1, dtype=torch.float64) / NUM_QUANTILES * total
-        upper_edge = torch.searchsorted(self.counts.cumsum(0).double(), ranks).clamp_max(_COUNT_BINS - 1) + 1
+        upper_edge = torch.searchsorted(self.counts.cumsum(0).double(), ranks.clamp_min(1)) + 1
         return {
             "quantiles": [round(value, 4) for value in (upper_edge.double() * self._bin_width).tolist()],
             "region_size": self.region_size,

@@ -17,6 +17,7 @@ import shutil
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,9 @@ from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration, ProjectConfiguration
 from diffusers.training_utils import EMAModel
 from torch.utils.data import DataLoader, Dataset
+from tqdm.auto import tqdm
+
+from .calibration import EntropyCalibration
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -82,7 +86,7 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def make_accelerator(args: argparse.Namespace) -> Accelerator:
-    """The Accelerator of a training script, with an order of the data that can be resumed."""
+    """The Accelerator of the training flags, with an order of the data that can be resumed."""
     return Accelerator(
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         mixed_precision=args.mixed_precision,
@@ -167,6 +171,39 @@ def to_pixels(image: PIL.Image.Image, resolution: int, flip: bool = False) -> to
     if flip:
         image = PIL.ImageOps.mirror(image)
     return torch.from_numpy(np.asarray(image, dtype=np.float32) / 127.5 - 1).permute(2, 0, 1)
+
+
+def describe_source(args: argparse.Namespace) -> str:
+    """The images of the data flags in words, for configurations and model cards."""
+    name = args.dataset_name or args.train_data_dir
+    return f"{os.path.basename(os.path.normpath(name))}, split {args.split}, {args.resolution}x{args.resolution}"
+
+
+def count_entropy(
+    accelerator: Accelerator, images, args: argparse.Namespace, region_size: int, max_images: int | None = None
+) -> EntropyCalibration:
+    """Distribution of the region entropy of a data set, streamed or not, each process counting its share.
+
+    Args:
+        accelerator: joins the counts of its processes.
+        images: from `load_images`.
+        args: the data flags.
+        region_size: S in pixels.
+        max_images: stop after so many images over all processes; None for all.
+    """
+    from datasets.distributed import split_dataset_by_node
+
+    calibration = EntropyCalibration(region_size)
+    share = split_dataset_by_node(images, accelerator.process_index, accelerator.num_processes)
+    if max_images is not None:
+        share = islice(share, -(-(max_images - accelerator.process_index) // accelerator.num_processes))
+    for row in tqdm(share, desc="entropy", disable=not accelerator.is_main_process):
+        calibration.update(to_pixels(row[args.image_column], args.resolution)[None])
+    counted = torch.cat([calibration.counts, torch.tensor([calibration.num_images])]).to(accelerator.device)
+    counted = accelerator.reduce(counted, "sum").cpu()
+    total = EntropyCalibration(region_size)
+    total.merge(counted[:-1], int(counted[-1]))
+    return total
 
 
 class ImageDataset(Dataset):

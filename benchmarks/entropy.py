@@ -1,0 +1,80 @@
+# Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
+"""Entropy of the regions of one 256x256 image: `region_entropy` against Eqs. 2-3 of arXiv:2504.09454 as they stand.
+
+    python benchmarks/entropy.py
+
+The direct side takes one exponential for every pixel and every bin. Errors are against it in double precision.
+"""
+
+import argparse
+
+import torch
+from common import Claim, load_photographs, parse_args, peak_memory, report, time_sides
+from einops import rearrange
+
+from diffusers_d2it.grains import LUMA_WEIGHTS, NUM_BINS, SIGMA, region_entropy
+
+
+def direct_entropy(pixels: torch.Tensor, region_size: int = 16) -> torch.Tensor:
+    """Eqs. 2-3 by broadcasting pixels against bins, the density divided by its sum: (B, 3, H, W) -> (B, h, w)."""
+    luma_weights = torch.tensor(LUMA_WEIGHTS, dtype=pixels.dtype, device=pixels.device)
+    luma = torch.einsum("bchw,c->bhw", pixels, luma_weights) * 0.5 + 0.5
+    luma = rearrange(luma, "b (h p) (w q) -> b h w (p q) 1", p=region_size, q=region_size)
+    bins = torch.linspace(0, 1, NUM_BINS, dtype=pixels.dtype, device=pixels.device)
+    kernel = luma - bins  # (B, h, w, S * S, bins)
+    density = kernel.square_().mul_(-0.5 / SIGMA**2).exp_().sum(dim=-2)
+    density = density / density.sum(dim=-1, keepdim=True)
+    return torch.special.entr(density).sum(dim=-1)
+
+
+def max_error(images: torch.Tensor) -> float:
+    """Largest error of `region_entropy` in nats, image by image against the direct sum in float64."""
+    return max(
+        (region_entropy(image) - direct_entropy(image.double())).abs().max().item() for image in images.split(1)
+    )
+
+
+def synthetic_images(device: str) -> dict[str, torch.Tensor]:
+    """What photographs do not have: flat regions at any level, between bins too, white noise, and near-black."""
+    generator = torch.Generator().manual_seed(0)
+    level = torch.rand(4, 1, 16, 16, generator=generator) * 2 - 1
+    flat = level.repeat_interleave(16, 2).repeat_interleave(16, 3).repeat(1, 3, 1, 1)
+    noise = torch.rand(1, 3, 256, 256, generator=generator)
+    images = {"flat regions": flat, "white noise": noise * 2 - 1, "near black": noise * 0.05 - 1}
+    return {name: image.to(device) for name, image in images.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", help="folder of photographs; default: four that come with scikit-image")
+    args = parse_args(parser, "entropy")
+
+    with torch.no_grad():
+        photographs = load_photographs(args.images).to(args.device)
+        image = photographs[:1]
+        sides = {"region_entropy": lambda: region_entropy(image), "direct broadcast": lambda: direct_entropy(image)}
+        timings = time_sides(sides, args.device, args.repeats)
+        memory = {name: peak_memory(function, args.device) for name, function in sides.items()}
+        errors = {name: max_error(images) for name, images in synthetic_images(args.device).items()}
+        errors = {"photographs": max_error(photographs), **errors}
+
+    fast, direct = timings["region_entropy"].median, timings["direct broadcast"].median
+    report(
+        args,
+        "entropy of one 256x256 image",
+        timings,
+        [
+            Claim("ms an image", fast, 2.0),
+            Claim("direct broadcast / region_entropy", direct / fast, 100, at_least=True),
+            Claim("error in nats", max(errors.values()), 2e-5),
+            Claim("MiB an image", memory["region_entropy"], 8),
+        ],
+        notes={
+            **{f"error on {name} (nats)": error for name, error in errors.items()},
+            **{f"peak memory of {name} (MiB)": mebibytes for name, mebibytes in memory.items()},
+        },
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,61 @@
+# Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
+"""Count the entropy thresholds of a data set (sec. 3.1 of arXiv:2504.09454): any fine ratio from one pass.
+
+    accelerate launch examples/calibrate_dvae.py --train_data_dir photos --resolution 256 --vae runs/dvae/vae
+    accelerate launch examples/calibrate_dvae.py --dataset_name user/images --streaming --max_images 10000 \
+        --resolution 256 --region_size 16 --output calibration.json
+
+The first form writes the result into the configuration of an autoencoder, the second into a file. The images are
+resized and cropped as in training, each process counts its share, and nothing is kept but counts.
+"""
+
+import argparse
+import json
+import os
+from pathlib import Path
+
+from accelerate import Accelerator
+
+from diffusers_d2it import DynamicAutoencoderKL
+from diffusers_d2it.training import add_data_arguments, count_entropy, describe_source, load_images
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_data_arguments(parser)
+    group = parser.add_argument_group("calibration")
+    group.add_argument("--streaming", action="store_true", help="read the data set as a stream, without a local copy")
+    group.add_argument("--max_images", type=int, help="stop after so many images")
+    group.add_argument("--vae", help="folder of a DynamicAutoencoderKL, whose configuration is completed")
+    group.add_argument("--region_size", type=int, help="with --output: side of a region in pixels")
+    group.add_argument("--output", help="with --region_size: JSON file for the result")
+    args = parser.parse_args()
+    if (args.vae is None) == (args.output is None) or (args.output is None) != (args.region_size is None):
+        parser.error("pass either --vae, or --region_size with --output")
+    return args
+
+
+def main(args: argparse.Namespace) -> None:
+    accelerator = Accelerator()
+    vae = None if args.vae is None else DynamicAutoencoderKL.from_pretrained(args.vae)
+    region_size = args.region_size if vae is None else vae.region_size
+    images = load_images(args, streaming=args.streaming)
+    calibration = count_entropy(accelerator, images, args, region_size, args.max_images)
+    if not accelerator.is_main_process:
+        return
+    config = calibration.to_config(source=describe_source(args))
+    if vae is not None:
+        vae.register_to_config(calibration=config)
+        path, text = Path(args.vae) / "config.json", vae.to_json_string()
+    else:
+        path, text = Path(args.output), json.dumps(config, indent=2) + "\n"
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    aside.write_text(text, encoding="utf-8")
+    aside.replace(path)
+    median = config["quantiles"][len(config["quantiles"]) // 2]
+    counted = f"{config['num_regions']} regions of {config['num_images']} images"
+    print(f"{path}: {counted}, counted by {accelerator.num_processes} processes, median {median} nats")
+
+
+if __name__ == "__main__":
+    main(parse_args())

@@ -1,0 +1,173 @@
+# Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
+"""Real photographs and real, tiny components, the same in every test: all of it built from fixed seeds.
+
+    photos                  (8, 3, 64, 64) in [-1, 1]
+    load_photos(resolution) the same photographs at another size
+    calibrate(region_size)  entropy calibration counted on `photos`
+    make_vae, make_grain_model, make_content_model, make_pipeline   tiny components that fit one another
+
+Two grains see 32 px images, 8x8 latents and 4x4 maps; three grains 64 px images, 16x16 latents and 4x4 maps.
+"""
+
+from collections.abc import Callable
+from functools import cache
+
+import numpy as np
+import PIL.Image
+import PIL.ImageOps
+import pytest
+import skimage.data
+import torch
+from diffusers import DDIMScheduler
+
+from diffusers_d2it import (
+    D2iTContentModel,
+    D2iTGrainModel,
+    D2iTPipeline,
+    DynamicAutoencoderKL,
+    load_preset,
+)
+from diffusers_d2it.calibration import EntropyCalibration
+
+
+torch.set_num_threads(1)  # components are tiny: more threads only wait for one another
+
+_PHOTOS = (  # come with the scikit-image wheel; nothing is downloaded
+    skimage.data.astronaut,
+    skimage.data.chelsea,
+    skimage.data.coffee,
+    skimage.data.rocket,
+    skimage.data.retina,
+    skimage.data.hubble_deep_field,
+    skimage.data.immunohistochemistry,
+    lambda: skimage.data.stereo_motorcycle()[0],
+)
+_ID2LABEL = {id: f"class {id}, synonym {id}" for id in range(10)}
+
+
+@cache
+def _load_photos(resolution: int) -> torch.Tensor:
+    arrays = []
+    for photo in _PHOTOS:
+        image = PIL.Image.fromarray(photo())
+        image = PIL.ImageOps.fit(image.convert("RGB"), (resolution, resolution), PIL.Image.Resampling.BICUBIC)
+        arrays.append(np.asarray(image, dtype=np.float32) / 127.5 - 1)
+    return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous()
+
+
+@cache
+def _calibrate(region_size: int) -> dict:
+    calibration = EntropyCalibration(region_size=region_size)
+    calibration.update(_load_photos(64))
+    return calibration.to_config(source="photographs of scikit-image, 64x64 centre crops")
+
+
+def _randomize(model: torch.nn.Module, seed: int) -> None:
+    """Every parameter normal with std 0.05, so that no path is dead because adaLN-Zero starts at zero."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.05, generator=generator)
+
+
+def _make_vae(num_grains: int = 2, seed: int = 0, **overrides) -> DynamicAutoencoderKL:
+    config = load_preset("dvae-tiny")
+    if num_grains == 3:
+        config.update(
+            downsample_factors=[4, 8, 16],
+            block_out_channels=[8, 8, 16, 16, 16],
+            grain_ratios=[0.3, 0.3, 0.4],
+            sample_size=64,
+        )
+    config.update(calibration=_calibrate(config["downsample_factors"][-1]))
+    config.update(overrides)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return DynamicAutoencoderKL(**config).eval()
+
+
+def _make_grain_model(
+    num_grains: int = 2, num_classes: int | None = 10, randomize: bool = True, seed: int = 1, **overrides
+) -> D2iTGrainModel:
+    config = load_preset("grain-tiny") | {"num_grains": num_grains, "num_classes": num_classes} | overrides
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = D2iTGrainModel(**config).eval()
+    if randomize:
+        _randomize(model, seed)
+    return model
+
+
+def _make_content_model(
+    num_grains: int = 2, num_classes: int | None = 10, randomize: bool = True, seed: int = 2, **overrides
+) -> D2iTContentModel:
+    config = load_preset("content-tiny") | {"num_grains": num_grains, "num_classes": num_classes}
+    if num_grains == 3:
+        config["sample_size"] = 16
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = D2iTContentModel(**(config | overrides)).eval()
+    if randomize:
+        _randomize(model, seed)
+    return model
+
+
+def _make_pipeline(
+    num_grains: int = 2, num_classes: int | None = 10, id2label: dict[int, str] | None = _ID2LABEL, **components
+) -> D2iTPipeline:
+    """A pipeline of tiny components; `components` replaces any of them. An unconditional one has no names."""
+    defaults = {
+        "vae": _make_vae(num_grains),
+        "grain_model": _make_grain_model(num_grains, num_classes),
+        "transformer": _make_content_model(num_grains, num_classes),
+        "scheduler": DDIMScheduler(
+            beta_start=1e-4, beta_end=2e-2, beta_schedule="linear", clip_sample=False, timestep_spacing="trailing"
+        ),
+        "grain_scheduler": DDIMScheduler(prediction_type="sample", clip_sample=False, timestep_spacing="trailing"),
+        "id2label": id2label if num_classes is not None else None,
+    }
+    pipe = D2iTPipeline(**(defaults | components))
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture
+def photos() -> torch.Tensor:
+    """Eight photographs (8, 3, 64, 64) in [-1, 1], float32."""
+    return _load_photos(64).clone()
+
+
+@pytest.fixture
+def load_photos() -> Callable[[int], torch.Tensor]:
+    """load_photos(resolution): the photographs at another size, (8, 3, R, R) in [-1, 1]."""
+    return lambda resolution: _load_photos(resolution).clone()
+
+
+@pytest.fixture
+def calibrate() -> Callable[[int], dict]:
+    """calibrate(region_size): the entropy calibration of `photos`, as it stands in a DVAE's config."""
+    return lambda region_size: dict(_calibrate(region_size))
+
+
+@pytest.fixture
+def make_vae() -> Callable[..., DynamicAutoencoderKL]:
+    """make_vae(num_grains=2, seed=0, **overrides): a calibrated tiny DVAE in eval mode."""
+    return _make_vae
+
+
+@pytest.fixture
+def make_grain_model() -> Callable[..., D2iTGrainModel]:
+    """make_grain_model(num_grains=2, num_classes=10, randomize=True, seed=1, **overrides), in eval mode."""
+    return _make_grain_model
+
+
+@pytest.fixture
+def make_content_model() -> Callable[..., D2iTContentModel]:
+    """make_content_model(num_grains=2, num_classes=10, randomize=True, seed=2, **overrides), in eval mode."""
+    return _make_content_model
+
+
+@pytest.fixture
+def make_pipeline() -> Callable[..., D2iTPipeline]:
+    """make_pipeline(num_grains=2, num_classes=10, id2label=..., **components), tiny, with DDIM schedulers."""
+    return _make_pipeline

@@ -1,0 +1,191 @@
+# Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
+"""Names that other people's code builds on, the direction of imports, and loading through diffusers."""
+
+import ast
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import diffusers
+import pytest
+import torch
+from diffusers import AutoModel, DiffusionPipeline
+from loopback_hub import serve_hub
+
+import diffusers_d2it
+from diffusers_d2it import D2iTContentModel, D2iTPipeline
+from diffusers_d2it.models.layers import DiTBlock
+
+
+ROOT = Path(diffusers_d2it.__file__).parent
+PUBLIC = {
+    "DynamicAutoencoderKL",
+    "D2iTGrainModel",
+    "D2iTContentModel",
+    "D2iTPipeline",
+    "D2iTPipelineOutput",
+    "ModelMixin",
+    "bundled_checkpoint",
+    "list_presets",
+    "load_preset",
+    "region_entropy",
+    "visualize_grain_map",
+}
+
+
+def run_python(code: str, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | environment, capture_output=True, text=True, timeout=300
+    )
+
+
+def test_public_names():
+    assert set(diffusers_d2it.__all__) == PUBLIC
+    assert all(hasattr(diffusers_d2it, name) for name in PUBLIC)
+
+
+def test_importing_the_package_loads_neither_torchvision_nor_training_extras():
+    code = "import sys, diffusers_d2it; print([m for m in ('torchvision', 'datasets', 'peft', 'tensorboard') if m in sys.modules])"
+    result = run_python(code)
+    assert result.stdout.strip() == "[]", result.stdout + result.stderr
+
+
+# Who may import whom: each module may import those that stand before it.
+LAYERS = [
+    ("grains",),
+    ("visualization", "presets", "registration", "losses", "calibration"),
+    ("models.layers", "models.grain_layout", "models.loading"),
+    ("models.autoencoder_kl_dynamic", "models.transformer_d2it_grain", "models.transformer_d2it_content"),
+    ("tied_scheduler", "training"),
+    ("pipeline_d2it",),
+]
+
+
+def imported_modules(path: Path) -> set[str]:
+    """Modules of this package that a file imports, as dotted names below the package."""
+    package = path.relative_to(ROOT).parent.parts
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            base = package[: len(package) - node.level + 1]
+            found.add(".".join((*base, *(node.module or "").split("."))).strip("."))
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("diffusers_d2it"):
+            found.add(node.module)
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names if alias.name.startswith(("diffusers_d2it", "examples"))}
+    return found
+
+
+def test_imports_go_one_way():
+    rank = {module: i for i, layer in enumerate(LAYERS) for module in layer}
+    files = [path for path in ROOT.rglob("*.py") if path.name != "__init__.py"]
+    assert {".".join(path.relative_to(ROOT).with_suffix("").parts) for path in files} == set(rank)
+    for path in files:
+        module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        for imported in imported_modules(path):
+            assert imported in rank, f"{module} imports {imported}: use a relative import of a known module"
+            assert rank[imported] < rank[module], f"{module} must not import {imported}"
+    losses = imported_modules(ROOT / "losses.py")
+    assert losses == {"grains"}
+
+
+def test_internals_of_diffusers_that_registration_relies_on():
+    from diffusers.hooks._helpers import TransformerBlockRegistry
+    from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
+
+    assert LOADABLE_CLASSES["diffusers_d2it"] == {"ModelMixin": ["save_pretrained", "from_pretrained"]}
+    assert TransformerBlockRegistry.get(DiTBlock).return_hidden_states_index == 0
+    assert diffusers.D2iTContentModel is D2iTContentModel
+
+
+def same_weights(a: torch.nn.Module, b: torch.nn.Module) -> bool:
+    a, b = a.state_dict(), b.state_dict()
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def same_pipelines(a: D2iTPipeline, b: D2iTPipeline) -> bool:
+    models = all(same_weights(getattr(a, name), getattr(b, name)) for name in ("vae", "grain_model", "transformer"))
+    return models and type(a) is type(b) and a.id2label == b.id2label and a.vae.config == b.vae.config
+
+
+@pytest.fixture
+def saved(make_pipeline, tmp_path) -> Path:
+    make_pipeline().save_pretrained(tmp_path / "pipeline")
+    return tmp_path / "pipeline"
+
+
+@pytest.mark.parametrize("loader", [D2iTPipeline, DiffusionPipeline])
+def test_pipeline_loads_from_a_folder(make_pipeline, saved, loader):
+    pipe, loaded = make_pipeline(), loader.from_pretrained(saved)
+    assert same_pipelines(pipe, loaded)
+    loaded.set_progress_bar_config(disable=True)
+    images = [
+        p(3, num_inference_steps=2, generator=torch.Generator().manual_seed(0), output_type="pt").images
+        for p in (pipe, loaded)
+    ]
+    assert torch.equal(*images)
+
+
+def test_model_index_names_the_package_not_a_module_path(saved):
+    index = json.loads((saved / "model_index.json").read_text())
+    assert index["transformer"] == ["diffusers_d2it", "D2iTContentModel"]
+    assert index["id2label"]["3"] == "class 3, synonym 3"
+
+
+@pytest.mark.parametrize("subfolder", ["vae", "grain_model", "transformer"])
+def test_auto_model_loads_a_component(make_pipeline, saved, subfolder):
+    loaded = AutoModel.from_pretrained(saved, subfolder=subfolder)
+    assert type(loaded) is type(getattr(make_pipeline(), subfolder))
+    assert same_weights(loaded, getattr(make_pipeline(), subfolder))
+
+
+def test_dtype_and_variant(saved, make_pipeline, tmp_path):
+    pipe = D2iTPipeline.from_pretrained(saved, dtype=torch.bfloat16)
+    assert pipe.transformer.dtype == pipe.vae.dtype == torch.bfloat16
+    pipe.save_pretrained(tmp_path / "bf16", variant="bf16")
+    again = D2iTPipeline.from_pretrained(tmp_path / "bf16", variant="bf16", dtype=torch.bfloat16)
+    assert same_pipelines(pipe, again)
+
+
+def test_pipeline_without_a_grain_model_loads(make_pipeline, tmp_path):
+    make_pipeline(grain_model=None, grain_scheduler=None).save_pretrained(tmp_path)
+    assert D2iTPipeline.from_pretrained(tmp_path).grain_model is None
+
+
+def test_everything_loads_from_a_hub(saved, tmp_path):
+    code = f"""
+import torch, diffusers_d2it
+from diffusers import AutoModel, DiffusionPipeline
+from diffusers_d2it import D2iTPipeline, D2iTContentModel
+local = D2iTPipeline.from_pretrained({str(saved)!r})
+def same(a, b):
+    a, b = a.state_dict(), b.state_dict()
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+for loader in (D2iTPipeline, DiffusionPipeline):
+    pipe = loader.from_pretrained("user/repo")
+    assert type(pipe) is D2iTPipeline and pipe.id2label == local.id2label
+    for name in ("vae", "grain_model", "transformer"):
+        assert same(getattr(pipe, name), getattr(local, name)), name
+for loader in (AutoModel, D2iTContentModel):
+    model = loader.from_pretrained("user/repo", subfolder="transformer")
+    assert type(model) is D2iTContentModel and same(model, local.transformer)
+print("loaded")
+"""
+    with serve_hub({"user/repo": saved}) as endpoint:
+        result = run_python(code, HF_ENDPOINT=endpoint, HF_HOME=str(tmp_path / "hf"), HF_HUB_OFFLINE="0")
+    assert result.stdout.strip().endswith("loaded"), result.stdout + result.stderr
+
+
+def test_presets_ship_with_the_package():
+    assert set(diffusers_d2it.list_presets()) == {
+        "dvae-f8f16", "grain-s", "content-b", "content-l", "content-xl", "dvae-tiny", "grain-tiny", "content-tiny"
+    }  # fmt: skip
+
+
+def test_no_text_of_the_package_names_a_machine_path():
+    root = ROOT.parent.parent
+    files = [path for folder in ("src", "examples", "docs", "tests") for path in (root / folder).rglob("*")]
+    texts = [path for path in files if path.suffix in {".py", ".md", ".json"} and path.name != Path(__file__).name]
+    assert [path for path in texts if "/work/" in path.read_text() or "/root/" in path.read_text()] == []

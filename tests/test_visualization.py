@@ -1,0 +1,98 @@
+# Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
+"""Grain maps over pictures: red where fine, blue where coarse."""
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+
+from diffusers_d2it import D2iTPipeline, visualize_grain_map
+
+
+def redness(picture: PIL.Image.Image) -> np.ndarray:
+    """Red minus blue, (H, W)."""
+    pixels = np.asarray(picture).astype(int)
+    return pixels[..., 0] - pixels[..., 2]
+
+
+def grey(height: int, width: int) -> PIL.Image.Image:
+    return PIL.Image.new("RGB", (width, height), (128, 128, 128))
+
+
+@pytest.fixture
+def photo(photos) -> PIL.Image.Image:
+    return PIL.Image.fromarray(((photos[0].permute(1, 2, 0) + 1) * 127.5).round().byte().numpy())
+
+
+def test_fine_regions_are_red_and_coarse_ones_blue_where_the_map_says():
+    """On a map and a picture that are not square, so rows and columns cannot be exchanged."""
+    grain_map = torch.tensor([[0, 1, 0, 0], [1, 1, 0, 1]])
+    picture = visualize_grain_map(grey(16, 32), grain_map)
+    assert picture.size == (32, 16) and picture.mode == "RGB"
+    fine = grain_map.repeat_interleave(8, 0).repeat_interleave(8, 1).numpy() == 1
+    assert (redness(picture)[fine] > 50).all()
+    assert (redness(picture)[~fine] < -50).all()
+
+
+def test_three_grains_go_from_blue_to_red():
+    red = redness(visualize_grain_map(grey(8, 24), torch.tensor([[0, 1, 2]])))
+    coarse, middle, fine = red[0, 0], red[0, 8], red[0, 16]
+    assert coarse < middle < fine
+    assert abs(middle - (coarse + fine) / 2) <= 1
+    assert all((red[:, i * 8 : (i + 1) * 8] == red[0, i * 8]).all() for i in range(3))
+
+
+def test_a_map_of_one_grain_has_one_colour():
+    """All coarse is blue and all fine is red, though neither map holds the other grain."""
+    coarse, fine = (redness(visualize_grain_map(grey(16, 16), torch.full((2, 2), grain))) for grain in (0, 1))
+    assert (coarse == coarse[0, 0]).all() and (fine == fine[0, 0]).all()
+    assert coarse[0, 0] < -50 and fine[0, 0] > 50
+
+
+def test_the_picture_shows_through(photo):
+    """Inside a region the overlay shifts all pixels alike and keeps half of their contrast."""
+    before = np.asarray(photo).astype(float)[:32, :32]
+    after = np.asarray(visualize_grain_map(photo, torch.tensor([[1, 0], [0, 1]]))).astype(float)[:32, :32]
+    shift = after - before / 2
+    assert before.std() > 20
+    assert np.ptp(shift, axis=(0, 1)).max() <= 1
+
+
+def test_the_given_picture_is_left_as_it_was(photo):
+    before = np.asarray(photo).copy()
+    visualize_grain_map(photo, torch.zeros(8, 8, dtype=torch.int64))
+    assert np.array_equal(np.asarray(photo), before)
+
+
+def test_arrays_tensors_and_a_batch_of_one_give_the_same_picture(photo):
+    grain_map = torch.randint(2, (8, 8), generator=torch.Generator().manual_seed(0))
+    pictures = [
+        np.asarray(visualize_grain_map(photo, given))
+        for given in (grain_map, grain_map[None], grain_map.numpy(), grain_map.int().numpy())
+    ]
+    assert all(np.array_equal(picture, pictures[0]) for picture in pictures)
+    assert np.array_equal(np.asarray(D2iTPipeline.visualize_grain_map(photo, grain_map)), pictures[0])
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "P"])
+def test_pictures_of_other_modes_are_drawn_in_rgb(photo, mode):
+    picture = photo.convert(mode)
+    grain_map = torch.tensor([[1, 0], [0, 1]])
+    expected = visualize_grain_map(picture.convert("RGB"), grain_map)
+    assert visualize_grain_map(picture, grain_map).tobytes() == expected.tobytes()
+
+
+@pytest.mark.parametrize(
+    ("grain_map", "message"),
+    [
+        (torch.zeros(2, 2), r"integers of shape \(h, w\), got float32"),
+        (torch.zeros(2, 2, dtype=torch.bool), "got bool"),
+        (torch.zeros(2, 2, 2, dtype=torch.int64), r"shape \(2, 2, 2\)"),
+        (torch.zeros(4, dtype=torch.int64), r"shape \(4,\)"),
+        (torch.zeros(3, 4, dtype=torch.int64), "3x4 regions does not divide an image of 16x32"),
+        (torch.zeros(4, 5, dtype=torch.int64), "4x5 regions does not divide an image of 16x32"),
+    ],
+)
+def test_maps_that_are_no_map_of_the_picture_are_refused(grain_map, message):
+    with pytest.raises(ValueError, match=message):
+        visualize_grain_map(grey(16, 32), grain_map)
