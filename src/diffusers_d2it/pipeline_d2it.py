@@ -535,9 +535,8 @@ class D2iTPipeline(DiffusionPipeline):
                     prediction = prediction[:, :channels]
                 latents = steps.step(prediction.to(latents.dtype), t, latents)
                 if callback_on_step_end is not None:
-                    tensors = {name: locals()[name] for name in callback_on_step_end_tensor_inputs}
-                    replaced = callback_on_step_end(self, i, t, tensors).pop("latents", latents)
-                    latents = latents if replaced is latents else steps.tie(replaced)
+                    tensors = {"latents": latents} if "latents" in callback_on_step_end_tensor_inputs else {}
+                    latents = steps.tie(callback_on_step_end(self, i, t, tensors).get("latents", latents))
                 progress_bar.update()
 
         # 5. Decode

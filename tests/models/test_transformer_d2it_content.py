@@ -128,7 +128,6 @@ def diffusers_dit_with_weights_of(model: D2iTContentModel) -> DiTTransformer2DMo
     state = {
         "pos_embed.proj.weight": model.patch_embed.weight.view_as(dit.pos_embed.proj.weight),
         "pos_embed.proj.bias": model.patch_embed.bias,
-        "pos_embed.pos_embed": dit.pos_embed.pos_embed,
         "proj_out_1.weight": model.norm_out.adaln.weight,
         "proj_out_1.bias": model.norm_out.adaln.bias,
         "proj_out_2.weight": model.norm_out.proj_out.weight,
@@ -350,9 +349,9 @@ def test_loss_on_eight_photographs_falls_by_nine_tenths(make_vae, photos):
     noised = latents + noise  # the amount of noise does not matter here
     labels = torch.arange(8)
     layout = model.prepare_grain_map(grain_map)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
     losses = []
-    for _ in range(150):
+    for _ in range(60):
         losses_of_step = multi_grained_loss(model(noised, timesteps, layout, labels).sample, noise, grain_map)
         optimizer.zero_grad()
         losses_of_step["loss"].backward()

@@ -135,7 +135,8 @@ def _refine_layout(
     start = 0
     regions_per_count = torch.bincount(count[window], minlength=v * v + 1).tolist()
     for regions_in_window, num_regions in enumerate(regions_per_count):
-        if num_regions == 0:
+        # A map without fine regions keeps one empty group: every parameter then gets a gradient, of zero.
+        if num_regions == 0 and (len(region) > 0 or regions_in_window != 1):
             continue
         first = slice(start, start + num_regions, regions_in_window)  # the first region of every window
         occurring, which = torch.unique(arrangement[window[first]], return_inverse=True)

@@ -73,7 +73,7 @@ class WindowAttentionProcessor:
             x = torch.matmul(scores.softmax(dim=-1), v)
             attended.append(rearrange(x, "w a l d -> (w l) (a d)"))
             start = tokens.stop
-        return attn.to_out[0](torch.cat(attended) if attended else hidden_states)
+        return attn.to_out[0](torch.cat(attended))
 
 
 class WindowAttention(SelfAttention):
