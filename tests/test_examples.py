@@ -13,13 +13,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from diffusers_d2it import D2iTGrainModel, D2iTPipeline, DynamicAutoencoderKL
+from diffusers_d2it import D2iTGrainModel, D2iTPipeline, DynamicAutoencoderKL, load_preset
 from diffusers_d2it.calibration import EntropyCalibration
 from diffusers_d2it.training import to_pixels
 
 
+STEPS = 5  # eight photographs in batches of two: the fifth step is in the second epoch
 EXAMPLES = Path(__file__).parent.parent / "examples"
-COMMON = ["--resolution", "32", "--train_batch_size", "3", "--seed", "7", "--report_to", "none"]
+COMMON = ["--resolution", "32", "--train_batch_size", "2", "--seed", "7", "--report_to", "none"]
 
 
 def run(script: str, *arguments: str, launch: list[str] | None = None, expect_failure: bool = False, **environment):
@@ -55,7 +56,7 @@ def train(script: str, folder: Path, output: Path, steps: int, *arguments: str, 
         "--checkpointing_steps",
         2,
         "--validation_steps",
-        4,
+        STEPS,
         *COMMON,
         *arguments,
         **kwargs,
@@ -65,7 +66,7 @@ def train(script: str, folder: Path, output: Path, steps: int, *arguments: str, 
 @pytest.fixture(scope="module")
 def dvae(folder, tmp_path_factory) -> Path:
     output = tmp_path_factory.mktemp("runs") / "dvae"
-    train("train_dvae.py", folder, output, 4, "--preset", "dvae-tiny")
+    train("train_dvae.py", folder, output, STEPS, "--preset", "dvae-tiny")
     return output
 
 
@@ -85,14 +86,14 @@ def d2it_arguments(dvae, grain) -> list:
 @pytest.fixture(scope="module")
 def d2it(folder, d2it_arguments, tmp_path_factory) -> Path:
     output = tmp_path_factory.mktemp("runs") / "d2it"
-    train("train_d2it.py", folder, output, 4, *d2it_arguments)
+    train("train_d2it.py", folder, output, STEPS, *d2it_arguments)
     return output
 
 
-def assert_same_run(a: Path, b: Path, step: int) -> None:
+def assert_same_run(a: Path, b: Path) -> None:
     for model in ("model", "model_ema"):
         left, right = (
-            load_file(run / f"checkpoint-{step}" / model / "diffusion_pytorch_model.safetensors") for run in (a, b)
+            load_file(run / f"checkpoint-{STEPS}" / model / "diffusion_pytorch_model.safetensors") for run in (a, b)
         )
         assert left.keys() == right.keys()
         assert all(torch.equal(left[key], right[key]) for key in left)
@@ -102,8 +103,8 @@ def test_autoencoder_run_leaves_a_calibrated_model_and_pictures(dvae):
     vae = DynamicAutoencoderKL.from_pretrained(dvae / "vae")
     assert vae.config.calibration["num_images"] == 8
     assert vae.config.scaling_factor != 1.0 and vae.config.shift_factor is not None
-    assert PIL.Image.open(dvae / "samples" / "step-0000004.png").size == (8 * 32, 3 * 32)
-    assert sorted(path.name for path in dvae.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
+    assert PIL.Image.open(dvae / "samples" / f"step-{STEPS:07d}.png").size == (8 * 32, 3 * 32)
+    assert sorted(path.name for path in dvae.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4", "checkpoint-5"]
     assert not list(dvae.glob(".*"))  # nothing written aside is left
 
 
@@ -119,15 +120,15 @@ def test_latents_have_unit_scale_after_training(dvae, folder):
 
 def test_interrupted_autoencoder_run_ends_in_the_same_weights(dvae, folder, tmp_path):
     train("train_dvae.py", folder, tmp_path, 2, "--preset", "dvae-tiny")
-    # Eight photographs in batches of three: step 3 begins in the second epoch
-    train("train_dvae.py", folder, tmp_path, 4, "--preset", "dvae-tiny", "--resume_from_checkpoint", "latest")
-    assert_same_run(dvae, tmp_path, step=4)
+    train("train_dvae.py", folder, tmp_path, STEPS, "--preset", "dvae-tiny", "--resume_from_checkpoint", "latest")
+    assert_same_run(dvae, tmp_path)
 
 
 def test_interrupted_content_run_ends_in_the_same_weights(d2it, d2it_arguments, folder, tmp_path):
     train("train_d2it.py", folder, tmp_path, 3, *d2it_arguments, "--dataloader_num_workers", "1")
-    train("train_d2it.py", folder, tmp_path, 4, *d2it_arguments, "--resume_from_checkpoint", tmp_path / "checkpoint-2")
-    assert_same_run(d2it, tmp_path, step=4)
+    resume = ["--resume_from_checkpoint", tmp_path / "checkpoint-2"]
+    train("train_d2it.py", folder, tmp_path, STEPS, *d2it_arguments, *resume)
+    assert_same_run(d2it, tmp_path)
 
 
 def test_output_loads_in_the_pipeline(d2it, grain):
@@ -137,12 +138,12 @@ def test_output_loads_in_the_pipeline(d2it, grain):
     assert output.images[0].size == (32, 32)
     trained = D2iTGrainModel.from_pretrained(grain, subfolder="grain_model")
     assert all(torch.equal(a, b) for a, b in zip(trained.parameters(), pipe.grain_model.parameters()))
-    assert PIL.Image.open(d2it / "samples" / "step-0000004.png").size == (2 * 32, 2 * 32)
+    assert PIL.Image.open(d2it / "samples" / f"step-{STEPS:07d}.png").size == (2 * 32, 2 * 32)
 
 
 def test_a_finished_folder_is_not_overwritten(dvae, folder):
-    result = train("train_dvae.py", folder, dvae, 4, "--preset", "dvae-tiny", expect_failure=True)
-    assert "already holds checkpoint-4" in result.stderr
+    result = train("train_dvae.py", folder, dvae, STEPS, "--preset", "dvae-tiny", expect_failure=True)
+    assert "already holds checkpoint-5" in result.stderr
 
 
 def test_checkpoint_of_another_model_is_refused(dvae, folder, tmp_path):
@@ -156,17 +157,21 @@ def test_checkpoint_of_another_model_is_refused(dvae, folder, tmp_path):
     assert "another model" in result.stderr and "block_out_channels" in result.stderr
 
 
-def test_unconditional_training_on_a_plain_folder(dvae, folder, tmp_path):
+def test_unconditional_training_with_three_grains_on_a_plain_folder(folder, tmp_path):
     plain = tmp_path / "plain"
     plain.mkdir()
     for path in folder.rglob("*.png"):
         (plain / path.name).write_bytes(path.read_bytes())
-    vae = ["--vae", dvae / "vae"]
+    three_grains = {"downsample_factors": [4, 8, 16], "block_out_channels": [8, 8, 16, 16, 16]}
+    config = tmp_path / "three-grains.json"
+    config.write_text(json.dumps(load_preset("dvae-tiny") | three_grains | {"grain_ratios": [0.3, 0.3, 0.4]}))
+    train("train_dvae.py", plain, tmp_path / "dvae", 1, "--preset", config)
+    vae = ["--vae", tmp_path / "dvae" / "vae"]
     train("train_grain.py", plain, tmp_path / "grain", 1, "--preset", "grain-tiny", *vae)
     arguments = [*vae, "--grain", tmp_path / "grain", "--preset", "content-tiny", "--mixed_precision", "bf16"]
     train("train_d2it.py", plain, tmp_path / "d2it", 1, *arguments)
     pipe = D2iTPipeline.from_pretrained(tmp_path / "d2it" / "pipeline")
-    assert pipe.transformer.config.num_classes is None
+    assert pipe.transformer.config.num_classes is None and pipe.transformer.config.num_grains == 3
     assert len(pipe(num_inference_steps=2).images) == 1
 
 

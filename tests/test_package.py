@@ -46,9 +46,9 @@ def test_public_names():
     assert all(hasattr(diffusers_d2it, name) for name in PUBLIC)
 
 
-def test_importing_the_package_loads_neither_torchvision_nor_training_extras():
-    code = "import sys, diffusers_d2it; print([m for m in ('torchvision', 'datasets', 'peft', 'tensorboard') if m in sys.modules])"
-    result = run_python(code)
+def test_importing_the_package_loads_no_extra():
+    extras = ("torchvision", "datasets", "tensorboard", "lpips", "gradio", "skimage")
+    result = run_python(f"import sys, diffusers_d2it; print([m for m in {extras} if m in sys.modules])")
     assert result.stdout.strip() == "[]", result.stdout + result.stderr
 
 
@@ -107,7 +107,9 @@ def same_weights(a: torch.nn.Module, b: torch.nn.Module) -> bool:
 
 def same_pipelines(a: D2iTPipeline, b: D2iTPipeline) -> bool:
     models = all(same_weights(getattr(a, name), getattr(b, name)) for name in ("vae", "grain_model", "transformer"))
-    return models and type(a) is type(b) and a.id2label == b.id2label and a.vae.config == b.vae.config
+    configs = ({key: v for key, v in p.vae.config.items() if not key.startswith("_")} for p in (a, b))
+    same_config = len({json.dumps(config) for config in configs}) == 1
+    return models and type(a) is type(b) and a.id2label == b.id2label and same_config
 
 
 @pytest.fixture
@@ -136,7 +138,7 @@ def test_model_index_names_the_package_not_a_module_path(saved):
 
 @pytest.mark.parametrize("subfolder", ["vae", "grain_model", "transformer"])
 def test_auto_model_loads_a_component(make_pipeline, saved, subfolder):
-    loaded = AutoModel.from_pretrained(saved, subfolder=subfolder)
+    loaded = AutoModel.from_pretrained(str(saved), subfolder=subfolder)
     assert type(loaded) is type(getattr(make_pipeline(), subfolder))
     assert same_weights(loaded, getattr(make_pipeline(), subfolder))
 

@@ -134,6 +134,12 @@ def grain_map_from_entropy(entropy: torch.Tensor, thresholds: list[float]) -> to
     return sum((entropy > threshold).long() for threshold in thresholds)
 
 
+def check_fine_ratio(fine_ratio: float) -> None:
+    """Raise a ValueError unless `fine_ratio` is a number in [0, 1]."""
+    if isinstance(fine_ratio, bool) or not isinstance(fine_ratio, (int, float)) or not 0 <= fine_ratio <= 1:
+        raise ValueError(f"`fine_ratio` must be a number in [0, 1], got {fine_ratio!r}.")
+
+
 def check_grain_map(grain_map: torch.Tensor, num_grains: int) -> None:
     """Raise a ValueError unless `grain_map` is an int64 (B, h, w) tensor with values 0 ... num_grains - 1."""
     if not isinstance(grain_map, torch.Tensor):

@@ -20,7 +20,7 @@ from diffusers.schedulers import KarrasDiffusionSchedulers
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 
-from .grains import check_grain_map, check_tied, grain_map_from_entropy
+from .grains import check_fine_ratio, check_grain_map, check_tied, grain_map_from_entropy
 from .models.autoencoder_kl_dynamic import DynamicAutoencoderKL
 from .models.transformer_d2it_content import D2iTContentModel
 from .models.transformer_d2it_grain import D2iTGrainModel
@@ -314,11 +314,13 @@ class D2iTPipeline(DiffusionPipeline):
         batch_size: int,
         num_images_per_prompt: int,
         num_inference_steps: int,
+        guidance_scale: float,
         guidance_interval: tuple[float, float],
         guidance_power: float | None,
         grain_map,
         fine_ratio: float | None,
         grain_num_inference_steps: int,
+        grain_guidance_scale: float,
         generator,
         latents: torch.Tensor | None,
         output_type: str,
@@ -338,8 +340,11 @@ class D2iTPipeline(DiffusionPipeline):
             )
         if guidance_power is not None and not guidance_power > 0:
             raise ValueError(f"`guidance_power` must be positive or None, got {guidance_power}.")
-        if fine_ratio is not None and not 0 <= fine_ratio <= 1:
-            raise ValueError(f"`fine_ratio` must lie in [0, 1], got {fine_ratio}.")
+        for name, value in (("guidance_scale", guidance_scale), ("grain_guidance_scale", grain_guidance_scale)):
+            if not math.isfinite(value):
+                raise ValueError(f"`{name}` must be finite, got {value}.")
+        if fine_ratio is not None:
+            check_fine_ratio(fine_ratio)
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f"`output_type` must be 'pil', 'np', 'pt' or 'latent', got {output_type!r}.")
         unknown = set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs)
@@ -465,11 +470,13 @@ class D2iTPipeline(DiffusionPipeline):
             batch_size,
             num_images_per_prompt,
             num_inference_steps,
+            guidance_scale,
             guidance_interval,
             guidance_power,
             grain_map,
             fine_ratio,
             grain_num_inference_steps,
+            grain_guidance_scale,
             generator,
             latents,
             output_type,

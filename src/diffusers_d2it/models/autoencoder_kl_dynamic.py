@@ -24,6 +24,7 @@ from ..grains import (
     NUM_BINS,
     SIGMA,
     cells_per_region,
+    check_fine_ratio,
     check_grain_map,
     code_weights,
     grain_map_from_entropy,
@@ -314,8 +315,7 @@ class DynamicAutoencoderKL(StrictModelMixin, AttentionMixin, AutoencoderMixin, C
         """
         ratios = list(self.config.grain_ratios or [1 / self.num_grains] * self.num_grains)
         if fine_ratio is not None:
-            if not 0 <= fine_ratio <= 1:
-                raise ValueError(f"`fine_ratio` must lie in [0, 1], got {fine_ratio}.")
+            check_fine_ratio(fine_ratio)
             coarse = ratios[:-1] if sum(ratios[:-1]) > 0 else [1.0] * (self.num_grains - 1)
             ratios = [(1 - fine_ratio) * share / sum(coarse) for share in coarse] + [fine_ratio]
         if self.config.calibration is None:
