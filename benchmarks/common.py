@@ -38,9 +38,9 @@ def parse_args(parser: argparse.ArgumentParser, name: str) -> argparse.Namespace
     return args
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # Inputs
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def load_photographs(folder: str | None, limit: int = 4, size: int = 256) -> torch.Tensor:
@@ -76,14 +76,14 @@ def real_grain_maps(pixels: torch.Tensor, fine_ratio: float) -> torch.Tensor:
     return (entropy > torch.quantile(entropy, 1 - fine_ratio)).long()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # Time and memory
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Wall-clock time of one side over its runs, in milliseconds."""
+    """Time of one side over its turns, in milliseconds a call."""
 
     minimum: float
     median: float
@@ -94,27 +94,47 @@ class Timing:
 
 
 def time_sides(
-    sides: dict[str, Callable[[], object]], device: str, repeats: int, warmup: int = 3
+    sides: dict[str, Callable[[], object]], args: argparse.Namespace, warmup: int = 3, shortest_turn: float = 0.02
 ) -> dict[str, Timing]:
-    """Time functions in turns, A B A B ..., so that whatever slows the machine down slows all of them."""
+    """Time functions in turns, A B A B ..., so that whatever slows the machine down slows all of them.
+
+    Args:
+        sides: functions by name.
+        args: from `parse_args`: device, threads, number of timed turns.
+        warmup: turns of each side that do not count.
+        shortest_turn: seconds. In its turn a side is called until this has passed, or once, and the turn counts as the
+            mean of its calls: otherwise a short side is measured on the cold caches that a long one leaves behind.
+    """
+    clock = clock_of(args)
     milliseconds: dict[str, list[float]] = {name: [] for name in sides}
-    for turn in range(warmup + repeats):
+    for turn in range(warmup + args.repeats):
         for name, function in sides.items():
-            _synchronize(device)
-            start = time.perf_counter()
-            function()
-            _synchronize(device)
+            calls, elapsed = 0, 0.0
+            _synchronize(args.device)
+            start = clock()
+            while elapsed < shortest_turn:
+                function()
+                _synchronize(args.device)
+                calls, elapsed = calls + 1, clock() - start
             if turn >= warmup:
-                milliseconds[name].append(1e3 * (time.perf_counter() - start))
+                milliseconds[name].append(1e3 * elapsed / calls)
     return {name: Timing(min(times), statistics.median(times), max(times)) for name, times in milliseconds.items()}
+
+
+def clock_of(args: argparse.Namespace) -> Callable[[], float]:
+    """Processor time of this process where it works on one CPU thread, otherwise the time on the wall.
+
+    On one thread the two agree on an idle machine, and only the first leaves out the turns that other programs take.
+    """
+    return time.process_time if args.device == "cpu" and args.threads == 1 else time.perf_counter
 
 
 def peak_memory(function: Callable[[], object], device: str) -> float:
     """MiB that a function holds at its peak beyond what is live before it, its result included.
 
-    On the CPU the profiler reports each allocation and release of torch's allocator in order, and the peak is that of
-    their running sum: exact, and blind to what the C library keeps for later, which a resident-set size is not. Scratch
-    memory inside a BLAS is not seen. On CUDA the caching allocator keeps the same count itself.
+    On the CPU the profiler reports every allocation and release of torch's allocator, and the peak is that of their
+    running sum. It repeats exactly, unlike a resident-set size, which also holds what the C library keeps for later.
+    Scratch memory inside a BLAS is not seen. On CUDA the caching allocator keeps the same count itself.
     """
     function()  # what is built once and cached is not counted
     if device == "cuda":
@@ -141,9 +161,9 @@ def _synchronize(device: str) -> None:
         torch.cuda.synchronize()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # The report
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -179,6 +199,7 @@ def report(
 ) -> None:
     """Print timings, claims, notes and the machine, and write them to `args.output` as JSON."""
     machine = describe_machine(args.device)
+    machine["clock"] = "processor time" if clock_of(args) is time.process_time else "time on the wall"
     print(title)
     print("  " + ", ".join(f"{key} {value}" for key, value in machine.items()))
     for name, timing in timings.items():

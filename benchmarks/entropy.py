@@ -53,7 +53,7 @@ def main() -> None:
         photographs = load_photographs(args.images).to(args.device)
         image = photographs[:1]
         sides = {"region_entropy": lambda: region_entropy(image), "direct broadcast": lambda: direct_entropy(image)}
-        timings = time_sides(sides, args.device, args.repeats)
+        timings = time_sides(sides, args)
         memory = {name: peak_memory(function, args.device) for name, function in sides.items()}
         errors = {name: max_error(images) for name, images in synthetic_images(args.device).items()}
         errors = {"photographs": max_error(photographs), **errors}

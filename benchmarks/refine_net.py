@@ -81,7 +81,7 @@ def main() -> None:
             f"dense, layout, r = {share:.2f}": lambda m=grain_map: DenseLayout.from_grain_map(m, side),
         }
         packed_layout, dense_layout = (function() for function in preparation.values())
-        timings |= time_sides(preparation, args.device, args.repeats)
+        timings |= time_sides(preparation, args)
 
         def packed(inputs: list = inputs, layout: GrainLayout = packed_layout) -> torch.Tensor:
             return refine_net(*inputs, layout.levels[0])[0]
@@ -94,7 +94,7 @@ def main() -> None:
             fine = grain_map_to_cells(grain_map, 2)[:, None].bool().expand_as(expected)
             error = ((packed() - expected)[fine].abs().max() / expected[fine].abs().max()).item()
             packed_name, dense_name = f"packed, r = {share:.2f}", f"dense, r = {share:.2f}"
-            timings |= time_sides({packed_name: packed, dense_name: dense}, args.device, args.repeats)
+            timings |= time_sides({packed_name: packed, dense_name: dense}, args)
         ratio = timings[packed_name].median / timings[dense_name].median
         claims.append(Claim(f"packed / dense at fine share {share:.2f}", ratio, share + 0.05))
         claims.append(Claim(f"difference on fine cells at {share:.2f}, relative", error, 1e-5))
@@ -107,11 +107,10 @@ def main() -> None:
             dense_name += ", backward included"
             timings |= time_sides(
                 {
-                    packed_name: lambda: _train_step(packed, weights, refine_net),
-                    dense_name: lambda: _train_step(dense, weights, refine_net),
+                    packed_name: lambda f=packed, w=weights: _train_step(f, w, refine_net),
+                    dense_name: lambda f=dense, w=weights: _train_step(f, w, refine_net),
                 },
-                args.device,
-                args.repeats,
+                args,
             )
             ratio = timings[packed_name].median / timings[dense_name].median
             notes[f"packed / dense at {share:.2f}, backward included"] = ratio

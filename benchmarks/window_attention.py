@@ -57,7 +57,7 @@ def main() -> None:
         }
         packed_output, dense_output = layer(packed_tokens, layout), dense_layer()[0, layout.tokens]
         error = (packed_output - dense_output).abs().max() / dense_output.abs().max()
-        timings = time_sides(sides, args.device, args.repeats)
+        timings = time_sides(sides, args)
 
     window, dense, window_layer, dense_layer_time = (timing.median for timing in timings.values())
     report(
