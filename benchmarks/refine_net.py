@@ -17,7 +17,7 @@ from dense_refine import DenseLayout, dense_refine
 from torch import nn
 
 from diffusers_d2it.grains import fine_share, grain_map_to_cells, tie
-from diffusers_d2it.models.grain_layout import GrainLayout, window_side
+from diffusers_d2it.models.grain_layout import GrainLayout
 from diffusers_d2it.models.transformer_d2it_content import RefineNet
 from diffusers_d2it.presets import load_preset
 
@@ -27,7 +27,7 @@ WINDOW_SIZE = 4
 CHANNELS = 4
 
 
-def build_refine_net(preset: dict, side: int) -> RefineNet:
+def build_refine_net(preset: dict) -> RefineNet:
     """RefineNet of a content preset with weights none of which is zero, so that every path is compared."""
     heads = preset["num_attention_heads"]
     refine_net = RefineNet(
@@ -38,7 +38,7 @@ def build_refine_net(preset: dict, side: int) -> RefineNet:
         num_layers=preset["num_refine_layers"],
         heads=heads,
         mlp_ratio=4.0,
-        side=side,
+        side=WINDOW_SIZE,
     )
     for name, parameter in refine_net.named_parameters():
         nn.init.normal_(parameter, std=1.0 if name.endswith("relative_position_bias") else 0.03)
@@ -54,8 +54,7 @@ def main() -> None:
     args = parse_args(parser, "refine_net")
 
     torch.manual_seed(0)
-    side = window_side(1, WINDOW_SIZE)
-    refine_net = build_refine_net(load_preset(args.preset), side).to(args.device)
+    refine_net = build_refine_net(load_preset(args.preset)).to(args.device)
     dim = refine_net.up_proj.in_features
     photographs = load_photographs(args.images, args.batch_size).to(args.device)
     batch = len(photographs)
@@ -78,7 +77,7 @@ def main() -> None:
             f"packed, layout, r = {share:.2f}": lambda m=grain_map: GrainLayout.from_grain_map(
                 m, NUM_GRAINS, WINDOW_SIZE
             ),
-            f"dense, layout, r = {share:.2f}": lambda m=grain_map: DenseLayout.from_grain_map(m, side),
+            f"dense, layout, r = {share:.2f}": lambda m=grain_map: DenseLayout.from_grain_map(m, WINDOW_SIZE),
         }
         packed_layout, dense_layout = (function() for function in preparation.values())
         timings |= time_sides(preparation, args)

@@ -14,7 +14,7 @@ from common import Claim, parse_args, report, time_sides
 from dense_refine import global_window_mask, masked_global_attention
 from torch import nn
 
-from diffusers_d2it.models.grain_layout import GrainLayout, window_side
+from diffusers_d2it.models.grain_layout import GrainLayout
 from diffusers_d2it.models.transformer_d2it_content import WindowAttention
 from diffusers_d2it.presets import load_preset
 
@@ -32,8 +32,7 @@ def main() -> None:
     torch.manual_seed(0)
     preset = load_preset(args.preset)
     heads, dim = preset["num_attention_heads"], preset["num_attention_heads"] * preset["attention_head_dim"]
-    side = window_side(1, WINDOW_SIZE)
-    layer = WindowAttention(dim, heads, side).to(args.device)
+    layer = WindowAttention(dim, heads, WINDOW_SIZE).to(args.device)
     nn.init.normal_(layer.relative_position_bias)
     all_fine = torch.ones(1, REGIONS, REGIONS, dtype=torch.int64, device=args.device)
     layout = GrainLayout.from_grain_map(all_fine, NUM_GRAINS, WINDOW_SIZE).levels[0]
@@ -41,7 +40,9 @@ def main() -> None:
     with torch.no_grad():
         tokens = torch.randn(1, 4 * REGIONS**2, dim, device=args.device)  # raster order
         packed_tokens = tokens[0, layout.tokens]
-        mask = global_window_mask(layer, 2 * REGIONS, 2 * REGIONS, side)  # built once: in favour of the dense side
+        mask = global_window_mask(
+            layer, 2 * REGIONS, 2 * REGIONS, WINDOW_SIZE
+        )  # built once: in favour of the dense side
         query, key, value = layer.project(tokens)
         attention = _without_projections(layer, [x[0, layout.tokens].contiguous() for x in (query, key, value)])
 
@@ -62,7 +63,7 @@ def main() -> None:
     window, dense, window_layer, dense_layer_time = (timing.median for timing in timings.values())
     report(
         args,
-        f"attention of {tokens.shape[1]} tokens in windows of {side}x{side}, {args.preset}",
+        f"attention of {tokens.shape[1]} tokens in windows of {WINDOW_SIZE}x{WINDOW_SIZE}, {args.preset}",
         timings,
         [
             Claim("window / masked dense attention", window / dense, 0.25),

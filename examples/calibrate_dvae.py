@@ -45,7 +45,7 @@ def main(args: argparse.Namespace) -> None:
         return
     config = calibration.to_config(source=describe_source(args))
     if vae is not None:
-        vae.register_to_config(calibration=config)
+        vae.register_to_config(calibration=config, _name_or_path=None)
         path, text = Path(args.vae) / "config.json", vae.to_json_string()
     else:
         path, text = Path(args.output), json.dumps(config, indent=2) + "\n"

@@ -79,7 +79,7 @@ def main(args: argparse.Namespace) -> None:
     images = load_images(args)
     id2label, num_classes = read_classes(images, args)
     dataset = ImageDataset(images, args.resolution, args.image_column, args.label_column, args.seed)
-    loader = make_loader(dataset, args)
+    loader = make_loader(accelerator, dataset, args)
 
     # 2. Model, average, optimizer
     vae = DynamicAutoencoderKL.from_pretrained(args.vae).requires_grad_(False).eval().to(accelerator.device)
@@ -97,7 +97,6 @@ def main(args: argparse.Namespace) -> None:
     ema = EMAModel(
         transformer.parameters(),
         decay=args.ema_decay,
-        use_ema_warmup=True,
         foreach=True,
         model_cls=D2iTContentModel,
         model_config=transformer.config,
@@ -171,6 +170,8 @@ def main(args: argparse.Namespace) -> None:
     # 4. The pipeline
     if accelerator.is_main_process:
         ema.copy_to(transformer.parameters())
+        for model in (vae, pipe.grain_model):
+            model.register_to_config(_name_or_path=None)  # where they were loaded from is nobody's business
         save_aside(pipe.save_pretrained, os.path.join(args.output_dir, "pipeline"))
     accelerator.end_training()
 

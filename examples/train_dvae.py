@@ -19,7 +19,7 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from diffusers.utils import make_image_grid
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
 
 from diffusers_d2it import DynamicAutoencoderKL, load_preset, visualize_grain_map
@@ -51,6 +51,12 @@ def parse_args() -> argparse.Namespace:
     group.add_argument("--preset", default="dvae-f8f16", help="a preset, or a JSON file with a model's configuration")
     group.add_argument("--kl_weight", type=float, default=1e-6, help="weight of the KL term per pixel value")
     group.add_argument("--fine_ratio", type=float, help="train at one fine ratio instead of a random one")
+    group.add_argument(
+        "--calibration_images",
+        type=int,
+        default=50_000,
+        help="images to measure thresholds and latent scale on",
+    )
     return parser.parse_args()
 
 
@@ -110,13 +116,14 @@ def main(args: argparse.Namespace) -> None:
     set_seed(args.seed)
 
     # 1. Data and thresholds
-    images = load_images(args)
+    images = load_images(args).shuffle(seed=args.seed)  # the first images are then a fair sample
     config = load_preset(args.preset)
     config["sample_size"] = args.resolution
-    calibration = count_entropy(accelerator, images, args, region_size=config["downsample_factors"][-1])
+    region_size = config["downsample_factors"][-1]
+    calibration = count_entropy(accelerator, images, args, region_size, max_images=args.calibration_images)
     config["calibration"] = calibration.to_config(source=describe_source(args))
     dataset = ImageDataset(images, args.resolution, args.image_column, label_column=None, seed=args.seed)
-    loader = make_loader(dataset, args)
+    loader = make_loader(accelerator, dataset, args)
     samples = torch.stack([dataset[index]["pixels"] for index in range(min(8, len(dataset)))])
 
     # 2. Model, average, optimizer
@@ -126,13 +133,15 @@ def main(args: argparse.Namespace) -> None:
     ema = EMAModel(
         vae.parameters(),
         decay=args.ema_decay,
-        use_ema_warmup=True,
         foreach=True,
         model_cls=DynamicAutoencoderKL,
         model_config=vae.config,
     )
     optimizer = torch.optim.AdamW(
-        vae.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay, betas=(0.9, 0.95)
+        vae.parameters(),
+        lr=args.learning_rate,
+        weight_decay=args.weight_decay,
+        betas=(0.9, 0.95),  # what the bundled autoencoder was trained with
     )
     lr_scheduler = get_scheduler(
         args.lr_scheduler,
@@ -186,7 +195,9 @@ def main(args: argparse.Namespace) -> None:
     if accelerator.is_main_process:
         ema.copy_to(vae.parameters())
         generator = torch.Generator(accelerator.device).manual_seed(args.seed)
-        statistics = measure_latents(vae, DataLoader(dataset, batch_size=args.train_batch_size), generator)
+        subset = Subset(dataset, range(min(args.calibration_images, len(dataset))))
+        measured = DataLoader(subset, args.train_batch_size, num_workers=args.dataloader_num_workers)
+        statistics = measure_latents(vae, measured, generator)
         vae.register_to_config(**{key: statistics[key] for key in ("shift_factor", "scaling_factor")})
         save_aside(vae.save_pretrained, os.path.join(args.output_dir, "vae"))
         print(json.dumps(statistics, indent=2))

@@ -73,7 +73,7 @@ def main(args: argparse.Namespace) -> None:
     images = load_images(args)
     id2label, num_classes = read_classes(images, args)
     dataset = ImageDataset(images, args.resolution, args.image_column, args.label_column, args.seed)
-    loader = make_loader(dataset, args)
+    loader = make_loader(accelerator, dataset, args)
 
     # 2. Model, average, optimizer
     vae = DynamicAutoencoderKL.from_pretrained(args.vae)
@@ -87,7 +87,6 @@ def main(args: argparse.Namespace) -> None:
     ema = EMAModel(
         grain_model.parameters(),
         decay=args.ema_decay,
-        use_ema_warmup=True,
         foreach=True,
         model_cls=D2iTGrainModel,
         model_config=grain_model.config,

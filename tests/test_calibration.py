@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from diffusers_d2it import DynamicAutoencoderKL, load_preset, region_entropy
-from diffusers_d2it.calibration import EntropyCalibration, thresholds_for_ratios
+from diffusers_d2it.calibration import EntropyCalibration, check_calibration, thresholds_for_ratios
 from diffusers_d2it.grains import grain_map_from_entropy
 
 
@@ -175,6 +175,28 @@ def test_a_threshold_on_top_of_a_mass_of_equal_entropies_leaves_the_mass_below()
         if fine != pytest.approx(0.6):
             missed.append((level, fine))
     assert missed == []
+
+
+def test_a_whole_calibration_passes_the_check(config):
+    check_calibration(config, region_size=8)
+    check_calibration(load_preset("dvae-f8f16")["calibration"], region_size=16)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"region_size": 16}, "regions of 16 pixels, this model has regions of 8"),
+        ({"quantiles": None}, "ascending `quantiles`"),
+        ({"quantiles": [3.0]}, "ascending `quantiles`"),
+        ({"quantiles": [3.0, 2.0]}, "ascending `quantiles`"),
+        ({"quantiles": [2.0, math.nan, 3.0]}, "ascending `quantiles`"),
+        ({"luma_weights": [0.2126, 0.7152, 0.0722]}, "luma_weights"),
+        ({"luma_range": [-1.0, 1.0]}, "luma_range"),
+    ],
+)
+def test_a_calibration_of_something_else_is_refused(config, changes, message):
+    with pytest.raises(ValueError, match=message):
+        check_calibration(config | changes, region_size=8)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,6 +12,7 @@ from diffusers_d2it import region_entropy
 from diffusers_d2it.grains import (
     average_codes,
     cells_per_region,
+    check_fine_ratio,
     check_grain_map,
     check_tied,
     code_weights,
@@ -117,6 +119,12 @@ def test_entropy_of_flat_regions_is_eqs_2_and_3_at_every_luma():
     torch.testing.assert_close(region_entropy(levels, 4).double(), exact, rtol=0, atol=2e-5)
 
 
+def test_bins_that_cannot_sample_the_kernel_are_refused(photos):
+    for num_bins, sigma in ((1, 0.01), (8, 0.01), (50, 0.01)):
+        with pytest.raises(ValueError, match="num_bins"):
+            region_entropy(photos, 16, num_bins, sigma)
+
+
 def test_defaults_are_the_papers_region_and_kernel(photos):
     assert torch.equal(region_entropy(photos), region_entropy(photos, region_size=16, num_bins=256, sigma=0.01))
 
@@ -211,8 +219,18 @@ def test_autocast_does_not_lower_the_precision(photos):
     torch.testing.assert_close(entropy, region_entropy(photos), rtol=0, atol=2e-5)
 
 
+def test_a_map_is_no_place_for_a_gradient_to_pass(photos):
+    assert not region_entropy(photos.requires_grad_()).requires_grad
+
+
 def test_channels_last_memory_changes_nothing(photos):
     assert torch.equal(region_entropy(photos.to(memory_format=torch.channels_last)), region_entropy(photos))
+
+
+@pytest.mark.parametrize(("num_bins", "sigma"), [(50, 0.01), (256, 0.001), (1, 0.5)])
+def test_bins_too_far_apart_to_sample_the_kernel_are_refused(photos, num_bins, sigma):
+    with pytest.raises(ValueError, match=f"`num_bins` {num_bins} .*`sigma` {sigma}"):
+        region_entropy(photos, num_bins=num_bins, sigma=sigma)
 
 
 @pytest.mark.parametrize(
@@ -276,6 +294,17 @@ def test_finer_regions_have_more_entropy(photos):
 def test_fine_share_is_the_share_of_the_finest_grain():
     grain_map = torch.tensor([[[0, 1], [2, 2]], [[2, 2], [2, 2]], [[0, 0], [1, 1]]])
     assert fine_share(grain_map, 3).tolist() == [0.5, 1.0, 0.0]
+
+
+@pytest.mark.parametrize("fine_ratio", [0, 1, 0.5, np.float32(0.25)])
+def test_numbers_from_0_to_1_are_ratios(fine_ratio):
+    check_fine_ratio(fine_ratio)
+
+
+@pytest.mark.parametrize("fine_ratio", [-0.01, 1.01, math.nan, math.inf, "0.5", None, [0.5], torch.tensor([0.5, 0.5])])
+def test_anything_else_is_no_ratio(fine_ratio):
+    with pytest.raises(ValueError, match=r"`fine_ratio` must be a number in \[0, 1\]"):
+        check_fine_ratio(fine_ratio)
 
 
 @pytest.mark.parametrize("num_grains", [2, 3])

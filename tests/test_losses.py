@@ -129,6 +129,12 @@ def test_multi_grained_loss_of_half_precision_is_computed_in_float32():
     assert torch.equal(low, multi_grained_loss(prediction.float(), target.float(), grain_map)["loss"])
 
 
+@pytest.mark.parametrize("weights", [(1.0,), (1.0, 1.0, 1.0)])
+def test_one_weight_is_needed_for_each_grain(weights):
+    with pytest.raises(ValueError, match="`grain_weights` must be 2 weights"):
+        multi_grained_loss(*loss_case(2), grain_weights=weights)
+
+
 def test_a_map_that_does_not_fit_the_latents_is_refused():
     with pytest.raises(ValueError, match="power of two"):
         multi_grained_loss(torch.zeros(1, 4, 9, 9), torch.zeros(1, 4, 9, 9), torch.zeros(1, 3, 3, dtype=torch.int64))

@@ -108,7 +108,7 @@ def same_weights(a: torch.nn.Module, b: torch.nn.Module) -> bool:
 def same_pipelines(a: D2iTPipeline, b: D2iTPipeline) -> bool:
     models = all(same_weights(getattr(a, name), getattr(b, name)) for name in ("vae", "grain_model", "transformer"))
     configs = ({key: v for key, v in p.vae.config.items() if not key.startswith("_")} for p in (a, b))
-    same_config = len({json.dumps(config) for config in configs}) == 1
+    same_config = len({json.dumps(config, sort_keys=True) for config in configs}) == 1
     return models and type(a) is type(b) and a.id2label == b.id2label and same_config
 
 

@@ -361,7 +361,7 @@ def test_images_for_maps_are_checked(make_pipeline, photos):
         pipe.grain_map_from_image(photos[..., :60].clamp(0, 1))
     with pytest.raises(ValueError, match=r"\[-1, 1\]|\[0, 1\]"):
         pipe.grain_map_from_image(photos * 3)
-    with pytest.raises(ValueError, match="floating point"):
+    with pytest.raises(ValueError, match="floating-point"):
         pipe.grain_map_from_image(np.zeros((1, 64, 64, 3), dtype=np.uint8))
     with pytest.raises(ValueError, match="fine_ratio"):
         pipe.grain_map_from_image((photos + 1) / 2, fine_ratio=-0.1)

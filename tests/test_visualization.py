@@ -35,11 +35,24 @@ def test_fine_regions_are_red_and_coarse_ones_blue_where_the_map_says():
 
 
 def test_three_grains_go_from_blue_to_red():
-    red = redness(visualize_grain_map(grey(8, 24), torch.tensor([[0, 1, 2]])))
+    red = redness(visualize_grain_map(grey(8, 24), torch.tensor([[0, 1, 2]]), num_grains=3))
     coarse, middle, fine = red[0, 0], red[0, 8], red[0, 16]
     assert coarse < middle < fine
     assert abs(middle - (coarse + fine) / 2) <= 1
     assert all((red[:, i * 8 : (i + 1) * 8] == red[0, i * 8]).all() for i in range(3))
+
+
+def test_a_grain_has_its_colour_whatever_other_grains_the_map_holds():
+    """The middle of three grains is not red for being the finest one present."""
+    alone = redness(visualize_grain_map(grey(8, 16), torch.tensor([[0, 1]]), num_grains=3))
+    among = redness(visualize_grain_map(grey(8, 24), torch.tensor([[0, 1, 2]]), num_grains=3))
+    assert np.array_equal(alone, among[:, :16])
+
+
+def test_as_many_grains_are_assumed_as_the_map_shows():
+    for grain_map, num_grains in (([[0, 0]], 2), ([[0, 1]], 2), ([[0, 2]], 3)):
+        given = visualize_grain_map(grey(8, 16), torch.tensor(grain_map), num_grains=num_grains)
+        assert visualize_grain_map(grey(8, 16), torch.tensor(grain_map)).tobytes() == given.tobytes()
 
 
 def test_a_map_of_one_grain_has_one_colour():
@@ -91,8 +104,14 @@ def test_pictures_of_other_modes_are_drawn_in_rgb(photo, mode):
         (torch.zeros(4, dtype=torch.int64), r"shape \(4,\)"),
         (torch.zeros(3, 4, dtype=torch.int64), "3x4 regions does not divide an image of 16x32"),
         (torch.zeros(4, 5, dtype=torch.int64), "4x5 regions does not divide an image of 16x32"),
+        (torch.full((4, 4), -1), "grains 0 to 1, got -1 to -1"),
     ],
 )
 def test_maps_that_are_no_map_of_the_picture_are_refused(grain_map, message):
     with pytest.raises(ValueError, match=message):
         visualize_grain_map(grey(16, 32), grain_map)
+
+
+def test_grains_beyond_those_of_the_model_are_refused():
+    with pytest.raises(ValueError, match="grains 0 to 1, got 0 to 2"):
+        visualize_grain_map(grey(8, 16), torch.tensor([[0, 2]]), num_grains=2)

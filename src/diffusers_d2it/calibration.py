@@ -65,9 +65,10 @@ class EntropyCalibration:
             raise ValueError("no image was counted: a calibration needs at least one.")
         total = int(self.counts.sum())
         ranks = torch.arange(NUM_QUANTILES + 1, dtype=torch.float64) / NUM_QUANTILES * total
+        # Rounded upwards, so that a mass of equal entropies never exceeds its own quantile by a rounding error.
         upper_edge = torch.searchsorted(self.counts.cumsum(0).double(), ranks.clamp_min(1)) + 1
         return {
-            "quantiles": [round(value, 4) for value in (upper_edge.double() * self._bin_width).tolist()],
+            "quantiles": [math.ceil(edge * self._bin_width * 1e4) / 1e4 for edge in upper_edge.tolist()],
             "region_size": self.region_size,
             "num_bins": self.num_bins,
             "sigma": self.sigma,
@@ -78,6 +79,21 @@ class EntropyCalibration:
             "tie_share": round(int(self.counts.max()) / total, 6),
             "source": source,
         }
+
+
+def check_calibration(calibration: dict, region_size: int) -> None:
+    """Raise a ValueError unless a calibration can be used for regions of `region_size` pixels by this version."""
+    if calibration.get("region_size") != region_size:
+        raise ValueError(
+            f"`calibration` was counted on regions of {calibration.get('region_size')} pixels, this model has regions"
+            f" of {region_size}."
+        )
+    quantiles = calibration.get("quantiles") or []
+    if len(quantiles) < 2 or not all(a <= b for a, b in zip(quantiles, quantiles[1:])):  # NaN fails it
+        raise ValueError("`calibration` needs two or more ascending `quantiles`.")
+    for key, value in (("luma_weights", list(LUMA_WEIGHTS)), ("luma_range", [0.0, 1.0])):
+        if list(calibration.get(key, value)) != value:
+            raise ValueError(f"`calibration` was counted with {key} {calibration[key]}, this version uses {value}.")
 
 
 def thresholds_for_ratios(calibration: dict, ratios: list[float]) -> list[float]:

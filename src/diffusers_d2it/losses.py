@@ -72,6 +72,8 @@ def multi_grained_loss(
     if grain_weights is None:
         weights = code_weights(grain_of_cell, num_grains)
     else:
+        if len(grain_weights) != num_grains:
+            raise ValueError(f"`grain_weights` must be {num_grains} weights, coarsest first, got {grain_weights}.")
         weights = torch.tensor(grain_weights, device=squared_error.device)[grain_of_cell]
     losses = {"loss": (weights * squared_error).mean()}
     for grain in range(num_grains):

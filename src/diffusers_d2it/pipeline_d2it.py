@@ -17,15 +17,18 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.schedulers import KarrasDiffusionSchedulers
-from diffusers.utils import BaseOutput
+from diffusers.utils import BaseOutput, logging
 from diffusers.utils.torch_utils import randn_tensor
 
 from .grains import check_fine_ratio, check_grain_map, check_tied, grain_map_from_entropy
 from .models.autoencoder_kl_dynamic import DynamicAutoencoderKL
 from .models.transformer_d2it_content import D2iTContentModel
 from .models.transformer_d2it_grain import D2iTGrainModel
-from .tied_scheduler import TiedScheduler
+from .tied_scheduler import TiedScheduler, step_generator_kwargs
 from .visualization import visualize_grain_map
+
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -122,6 +125,23 @@ class D2iTPipeline(DiffusionPipeline):
                 "components do not fit: `grain_scheduler` needs prediction_type 'sample', got"
                 f" {self.grain_scheduler.config.prediction_type!r}."
             )
+        scheduler = self.scheduler.config
+        if not hasattr(self.scheduler, "init_noise_sigma"):
+            raise ValueError(
+                "components do not fit: `scheduler` must be one of KarrasDiffusionSchedulers, got"
+                f" {type(self.scheduler).__name__}."
+            )
+        if scheduler.get("clip_sample") or scheduler.get("thresholding"):
+            logger.warning(
+                "`scheduler` limits samples to [-1, 1], which is meant for pixels and spoils latents: make it with"
+                " clip_sample=False and thresholding=False."
+            )
+        reads_variance = scheduler.get("variance_type") in ("learned", "learned_range")
+        if reads_variance and transformer.out_channels != 2 * transformer.config.in_channels:
+            raise ValueError(
+                f"components do not fit: `scheduler` has variance_type {scheduler.variance_type!r}, the transformer"
+                " predicts no variance."
+            )
         num_classes = transformer.config.num_classes
         beyond = [id for id in self.id2label or {} if num_classes is None or not 0 <= id < num_classes]
         if beyond:
@@ -216,30 +236,25 @@ class D2iTPipeline(DiffusionPipeline):
             ValueError: sides are not multiples of S, values lie outside [0, 1], the ratio lies outside [0, 1] or the
                 autoencoder has not been calibrated.
         """
-        images = image if isinstance(image, (list, tuple)) else [image]
-        for one in images:
-            width, height = one.size if isinstance(one, PIL.Image.Image) else (self.vae.region_size,) * 2
-            if width % self.vae.region_size or height % self.vae.region_size:
-                raise ValueError(
-                    f"the sides of `image` must be multiples of the region size {self.vae.region_size}, got"
-                    f" {height}x{width}."
-                )
-        if isinstance(image, PIL.Image.Image) or isinstance(images[0], PIL.Image.Image):
-            arrays = np.stack([np.asarray(one.convert("RGB"), dtype=np.float32) / 255 for one in images])
-            pixels = torch.from_numpy(arrays).permute(0, 3, 1, 2)
-        elif isinstance(image, np.ndarray):
-            pixels = torch.from_numpy(image if image.ndim == 4 else image[None]).permute(0, 3, 1, 2)
-        else:
-            pixels = image if image.ndim == 4 else image[None]
-        if not pixels.is_floating_point():
-            raise ValueError(f"`image` as an array or tensor must be floating point in [0, 1], got {pixels.dtype}.")
-        entropy = self.vae.region_entropy(2 * pixels.to(self._execution_device) - 1)
-        return grain_map_from_entropy(entropy, self.vae.thresholds(fine_ratio))
+        if isinstance(image, PIL.Image.Image):
+            image = [image]
+        if isinstance(image, (list, tuple)) and image and all(isinstance(one, PIL.Image.Image) for one in image):
+            if len({one.size for one in image}) > 1:
+                raise ValueError(f"`image` must be images of one size, got {sorted({one.size for one in image})}.")
+            image = np.stack([np.asarray(one.convert("RGB"), dtype=np.float32) / 255 for one in image])
+        if isinstance(image, np.ndarray) and image.ndim in (3, 4):
+            image = torch.from_numpy(image).movedim(-1, -3)
+        if not isinstance(image, torch.Tensor) or image.ndim not in (3, 4) or not image.is_floating_point():
+            raise ValueError(
+                "`image` must be PIL images, a floating-point array (B, H, W, 3) or tensor (B, 3, H, W) in [0, 1], got"
+                f" {type(image).__name__} {getattr(image, 'dtype', '')} {tuple(getattr(image, 'shape', ()))}."
+            )
+        if not (image.amin() >= 0 and image.amax() <= 1):  # written so that NaN fails it
+            raise ValueError(f"`image` must lie in [0, 1], got {image.amin():.4g} to {image.amax():.4g}.")
+        pixels = 2 * (image if image.ndim == 4 else image[None]).to(self._execution_device) - 1
+        return grain_map_from_entropy(self.vae.region_entropy(pixels), self.vae.thresholds(fine_ratio))
 
-    @staticmethod
-    def visualize_grain_map(image: PIL.Image.Image, grain_map: torch.Tensor | np.ndarray) -> PIL.Image.Image:
-        """Red regions are fine, blue ones coarse: see `diffusers_d2it.visualize_grain_map`."""
-        return visualize_grain_map(image, grain_map)
+    visualize_grain_map = staticmethod(visualize_grain_map)
 
     def prepare_grain_map(
         self,
@@ -288,11 +303,11 @@ class D2iTPipeline(DiffusionPipeline):
         if grain_map is not None and not isinstance(grain_map, str):
             sizes["grain_map"] = tuple(grain_map.shape[-2:])
         if latents is not None:
-            sizes["latents"] = tuple(side / cells for side in latents.shape[-2:])
+            sizes["latents"] = tuple(side // cells for side in latents.shape[-2:])
         if height is not None or width is not None:
             default = self.transformer.config.sample_size * self.vae.downsample_factor
             sides = (default if height is None else height, default if width is None else width)
-            if any(side < region or side % region for side in sides):
+            if any(not isinstance(side, int) or side < region or side % region for side in sides):
                 raise ValueError(
                     f"`height` and `width` must be positive multiples of the region size {region}, got"
                     f" {sides[0]}x{sides[1]}."
@@ -301,7 +316,7 @@ class D2iTPipeline(DiffusionPipeline):
         if not sizes:
             return (self.transformer.config.sample_size // cells,) * 2
         if len(set(sizes.values())) > 1:
-            described = ", ".join(f"{name} {size[0]:g}x{size[1]:g}" for name, size in sizes.items())
+            described = ", ".join(f"{name} {size[0]}x{size[1]}" for name, size in sizes.items())
             raise ValueError(f"arguments ask for maps of different sizes: {described} regions.")
         return next(iter(sizes.values()))
 
@@ -368,11 +383,22 @@ class D2iTPipeline(DiffusionPipeline):
             if fine_ratio is not None:
                 raise ValueError("a given `grain_map` and `fine_ratio` exclude each other.")
         channels = self.transformer.config.in_channels
-        if latents is not None and (latents.ndim != 4 or latents.shape[:2] != (batch_size, channels)):
+        if latents is None:
+            return
+        cells = self.transformer.patch_size
+        if not isinstance(latents, torch.Tensor) or latents.dtype != torch.float32:
+            kind = latents.dtype if isinstance(latents, torch.Tensor) else type(latents).__name__
+            raise ValueError(f"`latents` must be a float32 tensor, got {kind}.")
+        if (
+            latents.ndim != 4
+            or latents.shape[:2] != (batch_size, channels)
+            or any(s % cells for s in latents.shape[2:])
+        ):
             raise ValueError(
-                f"`latents` must have shape ({batch_size}, {channels}, h, w), got {tuple(latents.shape)}."
+                f"`latents` must have shape ({batch_size}, {channels}, h, w) with h and w multiples of {cells}, got"
+                f" {tuple(latents.shape)}."
             )
-        if latents is not None and not latents.isfinite().all():
+        if not latents.isfinite().all():
             raise ValueError("`latents` hold values that are not finite.")
 
     def _check_given_map(self, grain_map, batch_size: int) -> None:
@@ -611,6 +637,7 @@ def sample_grain_map(
     guided = num_classes is not None and guidance_scale != 1.0
 
     scheduler.set_timesteps(num_inference_steps, device=device)
+    step_kwargs = step_generator_kwargs(scheduler, generator)
     state = randn_tensor((batch_size, num_grains, *size), generator=generator, device=device, dtype=torch.float32)
     state = state * scheduler.init_noise_sigma  # (B, k, h, w)
     for t in scheduler.timesteps:
@@ -619,7 +646,7 @@ def sample_grain_map(
         if guided:
             null_logits = model(model_input, t, torch.full_like(class_ids, num_classes), ratio).logits.float()
             logits = null_logits + guidance_scale * (logits - null_logits)
-        state = scheduler.step(model.expected_state(logits), t, state, return_dict=False)[0]
+        state = scheduler.step(model.expected_state(logits), t, state, return_dict=False, **step_kwargs)[0]
     return _grain_map_from_logits(logits, fine_ratio)
 
 

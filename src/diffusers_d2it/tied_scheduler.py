@@ -44,8 +44,7 @@ class TiedScheduler:
         self.grain_map = grain_map
         scheduler.set_timesteps(num_inference_steps, device=device)
         self.timesteps = scheduler.timesteps
-        accepted = inspect.signature(scheduler.step).parameters
-        self._step_kwargs = {"generator": generator} if "generator" in accepted else {}
+        self._step_kwargs = step_generator_kwargs(scheduler, generator)
         self._edm = _EDMPreconditioning(scheduler) if isinstance(scheduler, EDMEulerScheduler) else None
 
     def prior(self, noise: torch.Tensor) -> torch.Tensor:
@@ -69,6 +68,24 @@ class TiedScheduler:
     def tie(self, latents: torch.Tensor) -> torch.Tensor:
         """Tie a sample that something else, such as a callback, has changed."""
         return tie(latents, self.grain_map)
+
+
+def step_generator_kwargs(scheduler, generator: torch.Generator | list[torch.Generator] | None) -> dict:
+    """What `scheduler.step` takes so that its noise comes from `generator`; call it after `set_timesteps`.
+
+    DPMSolverSDEScheduler alone draws its noise from seeds that it holds itself: they are drawn from the generator.
+    """
+    if hasattr(scheduler, "noise_sampler_seed"):
+        generators = generator if isinstance(generator, list) else [generator]
+        seeds = [
+            scheduler.config.noise_sampler_seed
+            if one is None
+            else int(torch.randint(2**31, (), generator=one, device=one.device))
+            for one in generators
+        ]
+        scheduler.noise_sampler_seed = seeds if isinstance(generator, list) else seeds[0]
+    accepted = inspect.signature(scheduler.step).parameters
+    return {"generator": generator} if "generator" in accepted else {}
 
 
 class _EDMPreconditioning:

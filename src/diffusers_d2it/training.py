@@ -25,7 +25,7 @@ import PIL.Image
 import PIL.ImageOps
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DataLoaderConfiguration, ProjectConfiguration
+from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin, ProjectConfiguration
 from diffusers.training_utils import EMAModel
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
@@ -88,7 +88,10 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
 def make_accelerator(args: argparse.Namespace) -> Accelerator:
     """The Accelerator of the training flags, with an order of the data that can be resumed."""
     return Accelerator(
-        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        # An update always takes as many batches, also across the end of an epoch: `resume` counts on it.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(
+            num_steps=args.gradient_accumulation_steps, sync_with_dataloader=False
+        ),
         mixed_precision=args.mixed_precision,
         log_with=None if args.report_to == "none" else args.report_to,
         project_config=ProjectConfiguration(args.output_dir, logging_dir=os.path.join(args.output_dir, "logs")),
@@ -119,7 +122,7 @@ def load_images(args: argparse.Namespace, streaming: bool = False):
         )
     else:
         dataset = datasets.load_dataset(args.dataset_name, split=args.split, streaming=streaming)
-    if args.image_column not in dataset.column_names:
+    if args.image_column not in (dataset.column_names or [args.image_column]):  # a stream may not know its columns
         raise ValueError(f"--image_column {args.image_column!r} is not among the columns {dataset.column_names}.")
     return dataset
 
@@ -245,11 +248,16 @@ class ImageDataset(Dataset):
         }
 
 
-def make_loader(dataset: ImageDataset, args: argparse.Namespace) -> DataLoader:
-    """Shuffled batches; the incomplete last batch of an epoch is left out."""
-    if len(dataset) < args.train_batch_size:
+def make_loader(accelerator: Accelerator, dataset: ImageDataset, args: argparse.Namespace) -> DataLoader:
+    """Shuffled batches; the incomplete last batch of an epoch is left out.
+
+    Raises:
+        ValueError: the data set does not fill one batch of every process.
+    """
+    if len(dataset) < args.train_batch_size * accelerator.num_processes:
         raise ValueError(
-            f"--train_batch_size {args.train_batch_size} exceeds the {len(dataset)} images of the data set."
+            f"--train_batch_size {args.train_batch_size} on {accelerator.num_processes} processes needs more than the"
+            f" {len(dataset)} images of the data set."
         )
     return DataLoader(
         dataset,
@@ -265,6 +273,7 @@ def batches_from(accelerator: Accelerator, loader: DataLoader, first_batch: int)
     epoch, position = divmod(first_batch, len(loader))
     while True:
         loader.set_epoch(epoch)
+        loader.dataset.set_epoch(epoch)  # with several processes accelerate tells the sampler only
         rest = accelerator.skip_first_batches(loader, position) if position else loader
         rest.set_epoch(epoch)
         yield from rest
@@ -316,14 +325,14 @@ class Checkpoints:
 
     def _load_models(self, models, folder: str) -> None:
         loaded = type(self.model).from_pretrained(os.path.join(folder, "model"))
-        if dict(loaded.config) != dict(self.model.config):
-            changed = {
-                key: (loaded.config.get(key), value)
-                for key, value in self.model.config.items()
-                if loaded.config.get(key) != value and not key.startswith("_")
-            }
-            if changed:
-                raise ValueError(f"checkpoint {folder} holds another model; (found, expected) differ in {changed}.")
+        found, expected = (json.loads(model.to_json_string()) for model in (loaded, self.model))  # no tuples in JSON
+        changed = {
+            key: (found.get(key), value)
+            for key, value in expected.items()
+            if found.get(key) != value and not key.startswith("_")
+        }
+        if changed:
+            raise ValueError(f"checkpoint {folder} holds another model; (found, expected) differ in {changed}.")
         self.model.load_state_dict(loaded.state_dict())
         self.ema.load_state_dict(
             EMAModel.from_pretrained(os.path.join(folder, "model_ema"), type(self.model)).state_dict()

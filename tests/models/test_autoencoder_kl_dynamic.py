@@ -673,7 +673,7 @@ def test_without_calibration_there_are_no_thresholds_between_0_and_1(make_vae, p
 
 @pytest.mark.parametrize("fine_ratio", [-0.1, 1.1, math.nan, 50])
 def test_a_ratio_outside_0_to_1_is_refused(make_vae, photos, fine_ratio):
-    with pytest.raises(ValueError, match=r"`fine_ratio` must lie in \[0, 1\]"):
+    with pytest.raises(ValueError, match=r"`fine_ratio` must be a number in \[0, 1\]"):
         make_vae().encode(photos, fine_ratio=fine_ratio)
 
 

@@ -19,7 +19,7 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 from diffusers.utils.torch_utils import randn_tensor
 from torch import nn
 
-from ..calibration import thresholds_for_ratios
+from ..calibration import check_calibration, thresholds_for_ratios
 from ..grains import (
     NUM_BINS,
     SIGMA,
@@ -263,11 +263,8 @@ class DynamicAutoencoderKL(StrictModelMixin, AttentionMixin, AutoencoderMixin, C
             raise ValueError(
                 f"`grain_ratios` must be {len(factors)} shares that sum to 1, coarsest first, got {grain_ratios}."
             )
-        if calibration is not None and calibration.get("region_size") != factors[-1]:
-            raise ValueError(
-                f"`calibration` was counted on regions of {calibration.get('region_size')} pixels, this model has"
-                f" regions of {factors[-1]}."
-            )
+        if calibration is not None:
+            check_calibration(calibration, region_size=factors[-1])
 
     @property
     def num_grains(self) -> int:
@@ -414,34 +411,34 @@ class DynamicAutoencoderKL(StrictModelMixin, AttentionMixin, AutoencoderMixin, C
         if not self.use_tiling or max(x.shape[-2:]) <= self.tile_sample_min_size:
             return self.encoder(x)
         # The tile and its stride are whole regions, so that tiles meet on the grid of every grain.
-        tile, stride = self._tile_and_stride(self.region_size)
-        tiles = [
-            [self.encoder(x[..., top : top + tile, left : left + tile]) for left in range(0, x.shape[-1], stride)]
-            for top in range(0, x.shape[-2], stride)
-        ]
+        tile, stride = self._tile_and_stride()
+        tops, lefts = (_tile_starts(side, tile, stride) for side in x.shape[-2:])
+        tiles = [[self.encoder(x[..., top : top + tile, left : left + tile]) for left in lefts] for top in tops]
         moments = []
         for grain, factor in enumerate(reversed(self.config.downsample_factors)):
             rows = [[heads[grain] for heads in row] for row in tiles]
-            blended = _blend_tiles(rows, stride=stride // factor, overlap=(tile - stride) // factor)
-            moments.append(blended[..., : x.shape[-2] // factor, : x.shape[-1] // factor])
+            moments.append(_blend_tiles(rows, stride=stride // factor, overlap=(tile - stride) // factor))
         return moments
 
     def _decode(self, z: torch.Tensor) -> torch.Tensor:
         factor = self.downsample_factor
         if not self.use_tiling or max(z.shape[-2:]) * factor <= self.tile_sample_min_size:
             return self.decoder(z)
-        tile, stride = (side // factor for side in self._tile_and_stride(self.region_size))
-        tiles = [
-            [self.decoder(z[..., top : top + tile, left : left + tile]) for left in range(0, z.shape[-1], stride)]
-            for top in range(0, z.shape[-2], stride)
-        ]
-        blended = _blend_tiles(tiles, stride=stride * factor, overlap=(tile - stride) * factor)
-        return blended[..., : z.shape[-2] * factor, : z.shape[-1] * factor]
+        tile, stride = (side // factor for side in self._tile_and_stride())
+        tops, lefts = (_tile_starts(side, tile, stride) for side in z.shape[-2:])
+        tiles = [[self.decoder(z[..., top : top + tile, left : left + tile]) for left in lefts] for top in tops]
+        return _blend_tiles(tiles, stride=stride * factor, overlap=(tile - stride) * factor)
 
-    def _tile_and_stride(self, unit: int) -> tuple[int, int]:
+    def _tile_and_stride(self) -> tuple[int, int]:
+        unit = self.region_size
         tile = max(self.tile_sample_min_size // unit, 2) * unit
         overlap = max(round(tile * self.tile_overlap_factor / unit), 1) * unit
         return tile, tile - overlap
+
+
+def _tile_starts(side: int, tile: int, stride: int) -> range:
+    """Where the tiles of a side begin: the last one is the first that reaches its end."""
+    return range(0, max(side - (tile - stride), 1), stride)
 
 
 def _blend_tiles(tiles: list[list[torch.Tensor]], stride: int, overlap: int) -> torch.Tensor:
@@ -453,8 +450,8 @@ def _blend_tiles(tiles: list[list[torch.Tensor]], stride: int, overlap: int) -> 
             if j > 0:
                 tile = _fade(row[j - 1], tile, stride, overlap, dim=-1)
             row[j] = tile
-    rows = [torch.cat([tile[..., :stride, :stride] for tile in row], dim=-1) for row in tiles]
-    return torch.cat(rows, dim=-2)
+    rows = [torch.cat([*(tile[..., :stride] for tile in row[:-1]), row[-1]], dim=-1) for row in tiles]
+    return torch.cat([*(row[..., :stride, :] for row in rows[:-1]), rows[-1]], dim=-2)
 
 
 def _fade(before: torch.Tensor, after: torch.Tensor, stride: int, overlap: int, dim: int) -> torch.Tensor:

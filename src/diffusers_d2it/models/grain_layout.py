@@ -65,10 +65,12 @@ class GrainLayout:
     Args:
         grain_map: (B, h, w) int64.
         levels: the layouts of levels 1 ... k-1.
+        window_size: side of an attention window in tokens.
     """
 
     grain_map: torch.Tensor
     levels: tuple[RefineLayout, ...]
+    window_size: int
 
     @classmethod
     def from_grain_map(cls, grain_map: torch.Tensor, num_grains: int, window_size: int) -> "GrainLayout":
@@ -77,7 +79,7 @@ class GrainLayout:
         Args:
             grain_map: (B, h, w) int64 with values 0 ... num_grains - 1.
             num_grains: k.
-            window_size: side of an attention window in tokens; at least one region fits in whatever its size.
+            window_size: side of an attention window in tokens, a multiple of 2 ** (k - 1), the side of a region.
 
         Raises:
             ValueError: what `check_grain_map` raises.
@@ -88,13 +90,7 @@ class GrainLayout:
         for level in range(1, num_grains):
             layout, position = _refine_layout(grain_map, level, window_size, position)
             levels.append(layout)
-        return cls(grain_map, tuple(levels))
-
-
-def window_side(level: int, window_size: int) -> int:
-    """Tokens along a side of a window: whole regions, as many as fit in window_size, at least one."""
-    tokens_per_region = 2**level
-    return max(1, window_size // tokens_per_region) * tokens_per_region
+        return cls(grain_map, tuple(levels), window_size)
 
 
 def _refine_layout(
@@ -103,7 +99,7 @@ def _refine_layout(
     batch, height, width = grain_map.shape
     device = grain_map.device
     m = 2**level
-    v = window_side(level, window_size) // m
+    v = window_size // m
 
     # 1. The window of every fine region, and which of the window's v * v slots it takes
     image, row, column = (grain_map >= level).nonzero(as_tuple=True)

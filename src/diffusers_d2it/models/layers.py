@@ -84,21 +84,25 @@ class DiTBlock(nn.Module):
         dim: width D.
         heads: number of heads.
         mlp_ratio: hidden width of the feed-forward over D.
+        attn: attention over the tokens; None for plain self-attention.
     """
 
-    def __init__(self, dim: int, heads: int, mlp_ratio: float = 4.0):
+    def __init__(self, dim: int, heads: int, mlp_ratio: float = 4.0, attn: nn.Module | None = None):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
-        self.attn = SelfAttention(dim, heads)
+        self.attn = SelfAttention(dim, heads) if attn is None else attn
         self.norm2 = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
         self.ff = FeedForward(dim, mlp_ratio)
         self.adaln = nn.Linear(dim, 6 * dim)
 
     def forward(self, hidden_states: torch.Tensor, conditioning: torch.Tensor) -> torch.Tensor:
         """hidden_states (B, N, D), conditioning (B, D) after its SiLU -> (B, N, D)."""
-        modulation = self.adaln(conditioning)[:, None].chunk(6, dim=-1)  # 6 x (B, 1, D)
-        shift_attn, scale_attn, gate_attn, shift_ff, scale_ff, gate_ff = modulation
-        attended = self.attn(modulate(self.norm1(hidden_states), shift_attn, scale_attn))
+        return self.modulated(hidden_states, self.adaln(conditioning)[:, None])
+
+    def modulated(self, hidden_states: torch.Tensor, modulation: torch.Tensor, *attn_args) -> torch.Tensor:
+        """The block under a modulation (..., 6 * D) that broadcasts to the tokens (..., D)."""
+        shift_attn, scale_attn, gate_attn, shift_ff, scale_ff, gate_ff = modulation.chunk(6, dim=-1)
+        attended = self.attn(modulate(self.norm1(hidden_states), shift_attn, scale_attn), *attn_args)
         hidden_states = torch.addcmul(hidden_states, gate_attn, attended)
         fed = self.ff(modulate(self.norm2(hidden_states), shift_ff, scale_ff))
         return torch.addcmul(hidden_states, gate_ff, fed)
@@ -158,31 +162,25 @@ def sincos_positions(height: int, width: int, dim: int, device: torch.device, dt
     rows = torch.arange(height, device=device, dtype=torch.float32)
     columns = torch.arange(width, device=device, dtype=torch.float32)
     grid = torch.stack(torch.meshgrid(columns, rows, indexing="xy"))  # the column comes first, as in DiT
-    return get_2d_sincos_pos_embed_from_grid(dim, grid).to(dtype)
+    return get_2d_sincos_pos_embed_from_grid(dim, grid, output_type="pt").to(dtype)
 
 
 def init_dit_weights(module: nn.Module) -> None:
-    """DiT's initialisation of one module tree: Xavier for every linear map, zero where adaLN-Zero starts as identity.
+    """DiT's initialisation of a tree of modules: Xavier for linear maps, zero where adaLN-Zero starts as identity.
 
     Callers zero what is theirs (output projections) afterwards.
     """
     for child in module.modules():
         if isinstance(child, nn.Linear):
             nn.init.xavier_uniform_(child.weight)
-            if child.bias is not None:
-                nn.init.zeros_(child.bias)
-        elif isinstance(child, TimestepEmbedding):
-            pass  # its layers are visited below
+            nn.init.zeros_(child.bias)
         elif isinstance(child, nn.Embedding):
             nn.init.normal_(child.weight, std=0.02)
-        elif isinstance(child, nn.Conv2d):
-            nn.init.xavier_uniform_(child.weight.flatten(1))
-            nn.init.zeros_(child.bias)
     for child in module.modules():
         if isinstance(child, TimestepEmbedding):
             nn.init.normal_(child.linear_1.weight, std=0.02)
             nn.init.normal_(child.linear_2.weight, std=0.02)
-        if isinstance(child, (DiTBlock, AdaLayerNormOut)) or hasattr(child, "adaln"):
+        elif isinstance(child, (DiTBlock, AdaLayerNormOut)):
             nn.init.zeros_(child.adaln.weight)
             nn.init.zeros_(child.adaln.bias)
 

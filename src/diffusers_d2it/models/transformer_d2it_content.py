@@ -18,18 +18,16 @@ from einops import rearrange
 from torch import nn
 
 from ..grains import average_codes, cells_per_region, check_tied
-from .grain_layout import GrainLayout, RefineLayout, window_side
+from .grain_layout import GrainLayout, RefineLayout
 from .layers import (
     FREQUENCY_SIZE,
     AdaLayerNormOut,
     DiTBlock,
-    FeedForward,
     LabelEmbedder,
     SelfAttention,
     TimestepEmbedder,
     check_conditioning,
     init_dit_weights,
-    modulate,
     sincos_positions,
 )
 from .loading import StrictModelMixin
@@ -96,25 +94,16 @@ class WindowAttention(SelfAttention):
         return self.processor(self, hidden_states, layout)
 
 
-class RefineBlock(nn.Module):
-    """DiT block on packed tokens: adaLN-Zero of each token's image, attention inside windows (Eq. 10)."""
+class RefineBlock(DiTBlock):
+    """DiT block on packed tokens: the modulation of each token's image, attention inside windows (Eq. 10)."""
 
     def __init__(self, dim: int, heads: int, mlp_ratio: float, side: int):
-        super().__init__()
-        self.norm1 = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
-        self.attn = WindowAttention(dim, heads, side)
-        self.norm2 = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
-        self.ff = FeedForward(dim, mlp_ratio)
-        self.adaln = nn.Linear(dim, 6 * dim)
+        super().__init__(dim, heads, mlp_ratio, attn=WindowAttention(dim, heads, side))
 
     def forward(self, hidden_states: torch.Tensor, conditioning: torch.Tensor, layout: RefineLayout) -> torch.Tensor:
         """hidden_states (N, D), conditioning (B, D) after its SiLU -> (N, D)."""
-        modulation = self.adaln(conditioning).index_select(0, layout.images).chunk(6, dim=-1)  # 6 x (N, D)
-        shift_attn, scale_attn, gate_attn, shift_ff, scale_ff, gate_ff = modulation
-        attended = self.attn(modulate(self.norm1(hidden_states), shift_attn, scale_attn), layout)
-        hidden_states = torch.addcmul(hidden_states, gate_attn, attended)
-        fed = self.ff(modulate(self.norm2(hidden_states), shift_ff, scale_ff))
-        return torch.addcmul(hidden_states, gate_ff, fed)
+        modulation = self.adaln(conditioning).index_select(0, layout.images)  # (N, 6 * D)
+        return self.modulated(hidden_states, modulation, layout)
 
 
 class RefineNet(nn.Module):
@@ -214,7 +203,7 @@ class D2iTContentModel(StrictModelMixin, AttentionMixin, CacheMixin, PeftAdapter
             layers of the backbone, 5 : 1 (Table 4).
         num_attention_heads, attention_head_dim, mlp_ratio: of every block.
         num_classes: number of class labels; label `num_classes` means no class. None for an unconditional model.
-        window_size: side of RefineNet's attention windows in tokens.
+        window_size: side of RefineNet's attention windows in tokens: a multiple of R up to 16.
 
     Raises:
         ValueError: a count is out of range.
@@ -229,7 +218,6 @@ class D2iTContentModel(StrictModelMixin, AttentionMixin, CacheMixin, PeftAdapter
         "time_embed",
         "label_embed",
         "grain_embed",
-        "relative_position_bias",
     ]
 
     @register_to_config
@@ -254,6 +242,12 @@ class D2iTContentModel(StrictModelMixin, AttentionMixin, CacheMixin, PeftAdapter
             raise ValueError(
                 f"`out_channels` must be None, {in_channels} (noise) or {2 * in_channels} (noise and variance), got"
                 f" {out_channels}."
+            )
+        finest = 2 ** (num_grains - 1)
+        if window_size < finest or window_size % finest or window_size > 16:
+            raise ValueError(
+                f"`window_size` must be a multiple of {finest} tokens, the side of a region, up to 16, got"
+                f" {window_size}."
             )
         dim = num_attention_heads * attention_head_dim
         self.gradient_checkpointing = False
@@ -281,7 +275,7 @@ class D2iTContentModel(StrictModelMixin, AttentionMixin, CacheMixin, PeftAdapter
                     num_layers=num_refine_layers,
                     heads=num_attention_heads,
                     mlp_ratio=mlp_ratio,
-                    side=window_side(level, window_size),
+                    side=window_size,
                 )
                 for level in range(1, num_grains)
             ]
@@ -376,6 +370,11 @@ class D2iTContentModel(StrictModelMixin, AttentionMixin, CacheMixin, PeftAdapter
             raise ValueError(
                 f"`hidden_states` must have shape (B, {self.config.in_channels}, height, width), got"
                 f" {tuple(hidden_states.shape)}."
+            )
+        if layout.window_size != self.config.window_size:
+            raise ValueError(
+                f"`grain_map` was prepared for windows of {layout.window_size} tokens, this model has"
+                f" {self.config.window_size}."
             )
         if cells_per_region(hidden_states, layout.grain_map) != self.patch_size:
             raise ValueError(

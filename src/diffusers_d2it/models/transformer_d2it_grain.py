@@ -45,8 +45,9 @@ class D2iTGrainModel(StrictModelMixin, AttentionMixin, CacheMixin, PeftAdapterMi
 
     A single pass from noise to logits would make every region an independent coin, so the map is drawn by diffusion:
     the state has one channel per grain (one-hot, -1 and +1), the network predicts the clean map as logits, trained by
-    the cross-entropy of Eq. 5, and any diffusers scheduler with `prediction_type="sample"` steps on their expectation
-    (`expected_state`). The map is the argmax of the last logits (Eq. 4).
+    the cross-entropy of Eq. 5, and a diffusers scheduler that knows `prediction_type="sample"` (DDIM, DDPM,
+    DPMSolverMultistep, UniPC and others) steps on their expectation (`expected_state`). The map is the argmax of the
+    last logits (Eq. 4).
 
         state = torch.randn(1, 2, 16, 16)
         for t in scheduler.timesteps:
@@ -80,6 +81,8 @@ class D2iTGrainModel(StrictModelMixin, AttentionMixin, CacheMixin, PeftAdapterMi
         fine_ratio_condition: bool = True,
     ):
         super().__init__()
+        if num_grains < 2:
+            raise ValueError(f"`num_grains` must be at least 2, got {num_grains}.")
         dim = num_attention_heads * attention_head_dim
         self.gradient_checkpointing = False
         self.patch_embed = nn.Linear(num_grains, dim)
@@ -176,6 +179,9 @@ class D2iTGrainModel(StrictModelMixin, AttentionMixin, CacheMixin, PeftAdapterMi
                 f"`fine_ratio` must be floating point of shape ({len(hidden_states)},), got {fine_ratio.dtype} of"
                 f" shape {tuple(fine_ratio.shape)}."
             )
+        if fine_ratio.device.type == "cpu" and not torch.compiler.is_compiling():
+            if ((fine_ratio < 0) | (fine_ratio > 1)).any():  # false for NaN, which leaves the share open
+                raise ValueError(f"`fine_ratio` must lie in [0, 1] or be NaN, got {fine_ratio.tolist()}.")
 
     @staticmethod
     def expected_state(logits: torch.Tensor) -> torch.Tensor:
