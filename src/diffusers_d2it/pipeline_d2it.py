@@ -580,6 +580,7 @@ class D2iTPipeline(DiffusionPipeline):
             return (images, grain_map)
         return D2iTPipelineOutput(images=images, grain_maps=grain_map)
 
+    @torch.no_grad()
     def decode_latents(self, latents: torch.Tensor, output_type: str = "pil"):
         """Scaled latents (B, C, H / f, W / f) to images of `output_type`.
 
