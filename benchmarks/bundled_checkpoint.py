@@ -80,8 +80,10 @@ def reconstruction(pipe: D2iTPipeline, pixels: torch.Tensor) -> dict[str, dict[s
 def grain_cross_entropy(pipe: D2iTPipeline, train: tuple, validation: tuple, seed: int) -> dict[str, float]:
     """Nats per region on validation maps: of the per-class marginal, and of the grain model by noise level."""
     model, scheduler = pipe.grain_model, pipe.grain_scheduler
-    train_maps = torch.cat([pipe.vae.encode(batch).grain_map for batch in train[0].split(BATCH)])
-    maps = torch.cat([pipe.vae.encode(batch).grain_map for batch in validation[0].split(BATCH)])
+    train_maps, maps = (
+        torch.cat([pipe.grain_map_from_image((batch + 1) / 2) for batch in pixels.split(BATCH)])
+        for pixels in (train[0], validation[0])
+    )
     k = model.config.num_grains
     frequency = {}
     for label in train[1].unique().tolist():

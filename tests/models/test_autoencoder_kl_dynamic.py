@@ -353,6 +353,26 @@ def test_gradient_checkpointing_changes_neither_output_nor_gradients(make_vae, p
     torch.testing.assert_close(results[1][1], results[0][1])
 
 
+def test_checkpointed_blocks_are_run_again_in_the_backward_pass(make_vae, photos):
+    vae = make_vae().train()
+    vae.enable_gradient_checkpointing()
+    calls = {"encoder": 0, "head": 0, "decoder": 0}
+
+    def count(name: str):
+        def hook(*_) -> None:
+            calls[name] += 1
+
+        return hook
+
+    vae.encoder.down_blocks[0].register_forward_pre_hook(count("encoder"))
+    vae.encoder.mid_blocks["f8"].register_forward_pre_hook(count("head"))
+    vae.decoder.up_blocks[0].register_forward_pre_hook(count("decoder"))
+    output = vae(photos[:1]).sample
+    assert set(calls.values()) == {1}
+    output.sum().backward()
+    assert set(calls.values()) == {2}
+
+
 def test_a_few_steps_of_training_bring_the_reconstruction_closer(make_vae, photos):
     vae = make_vae().train()
     x = photos[:2, :, :32, :32]

@@ -91,6 +91,34 @@ def test_a_region_sees_the_whole_map(make_grain_model):
     assert (difference.abs().amax(dim=1) > 0).all()
 
 
+def silence_blocks(model: D2iTGrainModel) -> D2iTGrainModel:
+    """Close the gates of all blocks, so that every token goes its own way from the state to the logits."""
+    for block in model.transformer_blocks:
+        torch.nn.init.zeros_(block.adaln.weight)
+        torch.nn.init.zeros_(block.adaln.bias)
+    return model
+
+
+@torch.no_grad()
+def test_logits_stand_at_the_region_of_their_token(make_grain_model):
+    model = silence_blocks(make_grain_model())
+    arguments = inputs()
+    changed = arguments["hidden_states"].clone()
+    changed[1, :, 1, 4] += 1
+    difference = model(**(arguments | {"hidden_states": changed})).logits - model(**arguments).logits
+    assert difference.abs().amax(dim=1).nonzero().tolist() == [[1, 1, 4]]
+
+
+@torch.no_grad()
+def test_the_place_of_a_region_is_its_row_and_column_whatever_the_size_of_the_map(make_grain_model):
+    """Tokens that do not look at one another: a window of a map is the map of the window at the top left."""
+    model = silence_blocks(make_grain_model())
+    large = inputs(height=7, width=8)
+    for height, width in ((4, 6), (6, 4), (7, 3)):
+        small = large | {"hidden_states": large["hidden_states"][..., :height, :width]}
+        torch.testing.assert_close(model(**small).logits, model(**large).logits[..., :height, :width])
+
+
 @torch.no_grad()
 def test_regions_know_where_they_are(make_grain_model):
     """On a constant state only the positions tell regions apart; rows are not columns."""
