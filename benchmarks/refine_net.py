@@ -52,6 +52,8 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=4, help="photographs")
     parser.add_argument("--images", help="folder of photographs; default: four that come with scikit-image")
     args = parse_args(parser, "refine_net")
+    if not all(0 < fine_ratio <= 1 for fine_ratio in args.fine_ratio):
+        parser.error("--fine_ratio: shares lie above 0, without fine regions there is nothing to time, and up to 1.")
 
     torch.manual_seed(0)
     refine_net = build_refine_net(load_preset(args.preset)).to(args.device)

@@ -64,7 +64,7 @@ class EntropyCalibration:
         if self.num_images == 0:
             raise ValueError("no image was counted: a calibration needs at least one.")
         total = int(self.counts.sum())
-        ranks = torch.arange(NUM_QUANTILES + 1, dtype=torch.float64) / NUM_QUANTILES * total
+        ranks = torch.arange(NUM_QUANTILES + 1, dtype=torch.float64) * total / NUM_QUANTILES
         # Rounded upwards, so that a mass of equal entropies never exceeds its own quantile by a rounding error.
         upper_edge = torch.searchsorted(self.counts.cumsum(0).double(), ranks.clamp_min(1)) + 1
         return {
