@@ -46,15 +46,15 @@ class RefineLayout:
 
     Args:
         tokens: (N,) int64, index of each packed token in the flattened (B, h * m, w * m) grid of tokens.
-        images: (N,) int64, the image of the batch that each token belongs to.
         parents: (N / 4,) int64, index of each parent in the tokens of the level before; its four children follow one
             another.
+        images: (N / 4,) int64, the image of the batch that each parent belongs to.
         groups: slices of the packed tokens, in order.
     """
 
     tokens: torch.Tensor
-    images: torch.Tensor
     parents: torch.Tensor
+    images: torch.Tensor
     groups: tuple[WindowGroup, ...]
 
 
@@ -154,8 +154,8 @@ def _refine_layout(
 
     layout = RefineLayout(
         tokens=tokens.flatten(),
-        images=image.repeat_interleave(m * m),
         parents=parents.flatten(),
+        images=image.repeat_interleave(parents_per_region),
         groups=tuple(groups),
     )
     return layout, position
