@@ -34,7 +34,7 @@ setup(
     package_data={"diffusers_d2it": ["presets/*.json", "checkpoints/**/*"]},
     install_requires=[
         "torch>=2.5",
-        "diffusers>=0.36",
+        "diffusers>=0.42",
         "transformers>=4.48",
         "accelerate>=1.2",
         "safetensors>=0.4.5",
