@@ -21,9 +21,9 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from diffusers_d2it import D2iTGrainModel, DynamicAutoencoderKL, load_preset, visualize_grain_map
+from diffusers_d2it.grain_sampling import sample_grain_map
 from diffusers_d2it.grains import fine_share, grain_map_from_entropy
 from diffusers_d2it.losses import grain_loss
-from diffusers_d2it.pipeline_d2it import sample_grain_map
 from diffusers_d2it.training import (
     Checkpoints,
     ImageDataset,

@@ -1,6 +1,7 @@
 # Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
 """The checkpoint that comes with the package is whole, small, trained, and described."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,11 @@ def test_it_is_small_and_has_a_card():
     assert sum(path.stat().st_size for path in folder.rglob("*.safetensors")) <= 20 * 2**20
     card = (folder / "README.md").read_text(encoding="utf-8")
     assert "D2iTPipeline.from_pretrained(bundled_checkpoint())" in card and "accelerate launch" in card
+
+
+def test_its_files_do_not_say_where_they_were_made():
+    for path in Path(bundled_checkpoint()).rglob("*.json"):
+        assert "_name_or_path" not in json.loads(path.read_text(encoding="utf-8")), path
 
 
 def test_it_draws_the_classes_it_names_and_no_others(pipe):

@@ -74,7 +74,7 @@ def dvae(folder, tmp_path_factory) -> Path:
 def grain(folder, dvae, tmp_path_factory) -> Path:
     output = tmp_path_factory.mktemp("runs") / "grain"
     arguments = ["--preset", "grain-tiny", "--vae", dvae / "vae", "--label_column", "label"]
-    train("train_grain.py", folder, output, 2, *arguments)
+    train("train_grain.py", folder, output, STEPS, *arguments)
     return output
 
 
@@ -122,6 +122,13 @@ def test_interrupted_autoencoder_run_ends_in_the_same_weights(dvae, folder, tmp_
     train("train_dvae.py", folder, tmp_path, 2, "--preset", "dvae-tiny")
     train("train_dvae.py", folder, tmp_path, STEPS, "--preset", "dvae-tiny", "--resume_from_checkpoint", "latest")
     assert_same_run(dvae, tmp_path)
+
+
+def test_interrupted_grain_run_ends_in_the_same_weights(grain, dvae, folder, tmp_path):
+    arguments = ["--preset", "grain-tiny", "--vae", dvae / "vae", "--label_column", "label"]
+    train("train_grain.py", folder, tmp_path, 2, *arguments)
+    train("train_grain.py", folder, tmp_path, STEPS, *arguments, "--resume_from_checkpoint", "latest")
+    assert_same_run(grain, tmp_path)
 
 
 def test_interrupted_content_run_ends_in_the_same_weights(d2it, d2it_arguments, folder, tmp_path):

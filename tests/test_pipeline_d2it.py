@@ -8,8 +8,8 @@ import torch
 from diffusers import DDPMScheduler, EulerAncestralDiscreteScheduler
 
 from diffusers_d2it import D2iTPipeline, visualize_grain_map
+from diffusers_d2it.grain_sampling import grain_map_from_logits, sample_grain_map
 from diffusers_d2it.grains import check_tied, fine_share
-from diffusers_d2it.pipeline_d2it import sample_grain_map
 
 
 def call(pipe: D2iTPipeline, *args, seed: int = 0, **kwargs):
@@ -86,6 +86,24 @@ def test_sides_need_only_be_multiples_of_a_region(make_pipeline, num_grains, hei
     assert output.grain_maps.shape[-2:] == (height // region, width // region)
 
 
+def test_factors_8_16_32_from_photographs_to_samples(make_pipeline, make_vae, calibrate, load_photos):
+    vae = make_vae(
+        downsample_factors=[8, 16, 32],
+        block_out_channels=[8, 8, 8, 16, 16, 16],
+        decoder_block_out_channels=[8, 8, 8, 16],
+        grain_ratios=[0.3, 0.3, 0.4],
+        calibration=calibrate(32),
+        sample_size=128,
+    )
+    pipe = make_pipeline(3, vae=vae)
+    photos = load_photos(128)
+    encoded = vae.encode(photos)
+    assert sorted(encoded.grain_map.unique().tolist()) == [0, 1, 2]
+    check_tied(encoded.latent_dist.mode(), encoded.grain_map)
+    output = call(pipe, [1, 2], grain_map=encoded.grain_map[:2], output_type="pt")
+    assert output.images.shape == (2, 3, 128, 128)
+
+
 @pytest.mark.parametrize("num_grains", [2, 3])
 @pytest.mark.parametrize("scheduler", [DDPMScheduler, EulerAncestralDiscreteScheduler])
 def test_latents_are_tied_to_the_map(make_pipeline, num_grains, scheduler):
@@ -141,14 +159,12 @@ def test_fine_ratio_is_met_exactly(make_pipeline, num_grains, fine_ratio):
 
 def test_fine_ratio_trims_the_likeliest_regions(make_grain_model):
     # Without noise in the network's opinion: fine where it says so, in order of its confidence.
-    from diffusers_d2it.pipeline_d2it import _grain_map_from_logits
-
     logits = torch.zeros(1, 2, 2, 2)
     logits[0, 1] = torch.tensor([[3.0, -1.0], [2.0, 1.0]])
-    assert _grain_map_from_logits(logits, None).tolist() == [[[1, 0], [1, 1]]]
-    assert _grain_map_from_logits(logits, 0.25).tolist() == [[[1, 0], [0, 0]]]
-    assert _grain_map_from_logits(logits, 0.5).tolist() == [[[1, 0], [1, 0]]]
-    assert _grain_map_from_logits(logits, 1.0).tolist() == [[[1, 1], [1, 1]]]
+    assert grain_map_from_logits(logits, None).tolist() == [[[1, 0], [1, 1]]]
+    assert grain_map_from_logits(logits, 0.25).tolist() == [[[1, 0], [0, 0]]]
+    assert grain_map_from_logits(logits, 0.5).tolist() == [[[1, 0], [1, 0]]]
+    assert grain_map_from_logits(logits, 1.0).tolist() == [[[1, 1], [1, 1]]]
 
 
 def test_grain_guidance_of_one_is_the_conditional_model(make_grain_model, make_pipeline):

@@ -6,7 +6,6 @@ Shapes:
     h = H / S, w = W / S sides of the grain map, k grains
 """
 
-import difflib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,18 +16,18 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.schedulers import KarrasDiffusionSchedulers
-from diffusers.utils import BaseOutput, logging
+from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 
-from .grains import check_fine_ratio, check_grain_map, check_tied, grain_map_from_entropy
+from .class_labels import class_ids, label_ids
+from .grain_sampling import random_grain_map, sample_grain_map
+from .grains import check_fine_ratio, check_tied, grain_map_from_entropy
 from .models.autoencoder_kl_dynamic import DynamicAutoencoderKL
 from .models.transformer_d2it_content import D2iTContentModel
 from .models.transformer_d2it_grain import D2iTGrainModel
-from .tied_scheduler import TiedScheduler, step_generator_kwargs
+from .pipeline_checks import check_components, check_given_map, check_latents, map_size
+from .tied_scheduler import TiedScheduler
 from .visualization import visualize_grain_map
-
-
-logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -94,58 +93,8 @@ class D2iTPipeline(DiffusionPipeline):
         if id2label is not None:
             id2label = {str(key): id2label[key] for key in sorted(id2label, key=int)}
         self.register_to_config(id2label=id2label)
-        self._check_components()
+        check_components(vae, grain_model, transformer, scheduler, grain_scheduler, self.id2label)
         self.image_processor = VaeImageProcessor(vae_scale_factor=vae.region_size, do_resize=False)
-
-    def _check_components(self) -> None:
-        vae, grain_model, transformer = self.vae, self.grain_model, self.transformer
-        pairs = [
-            (
-                "transformer.in_channels",
-                transformer.config.in_channels,
-                "vae.latent_channels",
-                vae.config.latent_channels,
-            ),
-            ("transformer.num_grains", transformer.config.num_grains, "the grains of the vae", vae.num_grains),
-        ]
-        if grain_model is not None:
-            grain, content = grain_model.config, transformer.config
-            pairs += [
-                ("grain_model.num_grains", grain.num_grains, "transformer.num_grains", content.num_grains),
-                ("grain_model.num_classes", grain.num_classes, "transformer.num_classes", content.num_classes),
-            ]
-        for left, left_value, right, right_value in pairs:
-            if left_value != right_value:
-                raise ValueError(f"components do not fit: {left} is {left_value}, {right} is {right_value}.")
-        for scheduler_name, model_name in (("grain_scheduler", "grain_model"), ("grain_model", "grain_scheduler")):
-            if getattr(self, scheduler_name) is not None and getattr(self, model_name) is None:
-                raise ValueError(f"components do not fit: `{scheduler_name}` was given without `{model_name}`.")
-        if self.grain_scheduler is not None and self.grain_scheduler.config.prediction_type != "sample":
-            raise ValueError(
-                "components do not fit: `grain_scheduler` needs prediction_type 'sample', got"
-                f" {self.grain_scheduler.config.prediction_type!r}."
-            )
-        scheduler = self.scheduler.config
-        if not hasattr(self.scheduler, "init_noise_sigma"):
-            raise ValueError(
-                "components do not fit: `scheduler` must be one of KarrasDiffusionSchedulers, got"
-                f" {type(self.scheduler).__name__}."
-            )
-        if scheduler.get("clip_sample") or scheduler.get("thresholding"):
-            logger.warning(
-                "`scheduler` limits samples to [-1, 1], which is meant for pixels and spoils latents: make it with"
-                " clip_sample=False and thresholding=False."
-            )
-        reads_variance = scheduler.get("variance_type") in ("learned", "learned_range")
-        if reads_variance and transformer.out_channels != 2 * transformer.config.in_channels:
-            raise ValueError(
-                f"components do not fit: `scheduler` has variance_type {scheduler.variance_type!r}, the transformer"
-                " predicts no variance."
-            )
-        num_classes = transformer.config.num_classes
-        beyond = [id for id in self.id2label or {} if num_classes is None or not 0 <= id < num_classes]
-        if beyond:
-            raise ValueError(f"components do not fit: `id2label` names {beyond}, the model has {num_classes} classes.")
 
     # -----------------------------------------------------------------------------------------------------------------
     # Labels
@@ -168,49 +117,7 @@ class D2iTPipeline(DiffusionPipeline):
             ValueError: a name is unknown (close ones are listed) or belongs to several classes, or the pipeline has no
                 names.
         """
-        if self.id2label is None:
-            raise ValueError(f"`class_labels` {label!r}: this pipeline has no `id2label`, pass ids.")
-        ids_of_name: dict[str, list[int]] = {}
-        for id, names in self.id2label.items():
-            for name in {names, *(part.strip() for part in names.split(","))}:
-                ids_of_name.setdefault(name, []).append(id)
-        ids = []
-        for name in [label] if isinstance(label, str) else label:
-            found = ids_of_name.get(name, [])
-            if not found:
-                close = difflib.get_close_matches(str(name), ids_of_name, n=3) or sorted(ids_of_name)[:3]
-                raise ValueError(f"unknown class name {name!r}. Close names: {', '.join(map(repr, close))}.")
-            if len(found) > 1:
-                raise ValueError(f"class name {name!r} belongs to several classes, {found}: pass one of these ids.")
-            ids += found
-        return ids
-
-    def _class_ids(self, class_labels: int | str | list[int] | list[str] | None) -> list[int] | None:
-        """Class ids of the argument `class_labels`, each checked against the model and its names."""
-        num_classes = self.transformer.config.num_classes
-        if num_classes is None:
-            if class_labels is not None:
-                raise ValueError(f"`class_labels` {class_labels!r} were given to an unconditional model.")
-            return None
-        if class_labels is None:
-            raise ValueError("`class_labels` are required: this model is class-conditional.")
-        labels = [class_labels] if isinstance(class_labels, (int, np.integer, str)) else list(class_labels)
-        if not labels:
-            raise ValueError("`class_labels` is empty.")
-        ids = []
-        for label in labels:
-            if isinstance(label, str):
-                ids += self.get_label_ids(label)
-                continue
-            if isinstance(label, bool) or not isinstance(label, (int, np.integer)):
-                raise ValueError(f"`class_labels` must be ids or names, got {label!r} of type {type(label).__name__}.")
-            known = range(num_classes) if self.id2label is None else sorted(self.id2label)
-            if label not in known:
-                close = sorted(known, key=lambda id: (abs(id - label), id))[:3]
-                named = [f"{id} ({self.id2label[id]})" if self.id2label else str(id) for id in close]
-                raise ValueError(f"unknown class id {label}. Close ids: {', '.join(named)}.")
-            ids.append(int(label))
-        return ids
+        return label_ids(label, self.id2label)
 
     # -----------------------------------------------------------------------------------------------------------------
     # Grain maps
@@ -288,37 +195,10 @@ class D2iTPipeline(DiffusionPipeline):
                 ratio = fine_ratio
                 if ratio is None:
                     ratio = (self.vae.config.grain_ratios or [1 / num_grains] * num_grains)[-1]
-                return _random_grain_map((batch_size, *size), num_grains, ratio, generator, device)
+                return random_grain_map((batch_size, *size), num_grains, ratio, generator, device)
             return torch.full((batch_size, *size), 0 if grain_map == "coarse" else num_grains - 1, device=device)
         grain_map = torch.as_tensor(grain_map, device=device)
         return grain_map.expand(batch_size, *size) if grain_map.ndim == 2 else grain_map.expand(batch_size, -1, -1)
-
-    def _map_size(
-        self, grain_map, latents: torch.Tensor | None, height: int | None, width: int | None
-    ) -> tuple[int, int]:
-        """Sides of the grain map: from the map, the latents, the size asked for or that of training."""
-        cells = self.transformer.patch_size
-        region = self.vae.region_size
-        sizes = {}
-        if grain_map is not None and not isinstance(grain_map, str):
-            sizes["grain_map"] = tuple(grain_map.shape[-2:])
-        if latents is not None:
-            sizes["latents"] = tuple(side // cells for side in latents.shape[-2:])
-        if height is not None or width is not None:
-            default = self.transformer.config.sample_size * self.vae.downsample_factor
-            sides = (default if height is None else height, default if width is None else width)
-            if any(not isinstance(side, int) or side < region or side % region for side in sides):
-                raise ValueError(
-                    f"`height` and `width` must be positive multiples of the region size {region}, got"
-                    f" {sides[0]}x{sides[1]}."
-                )
-            sizes["height and width"] = tuple(side // region for side in sides)
-        if not sizes:
-            return (self.transformer.config.sample_size // cells,) * 2
-        if len(set(sizes.values())) > 1:
-            described = ", ".join(f"{name} {size[0]}x{size[1]}" for name, size in sizes.items())
-            raise ValueError(f"arguments ask for maps of different sizes: {described} regions.")
-        return next(iter(sizes.values()))
 
     # -----------------------------------------------------------------------------------------------------------------
     # The call
@@ -379,39 +259,11 @@ class D2iTPipeline(DiffusionPipeline):
             if fine_ratio is not None and grain_map != "random":
                 raise ValueError(f"`grain_map` {grain_map!r} and `fine_ratio` exclude each other.")
         else:
-            self._check_given_map(grain_map, batch_size)
+            check_given_map(grain_map, batch_size, self.transformer.config.num_grains)
             if fine_ratio is not None:
                 raise ValueError("a given `grain_map` and `fine_ratio` exclude each other.")
-        channels = self.transformer.config.in_channels
-        if latents is None:
-            return
-        cells = self.transformer.patch_size
-        if not isinstance(latents, torch.Tensor) or latents.dtype != torch.float32:
-            kind = latents.dtype if isinstance(latents, torch.Tensor) else type(latents).__name__
-            raise ValueError(f"`latents` must be a float32 tensor, got {kind}.")
-        if (
-            latents.ndim != 4
-            or latents.shape[:2] != (batch_size, channels)
-            or any(s % cells for s in latents.shape[2:])
-        ):
-            raise ValueError(
-                f"`latents` must have shape ({batch_size}, {channels}, h, w) with h and w multiples of {cells}, got"
-                f" {tuple(latents.shape)}."
-            )
-        if not latents.isfinite().all():
-            raise ValueError("`latents` hold values that are not finite.")
-
-    def _check_given_map(self, grain_map, batch_size: int) -> None:
-        if not isinstance(grain_map, (torch.Tensor, np.ndarray)):
-            raise ValueError(f"`grain_map` must be a tensor, an array or a name, got {type(grain_map).__name__}.")
-        if grain_map.dtype not in (torch.int64, np.int64):
-            raise ValueError(f"`grain_map` must be int64, got {grain_map.dtype}.")
-        if grain_map.ndim not in (2, 3) or (grain_map.ndim == 3 and len(grain_map) not in (1, batch_size)):
-            raise ValueError(
-                f"`grain_map` must have shape (h, w), (1, h, w) or ({batch_size}, h, w), got {tuple(grain_map.shape)}."
-            )
-        grain_map = torch.as_tensor(grain_map)
-        check_grain_map(grain_map if grain_map.ndim == 3 else grain_map[None], self.transformer.config.num_grains)
+        if latents is not None:
+            check_latents(latents, batch_size, self.transformer)
 
     @property
     def guidance_scale(self) -> float:
@@ -490,8 +342,8 @@ class D2iTPipeline(DiffusionPipeline):
             ValueError: an argument is out of range, unknown, or contradicts another or the model.
         """
         # 1. Arguments
-        class_ids = self._class_ids(class_labels)
-        batch_size = num_images_per_prompt * (1 if class_ids is None else len(class_ids))
+        ids = class_ids(class_labels, self.transformer.config.num_classes, self.id2label)
+        batch_size = num_images_per_prompt * (1 if ids is None else len(ids))
         self.check_inputs(
             batch_size,
             num_images_per_prompt,
@@ -508,18 +360,18 @@ class D2iTPipeline(DiffusionPipeline):
             output_type,
             callback_on_step_end_tensor_inputs,
         )
-        size = self._map_size(grain_map, latents, height, width)
+        size = map_size(grain_map, latents, height, width, self.vae, self.transformer)
         device = self._execution_device
         self._guidance_scale = guidance_scale
         self._interrupt = False
-        if class_ids is not None:
-            class_ids = torch.tensor(class_ids, device=device).repeat_interleave(num_images_per_prompt)  # (B,)
+        if ids is not None:
+            ids = torch.tensor(ids, device=device).repeat_interleave(num_images_per_prompt)  # (B,)
 
         # 2. Grain map
         grain_map = self.prepare_grain_map(
             grain_map,
             fine_ratio,
-            class_ids,
+            ids,
             batch_size,
             size,
             grain_num_inference_steps,
@@ -528,10 +380,10 @@ class D2iTPipeline(DiffusionPipeline):
         )  # (B, h, w)
         # What depends on the map alone, for passes with and without the unconditional half
         layout = self.transformer.prepare_grain_map(grain_map)
-        guided_layout, guided_class_ids = None, None
-        if class_ids is not None:
-            null_ids = torch.full_like(class_ids, self.transformer.config.num_classes)
-            guided_class_ids = torch.cat([class_ids, null_ids])
+        guided_layout, guided_ids = None, None
+        if ids is not None:
+            null_ids = torch.full_like(ids, self.transformer.config.num_classes)
+            guided_ids = torch.cat([ids, null_ids])
             guided_layout = self.transformer.prepare_grain_map(torch.cat([grain_map, grain_map]))
 
         # 3. Noise with the grain of its region
@@ -555,11 +407,11 @@ class D2iTPipeline(DiffusionPipeline):
                 model_input = model_input.to(self.transformer.dtype)
                 if scale == 1.0:
                     with self.transformer.cache_context("cond"):
-                        prediction = self.transformer(model_input, timestep, layout, class_ids).sample
+                        prediction = self.transformer(model_input, timestep, layout, ids).sample
                 else:
                     model_input = torch.cat([model_input, model_input])
                     with self.transformer.cache_context("guided"):
-                        prediction = self.transformer(model_input, timestep, guided_layout, guided_class_ids).sample
+                        prediction = self.transformer(model_input, timestep, guided_layout, guided_ids).sample
                     prediction, null = prediction.chunk(2)
                     noise, null_noise = prediction[:, :channels], null[:, :channels]
                     guided = null_noise + scale * (noise - null_noise)
@@ -593,86 +445,3 @@ class D2iTPipeline(DiffusionPipeline):
             return latents
         pixels = self.vae.decode(self.vae.unscale_latents(latents).to(self.vae.dtype)).sample
         return self.image_processor.postprocess(pixels.float(), output_type=output_type)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Drawing grain maps
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def sample_grain_map(
-    model: D2iTGrainModel,
-    scheduler: KarrasDiffusionSchedulers,
-    size: tuple[int, int],
-    class_ids: torch.Tensor | None,
-    batch_size: int,
-    num_inference_steps: int = 20,
-    guidance_scale: float = 1.0,
-    fine_ratio: float | None = None,
-    generator: torch.Generator | list[torch.Generator] | None = None,
-    device: torch.device | None = None,
-) -> torch.Tensor:
-    """Draw grain maps from noise (sec. 3.2.2): diffusion over one-hot maps, argmax of the last logits (Eq. 4).
-
-    Args:
-        model: the grain model.
-        scheduler: a scheduler with prediction_type "sample".
-        size: (h, w) sides of the map.
-        class_ids: (B,) int64, or None for an unconditional model.
-        batch_size: B.
-        num_inference_steps: steps of the scheduler.
-        guidance_scale: classifier-free guidance on the logits; 1 is without.
-        fine_ratio: share of regions in the finest grain, met exactly; None leaves it to the model.
-        generator: one, or one for each map.
-        device: where to draw; default: the model's.
-
-    Returns:
-        (B, h, w) int64.
-    """
-    device = device or model.device
-    num_grains, num_classes = model.config.num_grains, model.config.num_classes
-    ratio = None
-    if fine_ratio is not None and model.config.fine_ratio_condition:
-        ratio = torch.full((batch_size,), float(fine_ratio), device=device)
-    guided = num_classes is not None and guidance_scale != 1.0
-
-    scheduler.set_timesteps(num_inference_steps, device=device)
-    step_kwargs = step_generator_kwargs(scheduler, generator)
-    state = randn_tensor((batch_size, num_grains, *size), generator=generator, device=device, dtype=torch.float32)
-    state = state * scheduler.init_noise_sigma  # (B, k, h, w)
-    for t in scheduler.timesteps:
-        model_input = scheduler.scale_model_input(state, t).to(model.dtype)
-        logits = model(model_input, t, class_ids, ratio).logits.float()
-        if guided:
-            null_logits = model(model_input, t, torch.full_like(class_ids, num_classes), ratio).logits.float()
-            logits = null_logits + guidance_scale * (logits - null_logits)
-        state = scheduler.step(model.expected_state(logits), t, state, return_dict=False, **step_kwargs)[0]
-    return _grain_map_from_logits(logits, fine_ratio)
-
-
-def _grain_map_from_logits(logits: torch.Tensor, fine_ratio: float | None) -> torch.Tensor:
-    """The most likely grain of each region; with a ratio, the regions likeliest to be fine are."""
-    if fine_ratio is None:
-        return logits.argmax(dim=1)
-    coarser = logits[:, :-1]
-    fineness = (logits[:, -1] - coarser.logsumexp(dim=1)).flatten(1)  # (B, h * w)
-    num_fine = round(fine_ratio * fineness.shape[1])
-    ranked = fineness.argsort(dim=1, descending=True, stable=True)
-    fine = torch.zeros_like(fineness, dtype=torch.bool).scatter(1, ranked[:, :num_fine], True)
-    return coarser.argmax(dim=1).masked_fill(fine.view_as(logits[:, -1]), logits.shape[1] - 1)
-
-
-def _random_grain_map(
-    shape: tuple[int, int, int],
-    num_grains: int,
-    fine_ratio: float,
-    generator: torch.Generator | list[torch.Generator] | None,
-    device: torch.device,
-) -> torch.Tensor:
-    """Independent regions, fine with probability `fine_ratio`, the coarser grains equally likely (Table 5)."""
-    batch_size, height, width = shape
-    normal = randn_tensor((batch_size, 2, height, width), generator=generator, device=device)
-    uniform = torch.special.ndtr(normal).unbind(dim=1)
-    coarser = (uniform[1] * (num_grains - 1)).long().clamp_max(num_grains - 2)
-    return torch.where(uniform[0] < fine_ratio, num_grains - 1, coarser)

@@ -5,6 +5,8 @@ Shapes:
     B batch, N tokens, D width, A heads
 """
 
+from functools import lru_cache
+
 import torch
 import torch.nn.functional as F
 from diffusers.models.attention import AttentionModuleMixin
@@ -154,15 +156,18 @@ class LabelEmbedder(nn.Embedding):
         super().__init__(num_classes + 1, dim)
 
 
+@lru_cache(maxsize=8)
 def sincos_positions(height: int, width: int, dim: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
     """Fixed 2-D sine-cosine positions of DiT for a grid of tokens of any shape: (height * width, dim).
 
-    Positions are token indices, not rescaled to the training size: a wider image has more positions, equally spaced.
+    Computed once for a grid, not at every step. Positions are token indices, not rescaled to the training size: a
+    wider image has more positions, equally spaced.
     """
-    rows = torch.arange(height, device=device, dtype=torch.float32)
-    columns = torch.arange(width, device=device, dtype=torch.float32)
-    grid = torch.stack(torch.meshgrid(columns, rows, indexing="xy"))  # the column comes first, as in DiT
-    return get_2d_sincos_pos_embed_from_grid(dim, grid, output_type="pt").to(dtype)
+    with torch.inference_mode(False):  # what is kept must also serve a later training step
+        rows = torch.arange(height, device=device, dtype=torch.float32)
+        columns = torch.arange(width, device=device, dtype=torch.float32)
+        grid = torch.stack(torch.meshgrid(columns, rows, indexing="xy"))  # the column comes first, as in DiT
+        return get_2d_sincos_pos_embed_from_grid(dim, grid, output_type="pt").to(dtype)
 
 
 def init_dit_weights(module: nn.Module) -> None:
