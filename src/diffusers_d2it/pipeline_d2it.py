@@ -324,8 +324,8 @@ class D2iTPipeline(DiffusionPipeline):
                 Steps outside take one pass instead of two.
             grain_map: the map, int64 (h, w), (1, h, w) or (B, h, w), 0 = coarsest; or "coarse", "fine", "random". None
                 lets the grain model draw it. Its size decides the size of the image.
-            fine_ratio: share of regions in the finest grain, in [0, 1], met exactly in every image: the grain model is
-                asked for it and its map trimmed. For "random" it is the probability of a fine region.
+            fine_ratio: share of regions in the finest grain, in [0, 1], met in every image to the nearest region: the
+                grain model is asked for it and its map trimmed. For "random" it is the probability of a fine region.
             grain_num_inference_steps: steps of the grain model.
             grain_guidance_scale: classifier-free guidance of the grain model, on its logits.
             generator: a torch generator, or one for each image, which then does not depend on the rest of the batch.
