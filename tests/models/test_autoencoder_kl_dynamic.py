@@ -583,3 +583,26 @@ def test_images_out_of_range_or_shape_are_refused_with_and_without_a_map(make_va
 def test_latents_with_other_channels_are_not_decoded(make_vae, shape):
     with pytest.raises(ValueError, match=r"`z` must have shape \(B, 4, h, w\)"):
         make_vae().decode(torch.zeros(shape))
+
+
+@pytest.mark.parametrize("num_grains", [2, 3])
+def test_frozen_fine_path_trains_the_coarser_grains_alone(make_vae, photos, num_grains):
+    vae = make_vae(num_grains).train()
+    vae.freeze_fine_path()
+    size = 64 // vae.region_size
+    optimizer = torch.optim.SGD([p for p in vae.parameters() if p.requires_grad], lr=1.0)
+    outputs = []
+    for _ in range(2):
+        with torch.no_grad():
+            moments = vae.encode_grains(photos)
+            outputs.append((*moments, vae.decode(moments[-1][:, :4]).sample))
+        for grain in range(num_grains):
+            grain_map = torch.full((8, size, size), grain)
+            loss = vae.encode(photos, grain_map=grain_map).latent_dist.mean.square().mean()
+            if loss.requires_grad:
+                loss.backward()
+        optimizer.step()
+    before, after = outputs
+    unchanged = [torch.equal(a, b) for a, b in zip(before, after)]
+    assert unchanged == [False] * (num_grains - 1) + [True, True]
+    assert all(p.grad is not None for p in vae.parameters() if p.requires_grad)

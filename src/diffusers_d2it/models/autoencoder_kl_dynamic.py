@@ -183,6 +183,9 @@ class DynamicAutoencoderKL(StrictModelMixin, AttentionMixin, AutoencoderMixin, C
             shares. (0.5, 0.5) is the paper's main setting.
         calibration: entropy quantiles of a data set and how they were counted, from `EntropyCalibration.to_config`.
             Without it `encode` needs a `grain_map`, or a `fine_ratio` of 0 or 1.
+        use_post_quant_conv: a 1x1 convolution between the latents and the decoder, as diffusers' `AutoencoderKL` has
+            one; for weights that come from there. Folded into the decoder's first convolution it would change the
+            border of the image, because that convolution pads with zeros.
 
     Raises:
         ValueError: factors, widths or ratios contradict one another, or the calibration was counted for another
@@ -192,8 +195,8 @@ class DynamicAutoencoderKL(StrictModelMixin, AttentionMixin, AutoencoderMixin, C
     _supports_gradient_checkpointing = True
     _no_split_modules = ["DownEncoderBlock2D", "UpDecoderBlock2D", "UNetMidBlock2D"]
     _repeated_blocks = ["ResnetBlock2D"]
-    _skip_layerwise_casting_patterns = ["norm", "conv_in", "conv_out"]
-    _group_offload_block_modules = ["encoder", "decoder"]
+    _skip_layerwise_casting_patterns = ["norm", "conv_in", "conv_out", "post_quant_conv"]
+    _group_offload_block_modules = ["encoder", "post_quant_conv", "decoder"]
 
     @register_to_config
     def __init__(
@@ -212,6 +215,7 @@ class DynamicAutoencoderKL(StrictModelMixin, AttentionMixin, AutoencoderMixin, C
         shift_factor: float | None = None,
         grain_ratios: tuple[float, ...] | None = None,
         calibration: dict | None = None,
+        use_post_quant_conv: bool = False,
     ):
         super().__init__()
         self._check_config(
@@ -235,6 +239,7 @@ class DynamicAutoencoderKL(StrictModelMixin, AttentionMixin, AutoencoderMixin, C
             norm_num_groups=norm_num_groups,
             mid_block_add_attention=mid_block_add_attention,
         )
+        self.post_quant_conv = nn.Conv2d(latent_channels, latent_channels, 1) if use_post_quant_conv else None
         self.use_slicing = False
         self.use_tiling = False
         self.tile_sample_min_size = sample_size
@@ -280,6 +285,20 @@ class DynamicAutoencoderKL(StrictModelMixin, AttentionMixin, AutoencoderMixin, C
     def downsample_factor(self) -> int:
         """f, pixels per cell of the latents along one side: the finest factor."""
         return self.config.downsample_factors[0]
+
+    def freeze_fine_path(self) -> None:
+        """Leave only the encoder of the coarser grains to train: fine codes and the decoder stay what they are.
+
+        For an autoencoder converted from a public one: a diffusion model that was trained on its fine codes still
+        knows them.
+        """
+        self.requires_grad_(False)
+        encoder, finest = self.encoder, f"f{self.downsample_factor}"
+        encoder.down_blocks[self.downsample_factor.bit_length() :].requires_grad_(True)
+        encoder.downsamplers.requires_grad_(True)
+        for heads in (encoder.mid_blocks, encoder.conv_norm_outs, encoder.conv_outs):
+            heads.requires_grad_(True)
+            heads[finest].requires_grad_(False)
 
     def scale_latents(self, latents: torch.Tensor) -> torch.Tensor:
         """What diffusion works on: latents of the posterior, shifted and scaled to zero mean and unit variance."""
@@ -363,16 +382,52 @@ class DynamicAutoencoderKL(StrictModelMixin, AttentionMixin, AutoencoderMixin, C
                 )
             grain_map = grain_map.to(x.device)
 
-        if self.use_slicing and len(x) > 1:
-            slices = [self._encode_grains(one) for one in x.split(1)]
-            moments = [torch.cat(grain) for grain in zip(*slices)]
-        else:
-            moments = self._encode_grains(x)
-        latent_dist = TiedGaussianDistribution(merge(moments, grain_map), grain_map)
-
+        latent_dist = self.posterior(self.encode_grains(x), grain_map)
         if not return_dict:
             return latent_dist, grain_map, entropy
         return DynamicAutoencoderKLOutput(latent_dist=latent_dist, grain_map=grain_map, entropy=entropy)
+
+    @apply_forward_hook
+    def encode_grains(self, x: torch.Tensor) -> list[torch.Tensor]:
+        """Encode images at every grain, before any map chooses: what a cache keeps, as it serves every fine ratio.
+
+            moments = vae.encode_grains(pixels)
+            latents = vae.posterior(moments, grain_map).sample(generator)  # as of `encode(pixels, grain_map)`
+
+        Args:
+            x: images (B, in_channels, H, W) in [-1, 1], H and W multiples of S.
+
+        Returns:
+            Means and log-variances of each grain on its own grid, coarsest first: (B, 2C, H/S, W/S), ...
+            (B, 2C, H/f, W/f).
+
+        Raises:
+            ValueError: `x` has another shape or sides that are not multiples of S.
+        """
+        channels, size = self.config.in_channels, self.region_size
+        if x.ndim != 4 or x.shape[1] != channels or x.shape[2] % size or x.shape[3] % size:
+            raise ValueError(
+                f"`x` must have shape (B, {channels}, H, W), H and W multiples of the region size {size}, got"
+                f" {tuple(x.shape)}."
+            )
+        if self.use_slicing and len(x) > 1:
+            slices = [self._encode_grains(one) for one in x.split(1)]
+            return [torch.cat(grain) for grain in zip(*slices)]
+        return self._encode_grains(x)
+
+    @staticmethod
+    def posterior(moments: list[torch.Tensor], grain_map: torch.Tensor) -> TiedGaussianDistribution:
+        """The posterior over codes of mixed grain: each region takes the moments of its grain, from `encode_grains`.
+
+        Args:
+            moments: one tensor per grain, coarsest first: (B, 2C, H/S, W/S), ... (B, 2C, H/f, W/f).
+            grain_map: grain of every region, (B, H/S, W/S), int64, 0 = coarsest.
+
+        Raises:
+            ValueError: the map has another dtype or value, or does not match the moments.
+        """
+        check_grain_map(grain_map, len(moments))
+        return TiedGaussianDistribution(merge(moments, grain_map), grain_map)
 
     @apply_forward_hook
     def decode(self, z: torch.Tensor, return_dict: bool = True, generator=None) -> DecoderOutput | tuple:
@@ -421,6 +476,8 @@ class DynamicAutoencoderKL(StrictModelMixin, AttentionMixin, AutoencoderMixin, C
         return moments
 
     def _decode(self, z: torch.Tensor) -> torch.Tensor:
+        if self.post_quant_conv is not None:
+            z = self.post_quant_conv(z)
         factor = self.downsample_factor
         if not self.use_tiling or max(z.shape[-2:]) * factor <= self.tile_sample_min_size:
             return self.decoder(z)

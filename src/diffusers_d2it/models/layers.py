@@ -136,12 +136,15 @@ def modulate(hidden_states: torch.Tensor, shift: torch.Tensor, scale: torch.Tens
 class TimestepEmbedder(nn.Module):
     """Sinusoidal embedding of a scalar in [0, 1000] and an MLP to width D.
 
-    `downscale_freq_shift` is 0, as in the original DiT; diffusers' own DiT uses 1, which moves outputs by 1e-2.
+    Args:
+        dim: width D.
+        frequency_shift: frequency i is 10000 ** (-i / (128 - frequency_shift)). 0 is the original DiT; diffusers' own
+            DiT uses 1, which moves outputs by 1e-2.
     """
 
-    def __init__(self, dim: int):
+    def __init__(self, dim: int, frequency_shift: float = 0.0):
         super().__init__()
-        self.frequencies = Timesteps(FREQUENCY_SIZE, flip_sin_to_cos=True, downscale_freq_shift=0)
+        self.frequencies = Timesteps(FREQUENCY_SIZE, flip_sin_to_cos=True, downscale_freq_shift=frequency_shift)
         self.mlp = TimestepEmbedding(FREQUENCY_SIZE, dim)
 
     def forward(self, timestep: torch.Tensor) -> torch.Tensor:

@@ -120,6 +120,7 @@ class RefineNet(nn.Module):
         dim: width D.
         num_layers, heads, mlp_ratio: of the blocks.
         side: tokens along a side of an attention window.
+        frequency_shift: of the timestep embedding.
     """
 
     def __init__(
@@ -132,11 +133,12 @@ class RefineNet(nn.Module):
         heads: int,
         mlp_ratio: float,
         side: int,
+        frequency_shift: float,
     ):
         super().__init__()
         self.gradient_checkpointing = False
         self.patch_size = patch_size
-        self.time_embed = TimestepEmbedder(dim)
+        self.time_embed = TimestepEmbedder(dim, frequency_shift)
         self.up_proj = nn.Linear(dim, 4 * dim)
         self.patch_embed = nn.Linear((in_channels + out_channels) * patch_size**2, dim)
         self.transformer_blocks = nn.ModuleList([RefineBlock(dim, heads, mlp_ratio, side) for _ in range(num_layers)])
@@ -204,9 +206,11 @@ class D2iTContentModel(StrictModelMixin, AttentionMixin, CacheMixin, PeftAdapter
         num_attention_heads, attention_head_dim, mlp_ratio: of every block.
         num_classes: number of class labels; label `num_classes` means no class. None for an unconditional model.
         window_size: side of RefineNet's attention windows in tokens: a multiple of R up to 16.
+        frequency_shift: of every timestep embedding, in [0, 1]: 0 as in the original DiT, 1 as in diffusers' DiT
+            (its `downscale_freq_shift`), for weights that were trained or are to be used as there.
 
     Raises:
-        ValueError: a count is out of range.
+        ValueError: a count or the shift is out of range.
     """
 
     _supports_gradient_checkpointing = True
@@ -234,6 +238,7 @@ class D2iTContentModel(StrictModelMixin, AttentionMixin, CacheMixin, PeftAdapter
         mlp_ratio: float = 4.0,
         num_classes: int | None = 1000,
         window_size: int = 4,
+        frequency_shift: float = 0.0,
     ):
         super().__init__()
         if num_grains < 2:
@@ -249,6 +254,8 @@ class D2iTContentModel(StrictModelMixin, AttentionMixin, CacheMixin, PeftAdapter
                 f"`window_size` must be a multiple of {finest} tokens, the side of a region, up to 16, got"
                 f" {window_size}."
             )
+        if not 0 <= frequency_shift <= 1:
+            raise ValueError(f"`frequency_shift` must lie in [0, 1], got {frequency_shift}.")
         dim = num_attention_heads * attention_head_dim
         self.gradient_checkpointing = False
         self.out_channels = out_channels or in_channels
@@ -257,7 +264,7 @@ class D2iTContentModel(StrictModelMixin, AttentionMixin, CacheMixin, PeftAdapter
         # Multi-grained Net
         self.patch_embed = nn.Linear(in_channels * self.patch_size**2, dim)
         self.grain_embed = GrainEmbedder(num_grains, dim)
-        self.time_embed = TimestepEmbedder(dim)
+        self.time_embed = TimestepEmbedder(dim, frequency_shift)
         self.label_embed = LabelEmbedder(num_classes, dim) if num_classes is not None else None
         self.transformer_blocks = nn.ModuleList(
             [DiTBlock(dim, num_attention_heads, mlp_ratio) for _ in range(num_layers)]
@@ -276,6 +283,7 @@ class D2iTContentModel(StrictModelMixin, AttentionMixin, CacheMixin, PeftAdapter
                     heads=num_attention_heads,
                     mlp_ratio=mlp_ratio,
                     side=window_size,
+                    frequency_shift=frequency_shift,
                 )
                 for level in range(1, num_grains)
             ]

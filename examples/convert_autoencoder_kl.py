@@ -1,0 +1,54 @@
+# Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
+"""Make a DynamicAutoencoderKL of the weights of an AutoencoderKL: a starting point for stage 1.
+
+    python examples/convert_autoencoder_kl.py --source sd-vae-ft-ema --output runs/dvae-start
+
+The source is a local folder of diffusers' AutoencoderKL, or of a pipeline that has one. The fine path of the result
+is the source; the coarse path is new and needs training. Beside the model, conversion.json says what became of every
+weight.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+
+from diffusers_d2it.conversion import convert_autoencoder_kl
+from diffusers_d2it.training.checkpoints import save_aside
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--source", type=Path, required=True, help="folder of an AutoencoderKL or of a pipeline")
+    parser.add_argument("--output", type=Path, required=True, help="new folder of the model")
+    parser.add_argument(
+        "--calibration",
+        type=Path,
+        help="JSON file of calibrate_dvae.py --output; default: that of dvae-f8f16 for regions of 16 px, else none",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of what the AutoencoderKL does not have")
+    args = parser.parse_args()
+    if not args.source.is_dir():
+        parser.error(f"--source {args.source} is no folder; download it first.")
+    if args.output.exists() and (not args.output.is_dir() or any(args.output.iterdir())):
+        parser.error(f"--output {args.output} is not empty.")
+    return args
+
+
+def main(args: argparse.Namespace) -> None:
+    torch.manual_seed(args.seed)
+    calibration = None if args.calibration is None else json.loads(args.calibration.read_text(encoding="utf-8"))
+    model, report = convert_autoencoder_kl(args.source, calibration=calibration)
+    print(report)
+
+    def save(folder: str) -> None:
+        model.save_pretrained(folder)
+        (Path(folder) / "conversion.json").write_text(report.to_json(), encoding="utf-8")
+
+    save_aside(save, args.output)
+    print(f"{args.output}: {model.num_parameters() / 1e6:.1f}M parameters")
+
+
+if __name__ == "__main__":
+    main(parse_args())

@@ -1,0 +1,729 @@
+# Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
+"""Converted models against what they were made of, on small random checkpoints of each format."""
+
+import argparse
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, DiTTransformer2DModel
+from safetensors.torch import load_file, save_file
+
+from diffusers_d2it import D2iTContentModel, DynamicAutoencoderKL, load_preset
+from diffusers_d2it.conversion import (
+    ConversionReport,
+    convert_autoencoder_kl,
+    convert_diffusers_dit,
+    convert_dit_checkpoint,
+)
+from diffusers_d2it.conversion.dit import _count_heads
+from diffusers_d2it.grains import average_codes, tie
+
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+HEADS, SIDE, CLASSES = 2, 4, 10  # attention heads, tokens along a side, classes
+TIMESTEPS = torch.tensor([0, 37, 500, 999])
+LABELS = torch.tensor([3, 0, CLASSES, 9])  # CLASSES is "no class"
+
+
+def random_latents(cells: int = 2 * SIDE) -> torch.Tensor:
+    return torch.randn(len(LABELS), 4, cells, cells, generator=torch.Generator().manual_seed(0))
+
+
+def random_map(num_grains: int = 2) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randint(num_grains, (len(LABELS), SIDE, SIDE), generator=generator)
+
+
+def assert_accounts_for_everything(report: ConversionReport, source_keys, model: torch.nn.Module) -> None:
+    assert report.mapped.keys() | report.unused.keys() == set(source_keys)
+    assert not report.mapped.keys() & report.unused.keys()
+    written = {target for targets in report.mapped.values() for target in targets}
+    assert written | set(report.fresh) == set(model.state_dict())
+    assert not written & set(report.fresh)
+    assert all(report.unused.values())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The original DiT: its file, and a plain reference of what it computes
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def sine_cosine_grid(side: int, dim: int) -> torch.Tensor:
+    """(1, side * side, dim): a quarter each of sine and cosine of the column, then of the row."""
+    frequencies = 10000.0 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
+    rows, columns = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
+    angles = [place.flatten()[:, None] * frequencies for place in (columns, rows)]
+    return torch.cat([part for angle in angles for part in (angle.sin(), angle.cos())], dim=1).float()[None]
+
+
+def dit_weights(dim: int = 32, depth: int = 3, patch: int = 2, out_channels: int = 8, seed: int = 0) -> dict:
+    """Random weights under the names of the original DiT."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = {
+        "x_embedder.proj": (dim, 4, patch, patch),
+        "t_embedder.mlp.0": (dim, 256),
+        "t_embedder.mlp.2": (dim, dim),
+        "final_layer.linear": (patch**2 * out_channels, dim),
+        "final_layer.adaLN_modulation.1": (2 * dim, dim),
+    }
+    for i in range(depth):
+        shapes |= {
+            f"blocks.{i}.attn.qkv": (3 * dim, dim),
+            f"blocks.{i}.attn.proj": (dim, dim),
+            f"blocks.{i}.mlp.fc1": (4 * dim, dim),
+            f"blocks.{i}.mlp.fc2": (dim, 4 * dim),
+            f"blocks.{i}.adaLN_modulation.1": (6 * dim, dim),
+        }
+    weights = {f"{name}.weight": torch.randn(shape, generator=generator) * 0.1 for name, shape in shapes.items()}
+    weights |= {f"{name}.bias": torch.randn(shape[0], generator=generator) * 0.1 for name, shape in shapes.items()}
+    weights["y_embedder.embedding_table.weight"] = torch.randn(CLASSES + 1, dim, generator=generator)
+    weights["pos_embed"] = sine_cosine_grid(SIDE, dim)
+    return weights
+
+
+def reference_dit(weights: dict, z: torch.Tensor, t: torch.Tensor, y: torch.Tensor, heads: int = HEADS):
+    """The forward pass of the original DiT, written from its paper and from the names and shapes of its weights."""
+
+    def linear(name, x):
+        return x @ weights[f"{name}.weight"].T + weights[f"{name}.bias"]
+
+    def norm(x):
+        return (x - x.mean(-1, keepdim=True)) / (x.var(-1, unbiased=False, keepdim=True) + 1e-6).sqrt()
+
+    def modulation(name, count):
+        return linear(name, F.silu(condition))[:, None].chunk(count, dim=-1)
+
+    patch = weights["x_embedder.proj.weight"].shape[-1]
+    angles = t[:, None] * torch.exp(-math.log(10000) * torch.arange(128) / 128)
+    time = linear("t_embedder.mlp.0", torch.cat([angles.cos(), angles.sin()], dim=-1))
+    condition = linear("t_embedder.mlp.2", F.silu(time)) + weights["y_embedder.embedding_table.weight"][y]
+    x = F.conv2d(z, weights["x_embedder.proj.weight"], weights["x_embedder.proj.bias"], stride=patch)
+    x = x.flatten(2).transpose(1, 2) + weights["pos_embed"]
+    batch, tokens, dim = x.shape
+    for i in range(sum(key.endswith("qkv.weight") for key in weights)):
+        block = f"blocks.{i}"
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation(f"{block}.adaLN_modulation.1", 6)
+        qkv = linear(f"{block}.attn.qkv", norm(x) * (1 + scale_a) + shift_a)
+        q, k, v = qkv.view(batch, tokens, 3, heads, dim // heads).permute(2, 0, 3, 1, 4)
+        attended = (q @ k.transpose(-1, -2) / (dim // heads) ** 0.5).softmax(-1) @ v
+        x = x + gate_a * linear(f"{block}.attn.proj", attended.transpose(1, 2).reshape(batch, tokens, dim))
+        fed = F.gelu(linear(f"{block}.mlp.fc1", norm(x) * (1 + scale_m) + shift_m), approximate="tanh")
+        x = x + gate_m * linear(f"{block}.mlp.fc2", fed)
+    shift, scale = modulation("final_layer.adaLN_modulation.1", 2)
+    x = linear("final_layer.linear", norm(x) * (1 + scale) + shift)
+    side = math.isqrt(tokens)
+    x = x.view(batch, side, side, patch, patch, -1).permute(0, 5, 1, 3, 2, 4)
+    return x.reshape(batch, -1, side * patch, side * patch)
+
+
+@pytest.fixture
+def save_dit(tmp_path) -> Callable[..., Path]:
+    """save_dit(weights): a .pt file of them."""
+
+    def save(weights) -> Path:
+        torch.save(weights, tmp_path / "dit.pt")
+        return tmp_path / "dit.pt"
+
+    return save
+
+
+@pytest.mark.parametrize("out_channels", [4, 8])
+def test_all_fine_output_is_that_of_the_original_dit(save_dit, tmp_path, out_channels):
+    weights = dit_weights(out_channels=out_channels)
+    model, report = convert_dit_checkpoint(save_dit(weights), num_attention_heads=HEADS)
+    model.save_pretrained(tmp_path / "model")
+    model = D2iTContentModel.from_pretrained(tmp_path / "model")
+    expected = reference_dit(weights, random_latents(), TIMESTEPS, LABELS)
+    with torch.no_grad():
+        output = model(random_latents(), TIMESTEPS, torch.ones_like(random_map()), LABELS).sample
+    assert output.shape[1] == out_channels and expected.std() > 0.5
+    torch.testing.assert_close(output, expected, atol=1e-4, rtol=0)
+    assert_accounts_for_everything(report, weights, model)
+    assert report.unused.keys() == {"pos_embed"}
+    assert all(key.startswith(("grain_embed.", "refine_nets.")) for key in report.fresh)
+
+
+def test_coarse_regions_start_as_the_mean_of_the_dit_and_fine_ones_as_the_dit(save_dit):
+    weights, grain_map = dit_weights(), random_map()
+    latents = tie(random_latents(), grain_map)
+    model, _ = convert_dit_checkpoint(save_dit(weights), num_attention_heads=HEADS)
+    with torch.no_grad():
+        output = model(latents, TIMESTEPS, grain_map, LABELS).sample
+    expected = average_codes(reference_dit(weights, latents, TIMESTEPS, LABELS), grain_map, grain=0)
+    torch.testing.assert_close(output, expected, atol=1e-4, rtol=0)
+
+
+def test_patch_size_4_becomes_three_grains(save_dit):
+    weights, grain_map = dit_weights(patch=4), random_map(3)
+    latents = tie(random_latents(4 * SIDE), grain_map)
+    path = save_dit(weights)
+    with pytest.raises(ValueError, match="patch size of 4.* pass `num_grains` 3"):
+        convert_dit_checkpoint(path, num_attention_heads=HEADS)
+    model, report = convert_dit_checkpoint(path, num_attention_heads=HEADS, num_grains=3, num_refine_layers=2)
+    assert_accounts_for_everything(report, weights, model)
+    expected = reference_dit(weights, latents, TIMESTEPS, LABELS)
+    for grain in (0, 1):
+        expected = average_codes(expected, grain_map, grain)
+    with torch.no_grad():
+        output = model(latents, TIMESTEPS, grain_map, LABELS).sample
+    torch.testing.assert_close(output, expected, atol=1e-4, rtol=0)
+
+
+def test_training_checkpoint_gives_its_averaged_weights(save_dit):
+    averaged, trained = dit_weights(seed=0), dit_weights(seed=1)
+    flags = argparse.Namespace(model="DiT-S/2", image_size=256, global_seed=0, results_dir="results")
+    optimizer = {"state": {0: {"step": torch.tensor(3.0)}}, "param_groups": [{"lr": 1e-4, "betas": (0.9, 0.999)}]}
+    checkpoint = {"model": trained, "ema": averaged, "opt": optimizer, "args": flags}
+    model, report = convert_dit_checkpoint(save_dit(checkpoint), num_attention_heads=HEADS)
+    assert torch.equal(model.label_embed.weight, averaged["y_embedder.embedding_table.weight"])
+    assert 'entry "ema"' in report.source
+    del checkpoint["ema"]
+    model, report = convert_dit_checkpoint(save_dit(checkpoint), num_attention_heads=HEADS)
+    assert torch.equal(model.label_embed.weight, trained["y_embedder.embedding_table.weight"])
+
+
+def test_sizes_are_read_off_the_weights(save_dit):
+    model, _ = convert_dit_checkpoint(save_dit(dit_weights(dim=384, depth=1)), window_size=8)
+    expected = {
+        "sample_size": 2 * SIDE,
+        "in_channels": 4,
+        "out_channels": 8,
+        "num_layers": 1,
+        "num_refine_layers": 1,
+        "num_attention_heads": 6,
+        "attention_head_dim": 64,
+        "mlp_ratio": 4.0,
+        "num_classes": CLASSES,
+        "window_size": 8,
+        "frequency_shift": 0.0,
+    }
+    assert {key: model.config[key] for key in expected} == expected
+
+
+def test_heads_of_the_published_sizes_are_known(save_dit):
+    assert [_count_heads(None, dim, "") for dim in (384, 768, 1024, 1152)] == [6, 12, 16, 16]
+    with pytest.raises(ValueError, match="width 32.*pass `num_attention_heads`"):
+        convert_dit_checkpoint(save_dit(dit_weights()))
+    with pytest.raises(ValueError, match="must divide 32.*got 3"):
+        convert_dit_checkpoint(save_dit(dit_weights()), num_attention_heads=3)
+
+
+@pytest.mark.parametrize("depth, num_refine_layers", [(1, 1), (6, 1), (12, 2), (24, 4), (28, 5)])
+def test_refine_net_has_the_depth_of_the_preset_of_that_size(save_dit, depth, num_refine_layers):
+    model, _ = convert_dit_checkpoint(save_dit(dit_weights(dim=8, depth=depth)), num_attention_heads=HEADS)
+    assert model.config.num_layers == depth
+    assert model.config.num_refine_layers == num_refine_layers
+    if depth > 6:
+        preset = load_preset({12: "content-b", 24: "content-l", 28: "content-xl"}[depth])
+        assert preset["num_refine_layers"] == num_refine_layers
+
+
+def without(weights: dict, key: str) -> dict:
+    return {name: value for name, value in weights.items() if name != key}
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda w: w | {"blocks.1.attn.q_norm.weight": torch.ones(16)}, "no place.*blocks.1.attn.q_norm.weight"),
+        (lambda w: w | {"blocks.x.gate": torch.ones(16)}, "no place.*blocks.x.gate"),
+        (lambda w: without(w, "blocks.1.mlp.fc2.bias"), "no weight `blocks.1.mlp.fc2.bias`"),
+        (lambda w: {k: v for k, v in w.items() if not k.startswith("blocks.1.")}, "no weight `blocks.1."),
+        (lambda w: {k: v for k, v in w.items() if not k.startswith("blocks.")}, "no weight `blocks.0.mlp.fc1.weight"),
+        (lambda w: without(w, "x_embedder.proj.weight"), "no weight `x_embedder.proj.weight`"),
+        (lambda w: without(w, "final_layer.linear.bias"), "no weight `final_layer.linear.bias`"),
+        (lambda w: without(w, "pos_embed"), "no weight `pos_embed`"),
+        (lambda w: w | {"blocks.0.attn.proj.weight": torch.ones(32, 31)}, r"blocks.0.attn.proj.weight.*\(32, 31\)"),
+        (lambda w: w | {"blocks.0.attn.qkv.weight": torch.ones(95, 32)}, "blocks.0.attn.qkv.weight"),
+        (lambda w: w | {"t_embedder.mlp.0.weight": torch.ones(32, 128)}, r"t_embedder.mlp.0.weight.*\(32, 256\)"),
+        (lambda w: w | {"x_embedder.proj.weight": torch.ones(32, 16)}, "x_embedder.proj.weight.*4 dimensions"),
+        (lambda w: w | {"final_layer.linear.weight": torch.ones(33, 32)}, "final_layer.linear.weight"),
+        (lambda w: w | {"final_layer.linear.weight": torch.ones(20, 32)}, "out_channels"),
+        (lambda w: w | {"pos_embed": w["pos_embed"].flip(1)}, "`pos_embed`.*sine-cosine grid of 4x4.*differ by up to"),
+        (lambda w: w | {"pos_embed": w["pos_embed"] * float("nan")}, "differ by up to nan"),
+        (lambda w: w | {"pos_embed": w["pos_embed"][:, 1:]}, r"`pos_embed`.*\(1, 15, 32\)"),
+        (lambda w: w | {"blocks.0.mlp.fc1.bias": [0.0] * 128}, "blocks.0.mlp.fc1.bias.*must be a tensor, got list"),
+        (lambda w: w | {"blocks.0.mlp.fc1.bias": torch.zeros(128, dtype=torch.int8)}, "fc1.bias.*torch.int8"),
+        (lambda w: list(w), "must be a dictionary of tensors, got list"),
+        (lambda w: dit_weights(patch=3), "patch size of 3.*no number of grains"),
+        (lambda w: dit_weights(patch=1), "patch size of 1.*no number of grains"),
+    ],
+)
+def test_a_checkpoint_that_does_not_fit_is_refused_by_name(save_dit, change, message):
+    with pytest.raises(ValueError, match=message):
+        convert_dit_checkpoint(save_dit(change(dit_weights())), num_attention_heads=HEADS)
+
+
+class RunsCode:
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def test_a_file_that_would_run_code_is_refused_and_not_run(save_dit, tmp_path):
+    path = save_dit(dit_weights() | {"args": RunsCode(tmp_path / "was-run")})
+    with pytest.raises(ValueError, match="dit.pt holds more than tensors"):
+        convert_dit_checkpoint(path, num_attention_heads=HEADS)
+    assert not (tmp_path / "was-run").exists()
+    torch.load(path, weights_only=False)  # it would have
+    assert (tmp_path / "was-run").exists()
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(ValueError, match="nowhere.pt is no file"):
+        convert_dit_checkpoint(tmp_path / "nowhere.pt")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# diffusers' DiT
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def make_diffusers_dit(tied: bool = True, **options) -> DiTTransformer2DModel:
+    """A random DiT of diffusers; `tied` gives all blocks the embedders of the first, as public weights have them."""
+    options = {"out_channels": 8, "num_layers": 3, "sample_size": 2 * SIDE} | options
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        dit = DiTTransformer2DModel(
+            num_attention_heads=HEADS, attention_head_dim=16, num_embeds_ada_norm=CLASSES, **options
+        ).eval()
+        with torch.no_grad():
+            for parameter in dit.parameters():
+                parameter.normal_(std=0.1)
+    if tied:
+        for block in dit.transformer_blocks:
+            block.norm1.emb.load_state_dict(dit.transformer_blocks[0].norm1.emb.state_dict())
+    return dit
+
+
+def edit_config(folder: Path, **changes) -> None:
+    path = folder / "config.json"
+    config = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({key: value for key, value in config.items() if value != "removed"}))
+
+
+def edit_weights(folder: Path, change: Callable[[dict], dict]) -> None:
+    path = folder / "diffusion_pytorch_model.safetensors"
+    save_file(change(load_file(path)), path, metadata={"format": "pt"})
+
+
+@pytest.fixture
+def dit_folder(tmp_path) -> Path:
+    make_diffusers_dit().save_pretrained(tmp_path / "dit")
+    return tmp_path / "dit"
+
+
+@pytest.mark.parametrize("out_channels", [4, 8])
+@pytest.mark.parametrize("layout", ["safetensors", "bin", "shards", "pipeline", "old"])
+def test_all_fine_output_is_that_of_diffusers_dit(tmp_path, layout, out_channels):
+    dit = make_diffusers_dit(out_channels=out_channels)
+    folder = tmp_path / "dit"
+    saved = folder / "transformer" if layout == "pipeline" else folder
+    dit.save_pretrained(
+        saved,
+        safe_serialization=layout != "bin",
+        **({"max_shard_size": "100KB"} if layout == "shards" else {}),
+    )
+    assert len(list(saved.glob("*.safetensors"))) > 1 or layout != "shards"
+    if layout == "old":  # options and class name of 2023, and positions in the file
+        old = {"cross_attention_dim": None, "only_cross_attention": False, "attention_type": "default"}
+        edit_config(saved, _class_name="Transformer2DModel", norm_eps="removed", **old)
+        edit_weights(saved, lambda w: w | {"pos_embed.pos_embed": dit.pos_embed.pos_embed.clone()})
+    model, report = convert_diffusers_dit(folder)
+    with torch.no_grad():
+        expected = dit(random_latents(), timestep=TIMESTEPS, class_labels=LABELS).sample
+        output = model(random_latents(), TIMESTEPS, torch.ones_like(random_map()), LABELS).sample
+    assert expected.std() > 0.5
+    torch.testing.assert_close(output, expected, atol=1e-4, rtol=0)
+    keys = [*dit.state_dict(), *(["pos_embed.pos_embed"] if layout == "old" else [])]
+    assert_accounts_for_everything(report, keys, model)
+    assert len(report.unused) == 2 * 5 + (layout == "old")  # five weights of the embedders in two more blocks
+
+
+def test_frequency_shift_chooses_between_diffusers_and_the_original(dit_folder, tmp_path):
+    dit = make_diffusers_dit()
+    outputs = []
+    for shift in (1.0, 0.0):
+        convert_diffusers_dit(dit_folder, frequency_shift=shift)[0].save_pretrained(tmp_path / "model")
+        model = D2iTContentModel.from_pretrained(tmp_path / "model")
+        assert model.config.frequency_shift == shift
+        assert model.refine_nets[0].time_embed.frequencies.downscale_freq_shift == shift
+        for block in dit.transformer_blocks:
+            block.norm1.emb.time_proj.downscale_freq_shift = shift
+        with torch.no_grad():
+            outputs.append(model(random_latents(), TIMESTEPS, torch.ones_like(random_map()), LABELS).sample)
+            expected = dit(random_latents(), timestep=TIMESTEPS, class_labels=LABELS).sample
+        torch.testing.assert_close(outputs[-1], expected, atol=1e-4, rtol=0)
+    assert (outputs[0] - outputs[1]).abs().max() > 1e-2
+
+
+def test_frequency_shift_must_lie_between_the_two():
+    with pytest.raises(ValueError, match=r"`frequency_shift` must lie in \[0, 1\], got 2"):
+        D2iTContentModel(num_layers=1, frequency_shift=2)
+
+
+def test_half_precision_weights_become_float32(dit_folder):
+    edit_weights(dit_folder, lambda w: {key: value.half() for key, value in w.items()})
+    model, report = convert_diffusers_dit(dit_folder)
+    halved = make_diffusers_dit()
+    with torch.no_grad():
+        for parameter in halved.parameters():
+            parameter.copy_(parameter.half())
+    with torch.no_grad():
+        expected = halved(random_latents(), timestep=TIMESTEPS, class_labels=LABELS).sample
+        output = model(random_latents(), TIMESTEPS, torch.ones_like(random_map()), LABELS).sample
+    torch.testing.assert_close(output, expected, atol=1e-4, rtol=0)
+    assert any("torch.float16" in note for note in report.notes)
+
+
+def test_embedders_that_differ_between_blocks_are_refused(tmp_path):
+    make_diffusers_dit(tied=False).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="transformer_blocks.1.norm1.emb.timestep_embedder.linear_1.weight.*differs"):
+        convert_diffusers_dit(tmp_path)
+    dit = make_diffusers_dit()
+    dit.transformer_blocks[2].norm1.emb.class_embedder.embedding_table.weight.data[CLASSES, 0] += 1e-6
+    dit.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="transformer_blocks.2.norm1.emb.class_embedder.*one class embedder"):
+        convert_diffusers_dit(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"_class_name": "PixArtTransformer2DModel"}, "class DiTTransformer2DModel, got PixArtTransformer2DModel"),
+        ({"activation_fn": "geglu"}, "`activation_fn`.*'geglu'"),
+        ({"norm_type": "ada_norm_single"}, "`norm_type`.*'ada_norm_single'"),
+        ({"attention_bias": False}, "`attention_bias`"),
+        ({"norm_elementwise_affine": True}, "`norm_elementwise_affine`"),
+        ({"dropout": 0.1}, "`dropout`"),
+        ({"norm_eps": 1e-3}, "`norm_eps`.*0.001"),
+        ({"sample_size": 7}, "`sample_size`.*multiple of 2, got 7"),
+        ({"caption_channels": 4096}, "not known: caption_channels=4096"),
+        ({"patch_size": 4}, "patch size of 4"),
+        ({"num_layers": 2}, "no place.*transformer_blocks.2."),
+        ({"num_layers": 4}, "no weight `transformer_blocks.3."),
+        ({"num_embeds_ada_norm": 11}, r"class_embedder.embedding_table.weight.*\(11, 32\).*\(12, 32\)"),
+        ({"out_channels": 4}, r"proj_out_2.weight.*\(32, 32\).*\(16, 32\)"),
+    ],
+)
+def test_a_dit_that_cannot_be_represented_is_refused_by_name(dit_folder, changes, message):
+    edit_config(dit_folder, **changes)
+    with pytest.raises(ValueError, match=message):
+        convert_diffusers_dit(dit_folder)
+
+
+def test_foreign_missing_and_moved_weights_of_a_folder_are_named(dit_folder):
+    grid = sine_cosine_grid(SIDE, 32)
+    bias = "transformer_blocks.1.attn1.to_q.bias"
+    for change, message in (
+        (lambda w: w | {"extra": torch.zeros(1)}, "no place in the model: `extra`"),
+        (lambda w: {k: v for k, v in w.items() if k not in ("extra", bias)}, f"no weight `{bias}`"),
+        (lambda w: w | {bias: torch.zeros(32), "pos_embed.pos_embed": grid + 0.1}, "`pos_embed.pos_embed`.*0.1"),
+        (lambda w: w | {"pos_embed.pos_embed": sine_cosine_grid(2, 32)}, "2x2 tokens, another `sample_size`"),
+    ):
+        edit_weights(dit_folder, change)
+        with pytest.raises(ValueError, match=message):
+            convert_diffusers_dit(dit_folder)
+    (dit_folder / "diffusion_pytorch_model.safetensors").unlink()
+    with pytest.raises(ValueError, match="neither diffusion_pytorch_model.safetensors nor"):
+        convert_diffusers_dit(dit_folder)
+    (dit_folder / "config.json").unlink()
+    with pytest.raises(ValueError, match="neither config.json nor transformer/config.json"):
+        convert_diffusers_dit(dit_folder)
+
+
+def test_a_bin_file_that_would_run_code_is_refused_and_not_run(dit_folder, tmp_path):
+    (dit_folder / "diffusion_pytorch_model.safetensors").unlink()
+    torch.save({"weight": RunsCode(tmp_path / "was-run")}, dit_folder / "diffusion_pytorch_model.bin")
+    with pytest.raises(ValueError, match="holds more than tensors"):
+        convert_diffusers_dit(dit_folder)
+    assert not (tmp_path / "was-run").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# AutoencoderKL
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def make_autoencoder_kl(levels: int = 4, **options) -> AutoencoderKL:
+    """A random AutoencoderKL of factor 2 ** (levels - 1); every weight and bias is drawn."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        vae = AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * levels,
+            up_block_types=("UpDecoderBlock2D",) * levels,
+            block_out_channels=(8, 16, 16, 24)[:levels],
+            layers_per_block=2,
+            norm_num_groups=8,
+            sample_size=32,
+            **options,
+        ).eval()
+        with torch.no_grad():
+            for parameter in vae.parameters():
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    return vae
+
+
+@pytest.fixture
+def vae_folder(tmp_path) -> Path:
+    make_autoencoder_kl().save_pretrained(tmp_path / "vae")
+    return tmp_path / "vae"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"levels": 2},
+        {"use_quant_conv": False},
+        {"use_post_quant_conv": False},
+        {"mid_block_add_attention": False},
+        {"latent_channels": 16, "shift_factor": 0.1, "scaling_factor": 0.3},
+    ],
+)
+def test_fine_path_is_the_source_up_to_the_border(tmp_path, photos, options):
+    source = make_autoencoder_kl(**options)
+    source.save_pretrained(tmp_path / "pipeline" / "vae")
+    model, report = convert_autoencoder_kl(tmp_path / "pipeline")
+    model.save_pretrained(tmp_path / "model")
+    model = DynamicAutoencoderKL.from_pretrained(tmp_path / "model")
+    with torch.no_grad():
+        expected = source.encode(photos).latent_dist
+        posterior = model.encode(photos, fine_ratio=1.0).latent_dist
+        images, decoded = (vae.decode(expected.mode()).sample for vae in (source, model))
+    assert expected.mean.std() > 0.1 and images.std() > 0.1
+    torch.testing.assert_close(posterior.parameters, expected.parameters, atol=1e-4, rtol=0)
+    torch.testing.assert_close(decoded, images, atol=1e-4, rtol=0)
+    assert_accounts_for_everything(report, source.state_dict(), model)
+    assert not report.unused
+    assert model.config.scaling_factor == source.config.scaling_factor
+    assert model.config.shift_factor == source.config.shift_factor
+    latents = posterior.mode()
+    shifted = (latents - (source.config.shift_factor or 0)) * source.config.scaling_factor
+    torch.testing.assert_close(model.scale_latents(latents), shifted)
+
+
+def test_coarse_codes_start_as_the_fine_head_on_averaged_features(vae_folder, photos):
+    source = make_autoencoder_kl()
+    model, report = convert_autoencoder_kl(vae_folder)
+    encoder = source.encoder
+    with torch.no_grad():
+        features = encoder.conv_in(photos)
+        for block in encoder.down_blocks:
+            features = block(features)
+        averaged = F.avg_pool2d(features, 2)
+        codes = encoder.conv_out(F.silu(encoder.conv_norm_out(encoder.mid_block(averaged))))
+        expected = source.quant_conv(codes)
+        posterior = model.encode(photos, fine_ratio=0.0).latent_dist
+    assert expected.std() > 0.1
+    torch.testing.assert_close(posterior.parameters[..., ::2, ::2], expected, atol=1e-4, rtol=0)
+    assert all(key.startswith(("encoder.downsamplers.f8.", "encoder.down_blocks.4.")) for key in report.fresh)
+    assert report.mapped["encoder.conv_norm_out.bias"] == [
+        "encoder.conv_norm_outs.f8.bias",
+        "encoder.conv_norm_outs.f16.bias",
+    ]
+
+
+def test_post_quant_conv_cannot_be_folded_into_the_decoder(vae_folder, photos):
+    """Why `use_post_quant_conv` exists: zero padding comes after it."""
+    source = make_autoencoder_kl()
+    model, _ = convert_autoencoder_kl(vae_folder)
+    conv, mix = model.decoder.conv_in, model.post_quant_conv
+    with torch.no_grad():
+        latents = source.encode(photos).latent_dist.mode()
+        images = source.decode(latents).sample
+        conv.bias += torch.einsum("oixy, i -> o", conv.weight, mix.bias)
+        conv.weight.copy_(torch.einsum("oixy, ij -> ojxy", conv.weight, mix.weight[..., 0, 0]))
+        folded = model.decoder(latents)
+    assert (folded - images).abs().max() > 1e-2
+
+
+def test_post_quant_conv_serves_tiles_too(vae_folder):
+    model, _ = convert_autoencoder_kl(vae_folder)
+    latents = torch.randn(1, 4, 12, 12, generator=torch.Generator().manual_seed(0))
+    model.enable_tiling()
+    assert latents.shape[-1] * 8 > model.tile_sample_min_size
+    with torch.no_grad():
+        tiled = model.decode(latents).sample
+        mixed, model.post_quant_conv = model.post_quant_conv(latents), None
+        torch.testing.assert_close(tiled, model.decode(mixed).sample)
+    assert not any("post_quant" in key for key in DynamicAutoencoderKL(**load_preset("dvae-tiny")).state_dict())
+
+
+def test_attention_under_its_old_names_is_understood(vae_folder, photos):
+    names = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+
+    def rename(weights: dict) -> dict:
+        for new, old in names.items():
+            weights = {key.replace(f"attentions.0.{new}.", f"attentions.0.{old}."): v for key, v in weights.items()}
+        return weights
+
+    edit_weights(vae_folder, rename)
+    edit_config(vae_folder, scaling_factor="removed", use_quant_conv="removed")  # as in files of that time
+    model, report = convert_autoencoder_kl(vae_folder)
+    assert report.mapped["decoder.mid_block.attentions.0.proj_attn.bias"] == [
+        "decoder.mid_block.attentions.0.to_out.0.bias"
+    ]
+    assert model.config.scaling_factor == 0.18215
+    source = make_autoencoder_kl()
+    with torch.no_grad():
+        expected = source.encode(photos).latent_dist.parameters
+        torch.testing.assert_close(
+            model.encode(photos, fine_ratio=1.0).latent_dist.parameters, expected, atol=1e-4, rtol=0
+        )
+
+
+def test_calibration_is_the_presets_for_regions_of_16_pixels(vae_folder, tmp_path, calibrate, photos):
+    model, _ = convert_autoencoder_kl(vae_folder)
+    assert model.region_size == 16
+    assert model.config.calibration == load_preset("dvae-f8f16")["calibration"]
+    assert 0 < model.encode(photos).grain_map.float().mean() < 1
+    given, _ = convert_autoencoder_kl(vae_folder, calibration=calibrate(16))
+    assert given.config.calibration == calibrate(16)
+    with pytest.raises(ValueError, match="regions of 8 pixels, this model has regions of 16"):
+        convert_autoencoder_kl(vae_folder, calibration=calibrate(8))
+
+    make_autoencoder_kl(levels=2).save_pretrained(tmp_path / "f2")
+    other, report = convert_autoencoder_kl(tmp_path / "f2")
+    assert other.config.downsample_factors == [2, 4] and other.config.calibration is None
+    assert any("no calibration" in note for note in report.notes)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"_class_name": "AutoencoderTiny"}, "class AutoencoderKL, got AutoencoderTiny"),
+        ({"down_block_types": ["DownEncoderBlock2D", "AttnDownEncoderBlock2D"]}, "`down_block_types`.*AttnDown"),
+        ({"up_block_types": ["UpDecoderBlock2D", "AttnUpDecoderBlock2D"]}, "`up_block_types`.*AttnUp"),
+        ({"act_fn": "mish"}, "`act_fn`.*'mish'"),
+        ({"latents_mean": [0.0] * 4}, "`latents_mean`"),
+        ({"latents_std": [1.0] * 4}, "`latents_std`"),
+        ({"in_channels": 4}, "`in_channels`"),
+        ({"sample_size": [32, 48]}, "`sample_size`"),
+        ({"temporal_compression_ratio": 4}, "not known: temporal_compression_ratio=4"),
+        ({"use_quant_conv": False}, "no place.*`quant_conv.weight`"),
+        ({"use_post_quant_conv": False}, "no place.*`post_quant_conv.weight`"),
+        ({"layers_per_block": 3}, "lacks.*encoder.down_blocks.0.resnets.2"),
+        ({"mid_block_add_attention": False}, "no place.*decoder.mid_block.attentions.0"),
+        ({"latent_channels": 8}, "`decoder.conv_in.weight`"),
+    ],
+)
+def test_an_autoencoder_that_cannot_be_represented_is_refused_by_name(tmp_path, changes, message):
+    make_autoencoder_kl(levels=2).save_pretrained(tmp_path)
+    edit_config(tmp_path, **changes)
+    with pytest.raises(ValueError, match=message):
+        convert_autoencoder_kl(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda w: w | {"encoder.extra.weight": torch.zeros(1)}, "no place.*`encoder.extra.weight`"),
+        (lambda w: without(w, "encoder.conv_norm_out.bias"), "lacks.*`encoder.conv_norm_outs.f2.bias`"),
+        (lambda w: without(w, "quant_conv.bias"), "no weight `quant_conv.bias`"),
+        (lambda w: without(w, "post_quant_conv.bias"), "lacks.*`post_quant_conv.bias`"),
+        (lambda w: w | {"quant_conv.weight": torch.zeros(6, 6, 1, 1)}, r"`quant_conv.weight`.*\(8, 8, 1, 1\)"),
+        (lambda w: w | {"decoder.conv_out.bias": torch.zeros(4)}, r"`decoder.conv_out.bias`.*\(4,\).*\(3,\)"),
+    ],
+)
+def test_weights_that_do_not_fit_the_autoencoder_are_named(tmp_path, change, message):
+    make_autoencoder_kl(levels=2).save_pretrained(tmp_path)
+    edit_weights(tmp_path, change)
+    with pytest.raises(ValueError, match=message):
+        convert_autoencoder_kl(tmp_path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Report and scripts
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_report_prints_a_line_for_modules_that_differ_in_their_layer_only(save_dit):
+    _, report = convert_dit_checkpoint(save_dit(dit_weights()), num_attention_heads=HEADS)
+    text = str(report)
+    assert "dit.pt" in text
+    assert "  blocks.*.mlp.fc1 -> transformer_blocks.*.ff.linear_1 (6 weights)" in text
+    assert "  pos_embed: recomputed" in text
+    assert f"{len(report.fresh)} weights of the model initialised anew" in text
+    assert "note: all 3 layers are kept" in text
+    assert text.count("\n") < 40
+    assert ConversionReport(**json.loads(report.to_json())) == report
+
+
+def run(script: str, *arguments, expect_failure: bool = False) -> subprocess.CompletedProcess:
+    result = subprocess.run(
+        [sys.executable, str(EXAMPLES / script), *map(str, arguments)],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert (result.returncode != 0) == expect_failure, result.stdout + result.stderr
+    return result
+
+
+def same_weights(a: torch.nn.Module, b: torch.nn.Module) -> bool:
+    a, b = a.state_dict(), b.state_dict()
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_dit_script_converts_a_checkpoint(save_dit, tmp_path):
+    weights, output = dit_weights(), tmp_path / "new" / "model"
+    arguments = ["--source", save_dit(weights), "--output", output, "--num_attention_heads", HEADS]
+    printed = run("convert_dit.py", *arguments, "--num_refine_layers", 2, "--window_size", 2, "--seed", 5).stdout
+    model = D2iTContentModel.from_pretrained(output)
+    assert (model.config.num_refine_layers, model.config.window_size) == (2, 2)
+    with torch.no_grad():
+        converted = model(random_latents(), TIMESTEPS, torch.ones_like(random_map()), LABELS).sample
+    expected = reference_dit(weights, random_latents(), TIMESTEPS, LABELS)
+    torch.testing.assert_close(converted, expected, atol=1e-4, rtol=0)
+    report = ConversionReport(**json.loads((output / "conversion.json").read_text()))
+    assert_accounts_for_everything(report, weights, model)
+    assert str(report) in printed
+    assert [path.name for path in output.parent.iterdir()] == ["model"]  # nothing written aside is left
+
+    torch.manual_seed(5)
+    options = {"num_attention_heads": HEADS, "num_refine_layers": 2, "window_size": 2}
+    assert same_weights(model, convert_dit_checkpoint(arguments[1], **options)[0])
+
+    result = run("convert_dit.py", *arguments, expect_failure=True)
+    assert "is not empty" in result.stderr
+    assert same_weights(model, D2iTContentModel.from_pretrained(output))
+
+
+def test_dit_script_converts_a_folder(dit_folder, tmp_path):
+    output = tmp_path / "model"
+    output.mkdir()  # an empty folder may be there
+    run("convert_dit.py", "--source", dit_folder, "--output", output, "--frequency_shift", "0")
+    model = D2iTContentModel.from_pretrained(output)
+    assert model.config.frequency_shift == 0
+    torch.manual_seed(0)
+    assert same_weights(model, convert_diffusers_dit(dit_folder)[0])
+    arguments = ["--source", dit_folder, "--output", tmp_path / "other", "--num_attention_heads", "2"]
+    assert "--num_attention_heads" in run("convert_dit.py", *arguments, expect_failure=True).stderr
+    assert not (tmp_path / "other").exists()
+
+
+def test_autoencoder_script_converts_a_folder(vae_folder, tmp_path, calibrate):
+    calibration, output = tmp_path / "calibration.json", tmp_path / "model"
+    calibration.write_text(json.dumps(calibrate(16)))
+    arguments = ["--source", vae_folder, "--output", output, "--calibration", calibration]
+    printed = run("convert_autoencoder_kl.py", *arguments).stdout
+    model = DynamicAutoencoderKL.from_pretrained(output)
+    torch.manual_seed(0)
+    expected, report = convert_autoencoder_kl(vae_folder, calibration=calibrate(16))
+    assert same_weights(model, expected)
+    assert model.config.calibration == calibrate(16)
+    assert str(report) in printed
+    assert json.loads((output / "conversion.json").read_text()) == json.loads(report.to_json())
+    assert "is not empty" in run("convert_autoencoder_kl.py", *arguments, expect_failure=True).stderr
