@@ -5,9 +5,19 @@ import math
 
 import pytest
 import torch
+from diffusers import DDPMScheduler
+from torch.distributions import Normal, kl_divergence
 
 from diffusers_d2it.grains import tie
-from diffusers_d2it.losses import dvae_loss, grain_loss, multi_grained_loss
+from diffusers_d2it.losses import (
+    adaptive_weight,
+    adversarial_loss,
+    dvae_loss,
+    grain_loss,
+    hinge_loss,
+    multi_grained_loss,
+    variance_loss,
+)
 
 
 def loss_case(num_grains: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -199,3 +209,115 @@ def test_dvae_loss_reaches_both_the_reconstruction_and_the_rate(photos):
     dvae_loss(photos, reconstruction, kl, kl_weight=0.5)["loss"].backward()
     torch.testing.assert_close(reconstruction.grad, -photos.sign() / photos.numel())
     torch.testing.assert_close(kl.grad, torch.full((8,), 0.5 / photos.numel()))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Learned variance
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_sample_weights_scale_the_loss_of_their_image_alone():
+    prediction, target, grain_map = loss_case(2)
+    weights = torch.tensor([0.25, 3.0])
+    each = [multi_grained_loss(prediction[i : i + 1], target[i : i + 1], grain_map[i : i + 1])["loss"] for i in (0, 1)]
+    weighted = multi_grained_loss(prediction, target, grain_map, sample_weights=weights)
+    torch.testing.assert_close(weighted["loss"], (0.25 * each[0] + 3 * each[1]) / 2)
+    torch.testing.assert_close(
+        weighted["mse_grain_0"], multi_grained_loss(prediction, target, grain_map)["mse_grain_0"]
+    )
+
+
+def test_variance_loss_is_the_divergence_of_ddpm_steps():
+    # Against torch's KL of two Gaussians: the posterior of the true z_0 and the step that DDPMScheduler takes
+    scheduler = DDPMScheduler(beta_start=1e-4, beta_end=2e-2, clip_sample=False, variance_type="learned_range")
+    generator = torch.Generator().manual_seed(0)
+    latents, noise, predicted_noise = (torch.randn(3, 4, 4, 4, generator=generator) for _ in range(3))
+    variance = torch.rand(3, 4, 4, 4, generator=generator) * 2 - 1
+    timesteps = torch.tensor([1, 300, 999])
+    noised = scheduler.add_noise(latents, noise, timesteps)
+    alpha = scheduler.alphas_cumprod[timesteps].view(3, 1, 1, 1)
+    predicted = (noised - (1 - alpha).sqrt() * predicted_noise) / alpha.sqrt()
+    expected = []
+    for i, t in enumerate(timesteps.tolist()):
+        step = {"timestep": t, "sample": noised[i : i + 1]}
+        model_output = torch.cat([predicted_noise[i : i + 1], variance[i : i + 1]], dim=1)
+        # The scheduler adds the noise of its generator: two draws of opposite sign would cancel, so it is subtracted
+        draw = torch.randn(1, 4, 4, 4, generator=torch.Generator().manual_seed(5))
+        sample = scheduler.step(model_output, **step, generator=torch.Generator().manual_seed(5)).prev_sample
+        deviation = (0.5 * scheduler._get_variance(t, predicted_variance=variance[i : i + 1])).exp()
+        model = Normal(sample - deviation * draw, deviation)
+        before, now = scheduler.alphas_cumprod[t - 1].double(), scheduler.alphas_cumprod[t].double()
+        beta = 1 - now / before
+        mean = (before.sqrt() * beta * latents[i] + (now / before).sqrt() * (1 - before) * noised[i]) / (1 - now)
+        posterior = Normal(mean.float(), ((1 - before) / (1 - now) * beta).sqrt().float().expand_as(mean))
+        expected.append(kl_divergence(posterior, model).mean() / math.log(2))
+    grain_map = torch.ones(3, 2, 2, dtype=torch.int64)
+    found = variance_loss(variance, predicted, latents, timesteps, scheduler.alphas_cumprod, grain_map)
+    torch.testing.assert_close(found, torch.stack(expected).mean(), rtol=1e-2, atol=1e-3)
+
+
+def test_variance_loss_is_least_at_the_variance_of_the_posterior_and_trains_nothing_else():
+    scheduler = DDPMScheduler(beta_start=1e-4, beta_end=2e-2)
+    latents = torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    grain_map = torch.tensor([[[0, 1], [1, 0]]] * 2)
+    latents = tie(latents, grain_map)
+
+    def loss(variance: float, predicted: torch.Tensor) -> torch.Tensor:
+        timesteps = torch.tensor([0, 500])
+        return variance_loss(
+            torch.full_like(latents, variance), predicted, latents, timesteps, scheduler.alphas_cumprod, grain_map
+        )
+
+    assert loss(-1.0, latents).item() == pytest.approx(0, abs=1e-6)
+    assert loss(1.0, latents) > loss(0.0, latents) > 0
+    assert loss(0.0, latents + 1) > loss(0.0, latents)
+    predicted = latents.clone().requires_grad_()
+    assert not loss(0.5, predicted).requires_grad
+
+
+def test_variance_loss_counts_every_code_once():
+    scheduler = DDPMScheduler(beta_start=1e-4, beta_end=2e-2)
+    latents = torch.zeros(1, 4, 2, 2)
+    timesteps = torch.tensor([500])
+    coarse, fine = (
+        variance_loss(
+            torch.ones(1, 4, 2, 2),
+            latents,
+            latents,
+            timesteps,
+            scheduler.alphas_cumprod,
+            torch.full((1, 1, 1), grain),
+        )
+        for grain in (0, 1)
+    )
+    torch.testing.assert_close(coarse, fine / 4)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Adversarial terms of the first stage
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_hinge_loss_is_one_when_the_discriminator_cannot_tell_and_zero_beyond_the_margin():
+    unsure = hinge_loss(torch.zeros(2, 1, 4, 4), torch.zeros(2, 1, 4, 4))
+    assert unsure["discriminator"].item() == 1
+    sure = hinge_loss(torch.full((2, 1, 4, 4), 1.5), torch.full((2, 1, 4, 4), -3.0))
+    assert sure["discriminator"].item() == 0
+    assert (sure["logits_real"].item(), sure["logits_fake"].item()) == (1.5, -3.0)
+    wrong = hinge_loss(torch.full((2,), -2.0), torch.full((2,), 1.0))
+    assert wrong["discriminator"].item() == pytest.approx((3 + 2) / 2)
+    assert adversarial_loss(torch.full((2,), 1.0)).item() == -1
+
+
+def test_adaptive_weight_makes_both_losses_pull_the_last_layer_alike():
+    layer = torch.nn.Linear(5, 3)
+    output = layer(torch.randn(7, 5, generator=torch.Generator().manual_seed(0)))
+    reconstruction, adversarial = output.pow(2).mean(), -20 * output.sin().mean()
+    weight = adaptive_weight(reconstruction, adversarial, layer.weight)
+    assert not weight.requires_grad
+    pulls = [torch.autograd.grad(loss, layer.weight, retain_graph=True)[0].norm() for loss in (
+        reconstruction, weight * adversarial
+    )]  # fmt: skip
+    torch.testing.assert_close(*pulls, rtol=1e-4, atol=0)
+    none = adaptive_weight(reconstruction, 0.0 * adversarial, layer.weight)
+    assert none.item() == pytest.approx(min(1e4, pulls[0].item() / 1e-6), rel=1e-3)

@@ -69,6 +69,26 @@ def test_coarse_codes_have_the_variance_of_fine_ones(name):
     assert coarse.std().item() == pytest.approx(fine.std().item(), rel=0.08)
 
 
+@pytest.mark.parametrize("name", ["FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler"])
+def test_flow_matching_gives_coarse_codes_the_variance_of_fine_ones(name):
+    # The perfect network for Gaussian data of deviation 1/2: E[noise - z_0 | z_t] at z_t = (1 - s) z_0 + s noise
+    grain_map = torch.arange(2).repeat(32).view(1, 8, 8).expand(16, 8, 8).contiguous()
+    generator = torch.Generator().manual_seed(0)
+    steps = TiedScheduler(getattr(diffusers, name)(), grain_map, 40, generator=generator)
+    latents = steps.prior(torch.randn(16, 4, 16, 16, generator=generator))
+    for t in steps.timesteps:
+        check_tied(latents, grain_map)
+        model_input, timestep = steps.model_input(latents, t)
+        share = timestep / 1000
+        variance = ((1 - share) * 0.5) ** 2 + share**2
+        latents = steps.step(model_input * (share - (1 - share) * 0.25) / variance, t, latents)
+    check_tied(latents, grain_map)
+    of_cell = grain_map_to_cells(grain_map, 2)[:, None].expand_as(latents)
+    coarse = latents[..., ::2, ::2][of_cell[..., ::2, ::2] == 0]
+    assert coarse.std().item() == pytest.approx(0.5, rel=0.1)
+    assert latents[of_cell == 1].std().item() == pytest.approx(0.5, rel=0.1)
+
+
 def test_without_the_tie_cells_of_a_code_drift_apart():
     # The reason for this class: a plain DDPM loop, the network's prediction tied, as every D2iT's is.
     grain_map = torch.zeros(4, 4, 4, dtype=torch.int64)

@@ -1,6 +1,8 @@
 # Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
 """Training losses: tensors in, named scalars out."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 
@@ -29,6 +31,40 @@ def dvae_loss(
     return {"loss": l1 + kl_weight * kl, "l1": l1, "kl": kl}
 
 
+def adversarial_loss(fake_logits: torch.Tensor) -> torch.Tensor:
+    """What the autoencoder minimises against a discriminator: minus the mean logit of its reconstructions."""
+    return -fake_logits.float().mean()
+
+
+def hinge_loss(real_logits: torch.Tensor, fake_logits: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What the discriminator minimises (Lim and Ye, arXiv:1705.02894): 1 while it cannot tell, 0 when it can by far.
+
+    Args:
+        real_logits: discriminator on images, any shape.
+        fake_logits: discriminator on detached reconstructions.
+
+    Returns:
+        "discriminator", and the mean logits "logits_real" and "logits_fake".
+    """
+    real_logits, fake_logits = real_logits.float(), fake_logits.float()
+    loss = (F.relu(1 - real_logits).mean() + F.relu(1 + fake_logits).mean()) / 2
+    return {"discriminator": loss, "logits_real": real_logits.mean(), "logits_fake": fake_logits.mean()}
+
+
+def adaptive_weight(
+    reconstruction_loss: torch.Tensor, adversarial: torch.Tensor, last_layer: torch.nn.Parameter
+) -> torch.Tensor:
+    """Weight at which the adversarial loss pulls the last layer as hard as the reconstruction loss does.
+
+    Esser et al., arXiv:2012.09841, Eq. 7: the ratio of the gradients' norms, at most 1e4; it has no gradient itself.
+    """
+    wanted, given = (
+        torch.autograd.grad(loss, last_layer, retain_graph=True)[0].float().norm()
+        for loss in (reconstruction_loss, adversarial)
+    )
+    return (wanted / (given + 1e-6)).clamp_max(1e4).detach()
+
+
 def grain_loss(logits: torch.Tensor, grain_map: torch.Tensor) -> dict[str, torch.Tensor]:
     """Cross-entropy of the clean map, Eq. 5, in nats per region.
 
@@ -49,6 +85,7 @@ def multi_grained_loss(
     target: torch.Tensor,
     grain_map: torch.Tensor,
     grain_weights: tuple[float, ...] | None = None,
+    sample_weights: torch.Tensor | None = None,
 ) -> dict[str, torch.Tensor]:
     """Multi-grained noise loss, Eq. 11.
 
@@ -60,23 +97,84 @@ def multi_grained_loss(
         target: the noise, tied.
         grain_map: (B, h, w) int64.
         grain_weights: weight of a cell of each grain, coarsest first, instead of alpha. (1, 1) weighs cells alike.
+        sample_weights: weight of each image (B,), such as min-SNR's; None for equal ones.
 
     Returns:
         "loss", and "mse_grain_<i>", the unweighted mean squared error of grain i, coarsest 0: NaN where no region of
         the batch has it.
+
+    Raises:
+        ValueError: there is not one weight for each grain.
     """
-    cells = cells_per_region(target, grain_map)
-    num_grains = cells.bit_length()
-    grain_of_cell = grain_map_to_cells(grain_map, cells)
     squared_error = (prediction.float() - target.float()).pow(2).mean(dim=1)  # (B, hR, wR)
-    if grain_weights is None:
-        weights = code_weights(grain_of_cell, num_grains)
-    else:
-        if len(grain_weights) != num_grains:
-            raise ValueError(f"`grain_weights` must be {num_grains} weights, coarsest first, got {grain_weights}.")
-        weights = torch.tensor(grain_weights, device=squared_error.device)[grain_of_cell]
-    losses = {"loss": (weights * squared_error).mean()}
-    for grain in range(num_grains):
+    grain_of_cell, weights = _cell_weights(squared_error, grain_map, grain_weights)
+    weighted = weights * squared_error
+    if sample_weights is not None:
+        weighted = weighted * sample_weights[:, None, None]
+    losses = {"loss": weighted.mean()}
+    for grain in range(cells_per_region(target, grain_map).bit_length()):
         of_grain = (grain_of_cell == grain).float()
         losses[f"mse_grain_{grain}"] = (squared_error.detach() * of_grain).sum() / of_grain.sum()
     return losses
+
+
+def variance_loss(
+    variance: torch.Tensor,
+    predicted_latents: torch.Tensor,
+    latents: torch.Tensor,
+    timesteps: torch.Tensor,
+    alphas_cumprod: torch.Tensor,
+    grain_map: torch.Tensor,
+    grain_weights: tuple[float, ...] | None = None,
+) -> torch.Tensor:
+    """Variational bound that trains a learned variance, in bits per latent value (Nichol and Dhariwal, 2102.09672).
+
+    KL divergence between the posterior q(z_{t-1} | z_t, z_0) and the model's step, weighted over cells as Eq. 11. The
+    variance is interpolated in its logarithm between the posterior's and beta_t (their Eq. 15). The prediction gets no
+    gradient: its own loss trains it. With 1000 steps the mean over t is their 0.001 * L_vlb.
+
+    Args:
+        variance: v, the second half of the network's output, (B, C, hR, wR); -1 is the posterior's variance, 1 beta_t.
+        predicted_latents: estimate of z_0 that the first half stands for.
+        latents: z_0.
+        timesteps: (B,) int64.
+        alphas_cumprod: (T,) of the scheduler.
+        grain_map: (B, h, w) int64.
+        grain_weights: as in `multi_grained_loss`.
+
+    Returns:
+        Scalar.
+    """
+    alphas_cumprod = alphas_cumprod.to(latents.device, torch.float64)
+    before = torch.cat([alphas_cumprod.new_ones(1), alphas_cumprod[:-1]])
+    betas = 1 - alphas_cumprod / before
+    posterior_variance = betas * (1 - before) / (1 - alphas_cumprod)
+    posterior_variance[0] = posterior_variance[1]  # the last step has none; a KL divergence needs one
+    slope = before.sqrt() * betas / (1 - alphas_cumprod)  # of the posterior's mean in z_0
+
+    def at(values: torch.Tensor) -> torch.Tensor:
+        return values[timesteps].float()[:, None, None, None]
+
+    log_posterior, log_beta = at(posterior_variance.log()), at(betas.log())
+    log_variance = log_posterior + (variance.float() + 1) / 2 * (log_beta - log_posterior)
+    mean_error = at(slope) * (predicted_latents.detach() - latents).float()  # both means share their term in z_t
+    kl = 0.5 * (
+        log_variance - log_posterior - 1 + (log_posterior - log_variance).exp() + mean_error**2 / log_variance.exp()
+    )
+    kl = kl.mean(dim=1) / math.log(2)  # (B, hR, wR)
+    _, weights = _cell_weights(kl, grain_map, grain_weights)
+    return (weights * kl).mean()
+
+
+def _cell_weights(
+    of_cell: torch.Tensor, grain_map: torch.Tensor, grain_weights: tuple[float, ...] | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Grain and loss weight of every cell, (B, hR, wR)."""
+    cells = cells_per_region(of_cell, grain_map)
+    num_grains = cells.bit_length()
+    grain_of_cell = grain_map_to_cells(grain_map, cells)
+    if grain_weights is None:
+        return grain_of_cell, code_weights(grain_of_cell, num_grains)
+    if len(grain_weights) != num_grains:
+        raise ValueError(f"`grain_weights` must be {num_grains} weights, coarsest first, got {grain_weights}.")
+    return grain_of_cell, torch.tensor(grain_weights, device=of_cell.device)[grain_of_cell]

@@ -3,6 +3,7 @@
 
 import numpy as np
 import torch
+from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler
 from diffusers.schedulers import KarrasDiffusionSchedulers
 from diffusers.utils import logging
 
@@ -10,9 +11,12 @@ from .grains import check_grain_map
 from .models.autoencoder_kl_dynamic import DynamicAutoencoderKL
 from .models.transformer_d2it_content import D2iTContentModel
 from .models.transformer_d2it_grain import D2iTGrainModel
+from .tied_scheduler import reads_variance
 
 
 logger = logging.get_logger(__name__)
+
+FLOW_MATCHING_SCHEDULERS = (FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler)
 
 
 def check_components(
@@ -50,9 +54,9 @@ def check_components(
             f" {grain_scheduler.config.prediction_type!r}."
         )
     config = scheduler.config
-    if not hasattr(scheduler, "init_noise_sigma"):
+    if not hasattr(scheduler, "init_noise_sigma") and not isinstance(scheduler, FLOW_MATCHING_SCHEDULERS):
         raise ValueError(
-            "components do not fit: `scheduler` must be one of KarrasDiffusionSchedulers, got"
+            "components do not fit: `scheduler` must be one of KarrasDiffusionSchedulers or of flow matching, got"
             f" {type(scheduler).__name__}."
         )
     if config.get("clip_sample") or config.get("thresholding"):
@@ -60,8 +64,12 @@ def check_components(
             "`scheduler` limits samples to [-1, 1], which is meant for pixels and spoils latents: make it with"
             " clip_sample=False and thresholding=False."
         )
-    reads_variance = config.get("variance_type") in ("learned", "learned_range")
-    if reads_variance and transformer.out_channels != 2 * transformer.config.in_channels:
+    if reads_variance(scheduler) and not isinstance(scheduler, DDPMScheduler):
+        raise ValueError(
+            f"components do not fit: `scheduler` {type(scheduler).__name__} with variance_type"
+            f" {config.variance_type!r} cuts predictions to three channels: make it with variance_type=None."
+        )
+    if reads_variance(scheduler) and transformer.out_channels != 2 * transformer.config.in_channels:
         raise ValueError(
             f"components do not fit: `scheduler` has variance_type {config.variance_type!r}, the transformer"
             " predicts no variance."

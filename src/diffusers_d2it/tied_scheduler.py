@@ -11,7 +11,7 @@ from .grains import tie
 
 
 class TiedScheduler:
-    """Steps of any scheduler of diffusers' Karras group over latents with grains.
+    """Steps of any scheduler of diffusers' Karras group, or of flow matching, over latents with grains.
 
     Schedulers act on single cells and draw independent noise for each; a coarse code must stay one value. Every sample
     that leaves this class has been tied, so a loop written with it cannot forget to (without the tie the cells of a
@@ -49,11 +49,14 @@ class TiedScheduler:
 
     def prior(self, noise: torch.Tensor) -> torch.Tensor:
         """The first sample, from standard normal noise (B, C, H, W)."""
-        return tie(noise, self.grain_map) * self.scheduler.init_noise_sigma
+        # Schedulers of flow matching start from the noise itself and read the sample as it is.
+        return tie(noise, self.grain_map) * getattr(self.scheduler, "init_noise_sigma", 1.0)
 
     def model_input(self, latents: torch.Tensor, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """What the network reads at step `t`: its input, with the variance it was trained on, and its timestep."""
-        scaled = self.scheduler.scale_model_input(latents, t)
+        scaled = latents
+        if hasattr(self.scheduler, "scale_model_input"):
+            scaled = self.scheduler.scale_model_input(latents, t)
         if self._edm is not None:
             return self._edm.model_input(latents, t)
         return scaled, t
@@ -86,6 +89,13 @@ def step_generator_kwargs(scheduler, generator: torch.Generator | list[torch.Gen
         scheduler.noise_sampler_seed = seeds if isinstance(generator, list) else seeds[0]
     accepted = inspect.signature(scheduler.step).parameters
     return {"generator": generator} if "generator" in accepted else {}
+
+
+def reads_variance(scheduler) -> bool:
+    """Whether `scheduler.step` expects the network's variance beside its prediction."""
+    # A config made from another scheduler's keeps entries that this one does not know.
+    known = inspect.signature(type(scheduler).__init__).parameters
+    return "variance_type" in known and scheduler.config.variance_type in ("learned", "learned_range")
 
 
 class _EDMPreconditioning:
