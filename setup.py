@@ -9,9 +9,11 @@ root = Path(__file__).parent
 version = re.search(r'^__version__ = "(.+)"$', (root / "src/diffusers_d2it/__init__.py").read_text(), re.M)[1]
 
 extras = {
-    "training": ["tensorboard>=2.14"],
+    "training": ["tensorboard>=2.14", "torchmetrics>=1.4"],
+    # torchvision breaks transformers and diffusers where it was built for another torch: nobody gets it unasked.
+    "lpips": ["lpips>=0.1.4", "torchvision"],
     "demo": ["gradio>=5"],
-    "metrics": ["torch-fidelity>=0.3", "lpips>=0.1.4"],
+    "metrics": ["torch-fidelity>=0.3"],
     "docs": ["mkdocs-material>=9.5", "mkdocstrings[python]>=0.26"],
     "quality": ["ruff>=0.9"],
     # torchsde serves one scheduler, DPMSolverSDEScheduler; scikit-image brings photographs; peft LoRA.
@@ -43,7 +45,9 @@ setup(
         "einops>=0.8",
         "scipy>=1.11",
         "numpy>=1.26",
-        "pillow>=10.0",
+        "pillow>=10.1",
+        "filelock>=3.12",
+        "fsspec>=2023.6",
     ],
     extras_require=extras,
 )

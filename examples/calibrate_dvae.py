@@ -6,7 +6,8 @@
         --resolution 256 --region_size 16 --output calibration.json
 
 The first form writes the result into the configuration of an autoencoder, the second into a file. The images are
-resized and cropped as in training, each process counts its share, and nothing is kept but counts.
+resized and cropped as in training, each process counts its share, and nothing is kept but counts. Images that cannot
+be used are listed in a file beside the result, `<result>.bad_images.jsonl`.
 """
 
 import argparse
@@ -17,14 +18,15 @@ from pathlib import Path
 from accelerate import Accelerator
 
 from diffusers_d2it import DynamicAutoencoderKL
-from diffusers_d2it.training import add_data_arguments, count_entropy, describe_source, load_images
+from diffusers_d2it.data.bad_images import BadImages
+from diffusers_d2it.data.sources import add_data_arguments, load_images
+from diffusers_d2it.training.measures import count_entropy
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_data_arguments(parser)
     group = parser.add_argument_group("calibration")
-    group.add_argument("--streaming", action="store_true", help="read the data set as a stream, without a local copy")
     group.add_argument("--max_images", type=int, help="stop after so many images")
     group.add_argument("--vae", help="folder of a DynamicAutoencoderKL, whose configuration is completed")
     group.add_argument("--region_size", type=int, help="with --output: side of a region in pixels")
@@ -39,11 +41,18 @@ def main(args: argparse.Namespace) -> None:
     accelerator = Accelerator()
     vae = None if args.vae is None else DynamicAutoencoderKL.from_pretrained(args.vae)
     region_size = args.region_size if vae is None else vae.region_size
-    images = load_images(args, streaming=args.streaming)
-    calibration = count_entropy(accelerator, images, args, region_size, args.max_images)
+    source = load_images(args)
+    accelerator.print(source)
+    bad_images = BadImages(f"{os.path.normpath(args.output or args.vae)}.bad_images.jsonl")
+    if accelerator.is_main_process:
+        bad_images.path.unlink(missing_ok=True)  # of an earlier count
+    accelerator.wait_for_everyone()
+    calibration = count_entropy(accelerator, source, args.resolution, region_size, bad_images, args.max_images)
     if not accelerator.is_main_process:
         return
-    config = calibration.to_config(source=describe_source(args))
+    if bad_images.summary():
+        print(bad_images.summary())
+    config = calibration.to_config(source.description)
     if vae is not None:
         vae.register_to_config(calibration=config, _name_or_path=None)
         path, text = Path(args.vae) / "config.json", vae.to_json_string()

@@ -1,10 +1,11 @@
 # Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
 """Stage 2 (b): train a D2iTContentModel (sec. 3.2.3 of arXiv:2504.09454) and put the pipeline together.
 
-    accelerate launch examples/train_d2it.py --train_data_dir photos --vae runs/dvae/vae --grain runs/grain \
+    accelerate launch examples/train_d2it.py --latent_cache cache --vae runs/dvae/vae --grain runs/grain \
         --preset content-b --resolution 256 --train_batch_size 32 --max_train_steps 400000 --output_dir runs/d2it
 
-`runs/d2it/pipeline` is a complete D2iTPipeline.
+From a cache of examples/cache_latents.py, or with --train_data_dir from the images themselves. `runs/d2it/pipeline` is
+a complete D2iTPipeline.
 """
 
 import argparse
@@ -12,7 +13,7 @@ import os
 
 import torch
 from accelerate.utils import set_seed
-from diffusers import DDIMScheduler, DDPMScheduler
+from diffusers import DDIMScheduler
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from diffusers.utils import make_image_grid
@@ -26,39 +27,100 @@ from diffusers_d2it import (
     load_preset,
     visualize_grain_map,
 )
-from diffusers_d2it.grains import tie
-from diffusers_d2it.losses import multi_grained_loss
-from diffusers_d2it.training import (
-    Checkpoints,
-    ImageDataset,
-    add_class_arguments,
-    add_data_arguments,
+from diffusers_d2it.data.bad_images import BadImages
+from diffusers_d2it.data.latent_cache import read_codes
+from diffusers_d2it.data.loaders import batches_from, make_loader, step_generator
+from diffusers_d2it.data.sources import add_class_arguments, add_data_arguments
+from diffusers_d2it.grains import grain_map_from_entropy, tie
+from diffusers_d2it.hub import add_hub_arguments, check_hub_arguments, publish
+from diffusers_d2it.losses import multi_grained_loss, variance_loss
+from diffusers_d2it.objectives import OBJECTIVES, DiffusionObjective, FlowMatchingObjective, make_objective
+from diffusers_d2it.training.alignment import Alignment
+from diffusers_d2it.training.arguments import (
+    add_cache_argument,
     add_training_arguments,
-    batches_from,
-    drop_labels,
-    load_images,
     make_accelerator,
-    make_loader,
-    read_classes,
-    save_aside,
-    step_generator,
-    use_ema,
+    make_parser,
 )
+from diffusers_d2it.training.checkpoints import Checkpoints, save_aside, use_ema
+from diffusers_d2it.training.steps import draw_fine_ratio, drop_labels
+from diffusers_d2it.training.training_data import load_training_data
+from diffusers_d2it.training.vision_features import VisionFeatures
 
 
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = make_parser(__doc__)
     add_data_arguments(parser)
+    add_cache_argument(parser)
     add_class_arguments(parser)
     add_training_arguments(parser)
+    add_hub_arguments(parser)
     group = parser.add_argument_group("content model")
     group.add_argument("--vae", required=True, help="folder or Hub name of a DynamicAutoencoderKL from train_dvae.py")
     group.add_argument("--grain", required=True, help="output folder of train_grain.py")
     group.add_argument("--preset", default="content-b", help="a preset, or a JSON file with a model's configuration")
+    group.add_argument("--init_from", help="folder of a D2iTContentModel to start from, such as convert_dit.py's")
+    group.add_argument(
+        "--objective", choices=OBJECTIVES, default="epsilon", help="what is predicted"
+    )
+    group.add_argument("--learn_sigma", action="store_true", help="predict the variance too, trained by the VLB")
+    group.add_argument("--snr_gamma", type=float, help="min-SNR weighting of the timesteps; 5 is usual")
     group.add_argument(
         "--grain_weights", type=float, nargs="+", help="loss weight of a cell of each grain, coarsest first (Eq. 11)"
     )
-    return parser.parse_args()
+    group = parser.add_argument_group("representation alignment (REPA)")
+    group.add_argument("--repa_model", help="vision transformer to align with, such as facebook/dinov2-base")
+    group.add_argument("--repa_layer", type=int, help="block whose tokens are aligned; default: a third of the way")
+    group.add_argument("--repa_weight", type=float, default=0.5, help="weight of the alignment loss")
+    args = parser.parse_args(arguments)
+    if args.repa_model is not None and args.latent_cache is not None:
+        parser.error("--repa_model needs the images: pass --train_data_dir or --dataset_name, not --latent_cache")
+    return args
+
+
+def make_model(args: argparse.Namespace, vae: DynamicAutoencoderKL, num_classes: int | None) -> D2iTContentModel:
+    """The content model of the flags, for the latents of `vae`: new, or started from --init_from."""
+    sizes = {
+        "num_grains": vae.num_grains,
+        "num_classes": num_classes,
+        "in_channels": vae.config.latent_channels,
+        "out_channels": (2 if args.learn_sigma else 1) * vae.config.latent_channels,
+        "sample_size": args.resolution // vae.downsample_factor,
+    }
+    if args.init_from is None:
+        return D2iTContentModel(**(load_preset(args.preset) | sizes))
+    model = D2iTContentModel.from_pretrained(args.init_from)
+    wrong = {key: (model.config[key], value) for key, value in sizes.items() if model.config[key] != value}
+    wrong.pop("sample_size", None)  # positions are computed for any
+    if model.out_channels == sizes["out_channels"]:
+        wrong.pop("out_channels", None)
+    if wrong:
+        raise ValueError(f"--init_from {args.init_from} does not fit; (found, needed) differ in {wrong}.")
+    model.register_to_config(sample_size=sizes["sample_size"], _name_or_path=None)
+    return model
+
+
+def content_losses(
+    args: argparse.Namespace,
+    objective: DiffusionObjective | FlowMatchingObjective,
+    prediction: torch.Tensor,
+    latents: torch.Tensor,
+    noise: torch.Tensor,
+    noised: torch.Tensor,
+    timesteps: torch.Tensor,
+    grain_map: torch.Tensor,
+) -> dict[str, torch.Tensor]:
+    """The multi-grained loss (Eq. 11) of the objective, and with --learn_sigma the variational bound."""
+    channels = latents.shape[1]
+    prediction, variance = prediction[:, :channels], prediction[:, channels:]
+    target, weights = objective.target(latents, noise, timesteps), objective.weights(timesteps)
+    losses = multi_grained_loss(prediction, target, grain_map, args.grain_weights, weights)
+    if args.learn_sigma:
+        predicted = objective.predicted_latents(prediction, noised, timesteps)
+        alphas = objective.scheduler.alphas_cumprod
+        losses["vlb"] = variance_loss(variance, predicted, latents, timesteps, alphas, grain_map, args.grain_weights)
+        losses["loss"] = losses["loss"] + losses["vlb"]
+    return losses
 
 
 def validate(pipe: D2iTPipeline, class_labels: list[int] | None, seed: int, path: str) -> None:
@@ -73,27 +135,24 @@ def validate(pipe: D2iTPipeline, class_labels: list[int] | None, seed: int, path
 
 def main(args: argparse.Namespace) -> None:
     accelerator = make_accelerator(args)
+    if accelerator.is_main_process:
+        check_hub_arguments(args)
     set_seed(args.seed)
 
     # 1. Data
-    images = load_images(args)
-    id2label, num_classes = read_classes(images, args)
-    dataset = ImageDataset(images, args.resolution, args.image_column, args.label_column, args.seed)
-    loader = make_loader(accelerator, dataset, args)
+    vae = DynamicAutoencoderKL.from_pretrained(args.vae).requires_grad_(False).eval().to(accelerator.device)
+    bad_images = BadImages(os.path.join(args.output_dir, "bad_images.jsonl"))
+    data = load_training_data(accelerator, args, vae, bad_images)
+    num_classes = data.num_classes
+    loader = make_loader(accelerator, data, args)
 
     # 2. Model, average, optimizer
-    vae = DynamicAutoencoderKL.from_pretrained(args.vae).requires_grad_(False).eval().to(accelerator.device)
-    config = load_preset(args.preset)
-    config.update(
-        num_grains=vae.num_grains,
-        num_classes=num_classes,
-        in_channels=vae.config.latent_channels,
-        sample_size=args.resolution // vae.downsample_factor,
-    )
-    transformer = D2iTContentModel(**config)
+    objective = make_objective(args.objective, args.snr_gamma, args.learn_sigma)
+    transformer = make_model(args, vae, num_classes)
     if args.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
-    scheduler = DDPMScheduler(beta_start=1e-4, beta_end=2e-2, beta_schedule="linear", clip_sample=False)  # sec. 4.1
+    if args.compile:
+        transformer.compile_repeated_blocks()
     ema = EMAModel(
         transformer.parameters(),
         decay=args.ema_decay,
@@ -101,7 +160,13 @@ def main(args: argparse.Namespace) -> None:
         model_cls=D2iTContentModel,
         model_config=transformer.config,
     )
-    optimizer = torch.optim.AdamW(transformer.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay)
+    features, alignment = None, torch.nn.Identity()
+    if args.repa_model is not None:
+        features = VisionFeatures(args.repa_model).to(accelerator.device)
+        layer = args.repa_layer or -(-len(transformer.transformer_blocks) // 3)
+        alignment = Alignment(transformer, layer, features.width)
+    trained = [*transformer.parameters(), *alignment.parameters()]
+    optimizer = torch.optim.AdamW(trained, lr=args.learning_rate, weight_decay=args.weight_decay)
     lr_scheduler = get_scheduler(
         args.lr_scheduler,
         optimizer,
@@ -109,17 +174,20 @@ def main(args: argparse.Namespace) -> None:
         num_training_steps=args.max_train_steps,
     )
     model, optimizer, loader, lr_scheduler = accelerator.prepare(transformer, optimizer, loader, lr_scheduler)
+    others = {} if features is None else {"alignment": alignment}
+    if features is not None:
+        alignment = accelerator.prepare(alignment)
     ema.to(accelerator.device)
-    checkpoints = Checkpoints(accelerator, args.output_dir, transformer, ema, args.checkpoints_total_limit)
+    checkpoints = Checkpoints(accelerator, args, transformer, ema, others)
     step = checkpoints.resume(args.resume_from_checkpoint)
     accelerator.init_trackers("train_d2it")
     pipe = D2iTPipeline(
         vae=vae,
         grain_model=D2iTGrainModel.from_pretrained(args.grain, subfolder="grain_model").to(accelerator.device),
         transformer=transformer,
-        scheduler=DDIMScheduler.from_config(scheduler.config, timestep_spacing="trailing"),
+        scheduler=objective.sampling_scheduler(),
         grain_scheduler=DDIMScheduler.from_pretrained(args.grain, subfolder="grain_scheduler"),
-        id2label=id2label,
+        id2label=data.id2label,
     )
     pipe.set_progress_bar_config(disable=True)
 
@@ -132,23 +200,26 @@ def main(args: argparse.Namespace) -> None:
         batch = next(batches)
         generator = step_generator(accelerator, args.seed, batch_index)
         batch_index += 1
-        with accelerator.accumulate(model):
+        with accelerator.accumulate(model, alignment):
             with torch.no_grad():
-                encoded = vae.encode(batch["pixels"])
-                latents = vae.scale_latents(encoded.latent_dist.sample(generator))
-            grain_map = encoded.grain_map
+                moments, entropy = read_codes(vae, batch)
+                ratio = draw_fine_ratio(args.fine_ratio, generator)
+                grain_map = grain_map_from_entropy(entropy, vae.thresholds(ratio))
+                latents = vae.scale_latents(vae.posterior(moments, grain_map).sample(generator))
             noise = tie(torch.randn(latents.shape, generator=generator, device=latents.device), grain_map)
-            timesteps = torch.randint(
-                scheduler.config.num_train_timesteps, (len(latents),), generator=generator, device=latents.device
-            )
-            noised = scheduler.add_noise(latents, noise, timesteps)
+            timesteps = objective.sample_timesteps(len(latents), generator)
+            noised = objective.add_noise(latents, noise, timesteps)
             class_labels = drop_labels(batch["class_labels"], num_classes, args.label_dropout, generator)
             with accelerator.autocast():
                 prediction = model(noised, timesteps, grain_map, class_labels).sample
-            losses = multi_grained_loss(prediction, noise, grain_map, args.grain_weights)
+            losses = content_losses(args, objective, prediction, latents, noise, noised, timesteps, grain_map)
+            if features is not None:
+                with accelerator.autocast():
+                    losses["alignment"] = alignment(features(batch["pixels"], grain_map.shape[-2:]))
+                losses["loss"] = losses["loss"] + args.repa_weight * losses["alignment"]
             accelerator.backward(losses["loss"])
             if accelerator.sync_gradients:
-                accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+                accelerator.clip_grad_norm_(trained, args.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad()
         if not accelerator.sync_gradients:
@@ -165,14 +236,23 @@ def main(args: argparse.Namespace) -> None:
         if accelerator.is_main_process and (step % args.validation_steps == 0 or step == args.max_train_steps):
             with use_ema(ema, transformer):
                 path = os.path.join(args.output_dir, "samples", f"step-{step:07d}.png")
-                validate(pipe, id2label and sorted(id2label)[:20], args.seed, path)
+                validate(pipe, data.id2label and sorted(data.id2label)[:20], args.seed, path)
 
     # 4. The pipeline
     if accelerator.is_main_process:
         ema.copy_to(transformer.parameters())
         for model in (vae, pipe.grain_model):
             model.register_to_config(_name_or_path=None)  # where they were loaded from is nobody's business
-        save_aside(pipe.save_pretrained, os.path.join(args.output_dir, "pipeline"))
+        folder = os.path.join(args.output_dir, "pipeline")
+        save_aside(pipe.save_pretrained, folder)
+        publish(
+            args,
+            pipe,
+            folder,
+            train_data=data.description,
+            sample_image=os.path.join(args.output_dir, "samples", f"step-{step:07d}.png"),
+        )
+        print(bad_images.summary())
     accelerator.end_training()
 
 

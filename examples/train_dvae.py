@@ -4,14 +4,17 @@
     accelerate launch examples/train_dvae.py --train_data_dir photos --preset dvae-f8f16 --resolution 256 \
         --train_batch_size 16 --max_train_steps 100000 --output_dir runs/dvae
 
-The script counts the entropy thresholds of the data first, trains with a fine ratio drawn anew for every batch (one
-autoencoder then serves every ratio), and measures the scale of the latents last. `runs/dvae/vae` is what
-train_grain.py and train_d2it.py read.
+The losses are those of latent diffusion (arXiv:2112.10752): L1, LPIPS, KL, and a PatchGAN from --gan_start_step on.
+Every batch draws its own fine ratio, so that one autoencoder serves every ratio. The script counts the entropy
+thresholds of the data first, and measures the scale of the latents and the quality of reconstructions last.
+`runs/dvae/vae` is what cache_latents.py, train_grain.py and train_d2it.py read.
 """
 
 import argparse
 import json
 import os
+from collections.abc import Callable, Iterable
+from functools import partial
 
 import torch
 from accelerate.utils import set_seed
@@ -19,88 +22,89 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from diffusers.utils import make_image_grid
-from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
 
 from diffusers_d2it import DynamicAutoencoderKL, load_preset, visualize_grain_map
-from diffusers_d2it.grains import grain_map_to_cells, split
-from diffusers_d2it.losses import dvae_loss
-from diffusers_d2it.training import (
-    Checkpoints,
-    ImageDataset,
-    add_data_arguments,
-    add_training_arguments,
-    batches_from,
-    count_entropy,
-    describe_source,
-    load_images,
-    make_accelerator,
-    make_loader,
-    psnr,
-    save_aside,
-    step_generator,
-    use_ema,
-)
+from diffusers_d2it.data.bad_images import BadImages
+from diffusers_d2it.data.loaders import batches_from, first_batches, make_dataset, make_loader, step_generator
+from diffusers_d2it.data.sources import add_data_arguments, load_images
+from diffusers_d2it.hub import add_hub_arguments, check_hub_arguments, publish
+from diffusers_d2it.losses import adaptive_weight, adversarial_loss, dvae_loss, hinge_loss
+from diffusers_d2it.models.discriminator import PatchDiscriminator
+from diffusers_d2it.training.arguments import add_training_arguments, make_accelerator, make_parser
+from diffusers_d2it.training.checkpoints import Checkpoints, save_aside, use_ema
+from diffusers_d2it.training.measures import count_entropy, measure_latents
+from diffusers_d2it.training.perceptual import load_perceptual_loss
+from diffusers_d2it.training.reconstruction import reconstruction_scores
+from diffusers_d2it.training.steps import draw_fine_ratio
+from diffusers_d2it.training.vision_features import fid_features
 
 
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = make_parser(__doc__)
     add_data_arguments(parser)
     add_training_arguments(parser)
+    add_hub_arguments(parser)
     group = parser.add_argument_group("autoencoder")
     group.add_argument("--preset", default="dvae-f8f16", help="a preset, or a JSON file with a model's configuration")
+    group.add_argument("--init_from", help="folder of a DynamicAutoencoderKL, such as convert_autoencoder_kl.py's")
+    group.add_argument(
+        "--freeze_fine_path",
+        action="store_true",
+        help="with --init_from: train only the coarser grains; fine codes, decoder and latent scale stay",
+    )
     group.add_argument("--kl_weight", type=float, default=1e-6, help="weight of the KL term per pixel value")
-    group.add_argument("--fine_ratio", type=float, help="train at one fine ratio instead of a random one")
+    group.add_argument("--perceptual_weight", type=float, default=1.0, help="weight of LPIPS; 0 goes without it")
+    group.add_argument("--gan_weight", type=float, default=0.5, help="weight of the PatchGAN; 0 goes without it")
+    group.add_argument("--gan_start_step", type=int, default=50_000, help="updates before the PatchGAN joins")
     group.add_argument(
         "--calibration_images",
         type=int,
         default=50_000,
-        help="images to measure thresholds and latent scale on",
+        help="images to measure thresholds, latent scale and reconstructions on",
     )
-    return parser.parse_args()
+    group.add_argument("--fid_model", help="score rFID with 'inception' or a vision model of transformers")
+    parser.set_defaults(fine_ratio=[0.0, 1.0])
+    args = parser.parse_args(arguments)
+    if args.freeze_fine_path and args.init_from is None:
+        parser.error("--freeze_fine_path keeps what --init_from brings: pass both")
+    if args.freeze_fine_path and args.gan_weight > 0:
+        parser.error(
+            "--freeze_fine_path freezes the layer that weighs the adversarial loss: pass --gan_weight 0"
+        )
+    return args
 
 
 class DvaeStep(torch.nn.Module):
-    """Encode, sample, decode, compare: one forward pass, as distributed training needs it."""
+    """Encode, sample, decode: one forward pass, as distributed training needs it."""
 
-    def __init__(self, vae: DynamicAutoencoderKL, kl_weight: float):
+    def __init__(self, vae: DynamicAutoencoderKL):
         super().__init__()
         self.vae = vae
-        self.kl_weight = kl_weight
 
-    def forward(self, pixels: torch.Tensor, fine_ratio: float, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    def forward(
+        self, pixels: torch.Tensor, fine_ratio: float, generator: torch.Generator
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Images (B, 3, H, W) -> reconstructions (B, 3, H, W) and KL in nats per image (B,)."""
         posterior = self.vae.encode(pixels, fine_ratio=fine_ratio).latent_dist
-        reconstruction = self.vae.decode(posterior.sample(generator)).sample
-        return dvae_loss(pixels, reconstruction, posterior.kl(), self.kl_weight)
+        return self.vae.decode(posterior.sample(generator)).sample, posterior.kl()
 
 
-@torch.no_grad()
-def measure_latents(vae: DynamicAutoencoderKL, loader: DataLoader, generator: torch.Generator) -> dict[str, float]:
-    """Shift and scale of sampled codes at the default ratio, and the deviation of each grain."""
-    moments = torch.zeros(vae.num_grains, 3, dtype=torch.float64)  # per grain: number of values, sum, sum of squares
-    for batch in tqdm(loader, desc="latents"):
-        encoded = vae.encode(batch["pixels"].to(vae.device))
-        latents = encoded.latent_dist.sample(generator)
-        for grain, codes in enumerate(split(latents, encoded.grain_map)):
-            codes_per_side = codes.shape[-1] // encoded.grain_map.shape[-1]
-            of_grain = grain_map_to_cells(encoded.grain_map, codes_per_side) == grain
-            values = codes.movedim(1, -1)[of_grain].double().cpu()
-            moments[grain] += torch.tensor([values.numel(), values.sum(), values.pow(2).sum()], dtype=torch.float64)
-    counts, sums, squares = moments.sum(dim=0)
-    mean = sums / counts
-    statistics = {"shift_factor": mean.item(), "scaling_factor": (squares / counts - mean**2).rsqrt().item()}
-    for grain, (count, total, square) in enumerate(moments):
-        statistics[f"latent_std_grain_{grain}"] = (square / count - (total / count) ** 2).sqrt().item()
-    return statistics
+def make_model(args: argparse.Namespace, calibration: dict) -> DynamicAutoencoderKL:
+    """The autoencoder of the flags, new or started from --init_from, with the thresholds of the data."""
+    if args.init_from is None:
+        config = load_preset(args.preset) | {"sample_size": args.resolution, "calibration": calibration}
+        return DynamicAutoencoderKL(**config)
+    vae = DynamicAutoencoderKL.from_pretrained(args.init_from)
+    vae.register_to_config(sample_size=args.resolution, calibration=calibration, _name_or_path=None)
+    if args.freeze_fine_path:
+        vae.freeze_fine_path()
+    return vae
 
 
 @torch.no_grad()
 def validate(vae: DynamicAutoencoderKL, pixels: torch.Tensor, path: str) -> dict[str, float]:
-    """Draw originals, reconstructions and maps at the default ratio; PSNR in dB at ratios 0, 0.5 and 1."""
-    scores = {}
-    for ratio in (0.0, 0.5, 1.0):
-        latents = vae.encode(pixels, fine_ratio=ratio).latent_dist.mode()
-        scores[f"psnr_{ratio}"] = psnr(pixels, vae.decode(latents).sample).mean()
+    """Draw originals, reconstructions and maps at the default ratio; PSNR and SSIM at ratios 0, 0.5 and 1."""
     encoded = vae.encode(pixels)
     decoded = vae.decode(encoded.latent_dist.mode()).sample
     processor = VaeImageProcessor()
@@ -108,26 +112,57 @@ def validate(vae: DynamicAutoencoderKL, pixels: torch.Tensor, path: str) -> dict
     maps = [visualize_grain_map(image, grain_map) for image, grain_map in zip(originals, encoded.grain_map)]
     os.makedirs(os.path.dirname(path), exist_ok=True)
     make_image_grid(originals + reconstructions + maps, rows=3, cols=len(originals)).save(path)
-    return {name: score.item() for name, score in scores.items()}
+    scores = {ratio: reconstruction_scores(vae, [pixels], ratio) for ratio in (0.0, 0.5, 1.0)}
+    return {f"{name}_{ratio}": scores[ratio][name] for ratio in scores for name in ("psnr", "ssim")}
+
+
+def finish(
+    vae: DynamicAutoencoderKL, batches: Callable[[], Iterable[torch.Tensor]], args: argparse.Namespace
+) -> dict[str, dict]:
+    """Measure the scale of the latents into the configuration, and reconstructions of the same images for the card."""
+    if not args.freeze_fine_path:
+        generator = torch.Generator(vae.device).manual_seed(args.seed)
+        latents = measure_latents(vae, tqdm(batches(), desc="latents"), generator)
+        vae.register_to_config(shift_factor=latents["shift_factor"], scaling_factor=latents["scaling_factor"])
+        print(json.dumps(latents, indent=2))
+    features = None if args.fid_model is None else fid_features(args.fid_model)
+    scores = reconstruction_scores(vae, tqdm(batches(), desc="reconstructions"), fid_features=features)
+    protocol = (
+        f"mode of the posterior at the default fine ratio (fine share {scores['fine_share']:.3f}), the averaged"
+        f" weights, {scores['num_images']} of the training images, {args.resolution}x{args.resolution}, torchmetrics"
+    )
+    units = {"psnr": "PSNR in dB", "ssim": "SSIM", "rfid": f"rFID with features of {args.fid_model}"}
+    return {units[name]: {"value": round(scores[name], 4), "protocol": protocol} for name in units if name in scores}
 
 
 def main(args: argparse.Namespace) -> None:
     accelerator = make_accelerator(args)
+    if accelerator.is_main_process:
+        check_hub_arguments(args)
     set_seed(args.seed)
+    perceptual = None
+    if args.perceptual_weight > 0:
+        perceptual = load_perceptual_loss().to(accelerator.device)
 
     # 1. Data and thresholds
-    images = load_images(args).shuffle(seed=args.seed)  # the first images are then a fair sample
-    config = load_preset(args.preset)
-    config["sample_size"] = args.resolution
-    region_size = config["downsample_factors"][-1]
-    calibration = count_entropy(accelerator, images, args, region_size, max_images=args.calibration_images)
-    config["calibration"] = calibration.to_config(source=describe_source(args))
-    dataset = ImageDataset(images, args.resolution, args.image_column, label_column=None, seed=args.seed)
+    source = load_images(args).shuffled(args.seed)  # the first images are then a fair sample
+    accelerator.print(source)
+    bad_images = BadImages(os.path.join(args.output_dir, "bad_images.jsonl"))
+    config = load_preset(args.preset) if args.init_from is None else DynamicAutoencoderKL.load_config(args.init_from)
+    calibration = count_entropy(
+        accelerator,
+        source,
+        args.resolution,
+        config["downsample_factors"][-1],
+        bad_images,
+        args.calibration_images,
+    )
+    dataset = make_dataset(accelerator, source, args, bad_images)
     loader = make_loader(accelerator, dataset, args)
-    samples = torch.stack([dataset[index]["pixels"] for index in range(min(8, len(dataset)))])
+    samples = next(first_batches(source, args.resolution, 8, 8, bad_images)).to(accelerator.device)
 
-    # 2. Model, average, optimizer
-    vae = DynamicAutoencoderKL(**config)
+    # 2. Model, average, discriminator, optimizers
+    vae = make_model(args, calibration.to_config(source.description))
     if args.gradient_checkpointing:
         vae.enable_gradient_checkpointing()
     ema = EMAModel(
@@ -137,22 +172,26 @@ def main(args: argparse.Namespace) -> None:
         model_cls=DynamicAutoencoderKL,
         model_config=vae.config,
     )
+    # Half as wide as the decoder at the size of the image: 64 channels, as usual, for the paper's autoencoder
+    critic = PatchDiscriminator(base_channels=max(8, vae.config.decoder_block_out_channels[0] // 16 * 8))
     optimizer = torch.optim.AdamW(
         vae.parameters(),
         lr=args.learning_rate,
         weight_decay=args.weight_decay,
         betas=(0.9, 0.95),  # what the bundled autoencoder was trained with
     )
+    critic_optimizer = torch.optim.AdamW(critic.parameters(), lr=args.learning_rate, betas=(0.5, 0.9))
     lr_scheduler = get_scheduler(
         args.lr_scheduler,
         optimizer,
         num_warmup_steps=args.lr_warmup_steps,
         num_training_steps=args.max_train_steps,
     )
-    model = DvaeStep(vae, args.kl_weight)
-    model, optimizer, loader, lr_scheduler = accelerator.prepare(model, optimizer, loader, lr_scheduler)
+    model, optimizer, loader, lr_scheduler, discriminator, critic_optimizer = accelerator.prepare(
+        DvaeStep(vae), optimizer, loader, lr_scheduler, critic, critic_optimizer
+    )
     ema.to(accelerator.device)
-    checkpoints = Checkpoints(accelerator, args.output_dir, vae, ema, args.checkpoints_total_limit)
+    checkpoints = Checkpoints(accelerator, args, vae, ema, {"discriminator": critic})
     step = checkpoints.resume(args.resume_from_checkpoint)
     accelerator.init_trackers("train_dvae")
 
@@ -161,20 +200,40 @@ def main(args: argparse.Namespace) -> None:
     batch_index = step * args.gradient_accumulation_steps
     batches = batches_from(accelerator, loader, batch_index)
     while step < args.max_train_steps:
-        batch = next(batches)
+        pixels = next(batches)["pixels"]
         generator = step_generator(accelerator, args.seed, batch_index)
         batch_index += 1
-        with accelerator.accumulate(model):
-            ratio = args.fine_ratio
-            if ratio is None:
-                ratio = torch.rand((), generator=generator, device=accelerator.device).item()
+        adversarial = args.gan_weight > 0 and step >= args.gan_start_step
+        with accelerator.accumulate(model, discriminator):
             with accelerator.autocast():
-                losses = model(batch["pixels"], ratio, generator)
+                reconstruction, kl = model(pixels, draw_fine_ratio(args.fine_ratio, generator), generator)
+                losses = dvae_loss(pixels, reconstruction, kl, args.kl_weight)
+                if perceptual is not None:
+                    losses["lpips"] = perceptual(reconstruction, pixels).float().mean()
+                    losses["loss"] = losses["loss"] + args.perceptual_weight * losses["lpips"]
+                if adversarial:
+                    critic.requires_grad_(False)  # it judges here and learns below
+                    losses["adversarial"] = adversarial_loss(critic(reconstruction))
+                    last_layer = vae.decoder.conv_out.weight
+                    losses["gan_weight"] = adaptive_weight(losses["loss"], losses["adversarial"], last_layer)
+                    pull = args.gan_weight * losses["gan_weight"] * losses["adversarial"]
+                    losses["loss"] = losses["loss"] + pull
             accelerator.backward(losses["loss"])
             if accelerator.sync_gradients:
                 accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad()
+
+            if adversarial:
+                critic.requires_grad_(True)
+                with accelerator.autocast():
+                    real, fake = discriminator(torch.cat([pixels, reconstruction.detach()])).chunk(2)
+                losses |= hinge_loss(real, fake)
+                accelerator.backward(losses["discriminator"])
+                if accelerator.sync_gradients:
+                    accelerator.clip_grad_norm_(discriminator.parameters(), args.max_grad_norm)
+                critic_optimizer.step()
+                critic_optimizer.zero_grad()
         if not accelerator.sync_gradients:
             continue
         lr_scheduler.step()
@@ -189,18 +248,27 @@ def main(args: argparse.Namespace) -> None:
         if accelerator.is_main_process and (step % args.validation_steps == 0 or step == args.max_train_steps):
             with use_ema(ema, vae):
                 path = os.path.join(args.output_dir, "samples", f"step-{step:07d}.png")
-                accelerator.log(validate(vae, samples.to(accelerator.device), path), step=step)
+                accelerator.log(validate(vae, samples, path), step=step)
 
     # 4. Scale of the latents, and the model that the next stages read
     if accelerator.is_main_process:
         ema.copy_to(vae.parameters())
-        generator = torch.Generator(accelerator.device).manual_seed(args.seed)
-        subset = Subset(dataset, range(min(args.calibration_images, len(dataset))))
-        measured = DataLoader(subset, args.train_batch_size, num_workers=args.dataloader_num_workers)
-        statistics = measure_latents(vae, measured, generator)
-        vae.register_to_config(**{key: statistics[key] for key in ("shift_factor", "scaling_factor")})
-        save_aside(vae.save_pretrained, os.path.join(args.output_dir, "vae"))
-        print(json.dumps(statistics, indent=2))
+        vae.eval()
+        limit = args.calibration_images
+        measured = partial(first_batches, source, args.resolution, args.train_batch_size, limit, bad_images)
+        figures = finish(vae, measured, args)
+        folder = os.path.join(args.output_dir, "vae")
+        save_aside(vae.save_pretrained, folder)
+        publish(
+            args,
+            vae,
+            folder,
+            train_data=source.description,
+            sample_image=os.path.join(args.output_dir, "samples", f"step-{step:07d}.png"),
+            sample_caption="Training images, their reconstructions, and their grain maps: red is fine, blue coarse.",
+            figures=figures,
+        )
+        print(bad_images.summary())
     accelerator.end_training()
 
 

@@ -1,11 +1,12 @@
 # Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
 """Stage 2 (a): train a D2iTGrainModel (sec. 3.2.2 of arXiv:2504.09454) on the grain maps of images.
 
-    accelerate launch examples/train_grain.py --train_data_dir photos --vae runs/dvae/vae --preset grain-s \
+    accelerate launch examples/train_grain.py --latent_cache cache --vae runs/dvae/vae --preset grain-s \
         --resolution 256 --train_batch_size 64 --max_train_steps 100000 --output_dir runs/grain
 
-Only the thresholds of the autoencoder are used: the map of an image follows from its entropy. `runs/grain/grain_model`
-and `runs/grain/grain_scheduler` are what train_d2it.py reads.
+From a cache of examples/cache_latents.py, or with --train_data_dir from the images themselves: only their entropy and
+the thresholds of the autoencoder are used. `runs/grain/grain_model` and `runs/grain/grain_scheduler` are what
+train_d2it.py reads.
 """
 
 import argparse
@@ -21,37 +22,37 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from diffusers_d2it import D2iTGrainModel, DynamicAutoencoderKL, load_preset, visualize_grain_map
+from diffusers_d2it.data.bad_images import BadImages
+from diffusers_d2it.data.latent_cache import read_entropy
+from diffusers_d2it.data.loaders import batches_from, make_loader, step_generator
+from diffusers_d2it.data.sources import add_class_arguments, add_data_arguments
 from diffusers_d2it.grain_sampling import sample_grain_map
 from diffusers_d2it.grains import fine_share, grain_map_from_entropy
+from diffusers_d2it.hub import add_hub_arguments, check_hub_arguments, publish
 from diffusers_d2it.losses import grain_loss
-from diffusers_d2it.training import (
-    Checkpoints,
-    ImageDataset,
-    add_class_arguments,
-    add_data_arguments,
+from diffusers_d2it.training.arguments import (
+    add_cache_argument,
     add_training_arguments,
-    batches_from,
-    drop_labels,
-    load_images,
     make_accelerator,
-    make_loader,
-    read_classes,
-    save_aside,
-    step_generator,
-    use_ema,
+    make_parser,
 )
+from diffusers_d2it.training.checkpoints import Checkpoints, save_aside, use_ema
+from diffusers_d2it.training.steps import draw_fine_ratio, drop_labels
+from diffusers_d2it.training.training_data import load_training_data
 
 
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = make_parser(__doc__)
     add_data_arguments(parser)
+    add_cache_argument(parser)
     add_class_arguments(parser)
     add_training_arguments(parser)
+    add_hub_arguments(parser)
     group = parser.add_argument_group("grain model")
     group.add_argument("--vae", required=True, help="folder or Hub name of a calibrated DynamicAutoencoderKL")
     group.add_argument("--preset", default="grain-s", help="a preset, or a JSON file with a model's configuration")
     group.add_argument("--ratio_dropout", type=float, default=0.5, help="share of maps trained without their ratio")
-    return parser.parse_args()
+    return parser.parse_args(arguments)
 
 
 @torch.no_grad()
@@ -67,21 +68,25 @@ def validate(model: D2iTGrainModel, scheduler, class_labels: torch.Tensor | None
 
 def main(args: argparse.Namespace) -> None:
     accelerator = make_accelerator(args)
+    if accelerator.is_main_process:
+        check_hub_arguments(args)
     set_seed(args.seed)
 
     # 1. Data
-    images = load_images(args)
-    id2label, num_classes = read_classes(images, args)
-    dataset = ImageDataset(images, args.resolution, args.image_column, args.label_column, args.seed)
-    loader = make_loader(accelerator, dataset, args)
+    vae = DynamicAutoencoderKL.from_pretrained(args.vae)
+    bad_images = BadImages(os.path.join(args.output_dir, "bad_images.jsonl"))
+    data = load_training_data(accelerator, args, vae, bad_images, moments=False)
+    num_classes = data.num_classes
+    loader = make_loader(accelerator, data, args)
 
     # 2. Model, average, optimizer
-    vae = DynamicAutoencoderKL.from_pretrained(args.vae)
     config = load_preset(args.preset)
     config.update(num_grains=vae.num_grains, num_classes=num_classes, sample_size=args.resolution // vae.region_size)
     grain_model = D2iTGrainModel(**config)
     if args.gradient_checkpointing:
         grain_model.enable_gradient_checkpointing()
+    if args.compile:
+        grain_model.compile_repeated_blocks()
     # Steps of x0-prediction over a one-hot state; the estimate is an expectation, so there is nothing to clip.
     scheduler = DDIMScheduler(prediction_type="sample", clip_sample=False, timestep_spacing="trailing")
     ema = EMAModel(
@@ -100,12 +105,12 @@ def main(args: argparse.Namespace) -> None:
     )
     model, optimizer, loader, lr_scheduler = accelerator.prepare(grain_model, optimizer, loader, lr_scheduler)
     ema.to(accelerator.device)
-    checkpoints = Checkpoints(accelerator, args.output_dir, grain_model, ema, args.checkpoints_total_limit)
+    checkpoints = Checkpoints(accelerator, args, grain_model, ema)
     step = checkpoints.resume(args.resume_from_checkpoint)
     accelerator.init_trackers("train_grain")
     sample_labels = None
     if num_classes is not None:
-        sample_labels = torch.tensor([sorted(id2label)[i % len(id2label)] for i in range(16)])
+        sample_labels = torch.tensor([sorted(data.id2label)[i % len(data.id2label)] for i in range(16)])
         sample_labels = sample_labels.to(accelerator.device)
 
     # 3. Train
@@ -117,7 +122,8 @@ def main(args: argparse.Namespace) -> None:
         generator = step_generator(accelerator, args.seed, batch_index)
         batch_index += 1
         with accelerator.accumulate(model):
-            grain_map = grain_map_from_entropy(vae.region_entropy(batch["pixels"]), vae.thresholds())
+            ratio = draw_fine_ratio(args.fine_ratio, generator)
+            grain_map = grain_map_from_entropy(read_entropy(vae, batch), vae.thresholds(ratio))
             state = grain_model.state_from_grain_map(grain_map, vae.num_grains)
             noise = torch.randn(state.shape, generator=generator, device=state.device)
             timesteps = torch.randint(
@@ -125,10 +131,10 @@ def main(args: argparse.Namespace) -> None:
             )
             noised = scheduler.add_noise(state, noise, timesteps)
             class_labels = drop_labels(batch["class_labels"], num_classes, args.label_dropout, generator)
-            ratio = fine_share(grain_map, vae.num_grains)
-            dropped = torch.rand(len(ratio), generator=generator, device=ratio.device) < args.ratio_dropout
+            share = fine_share(grain_map, vae.num_grains)
+            dropped = torch.rand(len(share), generator=generator, device=share.device) < args.ratio_dropout
             with accelerator.autocast():
-                logits = model(noised, timesteps, class_labels, ratio.masked_fill(dropped, float("nan"))).logits
+                logits = model(noised, timesteps, class_labels, share.masked_fill(dropped, float("nan"))).logits
             losses = grain_loss(logits, grain_map)
             accelerator.backward(losses["loss"])
             if accelerator.sync_gradients:
@@ -154,8 +160,18 @@ def main(args: argparse.Namespace) -> None:
     # 4. What train_d2it.py reads
     if accelerator.is_main_process:
         ema.copy_to(grain_model.parameters())
-        save_aside(grain_model.save_pretrained, os.path.join(args.output_dir, "grain_model"))
+        folder = os.path.join(args.output_dir, "grain_model")
+        save_aside(grain_model.save_pretrained, folder)
         save_aside(scheduler.save_pretrained, os.path.join(args.output_dir, "grain_scheduler"))
+        publish(
+            args,
+            grain_model,
+            folder,
+            train_data=data.description,
+            sample_image=os.path.join(args.output_dir, "samples", f"step-{step:07d}.png"),
+            sample_caption="Maps drawn by the model: red is fine.",
+        )
+        print(bad_images.summary())
     accelerator.end_training()
 
 

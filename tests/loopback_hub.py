@@ -1,22 +1,47 @@
 # Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
-"""A Hub on the loop-back interface: enough of its HTTP interface for `from_pretrained("user/repo")`."""
+"""A Hub on the loop-back interface: enough of it for `from_pretrained("user/repo")` and for pushing."""
 
+import base64
 import hashlib
 import json
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+import yaml
+
 
 _SHA = "0123456789abcdef0123456789abcdef01234567"
+TOKEN = "hf_loopback"
+
+
+@dataclass
+class Uploads:
+    """Lets a Hub accept what the user "user" pushes, and keeps what it has seen.
+
+    Args:
+        folder: new repositories are made here, as folder/user/name.
+        roles: by token, what it may do; only "write" may.
+        visibility: by repository, as whoever made it asked for it; None if it was left open.
+        commits: (repository, revision, summary, files) in order; those of a pull request change no file.
+    """
+
+    folder: Path
+    roles: dict[str, str] = field(default_factory=lambda: {TOKEN: "write"})
+    visibility: dict[str, str | None] = field(default_factory=dict)
+    commits: list[tuple[str, str, str, list[str]]] = field(default_factory=list)
 
 
 @contextmanager
-def serve_hub(repositories: dict[str, Path]) -> Iterator[str]:
-    """Serve folders as model repositories, {"user/repo": folder}; yields the endpoint for HF_ENDPOINT."""
+def serve_hub(repositories: dict[str, Path], uploads: Uploads | None = None) -> Iterator[str]:
+    """Serve folders as model repositories, {"user/repo": folder}; yields the endpoint for HF_ENDPOINT.
+
+    With `uploads` it also accepts new repositories and commits, and adds the repositories to the dictionary.
+    """
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -32,21 +57,95 @@ def serve_hub(repositories: dict[str, Path]) -> Iterator[str]:
 
         def respond(self, with_body: bool) -> None:
             path = unquote(urlsplit(self.path).path)
-            for name, folder in repositories.items():
-                if path.startswith(f"/api/models/{name}"):
-                    rest = path.removeprefix(f"/api/models/{name}")
-                    listing = tree_of(folder) if rest.startswith("/tree/") else model_info(name, folder)
-                    return self.send(
-                        200, json.dumps(listing).encode(), {"Content-Type": "application/json"}, with_body
-                    )
-                if path.startswith(f"/{name}/resolve/"):
-                    file = folder / path.removeprefix(f"/{name}/resolve/").split("/", 1)[1]
-                    if file.is_file():
-                        content = file.read_bytes()
-                        headers = {"ETag": f'"{hashlib.sha256(content).hexdigest()}"', "X-Repo-Commit": _SHA}
-                        return self.send(200, content, headers, with_body)
-                    return self.send(404, b"", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": _SHA}, with_body)
+            if uploads is not None and path == "/api/whoami-v2":
+                if self.role() is None:
+                    return self.send_json({"error": "Invalid username or password."}, 401)
+                token = {"displayName": "loopback", "role": self.role()}
+                return self.send_json({"type": "user", "name": "user", "orgs": [], "auth": {"accessToken": token}})
+            name, folder, rest = self.repository(path, "/api/models/")
+            if uploads is not None and rest == "/auth-check/write":
+                refused = name is None or self.role() != "write"
+                return self.send_json({"error": "Forbidden"} if refused else {}, 403 if refused else 200)
+            if uploads is not None and rest == "/discussions/1":
+                return self.send_json(pull_request(name))
+            if name is not None:
+                visibility = None if uploads is None else uploads.visibility.get(name)
+                info = tree_of(folder) if rest.startswith("/tree/") else model_info(name, folder, visibility)
+                return self.send_json(info, with_body=with_body)
+            name, folder, rest = self.repository(path, "/")
+            if name is not None and rest.startswith("/resolve/"):
+                file = folder / rest.removeprefix("/resolve/").split("/", 1)[1]
+                if file.is_file():
+                    content = file.read_bytes()
+                    headers = {"ETag": f'"{hashlib.sha256(content).hexdigest()}"', "X-Repo-Commit": _SHA}
+                    return self.send(200, content, headers, with_body)
+                return self.send(404, b"", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": _SHA}, with_body)
             return self.send(404, b"", {"X-Error-Code": "RepoNotFound"}, with_body)
+
+        def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers["Content-Length"]))
+            path = unquote(urlsplit(self.path).path)
+            if uploads is None or self.role() is None:
+                return self.send_json({"error": "Invalid username or password."}, 401)
+            if path == "/api/validate-yaml":
+                return self.validate(json.loads(body)["content"])
+            if path == "/api/repos/create":
+                return self.create(json.loads(body))
+            name, folder, rest = self.repository(path, "/api/models/")
+            if name is None or self.role() != "write":
+                return self.send_json({"error": "Forbidden"}, 403)
+            if rest == "/discussions":
+                return self.send_json({"num": 1})
+            if rest.startswith("/preupload/"):
+                files = [file["path"] for file in json.loads(body)["files"]]
+                modes = [{"path": path, "uploadMode": "regular", "shouldIgnore": False} for path in files]
+                return self.send_json({"files": modes})
+            if rest.startswith("/commit/"):
+                return self.commit(name, folder, rest.removeprefix("/commit/"), body)
+            return self.send_json({"error": f"no such route: {path}"}, 404)
+
+        def validate(self, card: str) -> None:
+            try:
+                metadata = yaml.safe_load(card.split("---\n")[1])
+                assert isinstance(metadata, dict)
+            except Exception as error:
+                return self.send_json({"errors": [{"message": f"metadata: {error!r}"}]}, 400)
+            return self.send_json({"errors": [], "warnings": []})
+
+        def create(self, request: dict) -> None:
+            name = f"{request['organization'] or 'user'}/{request['name']}"
+            answer = {"url": f"{endpoint}/{name}"}
+            if name in repositories:
+                return self.send_json(answer | {"error": "You already created this model repo"}, 409)
+            if not name.startswith("user/") or self.role() != "write":
+                return self.send_json({"error": f"You don't have the rights to create a model under {name}"}, 403)
+            repositories[name] = uploads.folder / name
+            repositories[name].mkdir(parents=True)
+            uploads.visibility[name] = request.get("visibility")
+            return self.send_json(answer)
+
+        def commit(self, name: str, folder: Path, revision: str, body: bytes) -> None:
+            header, *operations = (json.loads(line) for line in body.splitlines())
+            assert header["key"] == "header" and {operation["key"] for operation in operations} == {"file"}
+            files = {one["value"]["path"]: base64.b64decode(one["value"]["content"]) for one in operations}
+            uploads.commits.append((name, revision, header["value"]["summary"], sorted(files)))
+            for file, content in files.items() if revision == "main" else []:
+                (folder / file).parent.mkdir(parents=True, exist_ok=True)
+                (folder / file).write_bytes(content)
+            self.send_json({"commitUrl": f"{endpoint}/{name}/commit/{_SHA}", "commitOid": _SHA})
+
+        def role(self) -> str | None:
+            return uploads.roles.get(self.headers.get("Authorization", "").removeprefix("Bearer "))
+
+        def repository(self, path: str, prefix: str) -> tuple[str | None, Path | None, str]:
+            """Name and folder of the repository that a path is about, and the rest of the path."""
+            for name, folder in repositories.items():
+                if f"{path}/".startswith(f"{prefix}{name}/"):
+                    return name, folder, path.removeprefix(f"{prefix}{name}")
+            return None, None, ""
+
+        def send_json(self, answer: dict | list, status: int = 200, with_body: bool = True) -> None:
+            self.send(status, json.dumps(answer).encode(), {"Content-Type": "application/json"}, with_body)
 
         def send(self, status: int, body: bytes, headers: dict[str, str], with_body: bool) -> None:
             self.send_response(status)
@@ -57,10 +156,11 @@ def serve_hub(repositories: dict[str, Path]) -> Iterator[str]:
                 self.wfile.write(body)
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    endpoint = f"http://127.0.0.1:{server.server_port}"
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     try:
-        yield f"http://127.0.0.1:{server.server_port}"
+        yield endpoint
     finally:
         server.shutdown()
         server.server_close()
@@ -71,13 +171,13 @@ def files_of(folder: Path) -> list[str]:
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
 
 
-def model_info(name: str, folder: Path) -> dict:
+def model_info(name: str, folder: Path, visibility: str | None = None) -> dict:
     siblings = [{"rfilename": file} for file in files_of(folder)]
     return {
         "id": name,
         "modelId": name,
         "sha": _SHA,
-        "private": False,
+        "private": visibility == "private",
         "tags": [],
         "downloads": 0,
         "siblings": siblings,
@@ -94,3 +194,18 @@ def tree_of(folder: Path) -> list[dict]:
         }
         for file in files_of(folder)
     ]
+
+
+def pull_request(name: str) -> dict:
+    return {
+        "title": "a pull request",
+        "num": 1,
+        "author": {"name": "user"},
+        "createdAt": "2026-01-01T00:00:00.000Z",
+        "status": "draft",
+        "repo": {"name": name, "type": "model"},
+        "isPullRequest": True,
+        "events": [],
+        "changes": {"base": "refs/heads/main"},
+        "filesWithConflicts": [],
+    }

@@ -26,7 +26,8 @@ from .models.autoencoder_kl_dynamic import DynamicAutoencoderKL
 from .models.transformer_d2it_content import D2iTContentModel
 from .models.transformer_d2it_grain import D2iTGrainModel
 from .pipeline_checks import check_components, check_given_map, check_latents, map_size
-from .tied_scheduler import TiedScheduler
+from .pipeline_hub import PipelineHubMixin
+from .tied_scheduler import TiedScheduler, reads_variance
 from .visualization import visualize_grain_map
 
 
@@ -44,7 +45,7 @@ class D2iTPipelineOutput(BaseOutput):
     grain_maps: torch.Tensor
 
 
-class D2iTPipeline(DiffusionPipeline):
+class D2iTPipeline(PipelineHubMixin, DiffusionPipeline):
     r"""Class-conditional (or unconditional) generation with D2iT.
 
         pipe = D2iTPipeline.from_pretrained(bundled_checkpoint())
@@ -59,7 +60,7 @@ class D2iTPipeline(DiffusionPipeline):
         vae: decoder of the latents; its thresholds also make maps from images.
         grain_model: draws grain maps; None if maps are always given.
         transformer: the content model.
-        scheduler: any of `KarrasDiffusionSchedulers`.
+        scheduler: any of `KarrasDiffusionSchedulers`, or of flow matching for a model trained with it.
         grain_scheduler: scheduler of the grain model, with prediction_type "sample".
         id2label: names of the classes by id, several names separated by commas. Only these ids can be asked for; None
             allows every id of the model.
@@ -397,7 +398,7 @@ class D2iTPipeline(DiffusionPipeline):
         # 4. Denoise
         self._num_timesteps = len(steps.timesteps)
         predicts_variance = self.transformer.out_channels == 2 * channels
-        scheduler_reads_variance = self.scheduler.config.get("variance_type") in ("learned", "learned_range")
+        scheduler_reads_variance = reads_variance(self.scheduler)
         with self.progress_bar(total=self._num_timesteps) as progress_bar:
             for i, t in enumerate(steps.timesteps):
                 if self.interrupt:

@@ -1,0 +1,86 @@
+# Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
+"""Encode a data set once, so that the second stage trains without the autoencoder's encoder.
+
+    accelerate launch examples/cache_latents.py --train_data_dir photos --vae runs/dvae/vae --resolution 256 \
+        --output_dir cache
+
+The cache holds posteriors, not samples, of every grain and of each image and its mirror: training still draws noise,
+flip and fine ratio at every step. An interrupted run is continued by the same command, on any number of processes.
+ImageNet at 256x256 with four latent channels takes 42 KB an image, 54 GB in 313 shards.
+"""
+
+import argparse
+from datetime import timedelta
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
+
+from diffusers_d2it import DynamicAutoencoderKL
+from diffusers_d2it.data.latent_cache_files import LatentCachePlan, describe_vae
+from diffusers_d2it.data.latent_cache_writer import LatentCacheWriter, encode_shards
+from diffusers_d2it.data.sources import add_class_arguments, add_data_arguments, load_images
+
+
+def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_data_arguments(parser)
+    add_class_arguments(parser)
+    group = parser.add_argument_group("cache")
+    group.add_argument("--vae", required=True, help="folder or Hub name of a DynamicAutoencoderKL")
+    group.add_argument("--output_dir", required=True, help="the cache: a new folder, or that of an interrupted run")
+    group.add_argument("--no_flip", action="store_true", help="leave out the mirrored images: half the size, no flips")
+    group.add_argument("--encode_batch_size", type=int, default=32, help="images encoded at once, without mirrors")
+    group.add_argument("--rows_per_shard", type=int, default=4096, help="images of a file")
+    args = parser.parse_args(arguments)
+    if args.streaming:
+        parser.error("--streaming: processes that share the shards read the rows in any order, a stream has only one")
+    return args
+
+
+def main(args: argparse.Namespace) -> None:
+    # Processes wait at the end for the slowest one, as long as it takes.
+    accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=7))])
+    # Encoded once and read in every epoch: in full float32, and with the same bits again after an interruption.
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.deterministic = True
+
+    source = load_images(args)
+    vae = DynamicAutoencoderKL.from_pretrained(args.vae).requires_grad_(False).eval().to(accelerator.device)
+    plan = LatentCachePlan(
+        **describe_vae(vae),
+        resolution=args.resolution,
+        flips=not args.no_flip,
+        source=source.description,
+        data_fingerprint=source.fingerprint,
+        num_rows=source.num_rows,
+        rows_per_shard=args.rows_per_shard,
+        num_classes=source.num_classes,
+        id2label=source.id2label,
+    )
+    accelerator.print(source)
+    writer = LatentCacheWriter(args.output_dir, plan, accelerator)
+    shards = writer.start()
+    encoded = encode_shards(
+        vae,
+        source,
+        plan,
+        shards,
+        args.encode_batch_size,
+        args.dataloader_num_workers,
+        progress=accelerator.is_main_process,
+    )
+    for shard, contents in encoded:
+        writer.write_shard(shard, contents)
+    index = writer.finish()
+    if accelerator.is_main_process:
+        bad = len(index["bad_images"])
+        print(
+            f"{args.output_dir}: {index['num_images']} images in {plan.num_shards} shards, written by"
+            f" {accelerator.num_processes} processes; {bad} unusable images left out"
+            + (", named in index.json" if bad else "")
+        )
+
+
+if __name__ == "__main__":
+    main(parse_args())

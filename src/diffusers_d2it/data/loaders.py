@@ -1,0 +1,301 @@
+# Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
+"""Batches in an order that can be resumed.
+
+Everything random in training is a function of the seed and of a position: the order of the images of (seed, epoch),
+the flip of an image of (seed, epoch, index), noise and timesteps of (seed, batch, process). A run that was interrupted
+therefore continues exactly, whatever the number of workers. Only a stream has no index: there the worker and the
+position in its part take its place, and a run continues exactly with as many processes and workers as before.
+"""
+
+import argparse
+import copy
+import random
+from collections.abc import Iterable, Iterator
+from itertools import chain, islice
+
+import numpy as np
+import PIL.Image
+import torch
+from accelerate import Accelerator
+from accelerate.utils import send_to_device
+from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
+
+from .bad_images import BadImages
+from .images import UnusableImageError, check_size, decode_image, to_pixels
+from .sources import ImageSource, Row
+
+
+MAX_UNUSABLE = 1000  # so many in a row, and the images are not what they should be
+
+
+class _FromSource:
+    """What a data set of images says of itself, as `LatentCache` does."""
+
+    source: ImageSource
+
+    @property
+    def num_classes(self) -> int | None:
+        """Size of the label table, None without classes."""
+        return self.source.num_classes
+
+    @property
+    def id2label(self) -> dict[int, str] | None:
+        """Names of the classes by id, None without classes."""
+        return self.source.id2label
+
+    @property
+    def description(self) -> str:
+        """The images in words."""
+        return self.source.description
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes when the images do."""
+        return self.source.fingerprint
+
+
+class ImageDataset(_FromSource, Dataset):
+    """Images and labels of a map-style source, randomly flipped.
+
+    Items are {"pixels": (3, R, R) in [-1, 1], "class_labels": int64 scalar}; the label is 0 without classes.
+
+    An image that cannot be used is noted, and another one stands in: the first usable one at 1, 2, 4, 8, ... places
+    after it, a function of the index alone.
+
+    Args:
+        source: the images.
+        resolution: R.
+        seed: with the epoch and the index it decides every flip.
+        bad_images: notes what cannot be used.
+    """
+
+    def __init__(self, source: ImageSource, resolution: int, seed: int, bad_images: BadImages):
+        self.source = source
+        self.resolution = resolution
+        self.seed = seed
+        self.bad_images = bad_images
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Draw other flips; accelerate's loaders call this at the start of an epoch."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.source.num_rows
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        """An image and its label.
+
+        Raises:
+            ValueError: neither the image nor any that could stand in for it can be used, or a label is not valid.
+        """
+        rows = (self.source[i] for i in _stand_ins(index, len(self)))
+        row, image = next(usable_images(rows, self.resolution, self.bad_images), (None, None))
+        if row is None:
+            raise ValueError(f"{self.source.name}: none of the images can be used. {self.bad_images.summary()}")
+        flip = random.Random(f"{self.seed}/{self.epoch}/{index}").random() < 0.5
+        return {"pixels": to_pixels(image, self.resolution, flip), "class_labels": torch.tensor(row.label)}
+
+
+class ImageStream(_FromSource, IterableDataset):
+    """Images and labels of a stream without end, shuffled anew in every epoch, randomly flipped.
+
+    Items are those of `ImageDataset`. The stream goes on from one epoch to the next within a batch, so no image is
+    left out, whatever is left over; images that cannot be used are noted and left out.
+
+    Args:
+        source: the images, streamed.
+        resolution: side of the images in pixels.
+        seed: fixes the order and every flip.
+        bad_images: notes what cannot be used.
+        process_index: which part of the source this process reads.
+        num_processes: number of these parts.
+    """
+
+    def __init__(
+        self,
+        source: ImageSource,
+        resolution: int,
+        seed: int,
+        bad_images: BadImages,
+        process_index: int = 0,
+        num_processes: int = 1,
+    ):
+        self.source = source.split(process_index, num_processes)
+        self.resolution = resolution
+        self.seed = seed
+        self.bad_images = bad_images
+        self.process_index = process_index
+        self.num_skipped = 0  # images of each worker
+
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        """Images and labels for ever.
+
+        Raises:
+            ValueError: a whole epoch, or `MAX_UNUSABLE` images in a row, cannot be used; a label is not valid; or the
+                stream cannot be read on.
+        """
+        worker = get_worker_info()
+        place = f"{self.process_index}/{0 if worker is None else worker.id}"
+        for position, (row, image, flip) in enumerate(self._images(place)):
+            if position >= self.num_skipped:
+                yield {"pixels": to_pixels(image, self.resolution, flip), "class_labels": torch.tensor(row.label)}
+
+    def _images(self, place: str) -> Iterator[tuple[Row, PIL.Image.Image, bool]]:
+        epoch = 0
+        while True:
+            # The epoch of datasets itself is shared by workers, which come to its end at different times
+            seed = np.random.SeedSequence((self.seed, epoch)).generate_state(1)[0]
+            rows = self.source.shuffled(int(seed)).stream()
+            position = -1
+            for position, (row, image) in enumerate(usable_images(rows, self.resolution, self.bad_images)):
+                yield row, image, random.Random(f"{self.seed}/{epoch}/{place}/{position}").random() < 0.5
+            if position < 0:
+                raise ValueError(
+                    f"{self.source.name}: worker {place} finds no image that can be used. {self.bad_images.summary()}"
+                )
+            epoch += 1
+
+
+class StreamLoader:
+    """Batches of an `ImageStream` on the device of the process; `Accelerator.prepare` leaves it as it is.
+
+    Args:
+        stream: the part of this process.
+        batch_size: images per batch; all batches are full.
+        num_workers: processes that decode images.
+        device: where the batches go.
+
+    Raises:
+        ValueError: there are more workers than files to share out.
+    """
+
+    def __init__(self, stream: ImageStream, batch_size: int, num_workers: int, device: torch.device):
+        if num_workers > stream.source.dataset.num_shards:
+            raise ValueError(
+                f"--dataloader_num_workers {num_workers}: {stream.source.name} gives each process"
+                f" {stream.source.dataset.num_shards} files, and a file is read by one worker. Pass fewer workers."
+            )
+        self.dataset = stream
+        self.batch_size = batch_size
+        self.num_workers = num_workers
+        self.device = device
+
+    def batches_from(self, first_batch: int) -> Iterator[dict[str, torch.Tensor]]:
+        """Batches without end. What lies before the first one is read and decoded again, to know what is usable."""
+        # Workers take turns: each one skips its share of the whole rounds by itself
+        num_rounds, rest = divmod(first_batch, max(1, self.num_workers))
+        stream = copy.copy(self.dataset)
+        stream.num_skipped = num_rounds * self.batch_size
+        loader = DataLoader(stream, batch_size=self.batch_size, num_workers=self.num_workers)
+        for batch in islice(loader, rest, None):
+            yield send_to_device(batch, self.device)
+
+
+def usable_images(
+    rows: Iterable[Row], resolution: int, bad_images: BadImages
+) -> Iterator[tuple[Row, PIL.Image.Image]]:
+    """Decode rows; what cannot be used is noted and left out.
+
+    Raises:
+        ValueError: `MAX_UNUSABLE` rows in a row cannot be used.
+    """
+    num_unusable = 0
+    for row in rows:
+        try:
+            image = decode_image(row.encoded)
+            check_size(image.size, resolution)
+        except UnusableImageError as error:
+            bad_images.add(row.name, str(error))
+            num_unusable += 1
+            if num_unusable == MAX_UNUSABLE:
+                raise ValueError(
+                    f"{MAX_UNUSABLE} images in a row cannot be used, the last is {row.name}: {error}"
+                ) from error
+            continue
+        num_unusable = 0
+        bad_images.count(image.size, resolution)
+        yield row, image
+
+
+def first_batches(
+    source: ImageSource, resolution: int, batch_size: int, max_images: int, bad_images: BadImages
+) -> Iterator[torch.Tensor]:
+    """The first usable images of a source as batches (B, 3, R, R) in [-1, 1], to measure something on.
+
+    The last batch may be smaller. Raises what `ImageSource.rows` and `usable_images` do.
+    """
+    images = islice(usable_images(source.rows(), resolution, bad_images), max_images)
+    pixels = (to_pixels(image, resolution) for _, image in images)
+    while batch := list(islice(pixels, batch_size)):
+        yield torch.stack(batch)
+
+
+def make_dataset(
+    accelerator: Accelerator, source: ImageSource, args: argparse.Namespace, bad_images: BadImages
+) -> ImageDataset | ImageStream:
+    """The images of a source for training, of a stream the part of this process."""
+    if not source.streaming:
+        return ImageDataset(source, args.resolution, args.seed, bad_images)
+    place = accelerator.process_index, accelerator.num_processes
+    return ImageStream(source, args.resolution, args.seed, bad_images, *place)
+
+
+def make_loader(accelerator: Accelerator, dataset: Dataset, args: argparse.Namespace) -> DataLoader | StreamLoader:
+    """Shuffled batches; the incomplete last batch of an epoch is left out.
+
+    Args:
+        accelerator: the Accelerator.
+        dataset: from `make_dataset`, or any map-style data set with `set_epoch`.
+        args: the flags train_batch_size and dataloader_num_workers.
+
+    Raises:
+        ValueError: the data set does not fill one batch of every process, or a stream has too few files for the
+            workers.
+    """
+    if isinstance(dataset, ImageStream):
+        return StreamLoader(dataset, args.train_batch_size, args.dataloader_num_workers, accelerator.device)
+    if len(dataset) < args.train_batch_size * accelerator.num_processes:
+        raise ValueError(
+            f"--train_batch_size {args.train_batch_size} on {accelerator.num_processes} processes needs more than the"
+            f" {len(dataset)} images of the data set."
+        )
+    return DataLoader(
+        dataset,
+        batch_size=args.train_batch_size,
+        shuffle=True,
+        drop_last=True,
+        num_workers=args.dataloader_num_workers,
+    )
+
+
+def batches_from(accelerator: Accelerator, loader: DataLoader | StreamLoader, first_batch: int) -> Iterator[dict]:
+    """Batches without end, starting at batch number `first_batch` of the whole run.
+
+    Args:
+        accelerator: the Accelerator.
+        loader: from `make_loader` and `accelerator.prepare`.
+        first_batch: 0 at the beginning of the run.
+    """
+    if isinstance(loader, StreamLoader):
+        yield from loader.batches_from(first_batch)
+    epoch, position = divmod(first_batch, len(loader))
+    while True:
+        loader.set_epoch(epoch)
+        loader.dataset.set_epoch(epoch)  # with several processes accelerate tells the sampler only
+        rest = accelerator.skip_first_batches(loader, position) if position else loader
+        rest.set_epoch(epoch)
+        yield from rest
+        epoch, position = epoch + 1, 0
+
+
+def step_generator(accelerator: Accelerator, seed: int, batch_index: int) -> torch.Generator:
+    """The generator of everything random in one batch of one process."""
+    entropy = np.random.SeedSequence((seed, batch_index, accelerator.process_index)).generate_state(1, np.uint64)
+    return torch.Generator(accelerator.device).manual_seed(int(entropy[0] >> 1))
+
+
+def _stand_ins(index: int, length: int) -> Iterator[int]:
+    """The index, and those that stand in for it: near ones first, but soon far from a part that is all damaged."""
+    doubling = ((index + 2**k) % length for k in range((length - 1).bit_length()))
+    yield from islice(chain([index], doubling, ((index + k) % length for k in range(1, length))), MAX_UNUSABLE)

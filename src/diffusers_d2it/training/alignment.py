@@ -1,0 +1,45 @@
+# Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
+"""Representation alignment (REPA, Yu et al., arXiv:2410.06940) of the content model with a vision model.
+
+Shapes:
+    B batch, h w sides of the grain map in regions, D width of the content model, V width of the vision model
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+class Alignment(nn.Module):
+    """Tokens of the content model, projected, should point where the features of a vision model point.
+
+    Args:
+        transformer: the content model; its tokens are read after block `layer`.
+        layer: counted from 1, up to the blocks of the Multi-grained Net.
+        feature_width: V.
+
+    Raises:
+        ValueError: the model has no such layer.
+    """
+
+    def __init__(self, transformer: nn.Module, layer: int, feature_width: int):
+        super().__init__()
+        blocks = transformer.transformer_blocks
+        if not 1 <= layer <= len(blocks):
+            raise ValueError(f"--repa_layer must be 1 to {len(blocks)}, the blocks of the model, got {layer}.")
+        width = transformer.config.num_attention_heads * transformer.config.attention_head_dim
+        hidden = 4 * width
+        self.projector = nn.Sequential(
+            nn.Linear(width, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, feature_width)
+        )
+        self._tokens = None
+        blocks[layer - 1].register_forward_hook(self._keep_tokens)
+
+    def _keep_tokens(self, block: nn.Module, inputs: tuple, tokens: torch.Tensor) -> None:
+        if torch.is_grad_enabled():  # not those of samples drawn meanwhile
+            self._tokens = tokens
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """Mean of 1 - cosine between the tokens of the last forward pass and features (B, h * w, V): a scalar."""
+        tokens, self._tokens = self._tokens, None
+        return 1 - F.cosine_similarity(self.projector(tokens).float(), features, dim=-1).mean()

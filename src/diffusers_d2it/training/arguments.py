@@ -1,0 +1,94 @@
+# Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
+"""Flags that the training scripts share, and the Accelerator they ask for."""
+
+import argparse
+import os
+
+from accelerate import Accelerator
+from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin, ProjectConfiguration
+
+from .checkpoints import check_output_dir
+
+
+def make_parser(description: str) -> argparse.ArgumentParser:
+    """A parser that also reads flags from files: `train_d2it.py @examples/configs/imagenet-256/content-xl.txt`.
+
+    A line of such a file is one word of the command; flags behind the file override it.
+    """
+    return argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, fromfile_prefix_chars="@"
+    )
+
+
+def add_training_arguments(parser: argparse.ArgumentParser) -> None:
+    """Optimisation, checkpoints and logging."""
+    group = parser.add_argument_group("training")
+    group.add_argument("--output_dir", required=True, help="checkpoints, samples, logs and the final model go here")
+    group.add_argument("--seed", type=int, default=0, help="fixes initialisation, order, flips and noise")
+    group.add_argument("--train_batch_size", type=int, default=32, help="images per process and forward pass")
+    group.add_argument("--gradient_accumulation_steps", type=int, default=1, help="forward passes per update")
+    group.add_argument("--max_train_steps", type=int, required=True, help="updates of the weights in total")
+    group.add_argument("--learning_rate", type=float, default=1e-4, help="AdamW (sec. 4.1: 1e-4 at batch 256)")
+    group.add_argument("--weight_decay", type=float, default=0.0, help="AdamW")
+    group.add_argument("--lr_scheduler", default="constant_with_warmup", help="a schedule of diffusers.optimization")
+    group.add_argument("--lr_warmup_steps", type=int, default=0, help="updates until the learning rate is reached")
+    group.add_argument("--max_grad_norm", type=float, default=1.0, help="gradients are clipped to this norm")
+    group.add_argument("--ema_decay", type=float, default=0.9999, help="decay of the weights' average (sec. 4.1)")
+    group.add_argument(
+        "--fine_ratio",
+        type=float,
+        nargs="+",
+        metavar="RATIO",
+        help="share of fine regions: one number, or two between which every batch draws its own",
+    )
+    group.add_argument("--mixed_precision", choices=["no", "bf16", "fp16"], default="no", help="autocast")
+    group.add_argument("--gradient_checkpointing", action="store_true", help="less memory, a third more time")
+    group.add_argument("--compile", action="store_true", help="torch.compile the transformer's blocks")
+    group.add_argument("--checkpointing_steps", type=int, default=1000, help="updates between two checkpoints")
+    group.add_argument("--checkpoints_total_limit", type=int, help="keep only the newest ones")
+    group.add_argument("--resume_from_checkpoint", help="path of a checkpoint, or 'latest'")
+    group.add_argument("--validation_steps", type=int, default=1000, help="updates between two sample grids")
+    group.add_argument("--report_to", default="tensorboard", help="tracker known to accelerate, or 'none'")
+
+
+def add_cache_argument(parser: argparse.ArgumentParser) -> None:
+    """The second stage may read encoded images instead of images."""
+    parser.add_argument("--latent_cache", help="folder written by cache_latents.py, instead of images")
+
+
+def make_accelerator(args: argparse.Namespace) -> Accelerator:
+    """Check the training flags and make their Accelerator, with an order of the data that can be resumed.
+
+    Raises:
+        ValueError: as `check_training_arguments`.
+    """
+    check_training_arguments(args)
+    accelerator = Accelerator(
+        # An update always takes as many batches, also across the end of an epoch: `resume` counts on it.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(
+            num_steps=args.gradient_accumulation_steps, sync_with_dataloader=False
+        ),
+        mixed_precision=args.mixed_precision,
+        log_with=None if args.report_to == "none" else args.report_to,
+        project_config=ProjectConfiguration(args.output_dir, logging_dir=os.path.join(args.output_dir, "logs")),
+        # Without the seedable sampler a resumed epoch sees its images in another order.
+        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True),
+        step_scheduler_with_optimizer=False,
+    )
+    accelerator.wait_for_everyone()  # only now may a process write into the output folder that another one checks
+    return accelerator
+
+
+def check_training_arguments(args: argparse.Namespace) -> None:
+    """Check what can be checked before anything is loaded.
+
+    Raises:
+        ValueError: --fine_ratio is no share or range of shares, or --output_dir holds something that the run is not
+            asked to continue.
+    """
+    ratios = args.fine_ratio
+    if ratios is not None and (
+        len(ratios) > 2 or not all(0 <= ratio <= 1 for ratio in ratios) or ratios != sorted(ratios)
+    ):
+        raise ValueError(f"--fine_ratio must be one share in [0, 1], or two in ascending order, got {ratios}.")
+    check_output_dir(args)

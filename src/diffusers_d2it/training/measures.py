@@ -1,0 +1,86 @@
+# Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
+"""What is measured over a data set: the entropy of its regions, the scale of its latents."""
+
+from collections.abc import Iterable
+from itertools import islice
+
+import torch
+from accelerate import Accelerator
+from tqdm.auto import tqdm
+
+from ..calibration import EntropyCalibration
+from ..data.bad_images import BadImages
+from ..data.images import to_pixels
+from ..data.loaders import usable_images
+from ..data.sources import ImageSource
+from ..grains import grain_map_to_cells, split
+from ..models.autoencoder_kl_dynamic import DynamicAutoencoderKL
+
+
+def count_entropy(
+    accelerator: Accelerator,
+    source: ImageSource,
+    resolution: int,
+    region_size: int,
+    bad_images: BadImages,
+    max_images: int | None = None,
+) -> EntropyCalibration:
+    """Distribution of the region entropy of a data set, streamed or not, each process counting its share.
+
+    Args:
+        accelerator: joins the counts of its processes.
+        source: the images.
+        resolution: side of the images in pixels.
+        region_size: S in pixels.
+        bad_images: notes what cannot be used.
+        max_images: stop after so many usable images over all processes; None for all.
+
+    Raises:
+        ValueError: from `ImageSource.share`, and from `usable_images` if very many images cannot be used.
+    """
+    calibration = EntropyCalibration(region_size)
+    share = source.share(accelerator.process_index, accelerator.num_processes)
+    images = usable_images(share, resolution, bad_images)
+    if max_images is not None:
+        images = islice(images, max(0, -(-(max_images - accelerator.process_index) // accelerator.num_processes)))
+    for _, image in tqdm(images, desc="entropy", disable=not accelerator.is_main_process):
+        calibration.update(to_pixels(image, resolution)[None])
+    counted = torch.cat([calibration.counts, torch.tensor([calibration.num_images])]).to(accelerator.device)
+    counted = accelerator.reduce(counted, "sum").cpu()
+    total = EntropyCalibration(region_size)
+    total.merge(counted[:-1], int(counted[-1]))
+    return total
+
+
+@torch.no_grad()
+def measure_latents(
+    vae: DynamicAutoencoderKL, batches: Iterable[torch.Tensor], generator: torch.Generator
+) -> dict[str, float]:
+    """Shift and scale of sampled codes at the default ratio, and the deviation of each grain.
+
+    Every code counts once, however many cells it is copied to.
+
+    Args:
+        vae: the autoencoder.
+        batches: images (B, 3, H, W) in [-1, 1].
+        generator: draws the samples of the posterior.
+
+    Returns:
+        "shift_factor" (the mean), "scaling_factor" (one over the deviation), "latent_std_grain_<i>", coarsest 0: NaN
+        for a grain that no region has.
+    """
+    moments = torch.zeros(vae.num_grains, 3, dtype=torch.float64)  # per grain: number of values, sum, sum of squares
+    for pixels in batches:
+        encoded = vae.encode(pixels.to(vae.device))
+        latents = encoded.latent_dist.sample(generator)
+        for grain, codes in enumerate(split(latents, encoded.grain_map)):
+            codes_per_side = codes.shape[-1] // encoded.grain_map.shape[-1]
+            of_grain = grain_map_to_cells(encoded.grain_map, codes_per_side) == grain
+            values = codes.movedim(1, -1)[of_grain].double().cpu()
+            moments[grain] += torch.tensor([values.numel(), values.sum(), values.pow(2).sum()], dtype=torch.float64)
+    counts, sums, squares = moments.sum(dim=0)
+    mean = sums / counts
+    statistics = {"shift_factor": mean.item(), "scaling_factor": (squares / counts - mean**2).rsqrt().item()}
+    for grain, (count, total, square) in enumerate(moments):
+        statistics[f"latent_std_grain_{grain}"] = (square / count - (total / count) ** 2).sqrt().item()
+    return statistics

@@ -1,0 +1,273 @@
+# Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
+"""Batches of whole, damaged and streamed data: nothing grey, nothing lost, and exactly the same after a resume."""
+
+import random
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DataLoaderConfiguration, set_seed
+from image_files import arguments, encode, load, photo, truncated_jpeg, write_folder, write_tar
+
+from diffusers_d2it.calibration import EntropyCalibration
+from diffusers_d2it.data import loaders
+from diffusers_d2it.data.bad_images import BadImages
+from diffusers_d2it.data.images import to_pixels
+from diffusers_d2it.data.loaders import (
+    ImageDataset,
+    ImageStream,
+    StreamLoader,
+    batches_from,
+    first_batches,
+    make_dataset,
+    make_loader,
+)
+from diffusers_d2it.data.sources import load_images
+from diffusers_d2it.training.measures import count_entropy
+
+
+@pytest.fixture
+def accelerator():
+    return Accelerator(cpu=True, dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True))
+
+
+@pytest.fixture
+def bad_images(tmp_path):
+    return BadImages(tmp_path / "bad_images.jsonl")
+
+
+def level(i: int) -> bytes:
+    """A picture of one grey level, by which it is known again: 10, 20, ..., flipped or not."""
+    pixels = np.full((32, 32, 3), 10 * (i + 1), np.uint8)
+    pixels[:, :16, 0] += 1  # tells the flip
+    return encode(PIL.Image.fromarray(pixels))
+
+
+def known(batch: dict) -> list[tuple[int, bool, int]]:
+    """(number of the picture, flipped, label) of every item of a batch."""
+    values = ((batch["pixels"] + 1) * 127.5).round().int()
+    numbers = values[:, 1, 0, 0] // 10 - 1
+    return list(zip(numbers.tolist(), (values[:, 0, 0, 0] % 10 == 0).tolist(), batch["class_labels"].tolist()))
+
+
+def first(iterator, number: int) -> list:
+    return [known(next(iterator)) for _ in range(number)]
+
+
+def prepared(accelerator, args, bad_images):
+    set_seed(args.seed)
+    dataset = make_dataset(accelerator, load_images(args), args, bad_images)
+    return accelerator.prepare(make_loader(accelerator, dataset, args))
+
+
+@pytest.fixture
+def damaged_folder(tmp_path):
+    """Twenty pictures in two classes; the 4th, 5th, 6th and 17th cannot be used."""
+    files = {f"{'a' if i < 10 else 'b'}/{i:02d}.png": level(i) for i in range(20)}
+    files |= {"a/04.png": b"", "a/05.png": truncated_jpeg(), "a/06.png": b"<html>"}
+    files |= {"b/17.png": encode(photo(0).resize((8, 8)))}
+    return write_folder(tmp_path / "photos", files)
+
+
+@pytest.fixture
+def damaged_tars(tmp_path):
+    """Twenty pictures in four tars; four of them cannot be used."""
+    bad = {4: b"", 5: truncated_jpeg(), 6: b"<html>", 17: encode(photo(0).resize((8, 8)))}
+    for shard in range(4):
+        numbers = range(shard, 20, 4)
+        samples = {f"{i:02d}": {"png": bad.get(i, level(i)), "cls": str(i % 3).encode()} for i in numbers}
+        write_tar(tmp_path / "tars" / f"{shard}.tar", samples)
+    return tmp_path / "tars"
+
+
+USABLE = set(range(20)) - {4, 5, 6, 17}
+
+
+def test_items_of_a_map_style_source(damaged_folder, bad_images):
+    dataset = ImageDataset(load(damaged_folder), 32, 7, bad_images)
+    assert len(dataset) == 20 and dataset.num_classes == 2 and dataset.id2label == {0: "a", 1: "b"}
+    for epoch in (0, 3):
+        dataset.set_epoch(epoch)
+        for i in sorted(USABLE):
+            flip = random.Random(f"7/{epoch}/{i}").random() < 0.5
+            item = dataset[i]
+            path = next(damaged_folder.rglob(f"{i:02d}.png"))
+            assert torch.equal(item["pixels"], to_pixels(PIL.Image.open(path), 32, flip))
+            assert item["class_labels"].dtype == torch.int64 and item["class_labels"].item() == i // 10
+    assert not bad_images.found()
+
+
+def test_another_image_stands_in(damaged_folder, bad_images):
+    dataset = ImageDataset(load(damaged_folder), 32, 7, bad_images)
+    items = {i: known({key: value[None] for key, value in dataset[i].items()})[0] for i in (4, 5, 6, 17)}
+    # 1, 2, 4, 8 places after the index, the first that can be used
+    assert {i: number for i, (number, _, _) in items.items()} == {4: 8, 5: 7, 6: 7, 17: 18}
+    assert all(label == number // 10 for number, _, label in items.values())
+    reasons = {name.split("/")[-1]: reason for name, reason in bad_images.found().items()}
+    assert set(reasons) == {"04.png", "05.png", "06.png", "17.png"}
+    assert "empty" in reasons["04.png"] and "truncated" in reasons["05.png"]
+    assert "no image" in reasons["06.png"] and "8x8, too small for --resolution 32" in reasons["17.png"]
+
+
+def test_a_part_that_is_all_damaged_is_left_soon(tmp_path, bad_images):
+    files = {f"{i:03d}.png": b"" if i < 100 else level(i % 20) for i in range(200)}
+    dataset = ImageDataset(load(write_folder(tmp_path / "photos", files)), 32, 0, bad_images)
+    dataset[60]
+    assert len(bad_images.found()) == 7  # 60, 61, 62, 64, 68, 76 and 92; then comes 124
+
+
+def test_nothing_but_damage_ends_at_once(tmp_path, bad_images, accelerator):
+    write_folder(tmp_path / "photos", {f"{i}.png": b"" for i in range(5)})
+    with pytest.raises(ValueError, match="photos: none of the images can be used. 5 of the images .*is empty"):
+        ImageDataset(load(tmp_path / "photos"), 32, 0, bad_images)[2]
+    stream = prepared(accelerator, arguments(tmp_path / "photos", "--streaming"), bad_images)
+    with pytest.raises(ValueError, match="photos: worker 0/0 finds no image that can be used. 5 of the images"):
+        next(batches_from(accelerator, stream, 0))
+
+
+def test_a_long_run_of_damage_is_an_error(tmp_path, bad_images, monkeypatch):
+    monkeypatch.setattr(loaders, "MAX_UNUSABLE", 4)
+    files = {f"{i}.png": b"" if i < 5 else level(i) for i in range(9)}
+    source = load(write_folder(tmp_path / "photos", files))
+    with pytest.raises(ValueError, match="4 images in a row cannot be used, the last is .*3.png"):
+        list(loaders.usable_images(source.rows(), 32, bad_images))
+    files = {f"{i}.png": b"" if i % 2 else level(i) for i in range(20)}
+    source = load(write_folder(tmp_path / "mixed", files))
+    assert len(list(loaders.usable_images(source.rows(), 32, bad_images))) == 10
+
+
+def test_order_and_flips_are_those_of_accelerate(tmp_path, accelerator, bad_images):
+    """Written out as a loop over plain torch and accelerate, so that no change of ours shifts a run's batches."""
+    folder = write_folder(tmp_path / "photos", {f"{i:02d}.png": level(i) for i in range(10)})
+    args = arguments(folder, "--seed", "3", "--train_batch_size", "3")
+    batches = batches_from(accelerator, prepared(accelerator, args, bad_images), 0)
+    for epoch in range(2):
+        order = torch.randperm(10, generator=torch.Generator().manual_seed(3 + epoch)).tolist()
+        expected = [(i, random.Random(f"3/{epoch}/{i}").random() < 0.5, 0) for i in order[:9]]
+        assert sum(first(batches, 3), []) == expected
+
+
+def test_the_data_set_hears_of_epochs_also_from_loaders_that_do_not_tell_it(damaged_folder, accelerator, bad_images):
+    class Loader(list):  # accelerate's, with several processes, tells the sampler only
+        dataset = ImageDataset(load(damaged_folder), 32, 0, bad_images)
+
+        def set_epoch(self, epoch: int) -> None:
+            pass
+
+    loader = Loader([{"number": 0}, {"number": 1}])
+    epochs = [
+        (batch["number"], loader.dataset.epoch) for batch, _ in zip(batches_from(accelerator, loader, 4), range(5))
+    ]
+    assert epochs == [(0, 2), (1, 2), (0, 3), (1, 3), (0, 4)]
+
+
+@pytest.mark.parametrize("first_batch", [0, 5, 13])
+def test_resume_with_damaged_images_and_other_workers(damaged_folder, accelerator, bad_images, first_batch):
+    runs = {}
+    for workers in (0, 1, 2):
+        args = arguments(damaged_folder, "--train_batch_size", 3, "--dataloader_num_workers", workers)
+        start = first_batch if workers else 0
+        batches = batches_from(accelerator, prepared(accelerator, args, bad_images), start)
+        runs[workers] = first(batches, 19 - start)
+    assert runs[1] == runs[2] == runs[0][first_batch:]
+    seen = [i for batch in runs[0][:6] for i, _, _ in batch]
+    assert set(seen) <= USABLE and len(set(seen)) >= 14
+    assert len(bad_images.found()) == 4
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_stream_survives_its_bad_samples(damaged_tars, accelerator, bad_images, workers):
+    flags = ["--streaming", "--num_classes", 3, "--dataloader_num_workers", workers, "--train_batch_size", 4]
+    loader = prepared(accelerator, arguments(damaged_tars, *flags), bad_images)
+    assert isinstance(loader, StreamLoader) and loader.dataset.num_classes == 3
+    batches = first(batches_from(accelerator, loader, 0), 12)
+    assert all(len(batch) == 4 for batch in batches)
+    items = [item for batch in batches for item in batch]
+    assert all(label == i % 3 for i, _, label in items)
+    # Three epochs of sixteen; two workers have ten samples each, of which two are bad
+    assert sorted(i for i, _, _ in items) == sorted(3 * list(USABLE))
+    assert {flip for _, flip, _ in items} == {True, False}
+    epochs = [[i for i, _, _ in items[16 * e : 16 * e + 16]] for e in range(3)]
+    assert epochs[0] != epochs[1] != epochs[2]
+    found = bad_images.found()
+    assert {name.split("/")[-1] for name in found} == {"04.png", "05.png", "06.png", "17.png"}
+    assert all(".tar/" in name for name in found)
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_exact_resume_of_a_stream(damaged_tars, accelerator, bad_images, workers):
+    flags = ["--streaming", "--num_classes", 3, "--dataloader_num_workers", workers, "--train_batch_size", 3]
+
+    def batches(start: int, seed: int = 0):
+        args = arguments(damaged_tars, *flags, "--seed", seed)
+        return batches_from(accelerator, prepared(accelerator, args, bad_images), start)
+
+    whole = first(batches(0), 14)
+    for start in (1, 4, 11):
+        assert first(batches(start), 14 - start) == whole[start:]
+    assert first(batches(0, seed=1), 14) != whole
+
+
+@pytest.mark.parametrize("num_processes", [2, 3])
+def test_processes_share_a_stream(damaged_tars, bad_images, num_processes):
+    """Two processes read two tars each; three read all and take turns."""
+    source = load(damaged_tars, "--streaming", "--num_classes", 3)
+    seen, streams = [], []
+    for process in range(num_processes):
+        streams.append(ImageStream(source, 32, 0, bad_images, process, num_processes))
+        rows = streams[-1].source.shuffled(5).stream()
+        seen += [row.name for row, _ in loaders.usable_images(rows, 32, bad_images)]
+    assert len(seen) == 16 == len(set(seen))
+    flips = [[known({k: v[None] for k, v in item.items()})[0][1] for item, _ in zip(s, range(30))] for s in streams]
+    assert flips[0] != flips[1]
+
+
+def test_more_workers_than_files(damaged_tars, accelerator, bad_images):
+    args = arguments(damaged_tars, "--streaming", "--num_classes", 3, "--dataloader_num_workers", 5)
+    with pytest.raises(ValueError, match="--dataloader_num_workers 5: tars gives each process 4 files"):
+        prepared(accelerator, args, bad_images)
+
+
+def test_a_bad_label_in_a_stream_is_named(damaged_tars, accelerator, bad_images):
+    loader = prepared(accelerator, arguments(damaged_tars, "--streaming", "--num_classes", 2), bad_images)
+    with pytest.raises(ValueError, match="tar/.*png has the label 2 in column 'cls': expected 0 to 1"):
+        first(batches_from(accelerator, loader, 0), 20)
+
+
+def test_too_few_images_for_a_batch(damaged_folder, accelerator, bad_images):
+    args = arguments(damaged_folder, "--train_batch_size", 21)
+    with pytest.raises(ValueError, match="--train_batch_size 21 on 1 processes needs more than the 20 images"):
+        prepared(accelerator, args, bad_images)
+
+
+def test_enlarged_images_are_counted_in_workers(tmp_path, accelerator, bad_images):
+    files = {f"{i}.png": encode(photo(i, 64).resize((20 + i, 40))) for i in range(8)}
+    args = arguments(write_folder(tmp_path / "photos", files), "--dataloader_num_workers", 2)
+    batches = batches_from(accelerator, prepared(accelerator, args, bad_images), 0)
+    for _ in range(4):
+        assert next(batches)["pixels"].shape == (2, 3, 32, 32)
+    next(batches)  # workers may read ahead, but not past the end of the first epoch
+    assert " images read by this process were smaller than --resolution" in bad_images.summary()
+
+
+@pytest.mark.parametrize("flags", [[], ["--streaming"]])
+def test_first_batches(damaged_folder, bad_images, flags):
+    source = load(damaged_folder, *flags)
+    assert [len(batch) for batch in first_batches(source, 32, 4, 10, bad_images)] == [4, 4, 2]
+    assert sum(len(batch) for batch in first_batches(source, 32, 5, 100, bad_images)) == 16
+    assert next(first_batches(source, 32, 5, 5, bad_images)).shape == (5, 3, 32, 32)
+
+
+@pytest.mark.parametrize("flags", [[], ["--streaming"]])
+def test_entropy_is_counted_over_what_can_be_used(tmp_path, accelerator, bad_images, flags):
+    files = {f"{i}.png": encode(photo(i)) for i in range(8)} | {"bad.jpg": truncated_jpeg()}
+    source = load(write_folder(tmp_path / "photos", files), *flags, classes=False)
+    expected = EntropyCalibration(8)
+    for i in range(8):
+        expected.update(to_pixels(photo(i), 32)[None])
+    counted = count_entropy(accelerator, source, 32, 8, bad_images)
+    assert counted.num_images == 8 and torch.equal(counted.counts, expected.counts)
+    assert [name.split("/")[-1] for name in bad_images.found()] == ["bad.jpg"]
+    assert count_entropy(accelerator, source.shuffled(0), 32, 8, bad_images, max_images=5).num_images == 5

@@ -1,0 +1,65 @@
+# Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
+"""One tiny run of each script, shared by the tests: eight photographs of eight classes, 32 pixels, five steps.
+
+folder -> dvae -> cache -> grain -> d2it
+"""
+
+from pathlib import Path
+
+import pytest
+from script_runs import STEPS, run, train
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory) -> Path:
+    """A photograph in each of eight class sub-folders, 64x64."""
+    root = tmp_path_factory.mktemp("data") / "photos"
+    run("photo_crops.py", "--output_dir", root, "--resolution", 64, "--crops", 1)
+    return root
+
+
+@pytest.fixture(scope="session")
+def dvae_arguments(folder) -> list:
+    """The discriminator joins at the fourth step."""
+    return ["--train_data_dir", folder, "--preset", "dvae-tiny", "--perceptual_weight", 0, "--gan_start_step", 3]
+
+
+@pytest.fixture(scope="session")
+def dvae(dvae_arguments, tmp_path_factory) -> Path:
+    output = tmp_path_factory.mktemp("runs") / "dvae"
+    train("train_dvae.py", output, STEPS, *dvae_arguments, "--report_to", "tensorboard")
+    return output
+
+
+@pytest.fixture(scope="session")
+def cache(folder, dvae, tmp_path_factory) -> Path:
+    output = tmp_path_factory.mktemp("runs") / "cache"
+    run("cache_latents.py", "--train_data_dir", folder, "--vae", dvae / "vae", "--resolution", 32,
+        "--output_dir", output)  # fmt: skip
+    return output
+
+
+@pytest.fixture(scope="session")
+def grain_arguments(cache, dvae) -> list:
+    arguments = ["--latent_cache", cache, "--preset", "grain-tiny", "--vae", dvae / "vae"]
+    return [*arguments, "--gradient_accumulation_steps", 3, "--gradient_checkpointing"]
+
+
+@pytest.fixture(scope="session")
+def grain(grain_arguments, tmp_path_factory) -> Path:
+    output = tmp_path_factory.mktemp("runs") / "grain"
+    train("train_grain.py", output, STEPS, *grain_arguments)
+    return output
+
+
+@pytest.fixture(scope="session")
+def d2it_arguments(cache, dvae, grain) -> list:
+    arguments = ["--latent_cache", cache, "--preset", "content-tiny", "--vae", dvae / "vae", "--grain", grain]
+    return [*arguments, "--fine_ratio", 0.3, 0.8]
+
+
+@pytest.fixture(scope="session")
+def d2it(d2it_arguments, tmp_path_factory) -> Path:
+    output = tmp_path_factory.mktemp("runs") / "d2it"
+    train("train_d2it.py", output, STEPS, *d2it_arguments)
+    return output

@@ -1,0 +1,100 @@
+# Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
+"""The scripts of examples/ that do not train, and the recipes of those that do."""
+
+import importlib
+import json
+import shlex
+import shutil
+import sys
+from pathlib import Path
+
+import PIL.Image
+import pytest
+from script_runs import EXAMPLES, TWO_PROCESSES, run
+
+from diffusers_d2it import DynamicAutoencoderKL, load_preset
+from diffusers_d2it.calibration import EntropyCalibration
+from diffusers_d2it.data.images import to_pixels
+
+
+def test_calibration_is_the_same_streamed_and_by_two_processes(folder, dvae, tmp_path):
+    expected = EntropyCalibration(region_size=8)
+    for path in sorted(folder.rglob("*.png")):
+        expected.update(to_pixels(PIL.Image.open(path), 32)[None])
+    photos = shutil.copytree(folder, tmp_path / "photos")
+    (photos / "cat" / "broken.jpg").write_bytes(b"<html>")
+    source = ["--train_data_dir", photos, "--resolution", "32"]
+    to_file = ["--region_size", "8", "--output"]
+    result = run("calibrate_dvae.py", *source, "--streaming", *to_file, tmp_path / "one.json")
+    assert "photos: a stream, no classes" in result.stdout
+    two = ["calibrate_dvae.py", *source, *to_file, tmp_path / "two.json"]
+    result = run(*two, launch=TWO_PROCESSES, ACCELERATE_USE_CPU="true")
+    assert "2 processes" in result.stdout and "photos: 9 images, no classes" in result.stdout
+    assert "1 of the images could not be used" in result.stdout
+    lists = sorted(path.name for path in tmp_path.glob("*.jsonl"))
+    assert lists == ["one.json.bad_images.jsonl", "two.json.bad_images.jsonl"]
+    one, two = (json.loads((tmp_path / name).read_text()) for name in ("one.json", "two.json"))
+    assert one == two == expected.to_config(source=one["source"])
+
+    vae = tmp_path / "vae"
+    DynamicAutoencoderKL.from_pretrained(dvae / "vae", calibration=None).save_pretrained(vae)
+    run("calibrate_dvae.py", *source, "--vae", vae, "--max_images", "5")
+    assert DynamicAutoencoderKL.from_pretrained(vae).config.calibration["num_images"] == 5
+
+
+def test_demo_draws_the_bundled_checkpoint(tmp_path):
+    run("demo.py", "--output", tmp_path / "demo.png", "--class_labels", "lion", "lemon", "--num_inference_steps", "3")
+    assert PIL.Image.open(tmp_path / "demo.png").size[0] > 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Recipes
+# ---------------------------------------------------------------------------------------------------------------------
+
+RECIPES = sorted(path.relative_to(EXAMPLES.parent).as_posix() for path in (EXAMPLES / "configs").rglob("*.txt"))
+SCRIPTS = {"dvae": "train_dvae", "grain": "train_grain", "content": "train_d2it"}
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_flags_of_a_recipe_are_known_and_its_model_exists(recipe, monkeypatch):
+    monkeypatch.chdir(EXAMPLES.parent)  # presets in files are named from there
+    monkeypatch.syspath_prepend(EXAMPLES)
+    script = importlib.import_module(SCRIPTS[Path(recipe).stem.split("-")[0]])
+    required = ["--output_dir", "out", "--vae", "vae", "--grain", "grain"]
+    required = required[: {"train_dvae": 2, "train_grain": 4, "train_d2it": 6}[script.__name__]]
+    if "from-dit" in recipe and script.__name__ != "train_grain":
+        required += ["--init_from", "start"]
+    args = script.parse_args([f"@{recipe}", *required])
+    load_preset(args.preset)
+    assert args.mixed_precision == "bf16"
+
+
+@pytest.mark.parametrize("dataset, num_images, model", [("imagenet", 1_281_167, "xl"), ("ffhq", 70_000, "l")])
+def test_the_papers_recipes_are_its_eight_hundred_epochs(dataset, num_images, model, monkeypatch):
+    # Sec. 4.1: batch 256 on eight GPUs, AdamW at 1e-4, average 0.9999, 800 epochs
+    monkeypatch.chdir(EXAMPLES.parent)
+    monkeypatch.syspath_prepend(EXAMPLES)
+    script = importlib.import_module("train_d2it")
+    recipe = f"@examples/configs/{dataset}-256/content-{model}.txt"
+    args = script.parse_args([recipe, "--output_dir", "out", "--vae", "vae", "--grain", "grain"])
+    assert 8 * args.train_batch_size * args.gradient_accumulation_steps == 256
+    assert args.max_train_steps == num_images // 256 * 800
+    assert (args.learning_rate, args.ema_decay, args.preset) == (1e-4, 0.9999, f"content-{model}")
+
+
+@pytest.mark.parametrize("page", ["README.md", "examples/README.md"])
+def test_training_commands_of_the_pages_parse(page, monkeypatch, tmp_path):
+    text = (EXAMPLES.parent / page).read_text(encoding="utf-8").replace("\\\n", " ")
+    (tmp_path / "examples").symlink_to(EXAMPLES)
+    (tmp_path / "DiT-XL-2-256").mkdir()  # what `hf download` would have made
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(EXAMPLES)
+    commands = [line for line in text.splitlines() if line.startswith(("accelerate launch", "python examples"))]
+    assert commands
+    for command in commands:
+        words = shlex.split(command)
+        position = next(i for i, word in enumerate(words) if word.startswith("examples/"))
+        script = importlib.import_module(Path(words[position]).stem)
+        with monkeypatch.context() as context:
+            context.setattr(sys, "argv", words[position:])
+            script.parse_args()  # a flag that is unknown exits

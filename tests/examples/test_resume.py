@@ -1,0 +1,96 @@
+# Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
+"""A run that was interrupted ends in the weights of one that was not; what does not belong together is refused."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from script_runs import STEPS, TWO_PROCESSES, call, train
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    names = [f"{model}/diffusion_pytorch_model" for model in ("model", "model_ema")]
+    names += [path.stem for path in (a / f"checkpoint-{STEPS}").glob("*.safetensors")]
+    for name in names:
+        left, right = (load_file(run / f"checkpoint-{STEPS}" / f"{name}.safetensors") for run in (a, b))
+        assert left.keys() == right.keys()
+        assert all(torch.equal(left[key], right[key]) for key in left), name
+
+
+def test_interrupted_autoencoder_run_ends_in_the_same_weights(dvae, dvae_arguments, tmp_path):
+    # Resumed after step 4, the discriminator's first
+    train("train_dvae.py", tmp_path, 4, *dvae_arguments)
+    train("train_dvae.py", tmp_path, STEPS, *dvae_arguments, "--resume_from_checkpoint", "latest")
+    assert (tmp_path / f"checkpoint-{STEPS}" / "discriminator.safetensors").is_file()
+    assert_same_run(dvae, tmp_path)
+
+
+def test_interrupted_grain_run_with_accumulation_ends_in_the_same_weights(grain, grain_arguments, tmp_path):
+    # Three batches an update do not divide the four of an epoch: updates cross its end
+    train("train_grain.py", tmp_path, 2, *grain_arguments)
+    train("train_grain.py", tmp_path, STEPS, *grain_arguments, "--resume_from_checkpoint", "latest")
+    assert_same_run(grain, tmp_path)
+
+
+def test_interrupted_content_run_ends_in_the_same_weights(d2it, d2it_arguments, tmp_path):
+    train("train_d2it.py", tmp_path, 3, *d2it_arguments, "--dataloader_num_workers", 1)
+    resume = ["--resume_from_checkpoint", tmp_path / "checkpoint-2"]
+    train("train_d2it.py", tmp_path, STEPS, *d2it_arguments, *resume)
+    assert_same_run(d2it, tmp_path)
+
+
+def test_two_processes_share_the_work(d2it_arguments, tmp_path):
+    arguments = [*d2it_arguments, "--train_batch_size", 1]
+    train("train_d2it.py", tmp_path, 2, *arguments, launch=TWO_PROCESSES, ACCELERATE_USE_CPU="true")
+    states = sorted(path.name for path in (tmp_path / "checkpoint-2").glob("random_states_*"))
+    assert states == ["random_states_0.pkl", "random_states_1.pkl"]
+    assert (tmp_path / "pipeline" / "model_index.json").is_file()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is refused
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_finished_folder_is_not_overwritten(dvae, dvae_arguments):
+    result = train("train_dvae.py", dvae, STEPS, *dvae_arguments, expect_failure=True)
+    assert "is not empty, it holds checkpoint-2" in result.stderr
+
+
+def test_flags_that_change_the_result_must_be_those_of_the_checkpoint(grain, grain_arguments, tmp_path):
+    arguments = [*grain_arguments, "--resume_from_checkpoint", grain / "checkpoint-4", "--seed", 8]
+    result = train("train_grain.py", tmp_path / "run", 6, *arguments, expect_failure=True)
+    assert "checkpoint-4 was written with other flags: seed: found 7, now 8." in result.stderr
+
+
+def test_another_number_of_classes_is_refused_on_resume(grain, dvae, folder, tmp_path):
+    arguments = ["--train_data_dir", folder, "--preset", "grain-tiny", "--vae", dvae / "vae"]
+    arguments += ["--gradient_accumulation_steps", 3, "--resume_from_checkpoint", grain / "checkpoint-4"]
+    result = train("train_grain.py", tmp_path, 6, *arguments, "--num_classes", 9, expect_failure=True)
+    assert "num_classes" in result.stderr and "9" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (["--resolution", 64], "resolution"),
+        (["--train_data_dir", "."], "--latent_cache holds images and labels already"),
+        (["--fine_ratio", 0.8, 0.3], "--fine_ratio must be one share in .0, 1., or two in ascending order"),
+        (["--push_to_hub"], "--push_to_hub needs --hub_model_id"),
+        (["--objective", "flow_matching", "--learn_sigma"], "`learn_sigma` belongs to"),
+        (["--init_from", "nowhere"], "nowhere"),
+        (["--resume_from_checkpoint", "latest"], "no checkpoint in"),
+        (["--report_to", "carrier_pigeon"], "carrier_pigeon"),
+    ],
+)
+def test_arguments_that_contradict_one_another_are_named(d2it_arguments, tmp_path, change, message):
+    arguments = ["--output_dir", tmp_path, "--max_train_steps", 1, "--resolution", 32, "--train_batch_size", 2]
+    with pytest.raises((ValueError, OSError), match=message):
+        call("train_d2it.py", *arguments, *d2it_arguments, *change)
+
+
+def test_alignment_from_a_cache_is_refused(d2it_arguments, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        call("train_d2it.py", "--output_dir", tmp_path, "--max_train_steps", 1, *d2it_arguments, "--repa_model", "x")
+    assert "--repa_model needs the images" in capsys.readouterr().err

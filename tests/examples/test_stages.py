@@ -1,0 +1,168 @@
+# Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
+"""What each stage leaves behind, and that the next one can use it."""
+
+import json
+
+import PIL.Image
+import pytest
+import torch
+from safetensors.torch import load_file
+from script_runs import STEPS, train
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import Dinov2Config, Dinov2Model
+
+from diffusers_d2it import D2iTContentModel, D2iTGrainModel, D2iTPipeline, DynamicAutoencoderKL, load_preset
+from diffusers_d2it.data.images import to_pixels
+
+
+CLASSES = ["astronaut", "cat", "coffee", "galaxies", "motorcycle", "retina", "rocket", "tissue"]
+
+
+def logged(run_folder) -> dict[str, dict[int, float]]:
+    """Scalars of a run by tag and step."""
+    (file,) = run_folder.glob("logs/**/events.out.tfevents.*")
+    events = EventAccumulator(str(file)).Reload()
+    return {tag: {event.step: event.value for event in events.Scalars(tag)} for tag in events.Tags()["scalars"]}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Stage 1
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_autoencoder_run_leaves_a_calibrated_model_and_pictures(dvae):
+    vae = DynamicAutoencoderKL.from_pretrained(dvae / "vae")
+    assert vae.config.calibration["num_images"] == 8
+    assert vae.config.scaling_factor != 1.0 and vae.config.shift_factor is not None
+    assert PIL.Image.open(dvae / "samples" / f"step-{STEPS:07d}.png").size == (8 * 32, 3 * 32)
+    assert sorted(path.name for path in dvae.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4", "checkpoint-5"]
+    assert not list(dvae.glob(".*"))  # nothing written aside is left
+
+
+def test_latents_have_unit_scale_after_training(dvae, folder):
+    vae = DynamicAutoencoderKL.from_pretrained(dvae / "vae")
+    images = [PIL.Image.open(path) for path in sorted(folder.rglob("*.png"))]
+    with torch.no_grad():
+        posterior = vae.encode(torch.stack([to_pixels(image, 32) for image in images])).latent_dist
+        latents = vae.scale_latents(posterior.sample(torch.Generator().manual_seed(0)))
+    assert latents.std().item() == pytest.approx(1, abs=0.15)
+    torch.testing.assert_close(vae.unscale_latents(vae.scale_latents(latents)), latents, atol=1e-5, rtol=1e-5)
+
+
+def test_discriminator_learns_from_its_start_step_on(dvae):
+    before, at_start, after = (
+        load_file(dvae / f"checkpoint-{step}" / "discriminator.safetensors") for step in (2, 4, 5)
+    )
+    # The convolutions start as drawn, with deviation 0.02, and only the steps 4 and 5 train them
+    assert before["layers.0.weight"].std().item() == pytest.approx(0.02, rel=0.2)
+    assert all(not torch.equal(at_start[name], after[name]) for name in after)
+    assert all(not torch.equal(before[name], at_start[name]) for name in after)
+    scalars = logged(dvae)
+    for tag in ("adversarial", "gan_weight", "discriminator", "logits_real", "logits_fake"):
+        assert sorted(scalars[tag]) == [4, 5], tag
+    assert sorted(scalars["l1"]) == sorted(scalars["kl"]) == [1, 2, 3, 4, 5]
+    assert scalars["discriminator"][4] == pytest.approx(1, abs=0.3)  # it cannot tell yet
+    assert set(scalars) >= {"psnr_0.0", "psnr_0.5", "psnr_1.0", "ssim_0.0", "ssim_1.0"}
+
+
+def test_card_of_the_autoencoder_has_its_figures_with_their_protocol(dvae):
+    card = (dvae / "vae" / "README.md").read_text()
+    assert "PSNR in dB" in card and "8 of the training images, 32x32" in card
+    assert "No licence has been chosen" in card or "no licence has been chosen" in card
+    assert str(dvae.parent) not in card
+
+
+def test_without_lpips_the_run_stops_and_says_what_to_do(folder, tmp_path):
+    # The package may be installed: VGG's weights are then missing where nothing has been downloaded
+    arguments = ["--train_data_dir", folder, "--preset", "dvae-tiny"]
+    result = train("train_dvae.py", tmp_path / "run", 1, *arguments, expect_failure=True, TORCH_HOME=str(tmp_path))
+    assert "ValueError: --perceptual_weight needs" in result.stderr
+    assert "pass --perceptual_weight 0" in result.stderr
+
+
+def test_frozen_fine_path_keeps_codes_decoder_and_scale(dvae, dvae_arguments, tmp_path):
+    start = DynamicAutoencoderKL.from_pretrained(dvae / "vae")
+    arguments = [*dvae_arguments, "--init_from", dvae / "vae", "--freeze_fine_path", "--gan_weight", 0]
+    train("train_dvae.py", tmp_path / "run", 2, *arguments, "--ema_decay", 0.5, "--fid_model", vision_model(tmp_path))
+    vae = DynamicAutoencoderKL.from_pretrained(tmp_path / "run" / "vae")
+    assert vae.config.scaling_factor == start.config.scaling_factor
+    same = {name: torch.equal(value, start.state_dict()[name]) for name, value in vae.state_dict().items()}
+    assert all(same[name] for name in same if name.startswith("decoder"))
+    assert not any(same[name] for name in same if name.startswith("encoder.conv_outs.f8"))
+    assert "rFID with features of" in (tmp_path / "run" / "vae" / "README.md").read_text()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Stage 2
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def vision_model(folder):
+    """A tiny vision transformer, as a folder that transformers loads."""
+    path = folder / "vision"
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28, "patch_size": 7}
+    Dinov2Model(Dinov2Config(**sizes)).save_pretrained(path)
+    preprocessing = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.2, 0.2, 0.2]}
+    (path / "preprocessor_config.json").write_text(json.dumps(preprocessing))
+    return path
+
+
+def test_output_loads_in_the_pipeline(d2it, grain):
+    pipe = D2iTPipeline.from_pretrained(d2it / "pipeline")
+    assert pipe.id2label == dict(enumerate(CLASSES))
+    output = pipe("cat", num_inference_steps=2)
+    assert output.images[0].size == (32, 32)
+    trained = D2iTGrainModel.from_pretrained(grain, subfolder="grain_model")
+    assert all(torch.equal(a, b) for a, b in zip(trained.parameters(), pipe.grain_model.parameters()))
+    assert PIL.Image.open(d2it / "samples" / f"step-{STEPS:07d}.png").size == (8 * 32, 2 * 32)
+    card = (d2it / "pipeline" / "README.md").read_text()
+    assert "photos, split train, 32x32" in card and "## Limits" in card
+    assert (d2it / "pipeline" / "samples.png").is_file()
+
+
+def test_unconditional_training_with_three_grains_from_images(folder, tmp_path):
+    plain = tmp_path / "plain"
+    plain.mkdir()
+    for path in folder.rglob("*.png"):
+        (plain / f"{path.parent.name}.png").write_bytes(path.read_bytes())
+    (plain / "broken.png").write_bytes(b"not an image")
+    three_grains = {"downsample_factors": [4, 8, 16], "block_out_channels": [8, 8, 16, 16, 16]}
+    config = tmp_path / "three-grains.json"
+    config.write_text(json.dumps(load_preset("dvae-tiny") | three_grains | {"grain_ratios": [0.3, 0.3, 0.4]}))
+    data = ["--train_data_dir", plain]
+    weights = ["--perceptual_weight", 0, "--gan_weight", 0]
+    result = train("train_dvae.py", tmp_path / "dvae", 1, *data, "--preset", config, *weights)
+    assert "plain: 9 images, no classes" in result.stdout
+    assert "1 of the images could not be used" in result.stdout and "broken.png" in result.stdout
+    data += ["--vae", tmp_path / "dvae" / "vae"]
+    train("train_grain.py", tmp_path / "grain", 1, *data, "--preset", "grain-tiny")
+    # Alignment with a vision model needs the images; flow matching changes the scheduler of the pipeline
+    arguments = ["--grain", tmp_path / "grain", "--preset", "content-tiny", "--objective", "flow_matching"]
+    arguments += ["--repa_model", vision_model(tmp_path), "--mixed_precision", "bf16"]
+    train("train_d2it.py", tmp_path / "d2it", 3, *data, *arguments, "--report_to", "tensorboard")
+    scalars = logged(tmp_path / "d2it")["alignment"]
+    assert scalars[1] == pytest.approx(1, abs=0.5) and scalars[3] != scalars[1]
+    projector = [
+        load_file(tmp_path / "d2it" / f"checkpoint-{step}" / "alignment.safetensors")["projector.0.weight"]
+        for step in (2, 3)
+    ]
+    assert not torch.equal(*projector)
+    pipe = D2iTPipeline.from_pretrained(tmp_path / "d2it" / "pipeline")
+    assert pipe.transformer.config.num_classes is None and pipe.transformer.config.num_grains == 3
+    assert type(pipe.scheduler).__name__ == "FlowMatchEulerDiscreteScheduler"
+    assert len(pipe(num_inference_steps=2).images) == 1
+
+
+def test_learned_variance_velocity_and_min_snr_from_given_weights(d2it_arguments, tmp_path):
+    start = D2iTContentModel(**load_preset("content-tiny") | {"num_classes": 8, "out_channels": 8})
+    start.save_pretrained(tmp_path / "start")
+    arguments = [*d2it_arguments, "--init_from", tmp_path / "start", "--learning_rate", 0]
+    arguments += ["--objective", "v_prediction", "--learn_sigma", "--snr_gamma", 5]
+    train("train_d2it.py", tmp_path / "run", 1, *arguments, "--report_to", "tensorboard")
+    pipe = D2iTPipeline.from_pretrained(tmp_path / "run" / "pipeline")
+    assert pipe.scheduler.config.prediction_type == "v_prediction"
+    trained = pipe.transformer.state_dict()
+    assert all(torch.equal(value, trained[name]) for name, value in start.state_dict().items())  # at a rate of 0
+    assert logged(tmp_path / "run")["vlb"][1] > 0
+    assert pipe("cat", num_inference_steps=2).images[0].size == (32, 32)
