@@ -16,8 +16,8 @@ extras = {
     "metrics": ["torch-fidelity>=0.3"],
     "docs": ["mkdocs-material>=9.5", "mkdocstrings[python]>=0.26"],
     "quality": ["ruff>=0.9"],
-    # torchsde serves one scheduler, DPMSolverSDEScheduler; scikit-image brings photographs; peft LoRA.
-    "test": ["pytest>=8", "scikit-image>=0.22", "torchsde>=0.2.6", "peft>=0.15"],
+    # torchsde serves one scheduler, scikit-image brings photographs, peft LoRA, markdown-it-py reads model cards.
+    "test": ["pytest>=8", "scikit-image>=0.22", "torchsde>=0.2.6", "peft>=0.15", "markdown-it-py>=3"],
 }
 extras["test"] += extras["training"]
 extras["dev"] = extras["test"] + extras["quality"]

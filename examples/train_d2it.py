@@ -60,9 +60,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--grain", required=True, help="output folder of train_grain.py")
     group.add_argument("--preset", default="content-b", help="a preset, or a JSON file with a model's configuration")
     group.add_argument("--init_from", help="folder of a D2iTContentModel to start from, such as convert_dit.py's")
-    group.add_argument(
-        "--objective", choices=OBJECTIVES, default="epsilon", help="what is predicted"
-    )
+    group.add_argument("--objective", choices=OBJECTIVES, default="epsilon", help="what is predicted")
     group.add_argument("--learn_sigma", action="store_true", help="predict the variance too, trained by the VLB")
     group.add_argument("--snr_gamma", type=float, help="min-SNR weighting of the timesteps; 5 is usual")
     group.add_argument(
@@ -245,6 +243,10 @@ def main(args: argparse.Namespace) -> None:
             model.register_to_config(_name_or_path=None)  # where they were loaded from is nobody's business
         folder = os.path.join(args.output_dir, "pipeline")
         save_aside(pipe.save_pretrained, folder)
+        if bad_images.summary():
+            print(bad_images.summary())
+    accelerator.end_training()
+    if accelerator.is_main_process:
         publish(
             args,
             pipe,
@@ -252,8 +254,6 @@ def main(args: argparse.Namespace) -> None:
             train_data=data.description,
             sample_image=os.path.join(args.output_dir, "samples", f"step-{step:07d}.png"),
         )
-        print(bad_images.summary())
-    accelerator.end_training()
 
 
 if __name__ == "__main__":

@@ -69,9 +69,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     if args.freeze_fine_path and args.init_from is None:
         parser.error("--freeze_fine_path keeps what --init_from brings: pass both")
     if args.freeze_fine_path and args.gan_weight > 0:
-        parser.error(
-            "--freeze_fine_path freezes the layer that weighs the adversarial loss: pass --gan_weight 0"
-        )
+        parser.error("--freeze_fine_path freezes the layer that weighs the adversarial loss: pass --gan_weight 0")
     return args
 
 
@@ -259,6 +257,10 @@ def main(args: argparse.Namespace) -> None:
         figures = finish(vae, measured, args)
         folder = os.path.join(args.output_dir, "vae")
         save_aside(vae.save_pretrained, folder)
+        if bad_images.summary():
+            print(bad_images.summary())
+    accelerator.end_training()
+    if accelerator.is_main_process:
         publish(
             args,
             vae,
@@ -268,8 +270,6 @@ def main(args: argparse.Namespace) -> None:
             sample_caption="Training images, their reconstructions, and their grain maps: red is fine, blue coarse.",
             figures=figures,
         )
-        print(bad_images.summary())
-    accelerator.end_training()
 
 
 if __name__ == "__main__":

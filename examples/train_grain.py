@@ -160,19 +160,21 @@ def main(args: argparse.Namespace) -> None:
     # 4. What train_d2it.py reads
     if accelerator.is_main_process:
         ema.copy_to(grain_model.parameters())
-        folder = os.path.join(args.output_dir, "grain_model")
-        save_aside(grain_model.save_pretrained, folder)
+        save_aside(grain_model.save_pretrained, os.path.join(args.output_dir, "grain_model"))
         save_aside(scheduler.save_pretrained, os.path.join(args.output_dir, "grain_scheduler"))
+        if bad_images.summary():
+            print(bad_images.summary())
+    accelerator.end_training()
+    if accelerator.is_main_process:
         publish(
             args,
             grain_model,
-            folder,
+            args.output_dir,
             train_data=data.description,
             sample_image=os.path.join(args.output_dir, "samples", f"step-{step:07d}.png"),
             sample_caption="Maps drawn by the model: red is fine.",
+            subfolder="grain_model",
         )
-        print(bad_images.summary())
-    accelerator.end_training()
 
 
 if __name__ == "__main__":

@@ -513,9 +513,11 @@ def test_figures_get_into_the_metadata_with_a_protocol_only(make_pipeline):
         "FID": {"value": 12.5, "protocol": protocol, "dataset": "ImageNet validation"},
         "PSNR, dB": 23.63,
         "sFID": {"value": 7},
+        "rFID, /home/somebody/inception": {"value": 3, "protocol": "as above"},
     }
     card = make_model_card(make_pipeline(), repo_id="user/tiny", license=None, figures=figures)
-    (result,) = metadata(str(card))["model-index"][0]["results"]
+    result, other = metadata(str(card))["model-index"][0]["results"]
+    assert other["metrics"][0]["name"] == "rFID, inception" and "somebody" not in str(card)
     assert result["dataset"]["name"] == "ImageNet validation"
     (metric,) = result["metrics"]
     said = "50,000 samples, 250 steps, guidance 1.5 against reference.npz"

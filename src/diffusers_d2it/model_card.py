@@ -302,7 +302,7 @@ def _figures(figures: dict[str, dict]) -> str:
         protocol = (
             prose_to_markdown(figure["protocol"]) if figure["protocol"] else "not recorded, so compare it with nothing"
         )
-        rows.append(f"| {to_markdown(name)} | {value} | {protocol}{on} |")
+        rows.append(f"| {prose_to_markdown(name)} | {value} | {protocol}{on} |")
     return "\n".join(rows)
 
 
@@ -317,8 +317,8 @@ def _eval_results(figures: dict[str, dict], task: str) -> list[EvalResult]:
                     task_type=task,
                     dataset_type=dataset,
                     dataset_name=dataset,
-                    metric_type=re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "figure",
-                    metric_name=printable(name),
+                    metric_type=re.sub(r"[^a-z0-9]+", "-", without_paths(name.lower())).strip("-") or "figure",
+                    metric_name=without_paths(printable(name)),
                     metric_value=printable(figure["value"]) if isinstance(figure["value"], str) else figure["value"],
                     metric_args={"protocol": without_paths(printable(figure["protocol"]))},
                 )

@@ -2,10 +2,12 @@
 """What each stage leaves behind, and that the next one can use it."""
 
 import json
+import shutil
 
 import PIL.Image
 import pytest
 import torch
+from loopback_hub import TOKEN, Uploads, serve_hub
 from safetensors.torch import load_file
 from script_runs import STEPS, train
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -154,15 +156,37 @@ def test_unconditional_training_with_three_grains_from_images(folder, tmp_path):
     assert len(pipe(num_inference_steps=2).images) == 1
 
 
-def test_learned_variance_velocity_and_min_snr_from_given_weights(d2it_arguments, tmp_path):
+def test_learned_variance_velocity_and_min_snr_from_given_weights_pushed_to_a_hub(d2it_arguments, tmp_path):
     start = D2iTContentModel(**load_preset("content-tiny") | {"num_classes": 8, "out_channels": 8})
     start.save_pretrained(tmp_path / "start")
     arguments = [*d2it_arguments, "--init_from", tmp_path / "start", "--learning_rate", 0]
     arguments += ["--objective", "v_prediction", "--learn_sigma", "--snr_gamma", 5]
-    train("train_d2it.py", tmp_path / "run", 1, *arguments, "--report_to", "tensorboard")
-    pipe = D2iTPipeline.from_pretrained(tmp_path / "run" / "pipeline")
+    repositories, uploads = {}, Uploads(tmp_path / "hub")
+    with serve_hub(repositories, uploads) as endpoint:
+        hub = {"HF_ENDPOINT": endpoint, "HF_TOKEN": TOKEN, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "0"}
+        arguments += ["--push_to_hub", "--hub_model_id", "user/tiny", "--hub_private_repo", "--license", "cc0-1.0"]
+        train("train_d2it.py", tmp_path / "run", 1, *arguments, "--report_to", "tensorboard", **hub)
+    assert uploads.visibility == {"user/tiny": "private"}
+    pushed = repositories["user/tiny"]
+    card = (pushed / "README.md").read_text()
+    assert "license: cc0-1.0" in card and 'D2iTPipeline.from_pretrained("user/tiny")' in card
+    assert str(tmp_path) not in card
+
+    pipe = D2iTPipeline.from_pretrained(pushed)
     assert pipe.scheduler.config.prediction_type == "v_prediction"
     trained = pipe.transformer.state_dict()
     assert all(torch.equal(value, trained[name]) for name, value in start.state_dict().items())  # at a rate of 0
     assert logged(tmp_path / "run")["vlb"][1] > 0
     assert pipe("cat", num_inference_steps=2).images[0].size == (32, 32)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a compiler")
+def test_compiled_run_trains_as_an_uncompiled_one(grain, grain_arguments, tmp_path):
+    train("train_grain.py", tmp_path, 2, *grain_arguments, "--compile")
+    plain, compiled = (
+        load_file(run / "checkpoint-2" / "model" / "diffusion_pytorch_model.safetensors") for run in (grain, tmp_path)
+    )
+    assert plain.keys() == compiled.keys()
+    for name in plain:
+        # Adam's first steps have the size of the learning rate, 1e-4, whatever the gradient's last bits are
+        torch.testing.assert_close(plain[name], compiled[name], atol=2e-5, rtol=1e-4)
