@@ -25,9 +25,10 @@ from common import describe_machine
 from torch import nn
 
 from diffusers_d2it import D2iTPipeline, bundled_checkpoint
+from diffusers_d2it.data.images import to_pixels
 from diffusers_d2it.grains import fine_share
 from diffusers_d2it.losses import grain_loss
-from diffusers_d2it.training import psnr, to_pixels
+from diffusers_d2it.training.reconstruction import psnr
 
 
 RATIOS = (0.0, 0.3, 0.5, 0.7, 1.0)

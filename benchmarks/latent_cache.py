@@ -1,40 +1,38 @@
 # Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
 """How long a training step waits for its batch from a latent cache, and what memory a larger cache takes.
 
-    python benchmarks/latent_cache.py
+    python benchmarks/latent_cache.py --threads 2
 
-The step is that of train_d2it.py, content-tiny on 32 px crops of photographs, from codes and noise to the update of
-the weights and their average; one worker reads batches on the second core, as `--dataloader_num_workers 1` does, and
-none is timed too. Steps shorter than these of the tiny preset are not to be expected. Memory is the anonymous memory
-of a process that has read every image of a cache, and of one ten times as large.
+The steps are those of examples/train_d2it.py, content-tiny in batches of 32 from a cache of 32 px crops of
+photographs. No step is shorter, so none waits for a larger share. The goal is for `--dataloader_num_workers 0`, the
+default; a worker is timed too, but to hand a batch over takes it longer than to read one. Memory is the anonymous
+memory of a process that has read every image of a cache, and of one ten times as large.
 """
 
 import argparse
+import importlib.util
+import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from argparse import Namespace
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from common import Claim, Timing, load_photographs, parse_args, report
-from diffusers.training_utils import EMAModel
+from diffusers import DDIMScheduler
 
-from diffusers_d2it import D2iTContentModel, DynamicAutoencoderKL, load_preset
-from diffusers_d2it.data.latent_cache import LatentCache, read_codes
+from diffusers_d2it import D2iTGrainModel, DynamicAutoencoderKL, load_preset
 from diffusers_d2it.data.latent_cache_files import LatentCachePlan, describe_vae
 from diffusers_d2it.data.latent_cache_writer import EncodedRows, LatentCacheWriter, encode_images
-from diffusers_d2it.data.loaders import batches_from, make_loader
-from diffusers_d2it.grains import grain_map_from_entropy, tie
-from diffusers_d2it.losses import multi_grained_loss
-from diffusers_d2it.objectives import make_objective
 
 
 BATCH_SIZE = 32
 RESOLUTION = 32  # of dvae-tiny
+SCRIPT = Path(__file__).parent.parent / "examples" / "train_d2it.py"
 
 # Anonymous memory in KiB after every image was read; what the file system keeps of the shards is not part of it.
 MEASURE_MEMORY = """
@@ -43,7 +41,7 @@ from pathlib import Path
 import torch
 from diffusers_d2it.data.latent_cache import LatentCache
 torch.set_num_threads(1)
-cache = LatentCache(sys.argv[1], None, seed=0, verify=False)
+cache = LatentCache(sys.argv[1], None, seed=0)
 for index in range(len(cache)):
     cache[index]
 status = Path("/proc/self/status").read_text()
@@ -59,25 +57,23 @@ def crops(num_images: int) -> torch.Tensor:
         shifted = photographs[..., shift : 512 - RESOLUTION + shift, shift : 512 - RESOLUTION + shift]
         tiles = shifted.unfold(2, RESOLUTION, RESOLUTION).unfold(3, RESOLUTION, RESOLUTION)
         found.append(tiles.permute(0, 2, 3, 1, 4, 5).reshape(-1, 3, RESOLUTION, RESOLUTION))
-        if sum(map(len, found)) >= num_images:
-            break
     return torch.cat(found)[:num_images].contiguous()
 
 
 def write_cache(folder: Path, vae: DynamicAutoencoderKL, num_images: int, rows_per_shard: int) -> None:
     """Cache crops of photographs and their mirrors."""
+    pixels = crops(num_images)
     plan = LatentCachePlan(
         **describe_vae(vae),
         resolution=RESOLUTION,
         flips=True,
-        source=f"{num_images} crops of photographs of scikit-image",
-        data_fingerprint=str(num_images),
-        num_rows=num_images,
+        source="crops of photographs of scikit-image",
+        data_fingerprint="",
+        num_rows=len(pixels),
         rows_per_shard=rows_per_shard,
         num_classes=10,
         id2label={label: str(label) for label in range(10)},
     )
-    pixels = crops(num_images)
     writer = LatentCacheWriter(folder, plan, Accelerator(cpu=True))
     for shard in writer.start():
         rows = torch.arange(plan.rows(shard).start, plan.rows(shard).stop)
@@ -87,47 +83,38 @@ def write_cache(folder: Path, vae: DynamicAutoencoderKL, num_images: int, rows_p
     writer.finish()
 
 
-def time_steps(cache: Path, vae: DynamicAutoencoderKL, num_workers: int, num_steps: int) -> list[tuple[float, float]]:
-    """Seconds of waiting, and of the whole step, for steps of train_d2it.py after three to warm up."""
-    accelerator = Accelerator(cpu=True)
-    args = Namespace(train_batch_size=BATCH_SIZE, dataloader_num_workers=num_workers, seed=0)
-    dataset = LatentCache(cache, vae, seed=0, resolution=RESOLUTION)
-    torch.manual_seed(0)
-    transformer = D2iTContentModel(**load_preset("content-tiny"))
-    objective = make_objective("epsilon")
-    ema = EMAModel(transformer.parameters(), foreach=True)
-    optimizer = torch.optim.AdamW(transformer.parameters(), lr=1e-4)
-    model, optimizer, loader = accelerator.prepare(transformer, optimizer, make_loader(accelerator, dataset, args))
-    generator = torch.Generator().manual_seed(0)
-    batches = batches_from(accelerator, loader, 0)
-    seconds = []
-    for _ in range(3 + num_steps):
-        start = time.perf_counter()
-        batch = next(batches)
-        waited = time.perf_counter() - start
-        with torch.no_grad():
-            moments, entropy = read_codes(vae, batch)
-            grain_map = grain_map_from_entropy(entropy, vae.thresholds())
-            latents = vae.scale_latents(vae.posterior(moments, grain_map).sample(generator))
-        noise = tie(torch.randn(latents.shape, generator=generator), grain_map)
-        timesteps = objective.sample_timesteps(len(latents), generator)
-        noised = objective.add_noise(latents, noise, timesteps)
-        prediction = model(noised, timesteps, grain_map, batch["class_labels"]).sample
-        losses = multi_grained_loss(prediction, objective.target(latents, noise, timesteps), grain_map)
-        accelerator.backward(losses["loss"])
-        accelerator.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        ema.step(transformer.parameters())
-        losses["loss"].item()
-        seconds.append((waited, time.perf_counter() - start))
-    return seconds[3:]
+def time_steps(folder: Path, output: Path, num_workers: int, num_steps: int) -> list[tuple[float, float]]:
+    """Milliseconds of waiting and of the whole step, for each step of a run of the script but the first and last."""
+    spec = importlib.util.spec_from_file_location(SCRIPT.stem, SCRIPT)
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    asked, given = [], []
+    batches_from = script.batches_from
+
+    def timed(*arguments) -> Iterator[dict]:
+        batches = batches_from(*arguments)
+        while True:
+            asked.append(time.perf_counter())
+            batch = next(batches)
+            given.append(time.perf_counter())
+            yield batch
+
+    script.batches_from = timed
+    flags = f"--latent_cache {folder / 'large'} --vae {folder / 'vae'} --grain {folder} --preset content-tiny"
+    flags += f" --resolution {RESOLUTION} --train_batch_size {BATCH_SIZE} --dataloader_num_workers {num_workers}"
+    flags += f" --max_train_steps {num_steps} --output_dir {output} --report_to none"
+    script.main(script.parse_args(flags.split()))
+    waited = [1e3 * (end - start) for start, end in zip(asked, given)]
+    whole = [1e3 * (end - start) for start, end in zip(asked, asked[1:])]
+    return list(zip(waited, whole))[3:]
 
 
 def anonymous_memory(cache: Path) -> int:
     """KiB of a fresh process that has read all of a cache."""
+    # The C library returns what is freed at once, instead of keeping it as it sees fit
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
     command = [sys.executable, "-c", MEASURE_MEMORY, str(cache)]
-    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    return int(subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout)
 
 
 def main() -> None:
@@ -137,30 +124,33 @@ def main() -> None:
     if args.device != "cpu" or not Path("/proc/self/status").is_file():
         parser.error("this is about the CPU, and reads /proc of Linux.")
 
+    torch.manual_seed(0)
     vae = DynamicAutoencoderKL(**load_preset("dvae-tiny")).eval()
-    timings, claims, notes = {}, [], {}
-    with tempfile.TemporaryDirectory() as folder:
-        caches = [Path(folder) / name for name in ("small", "large")]
+    timings, claims, notes, shares = {}, [], {}, {}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        vae.save_pretrained(folder / "vae")
+        D2iTGrainModel(**load_preset("grain-tiny")).save_pretrained(folder / "grain_model")
+        DDIMScheduler(prediction_type="sample", clip_sample=False).save_pretrained(folder / "grain_scheduler")
+        caches = [folder / "small", folder / "large"]
         for cache, times in zip(caches, (1, 10)):
             write_cache(cache, vae, times * args.num_images, rows_per_shard=args.num_images // 4)
-        for num_workers in (1, 0):
-            steps = time_steps(caches[1], vae, num_workers, num_steps=10 * args.repeats)
-            waited, whole = ([1e3 * step[i] for step in steps] for i in (0, 1))
-            for name, times in (("waiting", waited), ("step", whole)):
-                timings[f"{name}, {num_workers} workers"] = Timing(min(times), statistics.median(times), max(times))
-            shares = [wait / step for wait, step in steps]
-            notes[f"waiting share of all steps together, {num_workers} workers"] = sum(waited) / sum(whole)
-            claims.append(
-                Claim(f"waiting share of a step, median, {num_workers} workers", statistics.median(shares), 0.05)
-            )
+        for num_workers in (0, 1):
+            steps = time_steps(folder, folder / f"run-{num_workers}", num_workers, num_steps=10 * args.repeats)
+            for i, name in enumerate(("waiting", "step")):
+                times = [step[i] for step in steps]
+                timing = Timing(min(times), statistics.median(times), max(times))
+                timings[f"{name}, {num_workers} workers"] = timing
+            shares[num_workers] = statistics.median(waited / whole for waited, whole in steps)
+        claims.append(Claim("waiting share of a step, median", shares[0], 0.05))
+        notes["waiting share of a step with a worker, median"] = shares[1]
 
         sizes = [sum(path.stat().st_size for path in cache.glob("*.safetensors")) / 2**20 for cache in caches]
-        small, large = (statistics.median(anonymous_memory(cache) for _ in range(3)) / 1024 for cache in caches)
-        notes |= {"cache, MiB": sizes[0], "ten times as many images, MiB": sizes[1]}
-        notes |= {"anonymous memory, MiB": small, "ten times as many images, anonymous memory, MiB": large}
-        claims.append(
-            Claim("more anonymous memory per MiB of more cache", (large - small) / (sizes[1] - sizes[0]), 0.01)
-        )
+        memory = [statistics.median(anonymous_memory(cache) for _ in range(3)) / 1024 for cache in caches]
+        for name, size, used in zip(("a cache", "ten times as many images"), sizes, memory):
+            notes[f"MiB of {name}"], notes[f"MiB of anonymous memory, {name}"] = size, used
+        growth = (memory[1] - memory[0]) / (sizes[1] - sizes[0])
+        claims.append(Claim("growth of anonymous memory over growth of the cache", growth, 0.01))
 
     report(args, f"Training from a latent cache, content-tiny, batch {BATCH_SIZE}", timings, claims, notes)
 

@@ -42,7 +42,7 @@ from diffusers_d2it.training.arguments import (
     make_accelerator,
     make_parser,
 )
-from diffusers_d2it.training.checkpoints import Checkpoints, save_aside, use_ema
+from diffusers_d2it.training.checkpoints import Checkpoints, find_checkpoint, save_aside, use_ema
 from diffusers_d2it.training.steps import draw_fine_ratio, drop_labels
 from diffusers_d2it.training.training_data import load_training_data
 from diffusers_d2it.training.vision_features import VisionFeatures
@@ -136,6 +136,7 @@ def main(args: argparse.Namespace) -> None:
     if accelerator.is_main_process:
         check_hub_arguments(args)
     set_seed(args.seed)
+    checkpoint = find_checkpoint(args)
 
     # 1. Data
     vae = DynamicAutoencoderKL.from_pretrained(args.vae).requires_grad_(False).eval().to(accelerator.device)
@@ -177,7 +178,7 @@ def main(args: argparse.Namespace) -> None:
         alignment = accelerator.prepare(alignment)
     ema.to(accelerator.device)
     checkpoints = Checkpoints(accelerator, args, transformer, ema, others)
-    step = checkpoints.resume(args.resume_from_checkpoint)
+    step = checkpoints.resume(checkpoint)
     accelerator.init_trackers("train_d2it")
     pipe = D2iTPipeline(
         vae=vae,

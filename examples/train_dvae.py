@@ -32,7 +32,7 @@ from diffusers_d2it.hub import add_hub_arguments, check_hub_arguments, publish
 from diffusers_d2it.losses import adaptive_weight, adversarial_loss, dvae_loss, hinge_loss
 from diffusers_d2it.models.discriminator import PatchDiscriminator
 from diffusers_d2it.training.arguments import add_training_arguments, make_accelerator, make_parser
-from diffusers_d2it.training.checkpoints import Checkpoints, save_aside, use_ema
+from diffusers_d2it.training.checkpoints import Checkpoints, find_checkpoint, save_aside, use_ema
 from diffusers_d2it.training.measures import count_entropy, measure_latents
 from diffusers_d2it.training.perceptual import load_perceptual_loss
 from diffusers_d2it.training.reconstruction import reconstruction_scores
@@ -88,6 +88,12 @@ class DvaeStep(torch.nn.Module):
         return self.vae.decode(posterior.sample(generator)).sample, posterior.kl()
 
 
+def region_size(args: argparse.Namespace) -> int:
+    """Side of a region in pixels of the autoencoder of the flags."""
+    config = load_preset(args.preset) if args.init_from is None else DynamicAutoencoderKL.load_config(args.init_from)
+    return config["downsample_factors"][-1]
+
+
 def make_model(args: argparse.Namespace, calibration: dict) -> DynamicAutoencoderKL:
     """The autoencoder of the flags, new or started from --init_from, with the thresholds of the data."""
     if args.init_from is None:
@@ -138,6 +144,12 @@ def main(args: argparse.Namespace) -> None:
     if accelerator.is_main_process:
         check_hub_arguments(args)
     set_seed(args.seed)
+    checkpoint = find_checkpoint(args)
+    if args.gan_weight > 0 and args.gan_start_step >= args.max_train_steps:
+        accelerator.print(
+            f"--gan_start_step {args.gan_start_step} is not before the end of this run, --max_train_steps"
+            f" {args.max_train_steps}: it trains without the PatchGAN"
+        )
     perceptual = None
     if args.perceptual_weight > 0:
         perceptual = load_perceptual_loss().to(accelerator.device)
@@ -146,21 +158,19 @@ def main(args: argparse.Namespace) -> None:
     source = load_images(args).shuffled(args.seed)  # the first images are then a fair sample
     accelerator.print(source)
     bad_images = BadImages(os.path.join(args.output_dir, "bad_images.jsonl"))
-    config = load_preset(args.preset) if args.init_from is None else DynamicAutoencoderKL.load_config(args.init_from)
-    calibration = count_entropy(
-        accelerator,
-        source,
-        args.resolution,
-        config["downsample_factors"][-1],
-        bad_images,
-        args.calibration_images,
-    )
+    if checkpoint is not None:  # they have been counted
+        calibration = DynamicAutoencoderKL.load_config(checkpoint / "model").get("calibration")
+    else:
+        counted = count_entropy(
+            accelerator, source, args.resolution, region_size(args), bad_images, args.calibration_images
+        )
+        calibration = counted.to_config(source.description)
     dataset = make_dataset(accelerator, source, args, bad_images)
     loader = make_loader(accelerator, dataset, args)
     samples = next(first_batches(source, args.resolution, 8, 8, bad_images)).to(accelerator.device)
 
     # 2. Model, average, discriminator, optimizers
-    vae = make_model(args, calibration.to_config(source.description))
+    vae = make_model(args, calibration)
     if args.gradient_checkpointing:
         vae.enable_gradient_checkpointing()
     ema = EMAModel(
@@ -178,6 +188,7 @@ def main(args: argparse.Namespace) -> None:
         weight_decay=args.weight_decay,
         betas=(0.9, 0.95),  # what the bundled autoencoder was trained with
     )
+    # At a constant rate: --lr_scheduler counts from the first step, and the discriminator joins later
     critic_optimizer = torch.optim.AdamW(critic.parameters(), lr=args.learning_rate, betas=(0.5, 0.9))
     lr_scheduler = get_scheduler(
         args.lr_scheduler,
@@ -190,7 +201,7 @@ def main(args: argparse.Namespace) -> None:
     )
     ema.to(accelerator.device)
     checkpoints = Checkpoints(accelerator, args, vae, ema, {"discriminator": critic})
-    step = checkpoints.resume(args.resume_from_checkpoint)
+    step = checkpoints.resume(checkpoint)
     accelerator.init_trackers("train_dvae")
 
     # 3. Train

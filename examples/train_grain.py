@@ -36,7 +36,7 @@ from diffusers_d2it.training.arguments import (
     make_accelerator,
     make_parser,
 )
-from diffusers_d2it.training.checkpoints import Checkpoints, save_aside, use_ema
+from diffusers_d2it.training.checkpoints import Checkpoints, find_checkpoint, save_aside, use_ema
 from diffusers_d2it.training.steps import draw_fine_ratio, drop_labels
 from diffusers_d2it.training.training_data import load_training_data
 
@@ -71,6 +71,7 @@ def main(args: argparse.Namespace) -> None:
     if accelerator.is_main_process:
         check_hub_arguments(args)
     set_seed(args.seed)
+    checkpoint = find_checkpoint(args)
 
     # 1. Data
     vae = DynamicAutoencoderKL.from_pretrained(args.vae)
@@ -106,7 +107,7 @@ def main(args: argparse.Namespace) -> None:
     model, optimizer, loader, lr_scheduler = accelerator.prepare(grain_model, optimizer, loader, lr_scheduler)
     ema.to(accelerator.device)
     checkpoints = Checkpoints(accelerator, args, grain_model, ema)
-    step = checkpoints.resume(args.resume_from_checkpoint)
+    step = checkpoints.resume(checkpoint)
     accelerator.init_trackers("train_grain")
     sample_labels = None
     if num_classes is not None:

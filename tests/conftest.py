@@ -12,13 +12,10 @@ Two grains see 32 px images, 8x8 latents and 4x4 maps; three grains 64 px images
 from collections.abc import Callable
 from functools import cache
 
-import numpy as np
-import PIL.Image
-import PIL.ImageOps
 import pytest
-import skimage.data
 import torch
 from diffusers import DDIMScheduler
+from photographs import load_photographs
 
 from diffusers_d2it import (
     D2iTContentModel,
@@ -32,33 +29,13 @@ from diffusers_d2it.calibration import EntropyCalibration
 
 torch.set_num_threads(1)  # components are tiny: more threads only wait for one another
 
-_PHOTOS = (  # come with the scikit-image wheel; nothing is downloaded
-    skimage.data.astronaut,
-    skimage.data.chelsea,
-    skimage.data.coffee,
-    skimage.data.rocket,
-    skimage.data.retina,
-    skimage.data.hubble_deep_field,
-    skimage.data.immunohistochemistry,
-    lambda: skimage.data.stereo_motorcycle()[0],
-)
 _ID2LABEL = {id: f"class {id}, synonym {id}" for id in range(10)}
-
-
-@cache
-def _load_photos(resolution: int) -> torch.Tensor:
-    arrays = []
-    for photo in _PHOTOS:
-        image = PIL.Image.fromarray(photo())
-        image = PIL.ImageOps.fit(image.convert("RGB"), (resolution, resolution), PIL.Image.Resampling.BICUBIC)
-        arrays.append(np.asarray(image, dtype=np.float32) / 127.5 - 1)
-    return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous()
 
 
 @cache
 def _calibrate(region_size: int) -> dict:
     calibration = EntropyCalibration(region_size=region_size)
-    calibration.update(_load_photos(64))
+    calibration.update(load_photographs(64))
     return calibration.to_config(source="photographs of scikit-image, 64x64 centre crops")
 
 
@@ -134,13 +111,13 @@ def _make_pipeline(
 @pytest.fixture
 def photos() -> torch.Tensor:
     """Eight photographs (8, 3, 64, 64) in [-1, 1], float32."""
-    return _load_photos(64).clone()
+    return load_photographs(64).clone()
 
 
 @pytest.fixture
 def load_photos() -> Callable[[int], torch.Tensor]:
     """load_photos(resolution): the photographs at another size, (8, 3, R, R) in [-1, 1]."""
-    return lambda resolution: _load_photos(resolution).clone()
+    return lambda resolution: load_photographs(resolution).clone()
 
 
 @pytest.fixture

@@ -220,17 +220,7 @@ def test_an_unusable_image_is_left_out_and_named(make_vae, load_photos, write_ca
     vae = make_vae()
     files = [to_png(photo) for photo in load_photos(32)]
     write_cache(tmp_path / "whole", vae, files)
-    damaged = [
-        files[0],
-        b"<html>",
-        files[2],
-        files[3][:200],
-        *files[4:6],
-        b"",
-        b"",
-        b"",
-        files[0],
-    ]  # shard 2 holds no image
+    damaged = [files[0], b"<html>", files[2], files[3][:200], *files[4:6], b"", b"", b"", files[0]]  # none in shard 2
     index = write_cache(tmp_path / "damaged", vae, damaged)
     assert [(image["row"], image["name"]) for image in index["bad_images"]] == [
         (row, f"{row}.png") for row in (1, 3, 6, 7, 8)
@@ -541,10 +531,8 @@ def folder(load_photos, tmp_path) -> Path:
 
 def test_a_script_killed_again_and_again_by_one_and_by_two_processes_writes_the_same_cache(make_vae, folder, tmp_path):
     make_vae().save_pretrained(tmp_path / "vae")
-    arguments = (
-        f"{EXAMPLES / 'cache_latents.py'} --train_data_dir {folder} --vae {tmp_path / 'vae'} --resolution 32".split()
-    )
-    arguments += "--rows_per_shard 2 --encode_batch_size 2".split()
+    arguments = [EXAMPLES / "cache_latents.py", "--train_data_dir", folder, "--vae", tmp_path / "vae"]
+    arguments += "--resolution 32 --rows_per_shard 2 --encode_batch_size 2".split()
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true"}
 
     def start(launch: list[str], output: Path) -> subprocess.Popen:

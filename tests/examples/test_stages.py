@@ -7,6 +7,7 @@ import shutil
 import PIL.Image
 import pytest
 import torch
+from image_files import encode, photo, truncated_jpeg, write_tar
 from loopback_hub import TOKEN, Uploads, serve_hub
 from safetensors.torch import load_file
 from script_runs import STEPS, train
@@ -154,6 +155,27 @@ def test_unconditional_training_with_three_grains_from_images(folder, tmp_path):
     assert pipe.transformer.config.num_classes is None and pipe.transformer.config.num_grains == 3
     assert type(pipe.scheduler).__name__ == "FlowMatchEulerDiscreteScheduler"
     assert len(pipe(num_inference_steps=2).images) == 1
+
+
+def test_a_stream_of_tars_trains_and_resumes(tmp_path):
+    tars = tmp_path / "tars"
+    for i in range(2):
+        samples = {f"{j}": {"png": encode(photo(j)), "cls": str(j % 3).encode()} for j in range(4 * i, 4 * i + 4)}
+        samples["bad"] = {"png": truncated_jpeg(), "cls": b"0"}
+        write_tar(tars / f"{i}.tar", samples)
+    data = ["--train_data_dir", tars, "--streaming"]
+    weights = ["--perceptual_weight", 0, "--gan_weight", 0]
+    result = train("train_dvae.py", tmp_path / "dvae", 2, *data, "--preset", "dvae-tiny", *weights)
+    assert "tars: a stream, no classes" in result.stdout and "2 of the images could not be used" in result.stdout
+    arguments = [*data, "--vae", tmp_path / "dvae" / "vae", "--preset", "grain-tiny", "--num_classes", 3]
+    train("train_grain.py", tmp_path / "whole", STEPS, *arguments)
+    train("train_grain.py", tmp_path / "parts", 2, *arguments)
+    train("train_grain.py", tmp_path / "parts", STEPS, *arguments, "--resume_from_checkpoint", "latest")
+    whole, parts = (
+        load_file(tmp_path / run / "grain_model" / "diffusion_pytorch_model.safetensors") for run in ("whole", "parts")
+    )
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+    assert D2iTGrainModel.from_pretrained(tmp_path / "whole" / "grain_model").config.num_classes == 3
 
 
 def test_learned_variance_velocity_and_min_snr_from_given_weights_pushed_to_a_hub(d2it_arguments, tmp_path):

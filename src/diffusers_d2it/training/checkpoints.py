@@ -89,11 +89,6 @@ class Checkpoints:
             module.load_state_dict(load_file(os.path.join(folder, f"{name}.safetensors")))
         models.clear()
 
-    def found(self) -> list[tuple[int, Path]]:
-        """Step and path of every checkpoint, oldest first."""
-        matches = ((_CHECKPOINT.fullmatch(path.name), path) for path in self.output_dir.glob("checkpoint-*"))
-        return sorted((int(match[1]), path) for match, path in matches if match)
-
     def save(self, step: int) -> None:
         """Write `checkpoint-<step>` and drop the oldest ones over the limit."""
         final = self.output_dir / f"checkpoint-{step}"
@@ -106,33 +101,44 @@ class Checkpoints:
         if self.accelerator.is_main_process:
             _replace_folder(staging, final)
             if self.total_limit is not None:
-                for _, path in self.found()[: -self.total_limit]:
+                for path in found_checkpoints(self.output_dir)[: -self.total_limit]:
                     shutil.rmtree(path)
 
-    def resume(self, resume_from: str | None) -> int:
-        """Load a checkpoint and return its step; 0 without one.
-
-        Args:
-            resume_from: a path, "latest", or None.
+    def resume(self, checkpoint: Path | None) -> int:
+        """Load a checkpoint, from `find_checkpoint`, and return its step; 0 without one.
 
         Raises:
-            ValueError: the path is no checkpoint, `latest` finds none, or the checkpoint was written with other flags
-                or holds another model.
+            ValueError: the checkpoint was written with other flags or holds another model.
         """
-        if resume_from is None:
+        if checkpoint is None:
             return 0
-        if resume_from == "latest":
-            found = self.found()
-            if not found:
-                raise ValueError(f"--resume_from_checkpoint latest: no checkpoint in {self.output_dir}.")
-            path = found[-1][1]
-        else:
-            path = Path(resume_from)
-        match = _CHECKPOINT.fullmatch(path.name)
-        if match is None or not path.is_dir():
-            raise ValueError(f"--resume_from_checkpoint {path} is not a folder named checkpoint-<step>.")
-        self.accelerator.load_state(str(path))
-        return int(match[1])
+        self.accelerator.load_state(str(checkpoint))
+        return int(_CHECKPOINT.fullmatch(checkpoint.name)[1])
+
+
+def found_checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints of a run, oldest first."""
+    matches = ((_CHECKPOINT.fullmatch(path.name), path) for path in folder.glob("checkpoint-*"))
+    return [path for _, path in sorted((int(match[1]), path) for match, path in matches if match)]
+
+
+def find_checkpoint(args: argparse.Namespace) -> Path | None:
+    """The checkpoint that --resume_from_checkpoint names, a path or "latest"; None without the flag.
+
+    Raises:
+        ValueError: the path is no checkpoint, or `latest` finds none.
+    """
+    if args.resume_from_checkpoint is None:
+        return None
+    if args.resume_from_checkpoint == "latest":
+        found = found_checkpoints(Path(args.output_dir))
+        if not found:
+            raise ValueError(f"--resume_from_checkpoint latest: no checkpoint in {args.output_dir}.")
+        return found[-1]
+    path = Path(args.resume_from_checkpoint)
+    if _CHECKPOINT.fullmatch(path.name) is None or not path.is_dir():
+        raise ValueError(f"--resume_from_checkpoint {path} is not a folder named checkpoint-<step>.")
+    return path
 
 
 def _refuse_changes(what: str, found: dict, expected: dict) -> None:

@@ -10,14 +10,14 @@ from pathlib import Path
 
 import numpy as np
 import PIL.Image
-from conftest import _load_photos
+from photographs import load_photographs
 
 from diffusers_d2it.data.sources import ImageSource, add_class_arguments, add_data_arguments, load_images
 
 
 def photo(i: int = 0, resolution: int = 64) -> PIL.Image.Image:
     """Photograph i of scikit-image, RGB."""
-    pixels = _load_photos(resolution)[i % 8].permute(1, 2, 0).numpy()
+    pixels = load_photographs(resolution)[i % 8].permute(1, 2, 0).numpy()
     return PIL.Image.fromarray(((pixels + 1) * 127.5).round().astype(np.uint8))
 
 
