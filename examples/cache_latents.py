@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
-"""Encode a data set once, so that the second stage trains without the autoencoder's encoder.
+r"""Encode a data set once, so that the second stage trains without the autoencoder's encoder.
 
     accelerate launch examples/cache_latents.py --train_data_dir photos --vae runs/dvae/vae --resolution 256 \
         --output_dir cache
@@ -16,10 +16,10 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 
-from diffusers_d2it import DynamicAutoencoderKL
 from diffusers_d2it.data.latent_cache_files import LatentCachePlan, describe_vae
 from diffusers_d2it.data.latent_cache_writer import LatentCacheWriter, encode_shards
 from diffusers_d2it.data.sources import add_class_arguments, add_data_arguments, load_images
+from diffusers_d2it.training.training_data import load_autoencoder
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -46,7 +46,7 @@ def main(args: argparse.Namespace) -> None:
     torch.backends.cudnn.deterministic = True
 
     source = load_images(args)
-    vae = DynamicAutoencoderKL.from_pretrained(args.vae).requires_grad_(False).eval().to(accelerator.device)
+    vae = load_autoencoder(args.vae, args.resolution).to(accelerator.device)
     plan = LatentCachePlan(
         **describe_vae(vae),
         resolution=args.resolution,

@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
-"""Count the entropy thresholds of a data set (sec. 3.1 of arXiv:2504.09454): any fine ratio from one pass.
+r"""Count the entropy thresholds of a data set (sec. 3.1 of arXiv:2504.09454): any fine ratio from one pass.
 
     accelerate launch examples/calibrate_dvae.py --train_data_dir photos --resolution 256 --vae runs/dvae/vae
     accelerate launch examples/calibrate_dvae.py --dataset_name user/images --streaming --max_images 10000 \

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from diffusers_d2it.conversion import convert_autoencoder_kl
-from diffusers_d2it.training.checkpoints import save_aside
+from diffusers_d2it.conversion.report import save_converted
 
 
 def parse_args() -> argparse.Namespace:
@@ -41,12 +41,7 @@ def main(args: argparse.Namespace) -> None:
     calibration = None if args.calibration is None else json.loads(args.calibration.read_text(encoding="utf-8"))
     model, report = convert_autoencoder_kl(args.source, calibration=calibration)
     print(report)
-
-    def save(folder: str) -> None:
-        model.save_pretrained(folder)
-        (Path(folder) / "conversion.json").write_text(report.to_json(), encoding="utf-8")
-
-    save_aside(save, args.output)
+    save_converted(model, report, args.output)
     print(f"{args.output}: {model.num_parameters() / 1e6:.1f}M parameters")
 
 

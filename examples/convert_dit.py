@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from diffusers_d2it.conversion import convert_diffusers_dit, convert_dit_checkpoint
-from diffusers_d2it.training.checkpoints import save_aside
+from diffusers_d2it.conversion.report import save_converted
 
 
 def parse_args() -> argparse.Namespace:
@@ -51,12 +51,7 @@ def main(args: argparse.Namespace) -> None:
         shift = 1.0 if args.frequency_shift is None else args.frequency_shift
         model, report = convert_diffusers_dit(args.source, frequency_shift=shift, **options)
     print(report)
-
-    def save(folder: str) -> None:
-        model.save_pretrained(folder)
-        (Path(folder) / "conversion.json").write_text(report.to_json(), encoding="utf-8")
-
-    save_aside(save, args.output)
+    save_converted(model, report, args.output)
     print(f"{args.output}: {model.num_parameters() / 1e6:.1f}M parameters")
 
 

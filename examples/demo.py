@@ -47,17 +47,19 @@ def draw_grid(names: list[str], images: list[Image.Image], maps: list[Image.Imag
 def main(args: argparse.Namespace) -> None:
     pipe = D2iTPipeline.from_pretrained(args.checkpoint)
     pipe = pipe.to("cuda" if torch.cuda.is_available() else "cpu")
-    names = args.class_labels or list(pipe.id2label.values())
+    names = args.class_labels or list((pipe.id2label or {}).values())
     generator = torch.Generator().manual_seed(args.seed)
     output = pipe(
-        names,
+        names or None,
+        num_images_per_prompt=1 if names else 2 * COLUMNS,  # an unconditional model has no names to draw
         num_inference_steps=args.num_inference_steps,
         guidance_scale=args.guidance_scale,
         generator=generator,
     )
     maps = [visualize_grain_map(image, grain_map) for image, grain_map in zip(output.images, output.grain_maps)]
+    names = names or [f"sample {i + 1}" for i in range(len(maps))]
     draw_grid(names, output.images, maps).save(args.output)
-    print(f"{args.output}: {len(names)} samples, each beside its grain map (red fine, blue coarse)")
+    print(f"{args.output}: {len(maps)} samples, each beside its grain map (red fine, blue coarse)")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
-"""Stage 2 (b): train a D2iTContentModel (sec. 3.2.3 of arXiv:2504.09454) and put the pipeline together.
+r"""Stage 2 (b): train a D2iTContentModel (sec. 3.2.3 of arXiv:2504.09454) and put the pipeline together.
 
     accelerate launch examples/train_d2it.py --latent_cache cache --vae runs/dvae/vae --grain runs/grain \
         --preset content-b --resolution 256 --train_batch_size 32 --max_train_steps 400000 --output_dir runs/d2it
@@ -37,29 +37,29 @@ from diffusers_d2it.losses import multi_grained_loss, variance_loss
 from diffusers_d2it.objectives import OBJECTIVES, DiffusionObjective, FlowMatchingObjective, make_objective
 from diffusers_d2it.training.alignment import Alignment
 from diffusers_d2it.training.arguments import (
-    add_cache_argument,
+    add_second_stage_arguments,
     add_training_arguments,
     make_accelerator,
     make_parser,
 )
 from diffusers_d2it.training.checkpoints import Checkpoints, find_checkpoint, save_aside, use_ema
-from diffusers_d2it.training.steps import draw_fine_ratio, drop_labels
-from diffusers_d2it.training.training_data import load_training_data
+from diffusers_d2it.training.steps import LossMeans, draw_fine_ratio, drop_labels
+from diffusers_d2it.training.training_data import identity_of, load_autoencoder, load_training_data
 from diffusers_d2it.training.vision_features import VisionFeatures
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = make_parser(__doc__)
     add_data_arguments(parser)
-    add_cache_argument(parser)
+    add_second_stage_arguments(parser)
     add_class_arguments(parser)
     add_training_arguments(parser)
     add_hub_arguments(parser)
     group = parser.add_argument_group("content model")
-    group.add_argument("--vae", required=True, help="folder or Hub name of a DynamicAutoencoderKL from train_dvae.py")
     group.add_argument("--grain", required=True, help="output folder of train_grain.py")
-    group.add_argument("--preset", default="content-b", help="a preset, or a JSON file with a model's configuration")
-    group.add_argument("--init_from", help="folder of a D2iTContentModel to start from, such as convert_dit.py's")
+    start = group.add_mutually_exclusive_group()
+    start.add_argument("--preset", default="content-b", help="a preset, or a JSON file with a model's configuration")
+    start.add_argument("--init_from", help="folder of a D2iTContentModel to start from, such as convert_dit.py's")
     group.add_argument("--objective", choices=OBJECTIVES, default="epsilon", help="what is predicted")
     group.add_argument("--learn_sigma", action="store_true", help="predict the variance too, trained by the VLB")
     group.add_argument("--snr_gamma", type=float, help="min-SNR weighting of the timesteps; 5 is usual")
@@ -139,7 +139,7 @@ def main(args: argparse.Namespace) -> None:
     checkpoint = find_checkpoint(args)
 
     # 1. Data
-    vae = DynamicAutoencoderKL.from_pretrained(args.vae).requires_grad_(False).eval().to(accelerator.device)
+    vae = load_autoencoder(args.vae, args.resolution).to(accelerator.device)
     bad_images = BadImages(os.path.join(args.output_dir, "bad_images.jsonl"))
     data = load_training_data(accelerator, args, vae, bad_images)
     num_classes = data.num_classes
@@ -177,9 +177,9 @@ def main(args: argparse.Namespace) -> None:
     if features is not None:
         alignment = accelerator.prepare(alignment)
     ema.to(accelerator.device)
-    checkpoints = Checkpoints(accelerator, args, transformer, ema, others)
+    checkpoints = Checkpoints(accelerator, args, transformer, ema, others, identity_of(data, vae))
     step = checkpoints.resume(checkpoint)
-    accelerator.init_trackers("train_d2it")
+    accelerator.init_trackers("train_d2it", config=checkpoints.scalars())
     pipe = D2iTPipeline(
         vae=vae,
         grain_model=D2iTGrainModel.from_pretrained(args.grain, subfolder="grain_model").to(accelerator.device),
@@ -191,6 +191,7 @@ def main(args: argparse.Namespace) -> None:
     pipe.set_progress_bar_config(disable=True)
 
     # 3. Train
+    means = LossMeans(accelerator)
     progress = tqdm(total=args.max_train_steps, initial=step, disable=not accelerator.is_main_process)
     batch_index = step * args.gradient_accumulation_steps
     batches = batches_from(accelerator, loader, batch_index)
@@ -221,6 +222,7 @@ def main(args: argparse.Namespace) -> None:
                 accelerator.clip_grad_norm_(trained, args.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad()
+        means.add(losses)
         if not accelerator.sync_gradients:
             continue
         lr_scheduler.step()
@@ -228,8 +230,9 @@ def main(args: argparse.Namespace) -> None:
         step += 1
 
         progress.update()
-        progress.set_postfix(loss=f"{losses['loss'].item():.4f}")
-        accelerator.log({name: value.item() for name, value in losses.items()}, step=step)
+        values = means.take()
+        progress.set_postfix(loss=f"{values['loss']:.4f}")
+        accelerator.log(values, step=step)
         if step % args.checkpointing_steps == 0 or step == args.max_train_steps:
             checkpoints.save(step)
         if accelerator.is_main_process and (step % args.validation_steps == 0 or step == args.max_train_steps):
@@ -244,8 +247,10 @@ def main(args: argparse.Namespace) -> None:
             model.register_to_config(_name_or_path=None)  # where they were loaded from is nobody's business
         folder = os.path.join(args.output_dir, "pipeline")
         save_aside(pipe.save_pretrained, folder)
+        print(f"{folder}: the pipeline after {step} steps")
         if bad_images.summary():
             print(bad_images.summary())
+    accelerator.wait_for_everyone()
     accelerator.end_training()
     if accelerator.is_main_process:
         publish(
@@ -254,6 +259,7 @@ def main(args: argparse.Namespace) -> None:
             folder,
             train_data=data.description,
             sample_image=os.path.join(args.output_dir, "samples", f"step-{step:07d}.png"),
+            built_on=(args.vae, args.grain),
         )
 
 

@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
-"""Stage 1: train a DynamicAutoencoderKL (sec. 3.1 of arXiv:2504.09454).
+r"""Stage 1: train a DynamicAutoencoderKL (sec. 3.1 of arXiv:2504.09454).
 
     accelerate launch examples/train_dvae.py --train_data_dir photos --preset dvae-f8f16 --resolution 256 \
         --train_batch_size 16 --max_train_steps 100000 --output_dir runs/dvae
@@ -13,7 +13,7 @@ thresholds of the data first, and measures the scale of the latents and the qual
 import argparse
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from functools import partial
 
 import torch
@@ -35,9 +35,9 @@ from diffusers_d2it.training.arguments import add_training_arguments, make_accel
 from diffusers_d2it.training.checkpoints import Checkpoints, find_checkpoint, save_aside, use_ema
 from diffusers_d2it.training.measures import count_entropy, measure_latents
 from diffusers_d2it.training.perceptual import load_perceptual_loss
-from diffusers_d2it.training.reconstruction import reconstruction_scores
-from diffusers_d2it.training.steps import draw_fine_ratio
-from diffusers_d2it.training.vision_features import fid_features
+from diffusers_d2it.training.reconstruction import make_fid, reconstruction_scores
+from diffusers_d2it.training.steps import LossMeans, draw_fine_ratio
+from diffusers_d2it.training.training_data import check_resolution
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -46,8 +46,9 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     add_training_arguments(parser)
     add_hub_arguments(parser)
     group = parser.add_argument_group("autoencoder")
-    group.add_argument("--preset", default="dvae-f8f16", help="a preset, or a JSON file with a model's configuration")
-    group.add_argument("--init_from", help="folder of a DynamicAutoencoderKL, such as convert_autoencoder_kl.py's")
+    start = group.add_mutually_exclusive_group()
+    start.add_argument("--preset", default="dvae-f8f16", help="a preset, or a JSON file with a model's configuration")
+    start.add_argument("--init_from", help="folder of a DynamicAutoencoderKL, such as convert_autoencoder_kl.py's")
     group.add_argument(
         "--freeze_fine_path",
         action="store_true",
@@ -60,7 +61,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     group.add_argument(
         "--calibration_images",
         type=int,
-        default=50_000,
+        default=10_000,
         help="images to measure thresholds, latent scale and reconstructions on",
     )
     group.add_argument("--fid_model", help="score rFID with 'inception' or a vision model of transformers")
@@ -68,6 +69,8 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(arguments)
     if args.freeze_fine_path and args.init_from is None:
         parser.error("--freeze_fine_path keeps what --init_from brings: pass both")
+    if args.mixed_precision == "fp16" and args.gan_weight > 0:
+        parser.error("--mixed_precision fp16 cannot scale two losses: pass bf16, or --gan_weight 0")
     if args.freeze_fine_path and args.gan_weight > 0:
         parser.error("--freeze_fine_path freezes the layer that weighs the adversarial loss: pass --gan_weight 0")
     return args
@@ -120,23 +123,27 @@ def validate(vae: DynamicAutoencoderKL, pixels: torch.Tensor, path: str) -> dict
     return {f"{name}_{ratio}": scores[ratio][name] for ratio in scores for name in ("psnr", "ssim")}
 
 
-def finish(
-    vae: DynamicAutoencoderKL, batches: Callable[[], Iterable[torch.Tensor]], args: argparse.Namespace
+def measure_scale(vae: DynamicAutoencoderKL, batches: Iterable[torch.Tensor], seed: int) -> None:
+    """Measure the scale of the latents into the configuration."""
+    generator = torch.Generator(vae.device).manual_seed(seed)
+    latents = measure_latents(vae, tqdm(batches, desc="latents"), generator)
+    vae.register_to_config(shift_factor=latents["shift_factor"], scaling_factor=latents["scaling_factor"])
+    print(json.dumps(latents, indent=2))
+
+
+def score(
+    vae: DynamicAutoencoderKL, batches: Iterable[torch.Tensor], fid: torch.nn.Module | None, args: argparse.Namespace
 ) -> dict[str, dict]:
-    """Measure the scale of the latents into the configuration, and reconstructions of the same images for the card."""
-    if not args.freeze_fine_path:
-        generator = torch.Generator(vae.device).manual_seed(args.seed)
-        latents = measure_latents(vae, tqdm(batches(), desc="latents"), generator)
-        vae.register_to_config(shift_factor=latents["shift_factor"], scaling_factor=latents["scaling_factor"])
-        print(json.dumps(latents, indent=2))
-    features = None if args.fid_model is None else fid_features(args.fid_model)
-    scores = reconstruction_scores(vae, tqdm(batches(), desc="reconstructions"), fid_features=features)
+    """Figures of reconstructions with their protocol, for the model card."""
+    scores = reconstruction_scores(vae, tqdm(batches, desc="reconstructions"), fid=fid)
     protocol = (
         f"mode of the posterior at the default fine ratio (fine share {scores['fine_share']:.3f}), the averaged"
         f" weights, {scores['num_images']} of the training images, {args.resolution}x{args.resolution}, torchmetrics"
     )
-    units = {"psnr": "PSNR in dB", "ssim": "SSIM", "rfid": f"rFID with features of {args.fid_model}"}
-    return {units[name]: {"value": round(scores[name], 4), "protocol": protocol} for name in units if name in scores}
+    names = {"psnr": "PSNR in dB", "ssim": "SSIM", "rfid": f"rFID with features of {args.fid_model}"}
+    return {
+        name: {"value": round(scores[key], 4), "protocol": protocol} for key, name in names.items() if key in scores
+    }
 
 
 def main(args: argparse.Namespace) -> None:
@@ -151,8 +158,10 @@ def main(args: argparse.Namespace) -> None:
             f" {args.max_train_steps}: it trains without the PatchGAN"
         )
     perceptual = None
+    check_resolution(args.resolution, region_size(args))
     if args.perceptual_weight > 0:
         perceptual = load_perceptual_loss().to(accelerator.device)
+    fid = None if args.fid_model is None else make_fid(args.fid_model)  # what is missing is missed now
 
     # 1. Data and thresholds
     source = load_images(args).shuffled(args.seed)  # the first images are then a fair sample
@@ -200,11 +209,12 @@ def main(args: argparse.Namespace) -> None:
         DvaeStep(vae), optimizer, loader, lr_scheduler, critic, critic_optimizer
     )
     ema.to(accelerator.device)
-    checkpoints = Checkpoints(accelerator, args, vae, ema, {"discriminator": critic})
+    checkpoints = Checkpoints(accelerator, args, vae, ema, {"discriminator": critic}, {"data": dataset.fingerprint})
     step = checkpoints.resume(checkpoint)
-    accelerator.init_trackers("train_dvae")
+    accelerator.init_trackers("train_dvae", config=checkpoints.scalars())
 
     # 3. Train
+    means = LossMeans(accelerator)
     progress = tqdm(total=args.max_train_steps, initial=step, disable=not accelerator.is_main_process)
     batch_index = step * args.gradient_accumulation_steps
     batches = batches_from(accelerator, loader, batch_index)
@@ -243,6 +253,7 @@ def main(args: argparse.Namespace) -> None:
                     accelerator.clip_grad_norm_(discriminator.parameters(), args.max_grad_norm)
                 critic_optimizer.step()
                 critic_optimizer.zero_grad()
+        means.add(losses)
         if not accelerator.sync_gradients:
             continue
         lr_scheduler.step()
@@ -250,8 +261,9 @@ def main(args: argparse.Namespace) -> None:
         step += 1
 
         progress.update()
-        progress.set_postfix(loss=f"{losses['loss'].item():.4f}")
-        accelerator.log({name: value.item() for name, value in losses.items()}, step=step)
+        values = means.take()
+        progress.set_postfix(loss=f"{values['loss']:.4f}")
+        accelerator.log(values, step=step)
         if step % args.checkpointing_steps == 0 or step == args.max_train_steps:
             checkpoints.save(step)
         if accelerator.is_main_process and (step % args.validation_steps == 0 or step == args.max_train_steps):
@@ -265,11 +277,15 @@ def main(args: argparse.Namespace) -> None:
         vae.eval()
         limit = args.calibration_images
         measured = partial(first_batches, source, args.resolution, args.train_batch_size, limit, bad_images)
-        figures = finish(vae, measured, args)
+        if not args.freeze_fine_path:
+            measure_scale(vae, measured(), args.seed)
         folder = os.path.join(args.output_dir, "vae")
         save_aside(vae.save_pretrained, folder)
+        print(f"{folder}: the autoencoder after {step} steps")
+        figures = score(vae, measured(), fid, args)
         if bad_images.summary():
             print(bad_images.summary())
+    accelerator.wait_for_everyone()
     accelerator.end_training()
     if accelerator.is_main_process:
         publish(

@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
-"""Stage 2 (a): train a D2iTGrainModel (sec. 3.2.2 of arXiv:2504.09454) on the grain maps of images.
+r"""Stage 2 (a): train a D2iTGrainModel (sec. 3.2.2 of arXiv:2504.09454) on the grain maps of images.
 
     accelerate launch examples/train_grain.py --latent_cache cache --vae runs/dvae/vae --preset grain-s \
         --resolution 256 --train_batch_size 64 --max_train_steps 100000 --output_dir runs/grain
@@ -21,7 +21,7 @@ from diffusers.utils import make_image_grid
 from PIL import Image
 from tqdm.auto import tqdm
 
-from diffusers_d2it import D2iTGrainModel, DynamicAutoencoderKL, load_preset, visualize_grain_map
+from diffusers_d2it import D2iTGrainModel, load_preset, visualize_grain_map
 from diffusers_d2it.data.bad_images import BadImages
 from diffusers_d2it.data.latent_cache import read_entropy
 from diffusers_d2it.data.loaders import batches_from, make_loader, step_generator
@@ -31,25 +31,24 @@ from diffusers_d2it.grains import fine_share, grain_map_from_entropy
 from diffusers_d2it.hub import add_hub_arguments, check_hub_arguments, publish
 from diffusers_d2it.losses import grain_loss
 from diffusers_d2it.training.arguments import (
-    add_cache_argument,
+    add_second_stage_arguments,
     add_training_arguments,
     make_accelerator,
     make_parser,
 )
 from diffusers_d2it.training.checkpoints import Checkpoints, find_checkpoint, save_aside, use_ema
-from diffusers_d2it.training.steps import draw_fine_ratio, drop_labels
-from diffusers_d2it.training.training_data import load_training_data
+from diffusers_d2it.training.steps import LossMeans, draw_fine_ratio, drop_labels
+from diffusers_d2it.training.training_data import identity_of, load_autoencoder, load_training_data
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = make_parser(__doc__)
     add_data_arguments(parser)
-    add_cache_argument(parser)
+    add_second_stage_arguments(parser)
     add_class_arguments(parser)
     add_training_arguments(parser)
     add_hub_arguments(parser)
     group = parser.add_argument_group("grain model")
-    group.add_argument("--vae", required=True, help="folder or Hub name of a calibrated DynamicAutoencoderKL")
     group.add_argument("--preset", default="grain-s", help="a preset, or a JSON file with a model's configuration")
     group.add_argument("--ratio_dropout", type=float, default=0.5, help="share of maps trained without their ratio")
     return parser.parse_args(arguments)
@@ -74,7 +73,7 @@ def main(args: argparse.Namespace) -> None:
     checkpoint = find_checkpoint(args)
 
     # 1. Data
-    vae = DynamicAutoencoderKL.from_pretrained(args.vae)
+    vae = load_autoencoder(args.vae, args.resolution)
     bad_images = BadImages(os.path.join(args.output_dir, "bad_images.jsonl"))
     data = load_training_data(accelerator, args, vae, bad_images, moments=False)
     num_classes = data.num_classes
@@ -106,15 +105,16 @@ def main(args: argparse.Namespace) -> None:
     )
     model, optimizer, loader, lr_scheduler = accelerator.prepare(grain_model, optimizer, loader, lr_scheduler)
     ema.to(accelerator.device)
-    checkpoints = Checkpoints(accelerator, args, grain_model, ema)
+    checkpoints = Checkpoints(accelerator, args, grain_model, ema, identity=identity_of(data, vae))
     step = checkpoints.resume(checkpoint)
-    accelerator.init_trackers("train_grain")
+    accelerator.init_trackers("train_grain", config=checkpoints.scalars())
     sample_labels = None
     if num_classes is not None:
         sample_labels = torch.tensor([sorted(data.id2label)[i % len(data.id2label)] for i in range(16)])
         sample_labels = sample_labels.to(accelerator.device)
 
     # 3. Train
+    means = LossMeans(accelerator)
     progress = tqdm(total=args.max_train_steps, initial=step, disable=not accelerator.is_main_process)
     batch_index = step * args.gradient_accumulation_steps
     batches = batches_from(accelerator, loader, batch_index)
@@ -142,6 +142,7 @@ def main(args: argparse.Namespace) -> None:
                 accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad()
+        means.add(losses)
         if not accelerator.sync_gradients:
             continue
         lr_scheduler.step()
@@ -149,8 +150,9 @@ def main(args: argparse.Namespace) -> None:
         step += 1
 
         progress.update()
-        progress.set_postfix(loss=f"{losses['loss'].item():.4f}")
-        accelerator.log({name: value.item() for name, value in losses.items()}, step=step)
+        values = means.take()
+        progress.set_postfix(loss=f"{values['loss']:.4f}")
+        accelerator.log(values, step=step)
         if step % args.checkpointing_steps == 0 or step == args.max_train_steps:
             checkpoints.save(step)
         if accelerator.is_main_process and (step % args.validation_steps == 0 or step == args.max_train_steps):
@@ -163,8 +165,10 @@ def main(args: argparse.Namespace) -> None:
         ema.copy_to(grain_model.parameters())
         save_aside(grain_model.save_pretrained, os.path.join(args.output_dir, "grain_model"))
         save_aside(scheduler.save_pretrained, os.path.join(args.output_dir, "grain_scheduler"))
+        print(f"{args.output_dir}: grain_model and grain_scheduler after {step} steps")
         if bad_images.summary():
             print(bad_images.summary())
+    accelerator.wait_for_everyone()
     accelerator.end_training()
     if accelerator.is_main_process:
         publish(

@@ -25,7 +25,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from .escaping import printable
-from .model_card import check_license, make_model_card
+from .model_card import check_license, commands_of, make_model_card
 
 
 SAMPLES = "samples.png"
@@ -262,6 +262,7 @@ def publish(
     figures: dict | None = None,
     limits: list[str] | None = None,
     subfolder: str | None = None,
+    built_on: tuple[str, ...] = (),
 ) -> str | None:
     """Write the model card of a finished training into its folder, and push the folder with --push_to_hub.
 
@@ -276,6 +277,7 @@ def publish(
         sample_image: a PNG of the last validation, which becomes samples.png.
         sample_caption, figures, limits: as for `make_model_card`.
         subfolder: folder inside `folder` that holds the model, if it is not at the top.
+        built_on: outputs of earlier stages; the commands of their cards come first in this one.
 
     Returns:
         Address of the commit; None without --push_to_hub.
@@ -294,7 +296,7 @@ def publish(
         license=args.license,
         train_data=train_data,
         datasets=[dataset] if dataset is not None and _is_on_hub(dataset) else None,
-        commands=[_command(num_processes)],
+        commands=[*(line for stage in built_on for line in commands_of(stage)), _command(num_processes)],
         figures=figures,
         sample_image=None if sample_image is None else SAMPLES,
         sample_caption=sample_caption,

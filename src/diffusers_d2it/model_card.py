@@ -7,7 +7,9 @@ it is shown, and never becomes Markdown, HTML, YAML or an escape sequence of a t
 """
 
 import math
+import os
 import re
+from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline
@@ -112,6 +114,15 @@ def make_model_card(
         metadata.eval_results = results
     body = "\n\n".join(section for section in sections if section)
     return ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n{body}\n")
+
+
+def commands_of(folder: str | os.PathLike) -> list[str]:
+    """The training commands in the card of a local folder, from `make_model_card`; none for a name of the Hub."""
+    card = Path(folder) / "README.md"
+    if not card.is_file():
+        return []
+    section = re.search(r"^## Commands\n\n(`{3,})bash\n(.*?)\n\1$", card.read_text(encoding="utf-8"), re.M | re.S)
+    return [section[2]] if section else []
 
 
 def check_license(license: str | None) -> None:

@@ -136,7 +136,7 @@ def test_first_frame_of_an_animation(format):
 
 def test_what_is_no_image():
     assert "empty" in refuse(b"")
-    assert "no image" in refuse(b"<!DOCTYPE html><html><body>404</body></html>")
+    assert "Pillow cannot read it as any of AVIF, BMP" in refuse(b"<!DOCTYPE html><html><body>404</body></html>")
     assert "holds no image" in refuse(None)
     assert "no such file" in refuse(None, "/no/where.png")
     eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\nshowpage\n"  # Pillow would start Ghostscript

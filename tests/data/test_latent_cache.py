@@ -24,7 +24,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration
 from script_runs import EXAMPLES, TWO_PROCESSES
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, default_collate
 
 from diffusers_d2it.data import latent_cache_writer
 from diffusers_d2it.data.images import to_pixels
@@ -120,7 +120,7 @@ def test_codes_are_those_of_the_encoder_at_every_fine_ratio(num_grains, make_vae
         flips = [random.Random(f"3/{epoch}/{i}").random() < 0.5 for i in range(8)]  # those of ImageDataset
         flipped_photos += sum(flips)
         pixels = torch.stack([photo.flip(-1) if flip else photo for photo, flip in zip(photos, flips)])
-        batch = next(iter(DataLoader(cache, batch_size=8)))
+        batch = next(iter(DataLoader(cache, batch_size=8, collate_fn=cache.collate)))
         (moments, entropy), direct = read_codes(vae, batch), read_codes(vae, {"pixels": pixels})
         assert len(moments) == len(direct[0]) == num_grains
         for cached, encoded in zip(moments, direct[0]):
@@ -171,7 +171,7 @@ def test_a_cache_without_flips_holds_and_gives_the_images_alone(make_vae, write_
     cache = LatentCache(tmp_path / "one", vae, seed=0)
     for epoch in range(2):
         cache.set_epoch(epoch)
-        batch = next(iter(DataLoader(cache, batch_size=8)))
+        batch = next(iter(DataLoader(cache, batch_size=8, collate_fn=cache.collate)))
         assert torch.equal(batch["entropy"], vae.region_entropy(pixels))
         for cached, encoded in zip(batch["moments"], vae.encode_grains(pixels)):
             torch.testing.assert_close(cached, encoded, rtol=2**-10, atol=2**-14)
@@ -182,6 +182,17 @@ def test_a_cache_read_for_entropy_alone_leaves_the_moments(cache, make_vae):
     items = [LatentCache(cache, vae, seed=0, moments=moments)[5] for moments in (True, False)]
     assert items[0].keys() - items[1].keys() == {"moments"}
     assert torch.equal(items[0]["entropy"], items[1]["entropy"])
+
+
+def test_a_batch_is_its_items_stacked(cache, make_vae):
+    for moments in (True, False):
+        data = LatentCache(cache, make_vae(), seed=0, moments=moments)
+        (batch,) = DataLoader(data, batch_size=8, collate_fn=data.collate)
+        items = default_collate([data[i] for i in range(8)])
+        assert batch.keys() == items.keys() and ("moments" in batch) == moments
+        assert torch.equal(batch["entropy"], items["entropy"])
+        assert torch.equal(batch["class_labels"], items["class_labels"])
+        assert all(torch.equal(a, b) for a, b in zip(batch.get("moments", []), items.get("moments", []), strict=True))
 
 
 def test_workers_do_not_change_the_batches_of_training(cache, make_vae):
@@ -569,7 +580,7 @@ def test_a_script_killed_again_and_again_by_one_and_by_two_processes_writes_the_
     assert not [path for path in killed.iterdir() if path.is_dir()]
 
     (bad,) = json.loads((killed / "index.json").read_text())["bad_images"]
-    assert bad["name"].endswith("earth/30.png") and "no image" in bad["reason"]
+    assert bad["name"].endswith("earth/30.png") and bad["row"] == 15 and bad["reason"]
     data = LatentCache(killed, make_vae(), seed=0, resolution=32)
     assert len(data) == 47 and data.id2label == {0: "earth", 1: "sky"}
     assert data.description == "photos, split train, 32x32"

@@ -20,14 +20,14 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def dvae_arguments(folder) -> list:
-    """The discriminator joins at the fourth step."""
-    return ["--train_data_dir", folder, "--preset", "dvae-tiny", "--perceptual_weight", 0, "--gan_start_step", 3]
+    """The discriminator joins at the fourth step; a preset or a start is still to be named."""
+    return ["--train_data_dir", folder, "--perceptual_weight", 0, "--gan_start_step", 3]
 
 
 @pytest.fixture(scope="session")
 def dvae(dvae_arguments, tmp_path_factory) -> Path:
     output = tmp_path_factory.mktemp("runs") / "dvae"
-    train("train_dvae.py", output, STEPS, *dvae_arguments, "--report_to", "tensorboard")
+    train("train_dvae.py", output, STEPS, *dvae_arguments, "--preset", "dvae-tiny", "--report_to", "tensorboard")
     return output
 
 
@@ -54,12 +54,12 @@ def grain(grain_arguments, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def d2it_arguments(cache, dvae, grain) -> list:
-    arguments = ["--latent_cache", cache, "--preset", "content-tiny", "--vae", dvae / "vae", "--grain", grain]
-    return [*arguments, "--fine_ratio", 0.3, 0.8]
+    """A preset or a start is still to be named."""
+    return ["--latent_cache", cache, "--vae", dvae / "vae", "--grain", grain, "--fine_ratio", 0.3, 0.8]
 
 
 @pytest.fixture(scope="session")
 def d2it(d2it_arguments, tmp_path_factory) -> Path:
     output = tmp_path_factory.mktemp("runs") / "d2it"
-    train("train_d2it.py", output, STEPS, *d2it_arguments)
+    train("train_d2it.py", output, STEPS, *d2it_arguments, "--preset", "content-tiny")
     return output

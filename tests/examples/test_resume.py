@@ -20,8 +20,17 @@ def assert_same_run(a: Path, b: Path) -> None:
 
 def test_interrupted_autoencoder_run_ends_in_the_same_weights(dvae, dvae_arguments, tmp_path):
     # Resumed after step 4, the discriminator's first
-    train("train_dvae.py", tmp_path, 4, *dvae_arguments)
-    train("train_dvae.py", tmp_path, STEPS, *dvae_arguments, "--resume_from_checkpoint", "latest")
+    train("train_dvae.py", tmp_path, 4, *dvae_arguments, "--preset", "dvae-tiny")
+    train(
+        "train_dvae.py",
+        tmp_path,
+        STEPS,
+        *dvae_arguments,
+        "--preset",
+        "dvae-tiny",
+        "--resume_from_checkpoint",
+        "latest",
+    )
     assert (tmp_path / f"checkpoint-{STEPS}" / "discriminator.safetensors").is_file()
     assert_same_run(dvae, tmp_path)
 
@@ -34,14 +43,14 @@ def test_interrupted_grain_run_with_accumulation_ends_in_the_same_weights(grain,
 
 
 def test_interrupted_content_run_ends_in_the_same_weights(d2it, d2it_arguments, tmp_path):
-    train("train_d2it.py", tmp_path, 3, *d2it_arguments, "--dataloader_num_workers", 1)
+    train("train_d2it.py", tmp_path, 3, *d2it_arguments, "--preset", "content-tiny", "--dataloader_num_workers", 1)
     resume = ["--resume_from_checkpoint", tmp_path / "checkpoint-2"]
-    train("train_d2it.py", tmp_path, STEPS, *d2it_arguments, *resume)
+    train("train_d2it.py", tmp_path, STEPS, *d2it_arguments, "--preset", "content-tiny", *resume)
     assert_same_run(d2it, tmp_path)
 
 
 def test_two_processes_share_the_work(d2it_arguments, tmp_path):
-    arguments = [*d2it_arguments, "--train_batch_size", 1]
+    arguments = [*d2it_arguments, "--preset", "content-tiny", "--train_batch_size", 1]
     train("train_d2it.py", tmp_path, 2, *arguments, launch=TWO_PROCESSES, ACCELERATE_USE_CPU="true")
     states = sorted(path.name for path in (tmp_path / "checkpoint-2").glob("random_states_*"))
     assert states == ["random_states_0.pkl", "random_states_1.pkl"]
@@ -54,14 +63,14 @@ def test_two_processes_share_the_work(d2it_arguments, tmp_path):
 
 
 def test_a_finished_folder_is_not_overwritten(dvae, dvae_arguments):
-    result = train("train_dvae.py", dvae, STEPS, *dvae_arguments, expect_failure=True)
+    result = train("train_dvae.py", dvae, STEPS, *dvae_arguments, "--preset", "dvae-tiny", expect_failure=True)
     assert "is not empty, it holds checkpoint-2" in result.stderr
 
 
 def test_flags_that_change_the_result_must_be_those_of_the_checkpoint(grain, grain_arguments, tmp_path):
     arguments = [*grain_arguments, "--resume_from_checkpoint", grain / "checkpoint-4", "--seed", 8]
     result = train("train_grain.py", tmp_path / "run", 6, *arguments, expect_failure=True)
-    assert "checkpoint-4 was written with other flags: seed: found 7, now 8." in result.stderr
+    assert "checkpoint-4 is of another run: seed: found 7, now 8." in result.stderr
 
 
 def test_another_number_of_classes_is_refused_on_resume(grain, dvae, folder, tmp_path):
@@ -92,5 +101,16 @@ def test_arguments_that_contradict_one_another_are_named(d2it_arguments, tmp_pat
 
 def test_alignment_from_a_cache_is_refused(d2it_arguments, tmp_path, capsys):
     with pytest.raises(SystemExit):
-        call("train_d2it.py", "--output_dir", tmp_path, "--max_train_steps", 1, *d2it_arguments, "--repa_model", "x")
+        call(
+            "train_d2it.py",
+            "--output_dir",
+            tmp_path,
+            "--max_train_steps",
+            1,
+            *d2it_arguments,
+            "--preset",
+            "content-tiny",
+            "--repa_model",
+            "x",
+        )
     assert "--repa_model needs the images" in capsys.readouterr().err

@@ -43,12 +43,6 @@ def test_it_learns_to_tell_photographs_from_blurred_ones(photos):
     assert all(not torch.equal(before[name], value) for name, value in discriminator.state_dict().items())
 
 
-def test_it_saves_and_loads(tmp_path, photos):
-    discriminator = PatchDiscriminator(base_channels=16)
-    discriminator.save_pretrained(tmp_path)
-    assert torch.equal(PatchDiscriminator.from_pretrained(tmp_path)(photos), discriminator(photos))
-
-
 @pytest.mark.parametrize("width", [0, 4, 12])
 def test_a_width_that_the_norms_cannot_divide_is_named(width):
     with pytest.raises(ValueError, match="`base_channels`"):

@@ -9,7 +9,8 @@ from transformers import Dinov2Config, Dinov2Model, ViTConfig, ViTModel
 
 from diffusers_d2it.grains import tie
 from diffusers_d2it.training.alignment import Alignment
-from diffusers_d2it.training.vision_features import PooledFeatures, VisionFeatures, fid_features
+from diffusers_d2it.training.reconstruction import make_fid
+from diffusers_d2it.training.vision_features import PooledFeatures, VisionFeatures
 
 
 @pytest.fixture(params=["dinov2", "vit"])
@@ -87,7 +88,11 @@ def test_what_cannot_be_aligned_is_named(tmp_path, make_content_model):
 
 
 def test_features_for_an_rfid(vision_model, photos):
-    features = fid_features(vision_model)
-    assert isinstance(features, PooledFeatures) and features.num_features == 16
+    features = PooledFeatures(vision_model)
+    assert features.num_features == 16
     assert features((photos + 1) / 2).shape == (8, 16)
-    assert fid_features("inception") == 2048
+    torch.testing.assert_close(features((photos + 1) / 2), VisionFeatures(vision_model)(photos).mean(dim=1))
+    fid = make_fid(vision_model)
+    fid.update((photos + 1) / 2, real=True)
+    fid.update((photos + 1) / 2, real=False)
+    assert fid.compute().item() == pytest.approx(0, abs=1e-4)

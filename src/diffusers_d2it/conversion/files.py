@@ -80,8 +80,11 @@ def _weight_files(folder: Path) -> list[Path]:
             return [folder / name]
         index = folder / f"{name}.index.json"
         if index.is_file():
-            shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-            return [folder / shard for shard in sorted(set(shards))]
+            shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            for shard in shards:
+                if Path(shard).name != shard:  # "../other/model" or "/etc/..." in a file from somebody else
+                    raise ValueError(f"{index} must name files beside it, got {shard!r}.")
+            return [folder / shard for shard in shards]
     raise ValueError(f"{folder} holds neither diffusion_pytorch_model.safetensors nor diffusion_pytorch_model.bin.")
 
 

@@ -5,9 +5,13 @@ import json
 import re
 from collections import Counter
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 
 import torch
+from diffusers import ModelMixin
 from torch import nn
+
+from ..training.checkpoints import save_aside
 
 
 @dataclass
@@ -138,3 +142,13 @@ def _modules(*keys: str) -> str:
 
 def _first(keys: list[str]) -> str:
     return ", ".join(f"`{key}`" for key in keys[:5]) + (f" and {len(keys) - 5} more" if len(keys) > 5 else "")
+
+
+def save_converted(model: ModelMixin, report: ConversionReport, folder: Path) -> None:
+    """Save a converted model with its report, conversion.json, in a folder that is not there before it is complete."""
+
+    def save(staging: str) -> None:
+        model.save_pretrained(staging)
+        Path(staging, "conversion.json").write_text(report.to_json(), encoding="utf-8")
+
+    save_aside(save, folder)

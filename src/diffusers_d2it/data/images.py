@@ -49,7 +49,7 @@ def decode_image(encoded: dict) -> PIL.Image.Image:
     except UnusableImageError:
         raise
     except PIL.UnidentifiedImageError:
-        raise UnusableImageError("it is no image of a known format") from None
+        raise UnusableImageError(f"Pillow cannot read it as any of {', '.join(_FORMATS)}") from None
     except PIL.Image.DecompressionBombError as error:  # comes before the size can be asked for
         raise UnusableImageError(f"it is larger than {MAX_IMAGE_PIXELS} pixels: {error}") from None
     except Exception as error:  # damaged files raise anything: struct.error, KeyError, zlib.error, ...
@@ -85,7 +85,7 @@ def _open(encoded: dict) -> io.IOBase:
     if data is not None:
         return io.BytesIO(data)
     if path is None:
-        raise UnusableImageError("the row holds no image")
+        raise UnusableImageError("its row holds no image in this column; a WebDataset needs one ending for all images")
     if "://" in path:
         import fsspec
 

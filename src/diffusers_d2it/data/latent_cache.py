@@ -31,7 +31,7 @@ class LatentCache(Dataset):
     """The images of a latent cache, written by examples/cache_latents.py, with the flips of `ImageDataset`.
 
         cache = LatentCache("cache", vae, seed=0, resolution=256)
-        batch = next(iter(DataLoader(cache, batch_size=32, shuffle=True)))
+        batch = next(iter(DataLoader(cache, batch_size=32, shuffle=True, collate_fn=cache.collate)))
         moments, entropy = read_codes(vae, batch)
         grain_map = grain_map_from_entropy(entropy, vae.thresholds(fine_ratio=0.3))
         latents = vae.scale_latents(vae.posterior(moments, grain_map).sample())
@@ -128,10 +128,17 @@ class LatentCache(Dataset):
         return self._ends[-1]
 
     def __getitem__(self, index: int) -> dict:
-        return self.__getitems__([index])[0]
+        batch = self.__getitems__([index])
+        item = {"entropy": batch["entropy"][0], "class_labels": batch["class_labels"][0]}
+        if self.moments:
+            item["moments"] = [moments[0] for moments in batch["moments"]]
+        return item
 
-    def __getitems__(self, indices: list[int]) -> list[dict]:
-        """The items of a batch. A `DataLoader` asks for them together: in less than half the time of one by one."""
+    def __getitems__(self, indices: list[int]) -> dict:
+        """A batch, as a `DataLoader` asks for it; stacked already, so `collate` has nothing left to do.
+
+        To take it apart into items and stack those again would take as long as to read it.
+        """
         shards, positions = zip(*map(self._find, indices))
         flips = [self._draws_flip(row) for row in _gather(shards, "rows", positions).tolist()]
         entropy = _gather(shards, "entropy", positions)
@@ -139,18 +146,18 @@ class LatentCache(Dataset):
             if flip:
                 one[:] = one[:, ::-1].copy()
         labels = _gather(shards, "class_labels", positions)
-        items = [
-            {"entropy": one, "class_labels": label}
-            for one, label in zip(torch.from_numpy(entropy).unbind(), torch.from_numpy(labels).unbind())
-        ]
+        batch = {"entropy": torch.from_numpy(entropy), "class_labels": torch.from_numpy(labels)}
         if self.moments:
             places = list(zip(positions, map(int, flips)))
             grains = [_gather(shards, f"moments.{grain}", places) for grain in range(self._num_grains)]
-            # Converted together: numpy takes ten times as long for float16
-            tensors = [torch.from_numpy(moments).float().unbind() for moments in grains]
-            for item, moments in zip(items, zip(*tensors)):
-                item["moments"] = list(moments)
-        return items
+            # Converted by torch: numpy takes ten times as long for float16
+            batch["moments"] = [torch.from_numpy(moments).float() for moments in grains]
+        return batch
+
+    @staticmethod
+    def collate(batch: dict) -> dict:
+        """What a `DataLoader` needs as its `collate_fn`: batches come stacked from `__getitems__`."""
+        return batch
 
     def _draws_flip(self, row: int) -> bool:
         return self.plan.flips and random.Random(f"{self.seed}/{self.epoch}/{row}").random() < 0.5

@@ -36,7 +36,7 @@ INDEX = "index.json"
 STAGING = ".staging"
 LOCK = ".lock"
 
-# What `encode_grains` and `region_entropy` do not read: a cache outlives a tuned decoder, a new scale or calibration.
+# What `encode_grains` and `region_entropy` do not read: a cache outlives a tuned decoder or a new calibration.
 _MODULES_OF_DECODING = ("decoder.", "post_quant_conv.")
 _CONFIG_OF_DECODING = {
     "out_channels",

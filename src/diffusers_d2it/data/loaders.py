@@ -137,20 +137,27 @@ class ImageStream(_FromSource, IterableDataset):
         """
         worker = get_worker_info()
         place = f"{self.process_index}/{0 if worker is None else worker.id}"
-        for position, (row, image, flip) in enumerate(self._images(place)):
-            if position >= self.num_skipped:
-                yield {"pixels": to_pixels(image, self.resolution, flip), "class_labels": torch.tensor(row.label)}
+        for row, image, flip in self._images(place):
+            yield {"pixels": to_pixels(image, self.resolution, flip), "class_labels": torch.tensor(row.label)}
 
     def _images(self, place: str) -> Iterator[tuple[Row, PIL.Image.Image, bool]]:
+        # What is skipped is not decoded: the run that is resumed has noted which of these images cannot be used
+        to_skip = self.num_skipped
+        known_bad = self.bad_images.found() if to_skip else {}
         epoch = 0
         while True:
             # The epoch of datasets itself is shared by workers, which come to its end at different times
             seed = np.random.SeedSequence((self.seed, epoch)).generate_state(1)[0]
             rows = self.source.shuffled(int(seed)).stream()
-            position = -1
-            for position, (row, image) in enumerate(usable_images(rows, self.resolution, self.bad_images)):
+            position = 0
+            if to_skip:
+                usable = (row for row in rows if row.name not in known_bad)
+                position = sum(1 for _ in islice(usable, to_skip))
+                to_skip -= position
+            for row, image in usable_images(rows, self.resolution, self.bad_images):
                 yield row, image, random.Random(f"{self.seed}/{epoch}/{place}/{position}").random() < 0.5
-            if position < 0:
+                position += 1
+            if position == 0:
                 raise ValueError(
                     f"{self.source.name}: worker {place} finds no image that can be used. {self.bad_images.summary()}"
                 )
@@ -182,7 +189,7 @@ class StreamLoader:
         self.device = device
 
     def batches_from(self, first_batch: int) -> Iterator[dict[str, torch.Tensor]]:
-        """Batches without end. What lies before the first one is read and decoded again, to know what is usable."""
+        """Batches without end. What lies before the first one is read again, but not decoded."""
         # Workers take turns: each one skips its share of the whole rounds by itself
         num_rounds, rest = divmod(first_batch, max(1, self.num_workers))
         stream = copy.copy(self.dataset)
@@ -266,6 +273,7 @@ def make_loader(accelerator: Accelerator, dataset: Dataset, args: argparse.Names
         shuffle=True,
         drop_last=True,
         num_workers=args.dataloader_num_workers,
+        collate_fn=getattr(dataset, "collate", None),
     )
 
 

@@ -54,7 +54,6 @@ def add_class_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--unconditional", action="store_true", help="ignore labels and class sub-folders")
     group.add_argument("--num_classes", type=int, help="size of the label table; default: one more than the largest")
     group.add_argument("--id2label", help="JSON file {id: name}; default: the names that the data set declares")
-    group.add_argument("--label_dropout", type=float, default=0.1, help="share of labels dropped, for guidance")
 
 
 def describe_source(args: argparse.Namespace) -> str:
@@ -90,6 +89,7 @@ class ImageSource:
         num_classes: size of the label table, None without classes.
         id2label: names of the classes by id: those that occur, for a stream all. None without classes.
         files: the images of a folder, or the files that hold them.
+        labelled: whether labels were looked for.
         remarks: what a user may have expected to be used and is not.
         shuffle_seed: fixes the order; None for that of the data set.
     """
@@ -103,6 +103,7 @@ class ImageSource:
     num_classes: int | None
     id2label: dict[int, str] | None
     files: tuple[str, ...]
+    labelled: bool = False
     remarks: tuple[str, ...] = ()
     shuffle_seed: int | None = None
 
@@ -128,7 +129,7 @@ class ImageSource:
     def __str__(self) -> str:
         words = [f"{printable(self.name)}: {'a stream' if self.streaming else _number(self.num_rows, 'image')}"]
         if self.id2label is None:
-            words.append("no classes")
+            words += ["no classes"] if self.labelled else []
         else:
             words.append(f"{_number(len(self.id2label), 'class')} ({_shown(list(self.id2label.values()))})")
         return "; ".join([", ".join(words), *self.remarks])
@@ -262,6 +263,7 @@ def load_images(args: argparse.Namespace) -> ImageSource:
         num_classes=num_classes,
         id2label=id2label,
         files=tuple(files),
+        labelled=labelled,
         remarks=tuple(remarks),
     )
 

@@ -6,13 +6,11 @@ Shapes:
 """
 
 import torch
-from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
 
-class PatchDiscriminator(ModelMixin, ConfigMixin):
-    """Convolutions of kernel 4 that end in one logit for every patch of 70x70 pixels, an eighth of the image apart.
+class PatchDiscriminator(nn.Module):
+    """Convolutions of kernel 4 that end in one logit for every patch of 70x70 pixels, eight pixels apart.
 
     Group norms stand where the paper has batch norms: a logit then depends on one image alone, in every process alike.
 
@@ -24,7 +22,6 @@ class PatchDiscriminator(ModelMixin, ConfigMixin):
         ValueError: `base_channels` is no positive multiple of 8.
     """
 
-    @register_to_config
     def __init__(self, in_channels: int = 3, base_channels: int = 64):
         super().__init__()
         if base_channels < 8 or base_channels % 8:

@@ -3,6 +3,7 @@
 
 import argparse
 import os
+from importlib.util import find_spec
 
 from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin, ProjectConfiguration
@@ -16,8 +17,18 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     A line of such a file is one word of the command; flags behind the file override it.
     """
     return argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, fromfile_prefix_chars="@"
+        description=description,
+        epilog="A word @file reads flags from a file, one word a line: see examples/configs.",
+        formatter_class=_HelpFormatter,
+        fromfile_prefix_chars="@",
     )
+
+
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    def _get_help_string(self, action: argparse.Action) -> str:
+        if action.default in (None, False):
+            return action.help  # the text says what happens without the flag
+        return super()._get_help_string(action)
 
 
 def add_training_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,7 +54,6 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--mixed_precision", choices=["no", "bf16", "fp16"], default="no", help="autocast")
     group.add_argument("--gradient_checkpointing", action="store_true", help="less memory, a third more time")
-    group.add_argument("--compile", action="store_true", help="torch.compile the transformer's blocks")
     group.add_argument("--checkpointing_steps", type=int, default=1000, help="updates between two checkpoints")
     group.add_argument("--checkpoints_total_limit", type=int, help="keep only the newest ones")
     group.add_argument("--resume_from_checkpoint", help="path of a checkpoint, or 'latest'")
@@ -51,9 +61,13 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--report_to", default="tensorboard", help="tracker known to accelerate, or 'none'")
 
 
-def add_cache_argument(parser: argparse.ArgumentParser) -> None:
-    """The second stage may read encoded images instead of images."""
-    parser.add_argument("--latent_cache", help="folder written by cache_latents.py, instead of images")
+def add_second_stage_arguments(parser: argparse.ArgumentParser) -> None:
+    """What the grain model and the content model have in common, and the autoencoder has not."""
+    group = parser.add_argument_group("second stage")
+    group.add_argument("--vae", required=True, help="folder or Hub name of a DynamicAutoencoderKL from train_dvae.py")
+    group.add_argument("--latent_cache", help="folder written by cache_latents.py, instead of images")
+    group.add_argument("--label_dropout", type=float, default=0.1, help="share of labels dropped, for guidance")
+    group.add_argument("--compile", action="store_true", help="torch.compile the transformer's blocks")
 
 
 def make_accelerator(args: argparse.Namespace) -> Accelerator:
@@ -84,7 +98,7 @@ def check_training_arguments(args: argparse.Namespace) -> None:
 
     Raises:
         ValueError: --fine_ratio is no share or range of shares, or --output_dir holds something that the run is not
-            asked to continue.
+            asked to continue, or --report_to needs a package that is missing.
     """
     ratios = args.fine_ratio
     if ratios is not None and (
@@ -92,3 +106,8 @@ def check_training_arguments(args: argparse.Namespace) -> None:
     ):
         raise ValueError(f"--fine_ratio must be one share in [0, 1], or two in ascending order, got {ratios}.")
     check_output_dir(args)
+    if args.report_to == "tensorboard" and find_spec("tensorboard") is None:
+        raise ValueError(
+            '--report_to tensorboard, the default, needs `pip install "diffusers-d2it[training]"`; or pass'
+            " --report_to none."
+        )

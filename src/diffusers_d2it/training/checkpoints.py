@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import uuid
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,17 +16,18 @@ import torch
 from accelerate import Accelerator
 from diffusers import ModelMixin
 from diffusers.training_utils import EMAModel
+from diffusers.utils import logging
 from safetensors.torch import load_file, save_file
 
 
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 
-# Flags that may change when a run is continued: where things lie, how long and how often, what changes no result.
+# Flags that may change when a run is continued: where things lie, how long and how often, what changes no weight.
 _FREE_FLAGS = frozenset(
     "output_dir resume_from_checkpoint max_train_steps checkpointing_steps checkpoints_total_limit validation_steps"
-    " report_to dataloader_num_workers gradient_checkpointing compile mixed_precision push_to_hub hub_model_id"
-    " hub_private_repo license train_data_dir latent_cache vae grain resume".split()
+    " report_to dataloader_num_workers gradient_checkpointing compile push_to_hub hub_model_id hub_private_repo"
+    " license train_data_dir latent_cache vae grain init_from repa_model calibration_images fid_model".split()
 )
 
 
@@ -36,10 +38,12 @@ class Checkpoints:
 
     Args:
         accelerator: the Accelerator, after `prepare`.
-        args: flags of the run; those that change its result are kept, and compared when it is resumed.
+        args: flags of the run; those that change its weights are kept, and compared when it is resumed.
         model: the trained model, unwrapped; saved as a diffusers folder `model`, so each checkpoint can be loaded.
         ema: its moving average; saved as `model_ema`.
         others: further trained modules by name, such as a discriminator; saved as `<name>.safetensors`.
+        identity: what else must be the same when the run is resumed, as JSON values: fingerprints of its data and of
+            the models that it reads.
     """
 
     def __init__(
@@ -49,6 +53,7 @@ class Checkpoints:
         model: ModelMixin,
         ema: EMAModel,
         others: dict[str, torch.nn.Module] | None = None,
+        identity: dict | None = None,
     ):
         self.accelerator = accelerator
         self.output_dir = Path(args.output_dir)
@@ -59,10 +64,18 @@ class Checkpoints:
         flags = {name: value for name, value in vars(args).items() if name not in _FREE_FLAGS}
         if args.streaming:  # its order depends on who reads which part
             flags["dataloader_num_workers"] = args.dataloader_num_workers
-            flags["num_processes"] = accelerator.num_processes
+        if args.lr_scheduler not in ("constant", "constant_with_warmup"):  # the others end where the run ends
+            flags["max_train_steps"] = args.max_train_steps
+        flags |= {"num_processes": accelerator.num_processes, **(identity or {})}
         self.flags = json.loads(json.dumps(flags))  # as they will be read back
         accelerator.register_save_state_pre_hook(self._save_models)
         accelerator.register_load_state_pre_hook(self._load_models)
+
+    def scalars(self) -> dict[str, int | float | str | bool]:
+        """The flags as a tracker takes them, to tell runs from one another."""
+        return {
+            name: value if isinstance(value, (int, float, bool)) else str(value) for name, value in self.flags.items()
+        }
 
     def _save_models(self, models, weights, folder: str) -> None:
         if self.accelerator.is_main_process:
@@ -75,15 +88,16 @@ class Checkpoints:
 
     def _load_models(self, models, folder: str) -> None:
         flags = json.loads(Path(folder, "flags.json").read_text(encoding="utf-8"))
-        _refuse_changes(f"checkpoint {folder} was written with other flags", flags, self.flags)
+        _refuse_changes(f"checkpoint {folder} is of another run", flags, self.flags)
         loaded = type(self.model).from_pretrained(os.path.join(folder, "model"))
         configs = (json.loads(model.to_json_string()) for model in (loaded, self.model))  # no tuples in JSON
         found, expected = ({k: v for k, v in config.items() if not k.startswith("_")} for config in configs)
         _refuse_changes(f"checkpoint {folder} holds another model", found, expected)
         self.model.load_state_dict(loaded.state_dict())
-        self.ema.load_state_dict(
-            EMAModel.from_pretrained(os.path.join(folder, "model_ema"), type(self.model)).state_dict()
-        )
+        with warnings.catch_warnings(), _only_errors():  # its own files surprise it
+            warnings.simplefilter("ignore", FutureWarning)
+            average = EMAModel.from_pretrained(os.path.join(folder, "model_ema"), type(self.model))
+        self.ema.load_state_dict(average.state_dict())
         self.ema.to(self.accelerator.device)
         for name, module in self.others.items():
             module.load_state_dict(load_file(os.path.join(folder, f"{name}.safetensors")))
@@ -159,9 +173,19 @@ def check_output_dir(args: argparse.Namespace) -> None:
         held = sorted(path.name for path in folder.iterdir())
         if held:
             raise ValueError(
-                f"--output_dir {folder} is not empty, it holds {', '.join(held[:5])}: pass --resume_from_checkpoint"
-                " latest to continue a run there, or another folder."
+                f"--output_dir {folder} is not empty, it holds {', '.join(held[:5])}: pass another folder, or"
+                + (" --resume_from_checkpoint latest to continue." if found_checkpoints(folder) else " remove it.")
             )
+
+
+@contextmanager
+def _only_errors() -> Iterator[None]:
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def save_aside(save: Callable[[str], None], folder: str | Path) -> None:

@@ -36,7 +36,7 @@ def count_entropy(
         max_images: stop after so many usable images over all processes; None for all.
 
     Raises:
-        ValueError: from `ImageSource.share`, and from `usable_images` if very many images cannot be used.
+        ValueError: no image can be used; from `ImageSource.share`; from `usable_images` if very many cannot be used.
     """
     calibration = EntropyCalibration(region_size)
     share = source.share(accelerator.process_index, accelerator.num_processes)
@@ -47,6 +47,8 @@ def count_entropy(
         calibration.update(to_pixels(image, resolution)[None])
     counted = torch.cat([calibration.counts, torch.tensor([calibration.num_images])]).to(accelerator.device)
     counted = accelerator.reduce(counted, "sum").cpu()
+    if not counted[-1]:
+        raise ValueError(f"{source.name}: none of the images can be used. {bad_images.summary()}")
     total = EntropyCalibration(region_size)
     total.merge(counted[:-1], int(counted[-1]))
     return total

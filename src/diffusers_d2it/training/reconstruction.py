@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from ..models.autoencoder_kl_dynamic import DynamicAutoencoderKL
+from .vision_features import PooledFeatures
 
 
 def psnr(pixels: torch.Tensor, reconstruction: torch.Tensor) -> torch.Tensor:
@@ -18,12 +19,34 @@ def psnr(pixels: torch.Tensor, reconstruction: torch.Tensor) -> torch.Tensor:
     )
 
 
+def make_fid(name: str) -> nn.Module:
+    """torchmetrics' Frechet distance with features of `name`, for images in [0, 1].
+
+    Args:
+        name: "inception" for Inception's 2048 pooled features (needs torch-fidelity and a download), or a vision model
+            as of `PooledFeatures`.
+
+    Raises:
+        ValueError: the features cannot be loaded.
+    """
+    from torchmetrics.image.fid import FrechetInceptionDistance
+
+    if name != "inception":
+        return FrechetInceptionDistance(feature=PooledFeatures(name), normalize=True)
+    try:
+        return FrechetInceptionDistance(feature=2048, normalize=True)
+    except (ImportError, OSError, RuntimeError) as error:
+        raise ValueError(
+            f"--fid_model inception needs the package torch-fidelity and a download of its weights: {error}"
+        ) from error
+
+
 @torch.no_grad()
 def reconstruction_scores(
     vae: DynamicAutoencoderKL,
     batches: Iterable[torch.Tensor],
     fine_ratio: float | None = None,
-    fid_features: int | nn.Module | None = None,
+    fid: nn.Module | None = None,
 ) -> dict[str, float]:
     """Score reconstructions from the mode of the posterior.
 
@@ -31,20 +54,15 @@ def reconstruction_scores(
         vae: the autoencoder.
         batches: images (B, 3, H, W) in [-1, 1].
         fine_ratio: as in `encode`.
-        fid_features: what torchmetrics' FrechetInceptionDistance takes: 2048 for Inception's pooled features (needs
-            torch-fidelity and a download), or a module that maps uint8 images (B, 3, H, W) to features (B, V) and says
-            their number as `num_features`. None leaves the rFID out.
+        fid: from `make_fid`; None leaves the rFID out.
 
     Returns:
         "psnr" (dB) and "ssim", means over the images, "fine_share", "num_images", and "rfid" if asked for.
     """
     from torchmetrics.functional.image import structural_similarity_index_measure
 
-    fid = None
-    if fid_features is not None:
-        from torchmetrics.image.fid import FrechetInceptionDistance
-
-        fid = FrechetInceptionDistance(feature=fid_features, normalize=True).to(vae.device)
+    if fid is not None:
+        fid = fid.to(vae.device)
     sums = {"psnr": 0.0, "ssim": 0.0, "fine_share": 0.0}
     count = 0
     for pixels in batches:

@@ -2,11 +2,15 @@
 """What a run of the second stage learns from: a latent cache, or images."""
 
 import argparse
+import hashlib
+import json
+from pathlib import Path
 
 from accelerate import Accelerator
 
 from ..data.bad_images import BadImages
 from ..data.latent_cache import LatentCache
+from ..data.latent_cache_files import describe_vae
 from ..data.loaders import ImageDataset, ImageStream, make_dataset
 from ..data.sources import load_images
 from ..models.autoencoder_kl_dynamic import DynamicAutoencoderKL
@@ -14,13 +18,8 @@ from ..models.autoencoder_kl_dynamic import DynamicAutoencoderKL
 
 # A cache was written with all that these decide.
 _OF_IMAGES = (
-    "train_data_dir",
-    "dataset_name",
-    "label_column",
-    "num_classes",
-    "id2label",
-    "unconditional",
-    "streaming",
+    "train_data_dir dataset_name dataset_config_name streaming image_column label_column num_classes id2label"
+    " unconditional".split()
 )
 
 
@@ -62,3 +61,33 @@ def load_training_data(
     classes = "no classes" if cache.id2label is None else f"{len(cache.id2label)} classes"
     accelerator.print(f"latent cache of {cache.description}: {len(cache)} images, {classes}")
     return cache
+
+
+def identity_of(data: LatentCache | ImageDataset | ImageStream, vae: DynamicAutoencoderKL) -> dict[str, str]:
+    """What a run of the second stage must find again when it is resumed: the same data, codes and thresholds."""
+    autoencoder = {**describe_vae(vae), "thresholds": [vae.config.calibration, vae.config.grain_ratios]}
+    digest = hashlib.sha256(json.dumps(autoencoder, sort_keys=True).encode()).hexdigest()
+    return {"data": data.fingerprint, "autoencoder": digest}
+
+
+def load_autoencoder(path: str, resolution: int) -> DynamicAutoencoderKL:
+    """The autoencoder of --vae, frozen.
+
+    Raises:
+        ValueError: there is none, or --resolution does not suit its regions.
+    """
+    folder = Path(path)
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        hint = f": did you mean {folder / 'vae'}?" if (folder / "vae" / "config.json").is_file() else "."
+        raise ValueError(f"--vae {path} holds no config.json{hint}")
+    if not folder.exists() and path.count("/") != 1:
+        raise ValueError(f"--vae {path} is neither a folder nor a name of the Hub, user/name.")
+    vae = DynamicAutoencoderKL.from_pretrained(path).requires_grad_(False).eval()
+    check_resolution(resolution, vae.region_size)
+    return vae
+
+
+def check_resolution(resolution: int, region_size: int) -> None:
+    """Raise a ValueError unless --resolution is a multiple of the region size."""
+    if resolution < 1 or resolution % region_size:
+        raise ValueError(f"--resolution must be a multiple of {region_size}, the region size, got {resolution}.")

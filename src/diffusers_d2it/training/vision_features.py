@@ -80,12 +80,3 @@ class PooledFeatures(nn.Module):
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Images (B, 3, H, W) in [0, 1] -> (B, V)."""
         return self.features(2 * images - 1).mean(dim=1)
-
-
-def fid_features(name: str) -> int | nn.Module:
-    """The features of --fid_model: "inception" for Inception's 2048, or a vision model of transformers.
-
-    Raises:
-        ValueError: the model cannot be loaded.
-    """
-    return 2048 if name == "inception" else PooledFeatures(name)
