@@ -17,7 +17,7 @@ extras = {
     "docs": ["mkdocs-material>=9.5", "mkdocstrings[python]>=0.26"],
     "quality": ["ruff>=0.9"],
     # torchsde serves one scheduler, scikit-image brings photographs, peft LoRA, markdown-it-py reads model cards.
-    "test": ["pytest>=8", "scikit-image>=0.22", "torchsde>=0.2.6", "peft>=0.15", "markdown-it-py>=3"],
+    "test": ["pytest>=8", "scikit-image>=0.22", "torchsde>=0.2.6", "peft>=0.15", "markdown-it-py>=3", "psutil"],
 }
 extras["test"] += extras["training"]
 extras["dev"] = extras["test"] + extras["quality"]

@@ -165,7 +165,7 @@ def main(args: argparse.Namespace) -> None:
         layer = args.repa_layer or -(-len(transformer.transformer_blocks) // 3)
         alignment = Alignment(transformer, layer, features.width)
     trained = [*transformer.parameters(), *alignment.parameters()]
-    optimizer = torch.optim.AdamW(trained, lr=args.learning_rate, weight_decay=args.weight_decay)
+    optimizer = torch.optim.AdamW(trained, lr=args.learning_rate, weight_decay=args.weight_decay, fused=True)
     lr_scheduler = get_scheduler(
         args.lr_scheduler,
         optimizer,

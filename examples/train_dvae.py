@@ -196,9 +196,10 @@ def main(args: argparse.Namespace) -> None:
         lr=args.learning_rate,
         weight_decay=args.weight_decay,
         betas=(0.9, 0.95),  # what the bundled autoencoder was trained with
+        fused=True,
     )
     # At a constant rate: --lr_scheduler counts from the first step, and the discriminator joins later
-    critic_optimizer = torch.optim.AdamW(critic.parameters(), lr=args.learning_rate, betas=(0.5, 0.9))
+    critic_optimizer = torch.optim.AdamW(critic.parameters(), lr=args.learning_rate, betas=(0.5, 0.9), fused=True)
     lr_scheduler = get_scheduler(
         args.lr_scheduler,
         optimizer,

@@ -96,7 +96,9 @@ def main(args: argparse.Namespace) -> None:
         model_cls=D2iTGrainModel,
         model_config=grain_model.config,
     )
-    optimizer = torch.optim.AdamW(grain_model.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay)
+    optimizer = torch.optim.AdamW(
+        grain_model.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay, fused=True
+    )
     lr_scheduler = get_scheduler(
         args.lr_scheduler,
         optimizer,

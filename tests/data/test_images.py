@@ -140,7 +140,7 @@ def test_what_is_no_image():
     assert "holds no image" in refuse(None)
     assert "no such file" in refuse(None, "/no/where.png")
     eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\nshowpage\n"  # Pillow would start Ghostscript
-    assert "no image" in refuse(eps)
+    assert "Pillow cannot read it" in refuse(eps)
 
 
 def test_truncated_files():

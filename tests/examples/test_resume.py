@@ -55,6 +55,10 @@ def test_two_processes_share_the_work(d2it_arguments, tmp_path):
     states = sorted(path.name for path in (tmp_path / "checkpoint-2").glob("random_states_*"))
     assert states == ["random_states_0.pkl", "random_states_1.pkl"]
     assert (tmp_path / "pipeline" / "model_index.json").is_file()
+    # One process would see half as many images in an update, in another order
+    resume = ["--resume_from_checkpoint", "latest"]
+    result = train("train_d2it.py", tmp_path, 3, *arguments, *resume, expect_failure=True)
+    assert "checkpoint-2 is of another run: num_processes: found 2, now 1." in result.stderr
 
 
 # ---------------------------------------------------------------------------------------------------------------------
