@@ -98,7 +98,7 @@ def check_training_arguments(args: argparse.Namespace) -> None:
 
     Raises:
         ValueError: --fine_ratio is no share or range of shares, or --output_dir holds something that the run is not
-            asked to continue, or --report_to needs a package that is missing.
+            asked to continue, or a package of the extra `training` is missing.
     """
     ratios = args.fine_ratio
     if ratios is not None and (
@@ -106,8 +106,7 @@ def check_training_arguments(args: argparse.Namespace) -> None:
     ):
         raise ValueError(f"--fine_ratio must be one share in [0, 1], or two in ascending order, got {ratios}.")
     check_output_dir(args)
-    if args.report_to == "tensorboard" and find_spec("tensorboard") is None:
-        raise ValueError(
-            '--report_to tensorboard, the default, needs `pip install "diffusers-d2it[training]"`; or pass'
-            " --report_to none."
-        )
+    needed = ["torchmetrics"] + ["tensorboard"] * (args.report_to == "tensorboard")
+    missing = [package for package in needed if find_spec(package) is None]
+    if missing:
+        raise ValueError(f'training needs {" and ".join(missing)}: `pip install "diffusers-d2it[training]"`.')
