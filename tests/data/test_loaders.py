@@ -108,7 +108,7 @@ def test_another_image_stands_in(damaged_folder, bad_images):
     reasons = {name.split("/")[-1]: reason for name, reason in bad_images.found().items()}
     assert set(reasons) == {"04.png", "05.png", "06.png", "17.png"}
     assert "empty" in reasons["04.png"] and "truncated" in reasons["05.png"]
-    assert "no image" in reasons["06.png"] and "8x8, too small for --resolution 32" in reasons["17.png"]
+    assert "Pillow cannot read it" in reasons["06.png"] and "8x8, too small for --resolution 32" in reasons["17.png"]
 
 
 def test_a_part_that_is_all_damaged_is_left_soon(tmp_path, bad_images):
