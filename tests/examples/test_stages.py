@@ -10,7 +10,7 @@ import torch
 from image_files import encode, photo, truncated_jpeg, write_tar
 from loopback_hub import TOKEN, Uploads, serve_hub
 from safetensors.torch import load_file
-from script_runs import STEPS, train
+from script_runs import STEPS, run, train
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import Dinov2Config, Dinov2Model
 
@@ -179,6 +179,9 @@ def test_unconditional_training_with_three_grains_from_images(folder, tmp_path):
     assert pipe.transformer.config.num_classes is None and pipe.transformer.config.num_grains == 3
     assert type(pipe.scheduler).__name__ == "FlowMatchEulerDiscreteScheduler"
     assert len(pipe(num_inference_steps=2).images) == 1
+    picture = tmp_path / "demo.png"
+    run("demo.py", "--checkpoint", tmp_path / "d2it" / "pipeline", "--output", picture, "--num_inference_steps", 2)
+    assert PIL.Image.open(picture).size[0] > 0
 
 
 def test_a_stream_of_tars_trains_and_resumes(tmp_path):
