@@ -3,10 +3,16 @@
 
 import argparse
 import os
+from datetime import timedelta
 from importlib.util import find_spec
 
 from accelerate import Accelerator
-from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin, ProjectConfiguration
+from accelerate.utils import (
+    DataLoaderConfiguration,
+    GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
+    ProjectConfiguration,
+)
 
 from .checkpoints import check_output_dir
 
@@ -88,6 +94,8 @@ def make_accelerator(args: argparse.Namespace) -> Accelerator:
         # Without the seedable sampler a resumed epoch sees its images in another order.
         dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True),
         step_scheduler_with_optimizer=False,
+        # The others wait while the main process draws samples, and at the end of stage 1 measures many images.
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=1))],
     )
     accelerator.wait_for_everyone()  # only now may a process write into the output folder that another one checks
     return accelerator
