@@ -34,6 +34,7 @@ from ..grains import (
     tie,
 )
 from .loading import StrictModelMixin
+from .tiling import blend_tiles, tile_starts
 
 
 class TiedGaussianDistribution(DiagonalGaussianDistribution):
@@ -467,12 +468,12 @@ class DynamicAutoencoderKL(StrictModelMixin, AttentionMixin, AutoencoderMixin, C
             return self.encoder(x)
         # The tile and its stride are whole regions, so that tiles meet on the grid of every grain.
         tile, stride = self._tile_and_stride()
-        tops, lefts = (_tile_starts(side, tile, stride) for side in x.shape[-2:])
+        tops, lefts = (tile_starts(side, tile, stride) for side in x.shape[-2:])
         tiles = [[self.encoder(x[..., top : top + tile, left : left + tile]) for left in lefts] for top in tops]
         moments = []
         for grain, factor in enumerate(reversed(self.config.downsample_factors)):
             rows = [[heads[grain] for heads in row] for row in tiles]
-            moments.append(_blend_tiles(rows, stride=stride // factor, overlap=(tile - stride) // factor))
+            moments.append(blend_tiles(rows, stride=stride // factor, overlap=(tile - stride) // factor))
         return moments
 
     def _decode(self, z: torch.Tensor) -> torch.Tensor:
@@ -482,41 +483,12 @@ class DynamicAutoencoderKL(StrictModelMixin, AttentionMixin, AutoencoderMixin, C
         if not self.use_tiling or max(z.shape[-2:]) * factor <= self.tile_sample_min_size:
             return self.decoder(z)
         tile, stride = (side // factor for side in self._tile_and_stride())
-        tops, lefts = (_tile_starts(side, tile, stride) for side in z.shape[-2:])
+        tops, lefts = (tile_starts(side, tile, stride) for side in z.shape[-2:])
         tiles = [[self.decoder(z[..., top : top + tile, left : left + tile]) for left in lefts] for top in tops]
-        return _blend_tiles(tiles, stride=stride * factor, overlap=(tile - stride) * factor)
+        return blend_tiles(tiles, stride=stride * factor, overlap=(tile - stride) * factor)
 
     def _tile_and_stride(self) -> tuple[int, int]:
         unit = self.region_size
         tile = max(self.tile_sample_min_size // unit, 2) * unit
         overlap = max(round(tile * self.tile_overlap_factor / unit), 1) * unit
         return tile, tile - overlap
-
-
-def _tile_starts(side: int, tile: int, stride: int) -> range:
-    """Where the tiles of a side begin: the last one is the first that reaches its end."""
-    return range(0, max(side - (tile - stride), 1), stride)
-
-
-def _blend_tiles(tiles: list[list[torch.Tensor]], stride: int, overlap: int) -> torch.Tensor:
-    """Join overlapping tiles: where two meet, the earlier fades linearly into the later."""
-    for i, row in enumerate(tiles):
-        for j, tile in enumerate(row):
-            if i > 0:
-                tile = _fade(tiles[i - 1][j], tile, stride, overlap, dim=-2)
-            if j > 0:
-                tile = _fade(row[j - 1], tile, stride, overlap, dim=-1)
-            row[j] = tile
-    rows = [torch.cat([*(tile[..., :stride] for tile in row[:-1]), row[-1]], dim=-1) for row in tiles]
-    return torch.cat([*(row[..., :stride, :] for row in rows[:-1]), rows[-1]], dim=-2)
-
-
-def _fade(before: torch.Tensor, after: torch.Tensor, stride: int, overlap: int, dim: int) -> torch.Tensor:
-    shared = min(overlap, before.shape[dim] - stride, after.shape[dim])
-    if shared <= 0:
-        return after
-    ramp = torch.linspace(0, 1, shared + 2, device=after.device, dtype=after.dtype)[1:-1]
-    ramp = ramp[:, None] if dim == -2 else ramp
-    start = after.narrow(dim, 0, shared)
-    faded = before.narrow(dim, stride, shared) * (1 - ramp) + start * ramp
-    return torch.cat([faded, after.narrow(dim, shared, after.shape[dim] - shared)], dim=dim)

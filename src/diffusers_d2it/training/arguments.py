@@ -59,7 +59,7 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
         help="share of fine regions: one number, or two between which every batch draws its own",
     )
     group.add_argument("--mixed_precision", choices=["no", "bf16", "fp16"], default="no", help="autocast")
-    group.add_argument("--gradient_checkpointing", action="store_true", help="less memory, a third more time")
+    group.add_argument("--gradient_checkpointing", action="store_true", help="less memory, more time")
     group.add_argument("--checkpointing_steps", type=int, default=1000, help="updates between two checkpoints")
     group.add_argument("--checkpoints_total_limit", type=int, help="keep only the newest ones")
     group.add_argument("--resume_from_checkpoint", help="path of a checkpoint, or 'latest'")
