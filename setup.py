@@ -17,7 +17,15 @@ extras = {
     "docs": ["mkdocs-material>=9.5", "mkdocstrings[python]>=0.26"],
     "quality": ["ruff>=0.9"],
     # torchsde serves one scheduler, scikit-image brings photographs, peft LoRA, markdown-it-py reads model cards.
-    "test": ["pytest>=8", "scikit-image>=0.22", "torchsde>=0.2.6", "peft>=0.15", "markdown-it-py>=3", "psutil"],
+    "test": [
+        "pytest>=8",
+        "pytest-xdist>=3.6",
+        "scikit-image>=0.22",
+        "torchsde>=0.2.6",
+        "peft>=0.15",
+        "markdown-it-py>=3",
+        "psutil",
+    ],
 }
 extras["test"] += extras["training"]
 extras["dev"] = extras["test"] + extras["quality"]
@@ -35,7 +43,7 @@ setup(
     packages=find_packages("src"),
     package_data={"diffusers_d2it": ["presets/*.json", "checkpoints/**/*"]},
     install_requires=[
-        "torch>=2.5",
+        "torch>=2.10",  # before that, torch.load(weights_only=True) can be made to run code (CVE-2026-24747)
         "diffusers>=0.42",
         "transformers>=4.48",
         "accelerate>=1.2",

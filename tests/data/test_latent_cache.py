@@ -426,7 +426,7 @@ def test_another_plan_or_another_folder_is_not_written_to(cache, make_vae, write
 
 def test_a_second_run_in_the_same_folder_is_refused(make_vae, make_plan, write_cache, tmp_path, monkeypatch):
     monkeypatch.setattr(latent_cache_writer, "_LOCK_SECONDS", 0.1)
-    leftover = tmp_path / "cache" / ".staging" / ".tmpABC"
+    leftover = tmp_path / "cache" / ".staging-shard-00001.json-0" / ".tmpABC"
     leftover.parent.mkdir(parents=True)
     leftover.touch()
     writer = LatentCacheWriter(tmp_path / "cache", make_plan(make_vae()), Accelerator(cpu=True))

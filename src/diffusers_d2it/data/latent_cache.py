@@ -16,10 +16,9 @@ from safetensors import SafetensorError, safe_open
 from torch.utils.data import Dataset
 
 from ..models.autoencoder_kl_dynamic import DynamicAutoencoderKL
+from ..saving import check_sha256, check_size
 from .latent_cache_files import (
     LatentCachePlan,
-    check_sha256,
-    check_size,
     describe_vae,
     read_index,
     shard_metadata,

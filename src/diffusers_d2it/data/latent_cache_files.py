@@ -6,8 +6,8 @@
     shard-00000.json          its size, SHA-256, number of images, and the images left out; written after it
     index.json                the same of all shards, and the SHA-256 of the plan; written last, when all are there
 
-Every file is written in the folder `.staging`, forced to the disk and then renamed: a file in its place is whole. A
-shard counts when its JSON file is there and agrees with it, the cache when index.json is there.
+Every file is written aside, forced to the disk and then renamed: a file in its place is whole. A shard counts when its
+JSON file is there and agrees with it, the cache when index.json is there.
 
 Tensors of a shard of n images, V = 2 for an image and its mirror, V = 1 without flips:
     moments.<grain>  (n, V, 2C, H/f, W/f) float16, means and log-variances on the grain's own grid; 0 is the coarsest
@@ -18,9 +18,6 @@ Tensors of a shard of n images, V = 2 for an image and its mirror, V = 1 without
 
 import hashlib
 import json
-import os
-import shutil
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -28,12 +25,12 @@ import torch
 
 from ..grains import NUM_BINS, SIGMA
 from ..models.autoencoder_kl_dynamic import DynamicAutoencoderKL
+from ..saving import digest, file_sha256, read_json
 
 
 VERSION = 1
 PLAN = "plan.json"
 INDEX = "index.json"
-STAGING = ".staging"
 LOCK = ".lock"
 
 # What `encode_grains` and `region_entropy` do not read: a cache outlives a tuned decoder or a new calibration.
@@ -61,12 +58,12 @@ def vae_fingerprint(vae: DynamicAutoencoderKL) -> str:
         key: value for key, value in vae.config.items() if key not in _CONFIG_OF_DECODING and not key.startswith("_")
     }
     config.update(num_bins=calibration.get("num_bins", NUM_BINS), sigma=calibration.get("sigma", SIGMA))
-    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+    sha256 = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
     for name, tensor in sorted(vae.state_dict().items()):
         if not name.startswith(_MODULES_OF_DECODING):
-            digest.update(f"\n{name} {tuple(tensor.shape)}\n".encode())
-            digest.update(tensor.to("cpu", torch.float32).contiguous().numpy())
-    return digest.hexdigest()
+            sha256.update(f"\n{name} {tuple(tensor.shape)}\n".encode())
+            sha256.update(tensor.to("cpu", torch.float32).contiguous().numpy())
+    return sha256.hexdigest()
 
 
 def describe_vae(vae: DynamicAutoencoderKL) -> dict:
@@ -213,7 +210,7 @@ def index_to_json(plan_sha256: str, records: list[ShardRecord]) -> str:
         ],
         "bad_images": [image for record in records for image in record.bad_images],
     }
-    return _to_json({**index, "sha256": _digest(index)})
+    return _to_json({**index, "sha256": digest(index)})
 
 
 def read_index(folder: Path) -> dict:
@@ -231,7 +228,7 @@ def read_index(folder: Path) -> dict:
             " command of examples/cache_latents.py again."
         )
     index = read_json(path)
-    if index.get("sha256") != _digest({key: value for key, value in index.items() if key != "sha256"}):
+    if index.get("sha256") != digest({key: value for key, value in index.items() if key != "sha256"}):
         raise ValueError(f"{path} is damaged: its contents do not have the SHA-256 that it states.")
     if file_sha256(folder / PLAN) != index["plan_sha256"]:
         raise ValueError(f"{folder / PLAN} was changed after the cache was written: {INDEX} has another SHA-256.")
@@ -256,81 +253,5 @@ def shard_metadata(plan_sha256: str, shard: int) -> dict[str, str]:
     return {"latent_cache": json.dumps({"plan_sha256": plan_sha256, "shard": shard})}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Checks and durable writing
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def check_size(path: Path, num_bytes: int) -> None:
-    """Raise a ValueError unless a file is there and has its size."""
-    if not path.is_file():
-        raise ValueError(f"{path} is missing.")
-    if path.stat().st_size != num_bytes:
-        raise ValueError(f"{path} is damaged: it has {path.stat().st_size} bytes instead of {num_bytes}.")
-
-
-def check_sha256(path: Path, sha256: str) -> None:
-    """Raise a ValueError unless a file has its SHA-256."""
-    found = file_sha256(path)
-    if found != sha256:
-        raise ValueError(f"{path} is damaged or another file: its SHA-256 is {found} instead of {sha256}.")
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file, a piece at a time."""
-    digest, piece = hashlib.sha256(), memoryview(bytearray(2**18))
-    with path.open("rb", buffering=0) as file:
-        while length := file.readinto(piece):
-            digest.update(piece[:length])
-    return digest.hexdigest()
-
-
-def write_durably(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write(staged)` write a file in the folder `.staging` beside `path`, force it to the disk, rename it."""
-    staged = path.parent / STAGING / path.name
-    staged.parent.mkdir(exist_ok=True)
-    write(staged)
-    with staged.open("rb+") as file:
-        os.fsync(file.fileno())
-    staged.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
-def write_text_durably(path: Path, text: str) -> None:
-    """`write_durably` of a text."""
-    write_durably(path, lambda staged: staged.write_text(text, encoding="utf-8"))
-
-
-def sweep(folder: Path) -> None:
-    """Remove what an interrupted run left half-written."""
-    if (folder / STAGING).is_dir():
-        shutil.rmtree(folder / STAGING)
-
-
-def read_json(path: Path) -> dict:
-    """Read a JSON file that holds an object.
-
-    Raises:
-        ValueError: it is missing, or is something else.
-    """
-    if not path.is_file():
-        raise ValueError(f"{path} is missing.")
-    try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # not UTF-8, or not JSON
-        raise ValueError(f"{path} is damaged, it is not JSON: {error}") from None
-    if not isinstance(stored, dict):
-        raise ValueError(f"{path} is damaged: it holds {type(stored).__name__} instead of a JSON object.")
-    return stored
-
-
 def _to_json(values: dict) -> str:
     return json.dumps(values, indent=2, allow_nan=False) + "\n"
-
-
-def _digest(values: dict) -> str:
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()

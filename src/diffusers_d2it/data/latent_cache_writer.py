@@ -4,7 +4,6 @@
 Shards do not depend on who writes them: the rows of each are encoded in batches counted from its first row.
 """
 
-import shutil
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -19,25 +18,19 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from ..models.autoencoder_kl_dynamic import DynamicAutoencoderKL
+from ..saving import STAGING, check_sha256, check_size, file_sha256, sweep, write_durably, write_text_durably
 from .images import UnusableImageError, decode_image, to_pixels
 from .latent_cache_files import (
     INDEX,
     LOCK,
     PLAN,
-    STAGING,
     LatentCachePlan,
     ShardRecord,
-    check_sha256,
-    check_size,
-    file_sha256,
     index_to_json,
     read_index,
     record_path,
     shard_metadata,
     shard_path,
-    sweep,
-    write_durably,
-    write_text_durably,
 )
 from .sources import ImageSource
 
@@ -241,12 +234,7 @@ class LatentCacheWriter:
         tensors = self._check(shard, contents)
         path = shard_path(self.folder, shard)
         metadata = shard_metadata(self._plan_sha256, shard)
-
-        def write(staged: Path) -> None:
-            save_file(tensors, staged, metadata=metadata)
-            shutil.copymode(self.folder / PLAN, staged)  # safetensors makes files that only their owner may read
-
-        write_durably(path, write)
+        write_durably(path, lambda staged: save_file(tensors, staged, metadata=metadata))
         record = ShardRecord(path.stat().st_size, file_sha256(path), len(tensors["rows"]), contents.bad_images)
         write_text_durably(record_path(self.folder, shard), record.to_json())
 
@@ -273,7 +261,8 @@ class LatentCacheWriter:
     def _prepare_folder(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         if not (self.folder / PLAN).is_file():
-            found = sorted(path.name for path in self.folder.iterdir() if path.name not in (LOCK, STAGING))
+            names = sorted(path.name for path in self.folder.iterdir())
+            found = [name for name in names if name != LOCK and not name.startswith(STAGING)]
             if found:
                 raise ValueError(f"{self.folder} is neither empty nor a latent cache, it holds {found[0]}.")
         self._lock = FileLock(self.folder / LOCK)
