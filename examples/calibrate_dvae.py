@@ -20,6 +20,7 @@ from accelerate import Accelerator
 from diffusers_d2it import DynamicAutoencoderKL
 from diffusers_d2it.data.bad_images import BadImages
 from diffusers_d2it.data.sources import add_data_arguments, load_images
+from diffusers_d2it.saving import save_folder, write_text_durably
 from diffusers_d2it.training.measures import count_entropy
 
 
@@ -55,12 +56,11 @@ def main(args: argparse.Namespace) -> None:
     config = calibration.to_config(source.description)
     if vae is not None:
         vae.register_to_config(calibration=config, _name_or_path=None)
-        path, text = Path(args.vae) / "config.json", vae.to_json_string()
+        path = Path(args.vae) / "config.json"
+        save_folder(args.vae, vae.save_config)  # which replaces this file, and keeps the others
     else:
-        path, text = Path(args.output), json.dumps(config, indent=2) + "\n"
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    aside.write_text(text, encoding="utf-8")
-    aside.replace(path)
+        path = Path(args.output)
+        write_text_durably(path, json.dumps(config, indent=2) + "\n")
     median = config["quantiles"][len(config["quantiles"]) // 2]
     counted = f"{config['num_regions']} regions of {config['num_images']} images"
     print(f"{path}: {counted}, counted by {accelerator.num_processes} processes, median {median} nats")

@@ -10,12 +10,12 @@ a complete D2iTPipeline.
 
 import argparse
 import os
+import sys
 
 import torch
 from accelerate.utils import set_seed
 from diffusers import DDIMScheduler
 from diffusers.optimization import get_scheduler
-from diffusers.training_utils import EMAModel
 from diffusers.utils import make_image_grid
 from tqdm.auto import tqdm
 
@@ -42,8 +42,12 @@ from diffusers_d2it.training.arguments import (
     make_accelerator,
     make_parser,
 )
-from diffusers_d2it.training.checkpoints import Checkpoints, find_checkpoint, save_aside, use_ema
-from diffusers_d2it.training.steps import LossMeans, draw_fine_ratio, drop_labels
+from diffusers_d2it.training.averaging import WeightAverage, use_ema
+from diffusers_d2it.training.checkpoints import Checkpoints, find_checkpoint
+from diffusers_d2it.training.smoke import SmokeTest
+from diffusers_d2it.training.states import is_sharded
+from diffusers_d2it.training.steps import StepLog, draw_fine_ratio, drop_labels, grain_signals
+from diffusers_d2it.training.stopping import StopSignals
 from diffusers_d2it.training.training_data import identity_of, load_autoencoder, load_training_data
 from diffusers_d2it.training.vision_features import VisionFeatures
 
@@ -136,7 +140,7 @@ def main(args: argparse.Namespace) -> None:
     if accelerator.is_main_process:
         check_hub_arguments(args)
     set_seed(args.seed)
-    checkpoint = find_checkpoint(args)
+    checkpoint = find_checkpoint(accelerator, args)
 
     # 1. Data
     vae = load_autoencoder(args.vae, args.resolution).to(accelerator.device)
@@ -145,20 +149,13 @@ def main(args: argparse.Namespace) -> None:
     num_classes = data.num_classes
     loader = make_loader(accelerator, data, args)
 
-    # 2. Model, average, optimizer
+    # 2. Model, optimizer, average
     objective = make_objective(args.objective, args.snr_gamma, args.learn_sigma)
     transformer = make_model(args, vae, num_classes)
     if args.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
     if args.compile:
         transformer.compile_repeated_blocks()
-    ema = EMAModel(
-        transformer.parameters(),
-        decay=args.ema_decay,
-        foreach=True,
-        model_cls=D2iTContentModel,
-        model_config=transformer.config,
-    )
     features, alignment = None, torch.nn.Identity()
     if args.repa_model is not None:
         features = VisionFeatures(args.repa_model).to(accelerator.device)
@@ -176,8 +173,10 @@ def main(args: argparse.Namespace) -> None:
     others = {} if features is None else {"alignment": alignment}
     if features is not None:
         alignment = accelerator.prepare(alignment)
-    ema.to(accelerator.device)
-    checkpoints = Checkpoints(accelerator, args, transformer, ema, others, identity_of(data, vae))
+    ema = WeightAverage(accelerator, transformer, args.ema_decay)
+    checkpoints = Checkpoints(
+        accelerator, args, transformer, ema, {"optimizer": optimizer}, lr_scheduler, others, identity_of(data, vae)
+    )
     step = checkpoints.resume(checkpoint)
     accelerator.init_trackers("train_d2it", config=checkpoints.scalars())
     pipe = D2iTPipeline(
@@ -189,12 +188,14 @@ def main(args: argparse.Namespace) -> None:
         id2label=data.id2label,
     )
     pipe.set_progress_bar_config(disable=True)
+    validates = accelerator.is_main_process and not is_sharded(transformer)  # alone it has no whole weights
 
     # 3. Train
-    means = LossMeans(accelerator)
+    log, smoke_test = StepLog(accelerator, args.train_batch_size), SmokeTest(args.max_train_steps)
+    stop = StopSignals(accelerator)
     progress = tqdm(total=args.max_train_steps, initial=step, disable=not accelerator.is_main_process)
     batch_index = step * args.gradient_accumulation_steps
-    batches = batches_from(accelerator, loader, batch_index)
+    batches = batches_from(accelerator, loader, batch_index, args.overfit_batches)
     model.train()
     while step < args.max_train_steps:
         batch = next(batches)
@@ -222,7 +223,7 @@ def main(args: argparse.Namespace) -> None:
                 accelerator.clip_grad_norm_(trained, args.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad()
-        means.add(losses)
+        log.add(losses | grain_signals(vae, grain_map, ratio, latents))
         if not accelerator.sync_gradients:
             continue
         lr_scheduler.step()
@@ -230,23 +231,32 @@ def main(args: argparse.Namespace) -> None:
         step += 1
 
         progress.update()
-        values = means.take()
+        values = log.take()
         progress.set_postfix(loss=f"{values['loss']:.4f}")
         accelerator.log(values, step=step)
-        if step % args.checkpointing_steps == 0 or step == args.max_train_steps:
+        smoke_test.add(step, values["loss"])
+        exit_code = stop.exit_code()
+        if exit_code or step % args.checkpointing_steps == 0 or step == args.max_train_steps:
             checkpoints.save(step)
-        if accelerator.is_main_process and (step % args.validation_steps == 0 or step == args.max_train_steps):
+        if exit_code:
+            accelerator.end_training()
+            sys.exit(exit_code)
+        if validates and (step % args.validation_steps == 0 or step == args.max_train_steps):
             with use_ema(ema, transformer):
                 path = os.path.join(args.output_dir, "samples", f"step-{step:07d}.png")
-                validate(pipe, data.id2label and sorted(data.id2label)[:20], args.seed, path)
+                labels = data.id2label and sorted(data.id2label)[:20]
+                stop.interruptible(validate, pipe, labels, args.seed, path)
+    stop.close()
+    if args.overfit_batches:
+        accelerator.print(smoke_test.result())
 
     # 4. The pipeline
     if accelerator.is_main_process:
-        ema.copy_to(transformer.parameters())
+        pipe.register_modules(transformer=checkpoints.averaged_model())
         for model in (vae, pipe.grain_model):
             model.register_to_config(_name_or_path=None)  # where they were loaded from is nobody's business
         folder = os.path.join(args.output_dir, "pipeline")
-        save_aside(pipe.save_pretrained, folder)
+        pipe.save_pretrained(folder)
         print(f"{folder}: the pipeline after {step} steps")
         if bad_images.summary():
             print(bad_images.summary())

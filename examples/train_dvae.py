@@ -13,6 +13,7 @@ thresholds of the data first, and measures the scale of the latents and the qual
 import argparse
 import json
 import os
+import sys
 from collections.abc import Iterable
 from functools import partial
 
@@ -20,7 +21,6 @@ import torch
 from accelerate.utils import set_seed
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.optimization import get_scheduler
-from diffusers.training_utils import EMAModel
 from diffusers.utils import make_image_grid
 from tqdm.auto import tqdm
 
@@ -32,11 +32,15 @@ from diffusers_d2it.hub import add_hub_arguments, check_hub_arguments, publish
 from diffusers_d2it.losses import adaptive_weight, adversarial_loss, dvae_loss, hinge_loss
 from diffusers_d2it.models.discriminator import PatchDiscriminator
 from diffusers_d2it.training.arguments import add_training_arguments, make_accelerator, make_parser
-from diffusers_d2it.training.checkpoints import Checkpoints, find_checkpoint, save_aside, use_ema
+from diffusers_d2it.training.averaging import WeightAverage, use_ema
+from diffusers_d2it.training.checkpoints import Checkpoints, find_checkpoint
 from diffusers_d2it.training.measures import count_entropy, measure_latents
 from diffusers_d2it.training.perceptual import load_perceptual_loss
-from diffusers_d2it.training.reconstruction import make_fid, reconstruction_scores
-from diffusers_d2it.training.steps import LossMeans, draw_fine_ratio
+from diffusers_d2it.training.reconstruction import check_torchmetrics, make_fid, reconstruction_scores
+from diffusers_d2it.training.smoke import SmokeTest
+from diffusers_d2it.training.states import is_sharded
+from diffusers_d2it.training.steps import StepLog, draw_fine_ratio, grain_signals
+from diffusers_d2it.training.stopping import StopSignals
 from diffusers_d2it.training.training_data import check_resolution
 
 
@@ -77,18 +81,22 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 class DvaeStep(torch.nn.Module):
-    """Encode, sample, decode: one forward pass, as distributed training needs it."""
+    """Encode, sample, decode: one forward pass, as distributed training needs it. `signals` are those of the last."""
 
     def __init__(self, vae: DynamicAutoencoderKL):
         super().__init__()
         self.vae = vae
+        self.signals: dict[str, torch.Tensor] = {}
 
     def forward(
         self, pixels: torch.Tensor, fine_ratio: float, generator: torch.Generator
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Images (B, 3, H, W) -> reconstructions (B, 3, H, W) and KL in nats per image (B,)."""
-        posterior = self.vae.encode(pixels, fine_ratio=fine_ratio).latent_dist
-        return self.vae.decode(posterior.sample(generator)).sample, posterior.kl()
+        encoded = self.vae.encode(pixels, fine_ratio=fine_ratio)
+        posterior = encoded.latent_dist
+        latents = posterior.sample(generator)
+        self.signals = grain_signals(self.vae, encoded.grain_map, fine_ratio, latents)
+        return self.vae.decode(latents).sample, posterior.kl()
 
 
 def region_size(args: argparse.Namespace) -> int:
@@ -151,7 +159,7 @@ def main(args: argparse.Namespace) -> None:
     if accelerator.is_main_process:
         check_hub_arguments(args)
     set_seed(args.seed)
-    checkpoint = find_checkpoint(args)
+    checkpoint = find_checkpoint(accelerator, args)
     if args.gan_weight > 0 and args.gan_start_step >= args.max_train_steps:
         accelerator.print(
             f"--gan_start_step {args.gan_start_step} is not before the end of this run, --max_train_steps"
@@ -161,7 +169,8 @@ def main(args: argparse.Namespace) -> None:
     check_resolution(args.resolution, region_size(args))
     if args.perceptual_weight > 0:
         perceptual = load_perceptual_loss().to(accelerator.device)
-    fid = None if args.fid_model is None else make_fid(args.fid_model)  # what is missing is missed now
+    check_torchmetrics()  # what is missing is missed now
+    fid = None if args.fid_model is None else make_fid(args.fid_model)
 
     # 1. Data and thresholds
     source = load_images(args).shuffled(args.seed)  # the first images are then a fair sample
@@ -178,17 +187,10 @@ def main(args: argparse.Namespace) -> None:
     loader = make_loader(accelerator, dataset, args)
     samples = next(first_batches(source, args.resolution, 8, 8, bad_images)).to(accelerator.device)
 
-    # 2. Model, average, discriminator, optimizers
+    # 2. Model, discriminator, optimizers, average
     vae = make_model(args, calibration)
     if args.gradient_checkpointing:
         vae.enable_gradient_checkpointing()
-    ema = EMAModel(
-        vae.parameters(),
-        decay=args.ema_decay,
-        foreach=True,
-        model_cls=DynamicAutoencoderKL,
-        model_config=vae.config,
-    )
     # Half as wide as the decoder at the size of the image: 64 channels, as usual, for the paper's autoencoder
     critic = PatchDiscriminator(base_channels=max(8, vae.config.decoder_block_out_channels[0] // 16 * 8))
     optimizer = torch.optim.AdamW(
@@ -206,19 +208,32 @@ def main(args: argparse.Namespace) -> None:
         num_warmup_steps=args.lr_warmup_steps,
         num_training_steps=args.max_train_steps,
     )
+    dvae_step = DvaeStep(vae)
     model, optimizer, loader, lr_scheduler, discriminator, critic_optimizer = accelerator.prepare(
-        DvaeStep(vae), optimizer, loader, lr_scheduler, critic, critic_optimizer
+        dvae_step, optimizer, loader, lr_scheduler, critic, critic_optimizer
     )
-    ema.to(accelerator.device)
-    checkpoints = Checkpoints(accelerator, args, vae, ema, {"discriminator": critic}, {"data": dataset.fingerprint})
+    ema = WeightAverage(accelerator, vae, args.ema_decay)
+    checkpoints = Checkpoints(
+        accelerator,
+        args,
+        vae,
+        ema,
+        {"optimizer": optimizer, "discriminator_optimizer": critic_optimizer},
+        lr_scheduler,
+        {"discriminator": critic},
+        {"data": dataset.fingerprint},
+    )
     step = checkpoints.resume(checkpoint)
     accelerator.init_trackers("train_dvae", config=checkpoints.scalars())
 
+    validates = accelerator.is_main_process and not is_sharded(vae)  # alone it has no whole weights
+
     # 3. Train
-    means = LossMeans(accelerator)
+    log, smoke_test = StepLog(accelerator, args.train_batch_size), SmokeTest(args.max_train_steps)
+    stop = StopSignals(accelerator)
     progress = tqdm(total=args.max_train_steps, initial=step, disable=not accelerator.is_main_process)
     batch_index = step * args.gradient_accumulation_steps
-    batches = batches_from(accelerator, loader, batch_index)
+    batches = batches_from(accelerator, loader, batch_index, args.overfit_batches)
     while step < args.max_train_steps:
         pixels = next(batches)["pixels"]
         generator = step_generator(accelerator, args.seed, batch_index)
@@ -254,7 +269,7 @@ def main(args: argparse.Namespace) -> None:
                     accelerator.clip_grad_norm_(discriminator.parameters(), args.max_grad_norm)
                 critic_optimizer.step()
                 critic_optimizer.zero_grad()
-        means.add(losses)
+        log.add(losses | dvae_step.signals)
         if not accelerator.sync_gradients:
             continue
         lr_scheduler.step()
@@ -262,26 +277,33 @@ def main(args: argparse.Namespace) -> None:
         step += 1
 
         progress.update()
-        values = means.take()
+        values = log.take()
         progress.set_postfix(loss=f"{values['loss']:.4f}")
         accelerator.log(values, step=step)
-        if step % args.checkpointing_steps == 0 or step == args.max_train_steps:
+        smoke_test.add(step, values["loss"])
+        exit_code = stop.exit_code()
+        if exit_code or step % args.checkpointing_steps == 0 or step == args.max_train_steps:
             checkpoints.save(step)
-        if accelerator.is_main_process and (step % args.validation_steps == 0 or step == args.max_train_steps):
+        if exit_code:
+            accelerator.end_training()
+            sys.exit(exit_code)
+        if validates and (step % args.validation_steps == 0 or step == args.max_train_steps):
             with use_ema(ema, vae):
                 path = os.path.join(args.output_dir, "samples", f"step-{step:07d}.png")
-                accelerator.log(validate(vae, samples, path), step=step)
+                accelerator.log(stop.interruptible(validate, vae, samples, path) or {}, step=step)
+    stop.close()
+    if args.overfit_batches:
+        accelerator.print(smoke_test.result())
 
     # 4. Scale of the latents, and the model that the next stages read
     if accelerator.is_main_process:
-        ema.copy_to(vae.parameters())
-        vae.eval()
+        vae = checkpoints.averaged_model()
         limit = args.calibration_images
         measured = partial(first_batches, source, args.resolution, args.train_batch_size, limit, bad_images)
         if not args.freeze_fine_path:
             measure_scale(vae, measured(), args.seed)
         folder = os.path.join(args.output_dir, "vae")
-        save_aside(vae.save_pretrained, folder)
+        vae.save_pretrained(folder)
         print(f"{folder}: the autoencoder after {step} steps")
         figures = score(vae, measured(), fid, args)
         if bad_images.summary():

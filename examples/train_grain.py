@@ -11,12 +11,12 @@ train_d2it.py reads.
 
 import argparse
 import os
+import sys
 
 import torch
 from accelerate.utils import set_seed
 from diffusers import DDIMScheduler
 from diffusers.optimization import get_scheduler
-from diffusers.training_utils import EMAModel
 from diffusers.utils import make_image_grid
 from PIL import Image
 from tqdm.auto import tqdm
@@ -30,14 +30,19 @@ from diffusers_d2it.grain_sampling import sample_grain_map
 from diffusers_d2it.grains import fine_share, grain_map_from_entropy
 from diffusers_d2it.hub import add_hub_arguments, check_hub_arguments, publish
 from diffusers_d2it.losses import grain_loss
+from diffusers_d2it.saving import save_folder
 from diffusers_d2it.training.arguments import (
     add_second_stage_arguments,
     add_training_arguments,
     make_accelerator,
     make_parser,
 )
-from diffusers_d2it.training.checkpoints import Checkpoints, find_checkpoint, save_aside, use_ema
-from diffusers_d2it.training.steps import LossMeans, draw_fine_ratio, drop_labels
+from diffusers_d2it.training.averaging import WeightAverage, use_ema
+from diffusers_d2it.training.checkpoints import Checkpoints, find_checkpoint
+from diffusers_d2it.training.smoke import SmokeTest
+from diffusers_d2it.training.states import is_sharded
+from diffusers_d2it.training.steps import StepLog, draw_fine_ratio, drop_labels, grain_signals
+from diffusers_d2it.training.stopping import StopSignals
 from diffusers_d2it.training.training_data import identity_of, load_autoencoder, load_training_data
 
 
@@ -70,7 +75,7 @@ def main(args: argparse.Namespace) -> None:
     if accelerator.is_main_process:
         check_hub_arguments(args)
     set_seed(args.seed)
-    checkpoint = find_checkpoint(args)
+    checkpoint = find_checkpoint(accelerator, args)
 
     # 1. Data
     vae = load_autoencoder(args.vae, args.resolution)
@@ -79,7 +84,7 @@ def main(args: argparse.Namespace) -> None:
     num_classes = data.num_classes
     loader = make_loader(accelerator, data, args)
 
-    # 2. Model, average, optimizer
+    # 2. Model, optimizer, average
     config = load_preset(args.preset)
     config.update(num_grains=vae.num_grains, num_classes=num_classes, sample_size=args.resolution // vae.region_size)
     grain_model = D2iTGrainModel(**config)
@@ -89,13 +94,6 @@ def main(args: argparse.Namespace) -> None:
         grain_model.compile_repeated_blocks()
     # Steps of x0-prediction over a one-hot state; the estimate is an expectation, so there is nothing to clip.
     scheduler = DDIMScheduler(prediction_type="sample", clip_sample=False, timestep_spacing="trailing")
-    ema = EMAModel(
-        grain_model.parameters(),
-        decay=args.ema_decay,
-        foreach=True,
-        model_cls=D2iTGrainModel,
-        model_config=grain_model.config,
-    )
     optimizer = torch.optim.AdamW(
         grain_model.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay, fused=True
     )
@@ -106,20 +104,24 @@ def main(args: argparse.Namespace) -> None:
         num_training_steps=args.max_train_steps,
     )
     model, optimizer, loader, lr_scheduler = accelerator.prepare(grain_model, optimizer, loader, lr_scheduler)
-    ema.to(accelerator.device)
-    checkpoints = Checkpoints(accelerator, args, grain_model, ema, identity=identity_of(data, vae))
+    ema = WeightAverage(accelerator, grain_model, args.ema_decay)
+    checkpoints = Checkpoints(
+        accelerator, args, grain_model, ema, {"optimizer": optimizer}, lr_scheduler, identity=identity_of(data, vae)
+    )
     step = checkpoints.resume(checkpoint)
     accelerator.init_trackers("train_grain", config=checkpoints.scalars())
+    validates = accelerator.is_main_process and not is_sharded(grain_model)  # alone it has no whole weights
     sample_labels = None
     if num_classes is not None:
         sample_labels = torch.tensor([sorted(data.id2label)[i % len(data.id2label)] for i in range(16)])
         sample_labels = sample_labels.to(accelerator.device)
 
     # 3. Train
-    means = LossMeans(accelerator)
+    log, smoke_test = StepLog(accelerator, args.train_batch_size), SmokeTest(args.max_train_steps)
+    stop = StopSignals(accelerator)
     progress = tqdm(total=args.max_train_steps, initial=step, disable=not accelerator.is_main_process)
     batch_index = step * args.gradient_accumulation_steps
-    batches = batches_from(accelerator, loader, batch_index)
+    batches = batches_from(accelerator, loader, batch_index, args.overfit_batches)
     while step < args.max_train_steps:
         batch = next(batches)
         generator = step_generator(accelerator, args.seed, batch_index)
@@ -144,7 +146,7 @@ def main(args: argparse.Namespace) -> None:
                 accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad()
-        means.add(losses)
+        log.add(losses | grain_signals(vae, grain_map, ratio))
         if not accelerator.sync_gradients:
             continue
         lr_scheduler.step()
@@ -152,21 +154,29 @@ def main(args: argparse.Namespace) -> None:
         step += 1
 
         progress.update()
-        values = means.take()
+        values = log.take()
         progress.set_postfix(loss=f"{values['loss']:.4f}")
         accelerator.log(values, step=step)
-        if step % args.checkpointing_steps == 0 or step == args.max_train_steps:
+        smoke_test.add(step, values["loss"])
+        exit_code = stop.exit_code()
+        if exit_code or step % args.checkpointing_steps == 0 or step == args.max_train_steps:
             checkpoints.save(step)
-        if accelerator.is_main_process and (step % args.validation_steps == 0 or step == args.max_train_steps):
+        if exit_code:
+            accelerator.end_training()
+            sys.exit(exit_code)
+        if validates and (step % args.validation_steps == 0 or step == args.max_train_steps):
             with use_ema(ema, grain_model):
                 path = os.path.join(args.output_dir, "samples", f"step-{step:07d}.png")
-                validate(grain_model, scheduler, sample_labels, args.seed, path)
+                stop.interruptible(validate, grain_model, scheduler, sample_labels, args.seed, path)
+    stop.close()
+    if args.overfit_batches:
+        accelerator.print(smoke_test.result())
 
     # 4. What train_d2it.py reads
     if accelerator.is_main_process:
-        ema.copy_to(grain_model.parameters())
-        save_aside(grain_model.save_pretrained, os.path.join(args.output_dir, "grain_model"))
-        save_aside(scheduler.save_pretrained, os.path.join(args.output_dir, "grain_scheduler"))
+        grain_model = checkpoints.averaged_model()
+        grain_model.save_pretrained(os.path.join(args.output_dir, "grain_model"))
+        save_folder(os.path.join(args.output_dir, "grain_scheduler"), scheduler.save_pretrained)
         print(f"{args.output_dir}: grain_model and grain_scheduler after {step} steps")
         if bad_images.summary():
             print(bad_images.summary())

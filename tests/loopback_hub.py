@@ -66,8 +66,6 @@ def serve_hub(repositories: dict[str, Path], uploads: Uploads | None = None) -> 
             if uploads is not None and rest == "/auth-check/write":
                 refused = name is None or self.role() != "write"
                 return self.send_json({"error": "Forbidden"} if refused else {}, 403 if refused else 200)
-            if uploads is not None and rest == "/discussions/1":
-                return self.send_json(pull_request(name))
             if name is not None:
                 visibility = None if uploads is None else uploads.visibility.get(name)
                 info = tree_of(folder) if rest.startswith("/tree/") else model_info(name, folder, visibility)
@@ -94,14 +92,14 @@ def serve_hub(repositories: dict[str, Path], uploads: Uploads | None = None) -> 
             name, folder, rest = self.repository(path, "/api/models/")
             if name is None or self.role() != "write":
                 return self.send_json({"error": "Forbidden"}, 403)
-            if rest == "/discussions":
-                return self.send_json({"num": 1})
             if rest.startswith("/preupload/"):
                 files = [file["path"] for file in json.loads(body)["files"]]
                 modes = [{"path": path, "uploadMode": "regular", "shouldIgnore": False} for path in files]
                 return self.send_json({"files": modes})
             if rest.startswith("/commit/"):
-                return self.commit(name, folder, rest.removeprefix("/commit/"), body)
+                in_pull_request = "create_pr=1" in urlsplit(self.path).query
+                revision = "refs/pr/1" if in_pull_request else rest.removeprefix("/commit/")
+                return self.commit(name, folder, revision, body)
             return self.send_json({"error": f"no such route: {path}"}, 404)
 
         def validate(self, card: str) -> None:
@@ -132,7 +130,10 @@ def serve_hub(repositories: dict[str, Path], uploads: Uploads | None = None) -> 
             for file, content in files.items() if revision == "main" else []:
                 (folder / file).parent.mkdir(parents=True, exist_ok=True)
                 (folder / file).write_bytes(content)
-            self.send_json({"commitUrl": f"{endpoint}/{name}/commit/{_SHA}", "commitOid": _SHA})
+            answer = {"commitUrl": f"{endpoint}/{name}/commit/{_SHA}", "commitOid": _SHA}
+            if revision == "refs/pr/1":
+                answer["pullRequestUrl"] = f"{endpoint}/{name}/discussions/1"
+            self.send_json(answer)
 
         def role(self) -> str | None:
             return uploads.roles.get(self.headers.get("Authorization", "").removeprefix("Bearer "))
@@ -194,18 +195,3 @@ def tree_of(folder: Path) -> list[dict]:
         }
         for file in files_of(folder)
     ]
-
-
-def pull_request(name: str) -> dict:
-    return {
-        "title": "a pull request",
-        "num": 1,
-        "author": {"name": "user"},
-        "createdAt": "2026-01-01T00:00:00.000Z",
-        "status": "draft",
-        "repo": {"name": name, "type": "model"},
-        "isPullRequest": True,
-        "events": [],
-        "changes": {"base": "refs/heads/main"},
-        "filesWithConflicts": [],
-    }

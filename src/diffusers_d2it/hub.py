@@ -15,17 +15,18 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
-from glob import escape
+from functools import partial
 from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline
-from huggingface_hub import HfApi, ModelCard, get_token
+from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, get_token
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from .escaping import printable
 from .model_card import check_license, commands_of, make_model_card
+from .saving import MANIFEST, write_durably
 
 
 SAMPLES = "samples.png"
@@ -57,8 +58,7 @@ def push_folder(
 
     Pushed are model_index.json, config.json, scheduler_config.json, safetensors and their indices, README.md,
     samples.png and conversion.json, at the top of the folder and in the sub-folders of a pipeline; a warning names
-    everything else. Paths of this machine that diffusers noted in a configuration (`_name_or_path`) are removed from
-    it.
+    everything else. Paths of this machine that diffusers noted in a configuration (`_name_or_path`) are not pushed.
 
     Args:
         folder: what `save_pretrained` wrote.
@@ -89,7 +89,7 @@ def files_to_push(folder: Path) -> tuple[list[str], list[str]]:
     """Names in a folder that may be pushed, and those that may not, relative to it; whole folders with a slash."""
     pushed, left_out = [], []
     for path in sorted(folder.iterdir()) if folder.is_dir() else []:
-        if path.is_dir() and path.name in _SUBFOLDERS and not path.is_symlink():  # upload_folder follows no links
+        if path.is_dir() and path.name in _SUBFOLDERS and not path.is_symlink():  # which may lead anywhere
             inside = sorted(path.iterdir())
         elif path.is_dir():
             left_out.append(f"{path.name}/")
@@ -97,6 +97,8 @@ def files_to_push(folder: Path) -> tuple[list[str], list[str]]:
         else:
             inside = [path]
         for file in inside:
+            if file.name == MANIFEST:  # it is about this folder; the Hub keeps hashes of its own
+                continue
             allowed = file.is_file() and any(fnmatchcase(file.name, pattern) for pattern in _PUSHED)
             name = file.relative_to(folder).as_posix()
             (pushed if allowed else left_out).append(f"{name}/" if file.is_dir() else name)
@@ -135,28 +137,25 @@ def upload(
         named = ", ".join(printable(name) for name in left_out[:_NUM_NAMED])
         more = f" and {len(left_out) - _NUM_NAMED} more" if len(left_out) > _NUM_NAMED else ""
         warnings.warn(f"left in {str(folder)!r}, not pushed to {repo_id}: {named}{more}", stacklevel=3)
-    _forget_paths([folder / name for name in names if name.endswith(("config.json", "model_index.json"))])
-    commit = HfApi(token=token).upload_folder(
-        repo_id=repo_id,
-        folder_path=folder,
-        path_in_repo=path_in_repo,
-        allow_patterns=[escape(name) for name in names],
-        commit_message=commit_message,
-        create_pr=create_pr,
-    )
+    api = HfApi(token=token)
+    prefix = "" if path_in_repo is None else f"{path_in_repo}/"
+    files = [CommitOperationAdd(f"{prefix}{name}", _content(folder / name)) for name in names]
+    commit = api.create_commit(repo_id, files, commit_message=commit_message, create_pr=create_pr)
     return str(commit.pr_url or commit)
 
 
-def _forget_paths(configs: list[Path]) -> None:
-    """Remove from saved configurations where on this machine a model was loaded from; names of the Hub stay."""
-    for path in configs:
+def _content(path: Path) -> str | bytes:
+    """What is pushed of a file: the file, or a configuration without where on this machine its model was loaded from.
+
+    The file itself stays as it is: its folder is sealed with it.
+    """
+    if path.name.endswith(("config.json", "model_index.json")):
         config = json.loads(path.read_text(encoding="utf-8"))
         origin = config.get("_name_or_path")
         if origin and not _is_on_hub(origin):
             del config["_name_or_path"]
-            clean = path.with_name(f"{path.name}.tmp")
-            clean.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-            os.replace(clean, path)  # not through a link: in a download it leads into the cache of the Hub client
+            return (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
+    return str(path)
 
 
 def _is_on_hub(name: str) -> bool:
@@ -185,9 +184,9 @@ def write_card(folder: Path, model_card: ModelCard | None, sample_image: str | o
     """
     if sample_image is not None:
         check_png(sample_image)
-        shutil.copyfile(sample_image, folder / SAMPLES)
+        write_durably(folder / SAMPLES, partial(shutil.copyfile, sample_image))
     if model_card is not None:
-        model_card.save(folder / CARD)
+        write_durably(folder / CARD, model_card.save)
 
 
 def check_png(path: str | os.PathLike) -> None:

@@ -1,9 +1,9 @@
 # Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
 """How anything is saved: written aside, forced to the disk, sealed by a manifest, and only then put in its place.
 
-A folder that was saved here is sealed by `manifest.json`: size and SHA-256 of each of its files. A sub-folder with a
-manifest of its own (a model in a pipeline) is listed by that manifest alone. Files that are not listed are not looked
-at, so a card or a note may be put beside what was saved.
+A folder that was saved here is sealed by `manifest.json`: size and SHA-256 of each of its files. A sub-folder that is
+sealed itself (a model in a pipeline) answers for its own files. Files that are not listed are not looked at, so a card
+or a note may be put beside what was saved.
 
 A new folder appears by one rename. One that exists keeps what else is in it, so its files are replaced one by one; the
 manifest that says what they will be, and where the new ones lie until then, is written first. Killed before that, the
@@ -32,8 +32,11 @@ except ImportError:  # Windows has neither these locks nor a sync of folders
 MANIFEST = "manifest.json"
 STAGING = ".staging-"
 TRASH = ".trash-"
+OLD = ".old-"
 
 _VERSION = 1
+_SEALED = {"sealed": True}  # of a manifest in a sub-folder
+_ID_LENGTH = 8
 _SHARD = re.compile(r"-\d{5}-of-\d{5}(?=\.)")
 
 
@@ -63,8 +66,7 @@ def save_folder(folder: str | os.PathLike, save: Callable[[str], object]) -> Non
         with staging_folder(folder) as staging:
             save(str(staging))
             seal(staging)
-            staging.rename(folder)
-        fsync_folder(folder.parent)
+            replace_folder(staging, folder)
         return
     settle(folder)
     with _owned(folder) as free:
@@ -86,6 +88,9 @@ def seal(folder: Path) -> None:
     mode = folder.stat().st_mode & 0o666  # the folder is new and follows the umask
     files = {}
     for path in _files_of(folder):
+        if path.name == MANIFEST:
+            files[path.relative_to(folder).as_posix()] = _SEALED
+            continue
         path.chmod(mode)
         with path.open("rb+") as file:
             os.fsync(file.fileno())
@@ -106,7 +111,7 @@ def verify(folder: str | os.PathLike, nested: bool = True) -> None:
 
     Args:
         folder: with a manifest.
-        nested: check sealed sub-folders too, not only their manifests.
+        nested: check sealed sub-folders too, not only that they are there.
 
     Raises:
         ValueError: there is no manifest, it is damaged, or a file is missing or damaged; the file is named.
@@ -115,9 +120,10 @@ def verify(folder: str | os.PathLike, nested: bool = True) -> None:
     settle(folder)
     for name, record in _read_manifest(folder)["files"].items():
         path = folder / name
-        check_size(path, record["bytes"])
-        check_sha256(path, record["sha256"])
-        if nested and path.name == MANIFEST:
+        if record != _SEALED:
+            check_size(path, record["bytes"])
+            check_sha256(path, record["sha256"])
+        elif nested or not path.is_file():
             verify(path.parent)
 
 
@@ -140,21 +146,40 @@ def settle(folder: str | os.PathLike) -> None:
 
 
 def sweep(folder: Path, name: str = "") -> None:
-    """Remove what killed processes left half-written or half-removed in a folder; what a living one writes stays.
+    """Clear up after killed processes that saved in a folder; what a living one works on stays.
+
+    What was half-written or half-removed goes, what was to be replaced comes back unless the new one is there.
 
     Args:
         folder: where they worked.
-        name: only what was to become a folder of this name, with a hyphen behind it; all by default.
+        name: only what was to become a file or folder of this name, with a hyphen behind it; all by default.
     """
-    for path in sorted(folder.glob(f"{STAGING}{name}*")) + sorted(folder.glob(f"{TRASH}{name}*")):
-        with _owned(path) as dead:
-            if dead:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+    for path in sorted(folder.glob(f"{OLD}{name}*")):
+        current = path.with_name(path.name[len(OLD) : -_ID_LENGTH - 1])
+        if not current.exists():
+            path.rename(current)
+    for prefix in (STAGING, TRASH, OLD):
+        for path in sorted(folder.glob(f"{prefix}{name}*")):
+            with _owned(path) as dead:
+                if dead:
+                    shutil.rmtree(path)
+
+
+def replace_folder(staging: Path, folder: Path) -> None:
+    """Put a sealed folder in the place of one beside it, which may be there or not; `sweep` finishes it if killed."""
+    old = _aside(folder, OLD)
+    replaced = folder.exists()
+    if replaced:
+        folder.rename(old)
+    staging.rename(folder)
+    fsync_folder(folder.parent)
+    if replaced:
+        shutil.rmtree(old)
 
 
 def remove_folder(folder: Path) -> None:
     """Remove a folder so that it is at no time there in part under its name."""
-    trash = folder.with_name(f"{TRASH}{folder.name}-{uuid.uuid4().hex[:8]}")
+    trash = _aside(folder, TRASH)
     folder.rename(trash)
     shutil.rmtree(trash)
 
@@ -162,7 +187,7 @@ def remove_folder(folder: Path) -> None:
 @contextmanager
 def staging_folder(path: Path) -> Iterator[Path]:
     """A new folder beside `path`, locked as long as this process works in it, removed if that fails."""
-    staging = path.with_name(f"{STAGING}{path.name}-{uuid.uuid4().hex[:8]}")
+    staging = _aside(path, STAGING)
     staging.mkdir()
     with _owned(staging):
         try:
@@ -170,6 +195,10 @@ def staging_folder(path: Path) -> Iterator[Path]:
         except BaseException:
             shutil.rmtree(staging, ignore_errors=True)  # the error that led here is the one to be seen
             raise
+
+
+def _aside(path: Path, prefix: str) -> Path:
+    return path.with_name(f"{prefix}{path.name}-{uuid.uuid4().hex[:_ID_LENGTH]}")
 
 
 @contextmanager
@@ -237,7 +266,7 @@ def _neighbours(folder: Path, names: dict) -> Iterator[Path]:
 
 
 def _files_of(folder: Path) -> Iterator[Path]:
-    """All files of a folder except its manifest; of a sealed sub-folder the manifest alone."""
+    """All files of a folder except its own manifest; of a sealed sub-folder the manifest alone."""
     for path in sorted(folder.iterdir()):
         if path.is_symlink():
             raise ValueError(f"{path} is a link: a folder is sealed with what it holds, not with what lies elsewhere.")
@@ -260,7 +289,9 @@ def _read_manifest(folder: Path) -> dict:
     if manifest.get("version") != _VERSION:
         raise ValueError(f"{path} must be of version {_VERSION}, got {manifest.get('version')!r}.")
     files = manifest.get("files")
-    if not isinstance(files, dict) or any(record.keys() != {"bytes", "sha256"} for record in files.values()):
+    if not isinstance(files, dict) or not all(
+        record == _SEALED or record.keys() == {"bytes", "sha256"} for record in files.values()
+    ):
         raise ValueError(f"{path} is damaged: it does not list files with their sizes and hashes.")
     for name in [*files, *manifest.get("stale", ()), manifest.get("pending", MANIFEST)]:
         if os.path.isabs(name) or ".." in Path(name).parts:
@@ -279,6 +310,7 @@ def write_durably(path: Path, write: Callable[[Path], object]) -> None:
     Raises:
         OSError: the disk is full or failed. What was at `path` is still there.
     """
+    sweep(path.parent, f"{path.name}-")
     with staging_folder(path) as staging:
         staged = staging / path.name
         write(staged)

@@ -1,6 +1,7 @@
 # Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
 """A run that was interrupted ends in the weights of one that was not; what does not belong together is refused."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -10,12 +11,17 @@ from script_runs import STEPS, TWO_PROCESSES, call, train
 
 
 def assert_same_run(a: Path, b: Path) -> None:
-    names = [f"{model}/diffusion_pytorch_model" for model in ("model", "model_ema")]
-    names += [path.stem for path in (a / f"checkpoint-{STEPS}").glob("*.safetensors")]
+    checkpoints = [run / f"checkpoint-{STEPS}" for run in (a, b)]
+    names = [path.relative_to(checkpoints[0]) for path in checkpoints[0].rglob("*.safetensors")]
+    assert len(names) >= 3  # model, average, optimizer
     for name in names:
-        left, right = (load_file(run / f"checkpoint-{STEPS}" / f"{name}.safetensors") for run in (a, b))
+        left, right = (load_file(checkpoint / name) for checkpoint in checkpoints)
         assert left.keys() == right.keys()
         assert all(torch.equal(left[key], right[key]) for key in left), name
+    left, right = (json.loads((checkpoint / "state.json").read_text()) for checkpoint in checkpoints)
+    assert left == right
+    left, right = (json.loads((checkpoint / "random_state_0.json").read_text()) for checkpoint in checkpoints)
+    assert left == right
 
 
 def test_interrupted_autoencoder_run_ends_in_the_same_weights(dvae, dvae_arguments, tmp_path):
@@ -52,8 +58,8 @@ def test_interrupted_content_run_ends_in_the_same_weights(d2it, d2it_arguments, 
 def test_two_processes_share_the_work(d2it_arguments, tmp_path):
     arguments = [*d2it_arguments, "--preset", "content-tiny", "--train_batch_size", 1]
     train("train_d2it.py", tmp_path, 2, *arguments, launch=TWO_PROCESSES, ACCELERATE_USE_CPU="true")
-    states = sorted(path.name for path in (tmp_path / "checkpoint-2").glob("random_states_*"))
-    assert states == ["random_states_0.pkl", "random_states_1.pkl"]
+    states = sorted(path.name for path in (tmp_path / "checkpoint-2").glob("random_state_*"))
+    assert states == ["random_state_0.json", "random_state_1.json"]
     assert (tmp_path / "pipeline" / "model_index.json").is_file()
     # One process would see half as many images in an update, in another order
     resume = ["--resume_from_checkpoint", "latest"]

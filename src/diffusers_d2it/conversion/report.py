@@ -11,7 +11,7 @@ import torch
 from diffusers import ModelMixin
 from torch import nn
 
-from ..training.checkpoints import save_aside
+from ..saving import save_folder
 
 
 @dataclass
@@ -151,4 +151,4 @@ def save_converted(model: ModelMixin, report: ConversionReport, folder: Path) ->
         model.save_pretrained(staging)
         Path(staging, "conversion.json").write_text(report.to_json(), encoding="utf-8")
 
-    save_aside(save, folder)
+    save_folder(folder, save)

@@ -9,9 +9,10 @@ position in its part take its place, and a run continues exactly with as many pr
 
 import argparse
 import copy
+import os
 import random
 from collections.abc import Iterable, Iterator
-from itertools import chain, islice
+from itertools import chain, cycle, islice
 
 import numpy as np
 import PIL.Image
@@ -194,7 +195,9 @@ class StreamLoader:
         num_rounds, rest = divmod(first_batch, max(1, self.num_workers))
         stream = copy.copy(self.dataset)
         stream.num_skipped = num_rounds * self.batch_size
-        loader = DataLoader(stream, batch_size=self.batch_size, num_workers=self.num_workers)
+        loader = DataLoader(
+            stream, batch_size=self.batch_size, num_workers=self.num_workers, worker_init_fn=_leave_process_group
+        )
         for batch in islice(loader, rest, None):
             yield send_to_device(batch, self.device)
 
@@ -274,17 +277,24 @@ def make_loader(accelerator: Accelerator, dataset: Dataset, args: argparse.Names
         drop_last=True,
         num_workers=args.dataloader_num_workers,
         collate_fn=getattr(dataset, "collate", None),
+        worker_init_fn=_leave_process_group,
     )
 
 
-def batches_from(accelerator: Accelerator, loader: DataLoader | StreamLoader, first_batch: int) -> Iterator[dict]:
+def batches_from(
+    accelerator: Accelerator, loader: DataLoader | StreamLoader, first_batch: int, repeated: int | None = None
+) -> Iterator[dict]:
     """Batches without end, starting at batch number `first_batch` of the whole run.
 
     Args:
         accelerator: the Accelerator.
         loader: from `make_loader` and `accelerator.prepare`.
         first_batch: 0 at the beginning of the run.
+        repeated: the run consists of its first so many batches, over and over.
     """
+    if repeated is not None:
+        kept = list(islice(batches_from(accelerator, loader, 0), repeated))
+        yield from islice(cycle(kept), first_batch % repeated, None)
     if isinstance(loader, StreamLoader):
         yield from loader.batches_from(first_batch)
     epoch, position = divmod(first_batch, len(loader))
@@ -301,6 +311,12 @@ def step_generator(accelerator: Accelerator, seed: int, batch_index: int) -> tor
     """The generator of everything random in one batch of one process."""
     entropy = np.random.SeedSequence((seed, batch_index, accelerator.process_index)).generate_state(1, np.uint64)
     return torch.Generator(accelerator.device).manual_seed(int(entropy[0] >> 1))
+
+
+def _leave_process_group(worker: int) -> None:
+    """Keep away from a worker what a terminal or a cluster sends to all processes of a job: the run still needs it."""
+    if hasattr(os, "setpgrp"):
+        os.setpgrp()
 
 
 def _stand_ins(index: int, length: int) -> Iterator[int]:

@@ -4,17 +4,18 @@
 import argparse
 import os
 from datetime import timedelta
-from importlib.util import find_spec
 
-from accelerate import Accelerator
 from accelerate.utils import (
     DataLoaderConfiguration,
     GradientAccumulationPlugin,
     InitProcessGroupKwargs,
+    LoggerType,
     ProjectConfiguration,
 )
 
-from .checkpoints import check_output_dir
+from ..broken_packages import import_optional
+from .gate import GatedAccelerator
+from .output_folder import check_output_dir, lock_output_dir
 
 
 def make_parser(description: str) -> argparse.ArgumentParser:
@@ -64,6 +65,16 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--checkpoints_total_limit", type=int, help="keep only the newest ones")
     group.add_argument("--resume_from_checkpoint", help="path of a checkpoint, or 'latest'")
     group.add_argument("--validation_steps", type=int, default=1000, help="updates between two sample grids")
+    group.add_argument(
+        "--skip_nonfinite_steps",
+        type=int,
+        default=0,
+        metavar="N",
+        help="leave out up to N updates whose loss or gradient is not finite; with the next one the run stops",
+    )
+    group.add_argument(
+        "--overfit_batches", type=int, metavar="N", help="smoke test: train on the first N batches, the loss must fall"
+    )
     group.add_argument("--report_to", default="tensorboard", help="tracker known to accelerate, or 'none'")
 
 
@@ -76,14 +87,15 @@ def add_second_stage_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--compile", action="store_true", help="torch.compile the transformer's blocks")
 
 
-def make_accelerator(args: argparse.Namespace) -> Accelerator:
-    """Check the training flags and make their Accelerator, with an order of the data that can be resumed.
+def make_accelerator(args: argparse.Namespace) -> GatedAccelerator:
+    """Check the training flags, take the output folder and make the Accelerator of the run.
 
     Raises:
-        ValueError: as `check_training_arguments`.
+        ValueError: as `check_training_arguments`, or another run is working in the output folder.
     """
     check_training_arguments(args)
-    accelerator = Accelerator(
+    accelerator = GatedAccelerator(
+        max_skipped_steps=args.skip_nonfinite_steps,
         # An update always takes as many batches, also across the end of an epoch: `resume` counts on it.
         gradient_accumulation_plugin=GradientAccumulationPlugin(
             num_steps=args.gradient_accumulation_steps, sync_with_dataloader=False
@@ -98,6 +110,9 @@ def make_accelerator(args: argparse.Namespace) -> Accelerator:
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=1))],
     )
     accelerator.wait_for_everyone()  # only now may a process write into the output folder that another one checks
+    if accelerator.is_main_process:
+        accelerator.output_lock = lock_output_dir(args)  # until the process ends
+    accelerator.wait_for_everyone()
     return accelerator
 
 
@@ -105,16 +120,21 @@ def check_training_arguments(args: argparse.Namespace) -> None:
     """Check what can be checked before anything is loaded.
 
     Raises:
-        ValueError: --fine_ratio is no share or range of shares, or --output_dir holds something that the run is not
-            asked to continue, or a package of the extra `training` is missing.
+        ValueError: --fine_ratio is no share or range of shares, a number is too small, --output_dir holds something
+            that the run is not asked to continue, or the package of --report_to is missing
+            or broken.
     """
     ratios = args.fine_ratio
     if ratios is not None and (
         len(ratios) > 2 or not all(0 <= ratio <= 1 for ratio in ratios) or ratios != sorted(ratios)
     ):
         raise ValueError(f"--fine_ratio must be one share in [0, 1], or two in ascending order, got {ratios}.")
+    for name, least in (("skip_nonfinite_steps", 0), ("overfit_batches", 1), ("checkpoints_total_limit", 1)):
+        value = getattr(args, name)
+        if value is not None and value < least:
+            raise ValueError(f"--{name} must be at least {least}, got {value}.")
     check_output_dir(args)
-    needed = ["torchmetrics"] + ["tensorboard"] * (args.report_to == "tensorboard")
-    missing = [package for package in needed if find_spec(package) is None]
-    if missing:
-        raise ValueError(f'training needs {" and ".join(missing)}: `pip install "diffusers-d2it[training]"`.')
+    if args.report_to == "tensorboard":
+        import_optional("torch.utils.tensorboard", "--report_to tensorboard", extra="training", package="tensorboard")
+    elif args.report_to in LoggerType.list() and args.report_to != "all":
+        import_optional(args.report_to, f"--report_to {args.report_to}")

@@ -1,57 +1,81 @@
 # Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
-"""The state of a run on disk: written aside and renamed, found again, loaded."""
+"""The state of a run on disk: sealed whole or absent, found again, loaded.
+
+checkpoint-<step>/
+    model, model_ema                    the model and its average, as diffusers folders
+    <other>.safetensors                 further trained modules
+    <optimizer>.safetensors             moments
+    state.json                          step, flags, settings of optimizers, schedule, scale of float16
+    random_state_<process>.json
+    manifest.json                       sizes and hashes of all these; see `saving`
+"""
 
 import argparse
 import json
-import os
+import platform
 import re
-import shutil
-import uuid
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import nullcontext
 from pathlib import Path
 
+import accelerate
+import diffusers
+import safetensors
 import torch
-from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from diffusers import ModelMixin
-from diffusers.training_utils import EMAModel
-from diffusers.utils import logging
 from safetensors.torch import load_file, save_file
+from torch.optim.lr_scheduler import LRScheduler
+
+from ..saving import read_json, remove_folder, replace_folder, seal, staging_folder, verify
+from .averaging import WeightAverage
+from .gate import GatedAccelerator
+from .states import (
+    copy_into,
+    gather,
+    load_optimizer,
+    optimizer_settings,
+    optimizer_tensors,
+    random_state,
+    set_random_state,
+)
 
 
+STATE = "state.json"
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
-
 
 # Flags that may change when a run is continued: where things lie, how long and how often, what changes no weight.
 _FREE_FLAGS = frozenset(
     "output_dir resume_from_checkpoint max_train_steps checkpointing_steps checkpoints_total_limit validation_steps"
     " report_to dataloader_num_workers gradient_checkpointing compile push_to_hub hub_model_id hub_private_repo"
-    " license train_data_dir latent_cache vae grain init_from repa_model calibration_images fid_model".split()
+    " license train_data_dir latent_cache vae grain init_from repa_model calibration_images fid_model"
+    " skip_nonfinite_steps".split()
 )
 
 
 class Checkpoints:
-    """Saves and restores a run: weights, EMA, optimizer, schedule, flags, in `output_dir/checkpoint-<step>`.
-
-    A checkpoint is written aside and renamed, so a folder of that name is whole.
+    """Saves and restores a run in `output_dir/checkpoint-<step>`.
 
     Args:
         accelerator: the Accelerator, after `prepare`.
         args: flags of the run; those that change its weights are kept, and compared when it is resumed.
-        model: the trained model, unwrapped; saved as a diffusers folder `model`, so each checkpoint can be loaded.
-        ema: its moving average; saved as `model_ema`.
-        others: further trained modules by name, such as a discriminator; saved as `<name>.safetensors`.
+        model: the trained model, unwrapped.
+        ema: its moving average.
+        optimizers: by the names of their files.
+        lr_scheduler: the schedule of the first of them.
+        others: further trained modules by the names of their files, such as a discriminator.
         identity: what else must be the same when the run is resumed, as JSON values: fingerprints of its data and of
             the models that it reads.
     """
 
     def __init__(
         self,
-        accelerator: Accelerator,
+        accelerator: GatedAccelerator,
         args: argparse.Namespace,
         model: ModelMixin,
-        ema: EMAModel,
+        ema: WeightAverage,
+        optimizers: dict[str, torch.optim.Optimizer],
+        lr_scheduler: LRScheduler,
         others: dict[str, torch.nn.Module] | None = None,
         identity: dict | None = None,
     ):
@@ -60,7 +84,10 @@ class Checkpoints:
         self.total_limit = args.checkpoints_total_limit
         self.model = model
         self.ema = ema
+        self.optimizers = optimizers
+        self.lr_scheduler = lr_scheduler
         self.others = others or {}
+        self.last: Path | None = None  # the checkpoint that was saved or resumed last
         flags = {name: value for name, value in vars(args).items() if name not in _FREE_FLAGS}
         if args.streaming:  # its order depends on who reads which part
             flags["dataloader_num_workers"] = args.dataloader_num_workers
@@ -68,8 +95,6 @@ class Checkpoints:
             flags["max_train_steps"] = args.max_train_steps
         flags |= {"num_processes": accelerator.num_processes, **(identity or {})}
         self.flags = json.loads(json.dumps(flags))  # as they will be read back
-        accelerator.register_save_state_pre_hook(self._save_models)
-        accelerator.register_load_state_pre_hook(self._load_models)
 
     def scalars(self) -> dict[str, int | float | str | bool]:
         """The flags as a tracker takes them, to tell runs from one another."""
@@ -77,82 +102,186 @@ class Checkpoints:
             name: value if isinstance(value, (int, float, bool)) else str(value) for name, value in self.flags.items()
         }
 
-    def _save_models(self, models, weights, folder: str) -> None:
-        if self.accelerator.is_main_process:
-            self.model.save_pretrained(os.path.join(folder, "model"))
-            self.ema.save_pretrained(os.path.join(folder, "model_ema"))
-            for name, module in self.others.items():
-                save_file(module.state_dict(), os.path.join(folder, f"{name}.safetensors"))
-            Path(folder, "flags.json").write_text(json.dumps(self.flags, indent=2), encoding="utf-8")
-        weights.clear()  # saved above, in a format that from_pretrained reads
-
-    def _load_models(self, models, folder: str) -> None:
-        flags = json.loads(Path(folder, "flags.json").read_text(encoding="utf-8"))
-        _refuse_changes(f"checkpoint {folder} is of another run", flags, self.flags)
-        loaded = type(self.model).from_pretrained(os.path.join(folder, "model"))
-        configs = (json.loads(model.to_json_string()) for model in (loaded, self.model))  # no tuples in JSON
-        found, expected = ({k: v for k, v in config.items() if not k.startswith("_")} for config in configs)
-        _refuse_changes(f"checkpoint {folder} holds another model", found, expected)
-        self.model.load_state_dict(loaded.state_dict())
-        with warnings.catch_warnings(), _only_errors():  # its own files surprise it
-            warnings.simplefilter("ignore", FutureWarning)
-            average = EMAModel.from_pretrained(os.path.join(folder, "model_ema"), type(self.model))
-        self.ema.load_state_dict(average.state_dict())
-        self.ema.to(self.accelerator.device)
-        for name, module in self.others.items():
-            module.load_state_dict(load_file(os.path.join(folder, f"{name}.safetensors")))
-        models.clear()
+    # -----------------------------------------------------------------------------------------------------------------
+    # Saving
+    # -----------------------------------------------------------------------------------------------------------------
 
     def save(self, step: int) -> None:
-        """Write `checkpoint-<step>` and drop the oldest ones over the limit."""
-        final = self.output_dir / f"checkpoint-{step}"
-        staging = self.output_dir / f".staging-{step}"
-        if self.accelerator.is_main_process:
-            shutil.rmtree(staging, ignore_errors=True)
-        self.accelerator.wait_for_everyone()
-        self.accelerator.save_state(str(staging), safe_serialization=True)
-        self.accelerator.wait_for_everyone()
-        if self.accelerator.is_main_process:
-            _replace_folder(staging, final)
-            if self.total_limit is not None:
-                for path in found_checkpoints(self.output_dir)[: -self.total_limit]:
-                    shutil.rmtree(path)
-
-    def resume(self, checkpoint: Path | None) -> int:
-        """Load a checkpoint, from `find_checkpoint`, and return its step; 0 without one.
+        """Write `checkpoint-<step>`, then drop the oldest ones over the limit. All processes call it.
 
         Raises:
-            ValueError: the checkpoint was written with other flags or holds another model.
+            OSError: it could not be written. The earlier checkpoints are still there.
+        """
+        final = self.output_dir / f"checkpoint-{step}"
+        if final == self.last:
+            return
+        is_main = self.accelerator.is_main_process
+        try:
+            with staging_folder(final) if is_main else nullcontext() as staging:
+                (staging,) = broadcast_object_list([staging])
+                self._write(staging, step)
+                self.accelerator.wait_for_everyone()
+                if is_main:
+                    seal(staging)
+                    replace_folder(staging, final)
+        except (OSError, safetensors.SafetensorError) as error:
+            raise OSError(f"{final} could not be written, earlier checkpoints are untouched: {error}") from error
+        self.last = final
+        if is_main and self.total_limit is not None:
+            others = [path for path in found_checkpoints(self.output_dir) if path != final]
+            for path in others[: max(0, len(others) + 1 - self.total_limit)]:
+                remove_folder(path)
+        self.accelerator.wait_for_everyone()
+
+    def _write(self, folder: Path, step: int) -> None:
+        process = self.accelerator.process_index
+        Path(folder, f"random_state_{process}.json").write_text(json.dumps(random_state()), encoding="utf-8")
+        # Gathered by all processes, written by the main one, a part at a time
+        weights = self.model.state_dict()
+        self._write_model(folder / "model", gather(self.accelerator, weights))
+        self._write_model(folder / "model_ema", gather(self.accelerator, weights | self._averages()))
+        tensors = {name: module.state_dict() for name, module in self.others.items()}
+        tensors |= {name: optimizer_tensors(optimizer, self._names()) for name, optimizer in self.optimizers.items()}
+        for name, part in tensors.items():
+            whole = gather(self.accelerator, part)
+            if self.accelerator.is_main_process:
+                save_file(whole, folder / f"{name}.safetensors")
+        if self.accelerator.is_main_process:
+            text = json.dumps(self._state(step), indent=2, allow_nan=False)
+            Path(folder, STATE).write_text(text + "\n", encoding="utf-8")
+
+    def _write_model(self, folder: Path, weights: dict[str, torch.Tensor]) -> None:
+        if self.accelerator.is_main_process:
+            with torch.device("meta"):
+                whole = type(self.model).from_config(self.model.config)
+            whole.load_state_dict(weights, assign=True)
+            whole.save_pretrained(folder)
+
+    def _state(self, step: int) -> dict:
+        scaler = self.accelerator.scaler
+        return {
+            "step": step,
+            "flags": self.flags,
+            "average_steps": self.ema.optimization_step,
+            "optimizers": {name: optimizer_settings(optimizer) for name, optimizer in self.optimizers.items()},
+            "schedule": self.lr_scheduler.state_dict(),
+            "scaler": None if scaler is None else scaler.state_dict(),
+            "skipped_steps": self.accelerator.num_skipped_steps,
+            "versions": {
+                "python": platform.python_version(),
+                **{module.__name__: module.__version__ for module in (torch, diffusers, accelerate, safetensors)},
+            },
+        }
+
+    def _averages(self) -> dict[str, torch.Tensor]:
+        return dict(zip((name for name, _ in self.model.named_parameters()), self.ema.shadow_params, strict=True))
+
+    def _names(self) -> dict[torch.Tensor, str]:
+        modules = {"model": self.model, **self.others}
+        return {
+            parameter: f"{module_name}.{name}"
+            for module_name, module in modules.items()
+            for name, parameter in module.named_parameters()
+        }
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Loading
+    # -----------------------------------------------------------------------------------------------------------------
+
+    def resume(self, checkpoint: Path | None) -> int:
+        """Load a checkpoint, from `find_checkpoint`, and return its step; 0 without one. All processes call it.
+
+        Raises:
+            ValueError: the checkpoint was written with other flags, or holds another model or other weights.
         """
         if checkpoint is None:
             return 0
-        self.accelerator.load_state(str(checkpoint))
-        return int(_CHECKPOINT.fullmatch(checkpoint.name)[1])
+        state = read_json(checkpoint / STATE)
+        _refuse_changes(f"checkpoint {checkpoint} is of another run", state["flags"], self.flags)
+        loaded = type(self.model).from_pretrained(checkpoint / "model")
+        configs = (json.loads(model.to_json_string()) for model in (loaded, self.model))  # no tuples in JSON
+        found, expected = ({k: v for k, v in config.items() if not k.startswith("_")} for config in configs)
+        _refuse_changes(f"checkpoint {checkpoint} holds another model", found, expected)
+        copy_into(self.model.state_dict(), loaded.state_dict(), f"{checkpoint}/model")
+        averages = dict(type(self.model).from_pretrained(checkpoint / "model_ema").named_parameters())
+        copy_into(self._averages(), averages, f"{checkpoint}/model_ema")
+        self.ema.optimization_step = state["average_steps"]
+        for name, module in self.others.items():
+            path = checkpoint / f"{name}.safetensors"
+            copy_into(module.state_dict(), load_file(path), str(path))
+        for name, optimizer in self.optimizers.items():
+            path = checkpoint / f"{name}.safetensors"
+            load_optimizer(optimizer, self._names(), load_file(path), state["optimizers"][name], str(path))
+        self.lr_scheduler.load_state_dict(state["schedule"])
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        self.accelerator.num_skipped_steps = state["skipped_steps"]
+        set_random_state(read_json(checkpoint / f"random_state_{self.accelerator.process_index}.json"))
+        self.last = checkpoint
+        return state["step"]
+
+    def averaged_model(self) -> ModelMixin:
+        """The average of the last checkpoint as a model of its own, in eval mode, on the device of this process."""
+        model = type(self.model).from_pretrained(self.last / "model_ema")
+        model.register_to_config(_name_or_path=None)  # where it lay is nobody's business
+        return model.eval().to(self.accelerator.device)
 
 
 def found_checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints of a run, oldest first."""
+    """Folders of a run that are named like its checkpoints, oldest first."""
     matches = ((_CHECKPOINT.fullmatch(path.name), path) for path in folder.glob("checkpoint-*"))
     return [path for _, path in sorted((int(match[1]), path) for match, path in matches if match)]
 
 
-def find_checkpoint(args: argparse.Namespace) -> Path | None:
-    """The checkpoint that --resume_from_checkpoint names, a path or "latest"; None without the flag.
+def find_checkpoint(accelerator: GatedAccelerator, args: argparse.Namespace) -> Path | None:
+    """The checkpoint that --resume_from_checkpoint names, verified; None without the flag. All processes call it.
+
+    "latest" is the one of the highest step that is whole; a warning names those that are not.
 
     Raises:
-        ValueError: the path is no checkpoint, or `latest` finds none.
+        ValueError: the path is no checkpoint or a damaged one, or `latest` finds none.
     """
+    found, error = None, None
+    if accelerator.is_main_process:
+        try:
+            found = _find(args)
+        except ValueError as caught:
+            error = str(caught)
+    found, error = broadcast_object_list([found, error])
+    if error is not None:
+        raise ValueError(error)
+    return found
+
+
+def _find(args: argparse.Namespace) -> Path | None:
     if args.resume_from_checkpoint is None:
         return None
-    if args.resume_from_checkpoint == "latest":
-        found = found_checkpoints(Path(args.output_dir))
-        if not found:
-            raise ValueError(f"--resume_from_checkpoint latest: no checkpoint in {args.output_dir}.")
-        return found[-1]
-    path = Path(args.resume_from_checkpoint)
-    if _CHECKPOINT.fullmatch(path.name) is None or not path.is_dir():
-        raise ValueError(f"--resume_from_checkpoint {path} is not a folder named checkpoint-<step>.")
-    return path
+    if args.resume_from_checkpoint != "latest":
+        path = Path(args.resume_from_checkpoint)
+        if _CHECKPOINT.fullmatch(path.name) is None or not path.is_dir():
+            raise ValueError(f"--resume_from_checkpoint {path} is not a folder named checkpoint-<step>.")
+        _verify(path)
+        return path
+    damaged = []
+    for path in reversed(found_checkpoints(Path(args.output_dir))):
+        try:
+            _verify(path)
+        except ValueError as error:
+            damaged.append(str(error))
+            warnings.warn(f"checkpoint {path} is skipped: {error}", stacklevel=3)
+        else:
+            return path
+    raise ValueError(
+        f"--resume_from_checkpoint latest: no checkpoint in {args.output_dir}"
+        + (f" is whole: {' '.join(damaged)}" if damaged else ".")
+    )
+
+
+def _verify(checkpoint: Path) -> None:
+    verify(checkpoint)
+    step = read_json(checkpoint / STATE).get("step")
+    if checkpoint.name != f"checkpoint-{step}":
+        raise ValueError(f"{checkpoint} holds the state after step {step}: it was renamed or mixed up.")
 
 
 def _refuse_changes(what: str, found: dict, expected: dict) -> None:
@@ -164,58 +293,3 @@ def _refuse_changes(what: str, found: dict, expected: dict) -> None:
     if changed:
         listed = "; ".join(f"{key}: found {old!r}, now {new!r}" for key, (old, new) in changed.items())
         raise ValueError(f"{what}: {listed}.")
-
-
-def check_output_dir(args: argparse.Namespace) -> None:
-    """Raise a ValueError if --output_dir holds anything and the run is not asked to continue what it holds."""
-    folder = Path(args.output_dir)
-    if args.resume_from_checkpoint is None and folder.is_dir():
-        held = sorted(path.name for path in folder.iterdir())
-        if held:
-            raise ValueError(
-                f"--output_dir {folder} is not empty, it holds {', '.join(held[:5])}: pass another folder, or"
-                + (" --resume_from_checkpoint latest to continue." if found_checkpoints(folder) else " remove it.")
-            )
-
-
-@contextmanager
-def _only_errors() -> Iterator[None]:
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-
-
-def save_aside(save: Callable[[str], None], folder: str | Path) -> None:
-    """Call `save(path)` with a path beside `folder` and put the result in its place once it is complete."""
-    folder = Path(folder)
-    staging = folder.parent / f".staging-{folder.name}-{uuid.uuid4().hex[:8]}"
-    save(str(staging))
-    _replace_folder(staging, folder)
-
-
-def _replace_folder(staging: Path, final: Path) -> None:
-    if final.exists():
-        old = final.parent / f".old-{final.name}-{uuid.uuid4().hex[:8]}"
-        final.rename(old)
-        staging.rename(final)
-        shutil.rmtree(old)
-    else:
-        final.parent.mkdir(parents=True, exist_ok=True)
-        staging.rename(final)
-
-
-@contextmanager
-def use_ema(ema: EMAModel, model: torch.nn.Module) -> Iterator[None]:
-    """Run a block with the averaged weights in the model, and the trained ones back afterwards."""
-    training = model.training
-    ema.store(model.parameters())
-    ema.copy_to(model.parameters())
-    model.eval()
-    try:
-        yield
-    finally:
-        ema.restore(model.parameters())
-        model.train(training)

@@ -1,0 +1,76 @@
+# Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
+"""A run that is asked to stop finishes its update, saves and ends."""
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+
+# Ctrl-C, what cluster schedulers and containers send before they kill, and what Slurm can send some time before that
+_EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
+if hasattr(signal, "SIGUSR1"):
+    _EXIT_CODES[signal.SIGUSR1] = 143
+
+
+class _Interrupted(BaseException):
+    """Ends what changes nothing of the run, so that it can be saved at once."""
+
+
+class StopSignals:
+    """Notes SIGTERM, SIGINT and SIGUSR1 while a training loop runs.
+
+        stop = StopSignals(accelerator)
+        while step < max_train_steps:
+            ...
+            exit_code = stop.exit_code()
+            if exit_code:
+                checkpoints.save(step)
+                sys.exit(exit_code)
+        stop.close()
+
+    Args:
+        accelerator: its processes stop together, whichever of them was told to.
+    """
+
+    def __init__(self, accelerator: Accelerator):
+        self.accelerator = accelerator
+        self._signal = 0
+        self._may_interrupt = False
+        self._handlers = {number: signal.signal(number, self._note) for number in _EXIT_CODES}
+
+    def close(self) -> None:
+        """Let the signals do again what they did before."""
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+
+    def exit_code(self) -> int:
+        """143 or 130 if any process was asked to stop, as a shell reports SIGTERM and SIGINT; else 0. All call it."""
+        code = _EXIT_CODES.get(self._signal, 0)
+        if self.accelerator.num_processes == 1:
+            return code
+        return int(self.accelerator.gather(torch.tensor([code], device=self.accelerator.device)).max())
+
+    def interruptible(self, function: Callable, *args: Any) -> Any:
+        """`function(*args)`, or None if a signal ended it: for what takes long and changes nothing of the run."""
+        try:
+            try:
+                self._may_interrupt = True
+                return None if self._signal else function(*args)
+            finally:
+                self._may_interrupt = False
+        except _Interrupted:
+            return None
+
+    def _note(self, number: int, frame: object) -> None:
+        if not self._signal:
+            self._signal = number
+            text = f"\n{signal.Signals(number).name}: the update is finished and saved, then the run ends.\n"
+            os.write(sys.stderr.fileno(), text.encode())  # print may be what was interrupted
+        if self._may_interrupt:
+            self._may_interrupt = False
+            raise _Interrupted

@@ -1,0 +1,225 @@
+# Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
+"""Every way in which the library saves something, each with the check that tells what is on the disk afterwards.
+
+A way saves versions: all weights of version v are the number v, so that a mixture shows.
+"""
+
+import json
+import warnings
+from abc import ABC, abstractmethod
+from argparse import Namespace
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from PIL import Image
+
+from diffusers_d2it import D2iTGrainModel, D2iTPipeline, DynamicAutoencoderKL
+from diffusers_d2it.conversion.report import ConversionReport, save_converted
+from diffusers_d2it.data.latent_cache import LatentCache
+from diffusers_d2it.data.latent_cache_files import LatentCachePlan, describe_vae
+from diffusers_d2it.data.latent_cache_writer import EncodedRows, LatentCacheWriter
+from diffusers_d2it.hub import write_card
+from diffusers_d2it.model_card import make_model_card
+from diffusers_d2it.saving import write_text_durably
+from diffusers_d2it.training.averaging import WeightAverage
+from diffusers_d2it.training.checkpoints import Checkpoints, find_checkpoint
+from diffusers_d2it.training.gate import GatedAccelerator
+from diffusers_d2it.training.output_folder import lock_output_dir
+
+
+class Mixed(AssertionError):
+    """What was loaded without an error is no version that was ever saved."""
+
+
+def set_version(model: torch.nn.Module, version: int) -> None:
+    """Make every weight the number of the version."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(version)
+
+
+def version_of(*models: torch.nn.Module) -> int:
+    """The version that models hold. Raises `Mixed` if they hold several."""
+    values = {value for model in models for p in model.parameters() for value in p.unique().tolist()}
+    if len(values) != 1:
+        raise Mixed(f"weights of versions {sorted(values)}")
+    return int(values.pop())
+
+
+class Way(ABC):
+    """One way of saving.
+
+    Args:
+        folder: empty; everything is saved in there.
+        components: a pipeline of tiny models.
+    """
+
+    def __init__(self, folder: Path, components: D2iTPipeline):
+        self.folder = folder
+        self.components = components
+
+    @abstractmethod
+    def save(self, version: int) -> None:
+        """Save a version over those before it."""
+
+    @abstractmethod
+    def saved(self) -> int:
+        """The version that a user gets. Raises `Mixed` if it is none, another error if nothing can be loaded."""
+
+    def start_again(self) -> None:  # noqa: B027  most ways need nothing
+        """What a script does first when it is started again."""
+
+
+class SaveModel(Way):
+    """`save_pretrained` of a model in shards, over an earlier one in another number of shards."""
+
+    def save(self, version):
+        set_version(self.components.grain_model, version)
+        size = "40KB" if version % 2 else "15KB"
+        self.components.grain_model.save_pretrained(self.folder / "model", max_shard_size=size)
+
+    def saved(self):
+        return version_of(D2iTGrainModel.from_pretrained(self.folder / "model"))
+
+
+class SavePipeline(Way):
+    """`save_pretrained` of a pipeline."""
+
+    def save(self, version):
+        models = (self.components.vae, self.components.grain_model, self.components.transformer)
+        for model in models:
+            set_version(model, version)
+        self.components.save_pretrained(self.folder / "pipeline")
+
+    def saved(self):
+        pipe = D2iTPipeline.from_pretrained(self.folder / "pipeline")
+        return version_of(pipe.vae, pipe.grain_model, pipe.transformer)
+
+
+class SaveConversion(Way):
+    """A converted model with its report."""
+
+    def save(self, version):
+        set_version(self.components.vae, version)
+        save_converted(self.components.vae, ConversionReport(f"version {version}"), self.folder / "converted")
+
+    def saved(self):
+        version = version_of(DynamicAutoencoderKL.from_pretrained(self.folder / "converted"))
+        report = json.loads((self.folder / "converted" / "conversion.json").read_text())
+        if report["source"] != f"version {version}":
+            raise Mixed(f"weights of version {version}, report of {report['source']}")
+        return version
+
+
+class SaveCheckpoint(Way):
+    """A checkpoint of a training, the only one that is kept."""
+
+    def __init__(self, folder, components):
+        super().__init__(folder, components)
+        self.model = components.grain_model
+        self.accelerator = GatedAccelerator(cpu=True)
+        self.optimizer = torch.optim.AdamW(self.model.parameters())
+        for parameter in self.model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        self.optimizer.step()
+        schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: 1.0)
+        self.ema = WeightAverage(self.accelerator, self.model, decay=0.9)
+        self.checkpoints = Checkpoints(
+            self.accelerator, self._flags(None), self.model, self.ema, {"optimizer": self.optimizer}, schedule
+        )
+
+    def _flags(self, resume: str | None) -> Namespace:
+        return Namespace(
+            output_dir=str(self.folder),
+            checkpoints_total_limit=1,
+            streaming=False,
+            lr_scheduler="constant",
+            max_train_steps=10,
+            resume_from_checkpoint=resume,
+        )
+
+    def save(self, version):
+        set_version(self.model, version)
+        self.ema.shadow_params = [parameter.detach().clone() for parameter in self.model.parameters()]
+        for state in self.optimizer.state.values():
+            for tensor in state.values():
+                tensor.fill_(version)
+        self.checkpoints.save(version)
+
+    def start_again(self):
+        lock_output_dir(self._flags("latest")).release()
+
+    def saved(self):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # names what it skips
+            checkpoint = find_checkpoint(self.accelerator, self._flags("latest"))
+        version = self.checkpoints.resume(checkpoint)
+        state = {float(value) for s in self.optimizer.state.values() for t in s.values() for value in t.unique()}
+        average = {float(value) for shadow in self.ema.shadow_params for value in shadow.unique()}
+        if not {version_of(self.model)} == state == average == {version}:
+            raise Mixed(f"step {version}, optimizer {state}, average {average}, weights {version_of(self.model)}")
+        return version
+
+
+class SaveCache(Way):
+    """A latent cache of three shards. It is written once; its version is the number of whole shards."""
+
+    def __init__(self, folder, components):
+        super().__init__(folder, components)
+        self.plan = LatentCachePlan(
+            **describe_vae(components.vae), resolution=32, flips=False, source="numbers", data_fingerprint="x",
+            num_rows=6, rows_per_shard=2, num_classes=None, id2label=None,
+        )  # fmt: skip
+
+    def save(self, version):
+        writer = LatentCacheWriter(self.folder / "cache", self.plan, Accelerator(cpu=True))
+        try:
+            for shard in writer.start():
+                writer.write_shard(shard, self._contents(shard))
+            writer.finish()
+        finally:
+            writer._release()
+
+    def _contents(self, shard: int) -> EncodedRows:
+        rows = list(self.plan.rows(shard))
+        channels = 2 * self.plan.latent_channels
+        side = 32 // self.plan.downsample_factors[-1]
+        tensors = {
+            f"moments.{grain}": torch.full((2, 1, channels, side << grain, side << grain), shard, dtype=torch.float16)
+            for grain in range(len(self.plan.downsample_factors))
+        }
+        tensors["entropy"] = torch.full((2, side, side), float(shard))
+        return EncodedRows({**tensors, "class_labels": torch.tensor(rows), "rows": torch.tensor(rows)})
+
+    def saved(self):
+        self.save(0)  # the same command again
+        cache = LatentCache(self.folder / "cache", self.components.vae, seed=0, resolution=32)
+        entropies = [cache[i]["entropy"].unique().tolist() for i in range(6)]
+        if entropies != [[float(i // 2)] for i in range(6)]:
+            raise Mixed(f"entropies {entropies}")
+        return 0
+
+
+class SaveFiles(Way):
+    """Single files: a calibration, and a model card with its image."""
+
+    def save(self, version):
+        write_text_durably(self.folder / "calibration.json", json.dumps({"version": version}))
+        image = self.folder / f"drawn-{version}.png"
+        if not image.exists():
+            Image.new("L", (8, 8), version).save(image)
+        card = make_model_card(self.components, repo_id="user/repo", license=None, train_data=f"version {version}.")
+        write_card(self.folder, card, image)
+
+    def saved(self):
+        calibration = json.loads((self.folder / "calibration.json").read_text())["version"]
+        text = (self.folder / "README.md").read_text()
+        versions = {calibration, int(text.split("version ")[1].split(".")[0].split("\\")[0])}
+        versions.add(Image.open(self.folder / "samples.png").getpixel((0, 0)))
+        if max(versions) - min(versions) > 1:  # three files, one after the other
+            raise Mixed(f"versions {versions}")
+        return min(versions)
+
+
+WAYS = [SaveModel, SavePipeline, SaveConversion, SaveCheckpoint, SaveCache, SaveFiles]
