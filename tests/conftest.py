@@ -114,37 +114,37 @@ def photos() -> torch.Tensor:
     return load_photographs(64).clone()
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def load_photos() -> Callable[[int], torch.Tensor]:
     """load_photos(resolution): the photographs at another size, (8, 3, R, R) in [-1, 1]."""
     return lambda resolution: load_photographs(resolution).clone()
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def calibrate() -> Callable[[int], dict]:
     """calibrate(region_size): the entropy calibration of `photos`, as it stands in a DVAE's config."""
     return lambda region_size: dict(_calibrate(region_size))
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_vae() -> Callable[..., DynamicAutoencoderKL]:
     """make_vae(num_grains=2, seed=0, **overrides): a calibrated tiny DVAE in eval mode."""
     return _make_vae
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_grain_model() -> Callable[..., D2iTGrainModel]:
     """make_grain_model(num_grains=2, num_classes=10, randomize=True, seed=1, **overrides), in eval mode."""
     return _make_grain_model
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_content_model() -> Callable[..., D2iTContentModel]:
     """make_content_model(num_grains=2, num_classes=10, randomize=True, seed=2, **overrides), in eval mode."""
     return _make_content_model
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_pipeline() -> Callable[..., D2iTPipeline]:
     """make_pipeline(num_grains=2, num_classes=10, id2label=..., **components), tiny, with DDIM schedulers."""
     return _make_pipeline

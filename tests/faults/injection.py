@@ -12,7 +12,9 @@ import os
 import random
 import resource
 import signal
+import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from unittest import mock
@@ -115,7 +117,11 @@ def die() -> None:
 
 
 def in_child(function: Callable[[], object]) -> int:
-    """Run a function in a forked process; its exit status: 0, 1 after an exception, minus the signal that ended it."""
+    """Run a function in a forked process.
+
+    Returns:
+        Its exit status: 0, that of `sys.exit`, 1 after another exception, minus the number of a signal that ended it.
+    """
     pid = os.fork()
     if pid == 0:
         status = 1
@@ -123,7 +129,13 @@ def in_child(function: Callable[[], object]) -> int:
             _quiet()
             function()
             status = 0
+        except SystemExit as exit:
+            status = exit.code
+        except BaseException:
+            traceback.print_exc()
         finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
             os._exit(status)
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 

@@ -196,7 +196,11 @@ class StreamLoader:
         stream = copy.copy(self.dataset)
         stream.num_skipped = num_rounds * self.batch_size
         loader = DataLoader(
-            stream, batch_size=self.batch_size, num_workers=self.num_workers, worker_init_fn=_leave_process_group
+            stream,
+            batch_size=self.batch_size,
+            num_workers=self.num_workers,
+            worker_init_fn=_leave_process_group,
+            generator=torch.Generator(),  # not the global one, which is part of the state of a run
         )
         for batch in islice(loader, rest, None):
             yield send_to_device(batch, self.device)
@@ -303,7 +307,11 @@ def batches_from(
         loader.dataset.set_epoch(epoch)  # with several processes accelerate tells the sampler only
         rest = accelerator.skip_first_batches(loader, position) if position else loader
         rest.set_epoch(epoch)
-        yield from rest
+        iterator = iter(rest)
+        with torch.random.fork_rng(devices=[]):  # it draws a seed for its workers, and an interrupted run more of them
+            first = next(iterator)
+        yield first
+        yield from iterator
         epoch, position = epoch + 1, 0
 
 

@@ -1,0 +1,72 @@
+# Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
+"""What an attempt costs: how long it takes, and how much memory it takes at its peak."""
+
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+
+MOST_SECONDS = 1.0
+MOST_BYTES = 200e6
+
+
+@dataclass
+class Attempt:
+    """What came of a call.
+
+    Args:
+        result: what it returned, None after an error.
+        error: what it raised.
+        seconds: how long it took.
+        num_bytes: how far the memory of this process rose above what it was.
+    """
+
+    result: object
+    error: Exception | None
+    seconds: float
+    num_bytes: int
+
+    def problem(self, *expected: str) -> str | None:
+        """What is wrong with the refusal that the call should have been; `expected` are words that it must have."""
+        if self.error is None:
+            return "was accepted"
+        if not isinstance(self.error, ValueError):
+            return f"raised {type(self.error).__name__}: {self.error}"
+        missing = [words for words in expected if words not in str(self.error)]
+        return f"does not say {missing}: {self.error}" if missing else self.costs()
+
+    def costs(self) -> str | None:
+        """What the call took too much of, if anything."""
+        if self.seconds > MOST_SECONDS:
+            return f"took {self.seconds:.1f} s"
+        return f"took {self.num_bytes / 1e6:.0f} MB" if self.num_bytes > MOST_BYTES else None
+
+
+def attempt(call: Callable[[], object]) -> Attempt:
+    """Make a call and note what it did."""
+    result = error = None
+    before = psutil.Process().memory_info().rss
+    _forget_peak()
+    start = time.perf_counter()
+    try:
+        result = call()
+    except Exception as caught:
+        error = caught
+    seconds = time.perf_counter() - start
+    return Attempt(result, error, seconds, _peak() - before)
+
+
+def _forget_peak() -> None:
+    if sys.platform == "linux":
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def _peak() -> int:
+    if sys.platform != "linux":  # elsewhere what is left afterwards has to do
+        return psutil.Process().memory_info().rss
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))

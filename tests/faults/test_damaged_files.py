@@ -1,0 +1,130 @@
+# Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
+"""Every file of everything that is saved, damaged in every way: it is noticed, and the file is named."""
+
+import os
+import shutil
+import warnings
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from ways_of_saving import SaveCache, SaveCheckpoint, SaveModel, SavePipeline
+
+from diffusers_d2it import D2iTGrainModel, D2iTPipeline
+from diffusers_d2it.data.latent_cache import LatentCache
+from diffusers_d2it.training.checkpoints import find_checkpoint
+
+
+def missing(path: Path) -> None:
+    path.unlink()
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def truncated(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def web_page(path: Path) -> None:
+    path.write_text("<!DOCTYPE html><html><body>404 Not Found</body></html>")
+
+
+def flipped_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+
+
+DAMAGES = [missing, empty, truncated, web_page, flipped_bit]
+
+
+def try_damages(count, folder: Path, load: Callable[[], object]) -> None:
+    """Damage each file of a folder in each way; `load` must raise an error that names the file."""
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != ".lock"]
+    assert files
+    for path in files:
+        content = path.read_bytes()
+        for damage in DAMAGES:
+            damage(path)
+            what = f"{path.relative_to(folder)} {damage.__name__}"
+            try:
+                load()
+            except (ValueError, OSError) as error:
+                count.tried(f"{what}: {error}", silent=path.name not in str(error))
+            else:
+                count.tried(what, silent=True)
+            path.write_bytes(content)
+    load()
+
+
+def resume_flags(folder: Path, resume: object) -> Namespace:
+    return Namespace(output_dir=str(folder), resume_from_checkpoint=str(resume))
+
+
+def test_checkpoints(tmp_path, make_pipeline, fault):
+    named, latest = (
+        fault("file of a checkpoint damaged, resumed by name"),
+        fault("file of the newest checkpoint damaged"),
+    )
+    way = SaveCheckpoint(tmp_path, make_pipeline())
+    way.checkpoints.total_limit = None
+    for version in (1, 2):
+        way.save(version)
+    newest = tmp_path / "checkpoint-2"
+    try_damages(named, newest, lambda: find_checkpoint(way.accelerator, resume_flags(tmp_path, newest)))
+
+    def load_latest() -> None:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            found = find_checkpoint(way.accelerator, resume_flags(tmp_path, "latest"))
+        if found != newest:
+            assert found == tmp_path / "checkpoint-1"
+            raise ValueError(str(caught[0].message))  # names what was skipped
+
+    try_damages(latest, newest, load_latest)
+
+
+def test_a_checkpoint_under_another_name_or_without_a_manifest_is_not_one(tmp_path, make_pipeline, fault):
+    count = fault("checkpoint renamed, copied in part, stray names")
+    way = SaveCheckpoint(tmp_path, make_pipeline())
+    way.save(3)
+    shutil.copytree(tmp_path / "checkpoint-3", tmp_path / "checkpoint-7")
+    for stray in ("checkpoint-final", "checkpoint-8.old", "checkpoint-", "checkpoint-9"):
+        (tmp_path / stray).mkdir()
+    (tmp_path / "checkpoint-10").touch()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found = find_checkpoint(way.accelerator, resume_flags(tmp_path, "latest"))
+    texts = [str(one.message) for one in caught]
+    count.tried(found, lost=found != tmp_path / "checkpoint-3")
+    for name in ("checkpoint-7", "checkpoint-9", "checkpoint-10"):
+        count.tried(name, silent=not any(name in text for text in texts))
+    for name in ("checkpoint-7", "checkpoint-9", "checkpoint-final"):
+        with pytest.raises(ValueError, match=name):
+            find_checkpoint(way.accelerator, resume_flags(tmp_path, tmp_path / name))
+
+
+def test_models_and_pipelines(tmp_path, make_pipeline, fault):
+    of_model, of_pipeline = fault("file of a saved model damaged"), fault("file of a saved pipeline damaged")
+    components = make_pipeline()
+    for way in (SaveModel(tmp_path, components), SavePipeline(tmp_path, components)):
+        way.save(1)
+    try_damages(of_model, tmp_path / "model", lambda: D2iTGrainModel.from_pretrained(tmp_path / "model"))
+    try_damages(of_pipeline, tmp_path / "pipeline", lambda: D2iTPipeline.from_pretrained(tmp_path / "pipeline"))
+
+
+def test_latent_caches(tmp_path, make_pipeline, fault):
+    count = fault("file of a latent cache damaged")
+    way = SaveCache(tmp_path, make_pipeline())
+    way.save(0)
+
+    def load() -> None:
+        LatentCache(tmp_path / "cache", way.components.vae, seed=0, resolution=32)
+
+    # The records beside the shards are for the writer: a reader has them all in index.json
+    for record in (tmp_path / "cache").glob("shard-*.json"):
+        record.unlink()
+    try_damages(count, tmp_path / "cache", load)

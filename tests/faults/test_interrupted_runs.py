@@ -1,0 +1,102 @@
+# Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
+"""A run that is killed, stopped and resumed again and again sees, logs and becomes what an undisturbed one does."""
+
+import json
+import os
+import random
+import signal
+import time
+from functools import partial
+from pathlib import Path
+
+import pytest
+from safetensors import safe_open
+from training_runs import STEPS, Inputs, batches_seen, loss_curve, train
+
+from diffusers_d2it.saving import verify
+
+
+SCRIPTS = ["train_grain.py", "train_d2it.py", "train_dvae.py"]
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory, make_pipeline, load_photos) -> Inputs:
+    return Inputs(tmp_path_factory.mktemp("inputs"), load_photos(32), make_pipeline(num_classes=None))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(inputs, tmp_path_factory):
+    """undisturbed(script): the folder of a run without interruption."""
+    folder, done = tmp_path_factory.mktemp("undisturbed"), {}
+
+    def run(script: str) -> Path:
+        if script not in done:
+            done[script] = folder / Path(script).stem
+            assert train(script, done[script], inputs.flags(script)) == 0
+        return done[script]
+
+    return run
+
+
+def strike_at(at: int | None, number: int | None, batch: dict, index: int) -> None:
+    """Send a signal to this process when it gets batch number `at`."""
+    if index == at:
+        os.kill(os.getpid(), number)
+
+
+def contents(checkpoint: Path) -> dict[str, object]:
+    """Everything that a checkpoint says, by file and name."""
+    found: dict[str, object] = {}
+    for path in sorted(checkpoint.rglob("*")):
+        name = path.relative_to(checkpoint).as_posix()
+        if path.suffix == ".safetensors":
+            with safe_open(path, "np") as file:
+                found |= {f"{name}:{key}": file.get_tensor(key).tobytes() for key in file.keys()}
+        elif path.suffix == ".json" and path.name != "manifest.json":
+            found[name] = json.loads(path.read_text())
+    return found
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_run_resumed_again_and_again_equals_an_undisturbed_one(
+    script, inputs, undisturbed, tmp_path, fault, repeats
+):
+    count = fault(f"{script} killed or stopped, and resumed")
+    expected = undisturbed(script)
+    generator = random.Random(0)
+    for trial in range(repeats(1, 7)):
+        output_dir = tmp_path / f"run-{trial}"
+        # Batches until the next strike: the first is past the first checkpoint
+        per_step = inputs.flags(script).get("gradient_accumulation_steps", 1)
+        strikes = [generator.randrange(*(per_step * step for step in steps)) for steps in ((3, 5), (0, 3), (0, 2))]
+        signals = generator.sample([signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGUSR1], 3)
+        statuses = []
+        for resumed, (at, number) in enumerate([*zip(strikes, signals), (None, None)]):
+            flags = inputs.flags(script) | {"dataloader_num_workers": resumed % 3}
+            if resumed:
+                flags["resume_from_checkpoint"] = "latest"
+            statuses.append(train(script, output_dir, flags, partial(strike_at, at, number)))
+        codes = {signal.SIGKILL: -9, signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGUSR1: 143}
+        assert statuses == [*(codes[number] for number in signals), 0], (strikes, signals)
+        last = f"checkpoint-{STEPS}"
+        same = contents(output_dir / last) == contents(expected / last)
+        same &= batches_seen(output_dir) == batches_seen(expected) and loss_curve(output_dir) == loss_curve(expected)
+        for _ in strikes:
+            count.tried((strikes, signals), silent=not same)
+    assert len(loss_curve(expected)) == STEPS and all(len(values) == 1 for values in loss_curve(expected).values())
+
+
+@pytest.mark.parametrize("number, exit_code", [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGUSR1, 143)])
+def test_a_signal_ends_a_run_after_it_was_saved(number, exit_code, inputs, tmp_path, fault):
+    count = fault(f"{number.name}: saved, exit code {exit_code}, within 30 s")
+    output_dir, struck = tmp_path / "run", tmp_path / "struck"
+
+    def strike(_, index: int) -> None:
+        if index == 4:
+            struck.write_text(str(time.monotonic()))
+            os.kill(os.getpid(), number)
+
+    status = train("train_d2it.py", output_dir, inputs.flags("train_d2it.py"), strike)
+    seconds = time.monotonic() - float(struck.read_text())
+    verify(output_dir / "checkpoint-5")
+    count.tried((status, seconds), lost=status != exit_code or seconds > 30)

@@ -1,0 +1,142 @@
+# Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
+"""Runs of the scripts that note every batch they see, and that are struck when they get a chosen one.
+
+They run in forked processes: nothing is imported again, so a run of a few steps takes about a second.
+"""
+
+import hashlib
+import importlib.util
+import json
+import os
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from diffusers import DDIMScheduler
+from injection import in_child
+from PIL import Image
+from script_runs import EXAMPLES
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from diffusers_d2it import D2iTPipeline
+
+
+BATCHES = "batches.jsonl"
+STEPS = 10  # eight photographs in batches of two: two epochs and a half
+
+
+class Inputs:
+    """What the scripts read: photographs, an autoencoder, their cache, and a grain model.
+
+    Args:
+        folder: empty; all of it is put in there.
+        photos: (N, 3, H, W) in [-1, 1].
+        components: of 32-pixel images.
+    """
+
+    def __init__(self, folder: Path, photos: torch.Tensor, components: D2iTPipeline):
+        self.folder = folder
+        (folder / "photos").mkdir()
+        for i, photo in enumerate(photos):
+            pixels = ((photo.permute(1, 2, 0) + 1) * 127.5).round().numpy().astype(np.uint8)
+            Image.fromarray(pixels).save(folder / "photos" / f"{i}.png")
+        components.vae.save_pretrained(folder / "vae")
+        components.grain_model.save_pretrained(folder / "grain" / "grain_model")
+        scheduler = DDIMScheduler(prediction_type="sample", clip_sample=False)
+        scheduler.save_pretrained(folder / "grain" / "grain_scheduler")
+        of_cache = {"train_data_dir": folder / "photos", "vae": folder / "vae", "output_dir": folder / "cache"}
+        assert in_child(partial(call, load_script("cache_latents.py"), of_cache | {"resolution": 32})) == 0
+
+    def flags(self, script: str) -> dict[str, object]:
+        """The flags of a run of `STEPS` steps with a checkpoint after every third."""
+        flags = {"resolution": 32, "train_batch_size": 2, "max_train_steps": STEPS, "checkpointing_steps": 3}
+        flags |= {"validation_steps": 1000, "seed": 7, "report_to": "tensorboard"}
+        if script == "train_dvae.py":
+            of_model = {"preset": "dvae-tiny", "perceptual_weight": 0, "gan_start_step": 4}
+            return flags | of_model | {"train_data_dir": self.folder / "photos"}
+        flags |= {"latent_cache": self.folder / "cache", "vae": self.folder / "vae"}
+        if script == "train_grain.py":
+            return flags | {"preset": "grain-tiny", "gradient_accumulation_steps": 3}
+        return flags | {"preset": "content-tiny", "grain": self.folder / "grain"}
+
+
+def load_script(name: str):
+    """A script of examples/ as a module."""
+    spec = importlib.util.spec_from_file_location(Path(name).stem, EXAMPLES / name)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def call(module, flags: dict[str, object]) -> None:
+    """Run the main function of a script with flags."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    words = (word for name, value in flags.items() for word in (f"--{name}", value))
+    module.main(module.parse_args([str(word) for word in words]))
+
+
+def train(
+    script: str,
+    output_dir: Path,
+    flags: dict[str, object],
+    strike: Callable[[dict, int], object] = lambda *_: None,
+    change: Callable[[ModuleType], object] = lambda _: None,
+) -> int:
+    """Run a training script in a forked process; its exit status, as of `in_child`.
+
+    Args:
+        script: its name.
+        output_dir: of the run. The batches are noted beside it.
+        flags: of the script.
+        strike: called with every batch and its number in this process before the script gets it; may change the
+            batch, or kill.
+        change: called with the script's module before it runs; may replace a function in it.
+    """
+    module = load_script(script)
+    change(module)
+    real = module.batches_from
+
+    def batches_from(*args) -> Iterator[dict]:
+        for i, batch in enumerate(real(*args)):
+            note_batch(output_dir.with_name(f"{output_dir.name}-{BATCHES}"), args[2] + i, batch)
+            strike(batch, i)
+            yield batch
+
+    module.batches_from = batches_from
+    return in_child(partial(call, module, flags | {"output_dir": output_dir}))
+
+
+def note_batch(path: Path, index: int, batch: dict) -> None:
+    """Append what is in a batch to a file."""
+    digest = hashlib.sha256()
+    for value in batch.values():
+        for tensor in value if isinstance(value, list) else [value]:
+            digest.update(tensor.numpy().tobytes())
+    with path.open("a") as file:
+        file.write(json.dumps([index, digest.hexdigest()]) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def batches_seen(output_dir: Path) -> dict[int, set[str]]:
+    """Contents of each batch of the whole run by its number; more than one where it was seen several times, unlike."""
+    seen: dict[int, set[str]] = {}
+    for line in output_dir.with_name(f"{output_dir.name}-{BATCHES}").read_text().splitlines():
+        index, digest = json.loads(line)
+        seen.setdefault(index, set()).add(digest)
+    return seen
+
+
+def loss_curve(output_dir: Path) -> dict[int, set[float]]:
+    """Loss after each step, as it was logged; more than one where a step was logged several times, unlike."""
+    curve: dict[int, set[float]] = {}
+    for file in output_dir.rglob("events.out.tfevents.*"):
+        events = EventAccumulator(str(file)).Reload()
+        for event in events.Scalars("loss") if "loss" in events.Tags()["scalars"] else []:
+            curve.setdefault(event.step, set()).add(event.value)
+    return curve
