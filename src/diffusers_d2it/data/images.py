@@ -33,7 +33,7 @@ def decode_image(encoded: dict) -> PIL.Image.Image:
 
     Args:
         encoded: {"bytes", "path"} as `datasets.Image(decode=False)` yields it. The bytes of the file, or without them
-            a path, local or any that fsspec opens.
+            a path, local or any that fsspec opens; {"refused": reason} of an image that must not be opened.
 
     Raises:
         UnusableImageError: the file is missing, no image, damaged or cut off, has more than `MAX_IMAGE_PIXELS` (known
@@ -81,6 +81,8 @@ def to_pixels(image: PIL.Image.Image, resolution: int, flip: bool = False) -> to
 
 def _open(encoded: dict) -> io.IOBase:
     """The file of an image, unread."""
+    if encoded and "refused" in encoded:
+        raise UnusableImageError(encoded["refused"])
     data, path = (encoded or {}).get("bytes"), (encoded or {}).get("path")
     if data is not None:
         return io.BytesIO(data)
