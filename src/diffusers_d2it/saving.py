@@ -294,7 +294,7 @@ def _read_manifest(folder: Path) -> dict:
     ):
         raise ValueError(f"{path} is damaged: it does not list files with their sizes and hashes.")
     for name in [*files, *manifest.get("stale", ()), manifest.get("pending", MANIFEST)]:
-        if os.path.isabs(name) or ".." in Path(name).parts:
+        if os.path.isabs(name) or ".." in Path(name).parts or not name.isprintable():
             raise ValueError(f"{path} must name files of its folder, got {name!r}.")
     return manifest
 

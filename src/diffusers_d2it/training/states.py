@@ -15,6 +15,8 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from ..escaping import printable
+
 
 def is_sharded(module: torch.nn.Module) -> bool:
     """Whether the weights are spread over processes, as FSDP does."""
@@ -81,7 +83,7 @@ def load_optimizer(
     for name, whole in tensors.items():
         weight, _, key = name.rpartition("/")
         if weight not in by_name:
-            raise ValueError(f"{source} holds `{name}`, but this optimizer has no weight `{weight}`.")
+            raise ValueError(f"{source} holds `{printable(name)}`, but this optimizer has no such weight.")
         index, parameter = by_name[weight]
         if whole.ndim and whole.shape != parameter.shape:
             raise ValueError(
@@ -130,7 +132,7 @@ def _check_names(found: dict[str, Tensor], expected: dict[str, Tensor], source: 
     if missing:
         raise ValueError(f"{source} lacks {len(missing)} tensors, such as `{missing[0]}`.")
     if foreign:
-        raise ValueError(f"{source} holds {len(foreign)} foreign tensors, such as `{foreign[0]}`.")
+        raise ValueError(f"{source} holds {len(foreign)} foreign tensors, such as `{printable(foreign[0])}`.")
 
 
 def _to_text(state: Tensor) -> str:
