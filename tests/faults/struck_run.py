@@ -1,7 +1,7 @@
 # Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
 """A training script in which something happens to one process: for `accelerate launch`.
 
-    struck_run.py train_d2it.py <process> <strike> <folder> --flags of the script ...
+    struck_run.py train_d2it.py <process>/<number of processes> <strike> <folder> --flags of the script ...
 
 After the third batch <folder>/struck holds the time, and the process is killed ("kill"), raises an error ("raise") or
 goes on and waits for a signal from outside ("wait").
@@ -18,12 +18,13 @@ from training_runs import load_script
 
 def main(script: str, process: str, strike: str, folder: str, *flags: str) -> None:
     module = load_script(script)
+    index, num_processes = map(int, process.split("/"))
     real = module.batches_from
 
     def batches_from(accelerator, *args):
         for i, batch in enumerate(real(accelerator, *args)):
-            if i == 3 and accelerator.process_index == int(process):
-                assert accelerator.num_processes == 2
+            assert accelerator.num_processes == num_processes
+            if i == 3 and accelerator.process_index == index:
                 Path(folder, "struck").write_text(str(time.monotonic()))
                 if strike == "kill":
                     os.kill(os.getpid(), signal.SIGKILL)

@@ -6,6 +6,7 @@ import os
 import random
 import signal
 import time
+from argparse import Namespace
 from functools import partial
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from safetensors import safe_open
 from training_runs import STEPS, Inputs, batches_seen, loss_curve, train
 
 from diffusers_d2it.saving import verify
+from diffusers_d2it.training.output_folder import lock_output_dir
 
 
 SCRIPTS = ["train_grain.py", "train_d2it.py", "train_dvae.py"]
@@ -66,10 +68,12 @@ def test_a_run_resumed_again_and_again_equals_an_undisturbed_one(
     generator = random.Random(0)
     for trial in range(repeats(1, 7)):
         output_dir = tmp_path / f"run-{trial}"
-        # Batches until the next strike: the first is past the first checkpoint
+        # Batches until the next strike; the first comes in the last step of the first epoch, after a checkpoint
         per_step = inputs.flags(script).get("gradient_accumulation_steps", 1)
-        strikes = [generator.randrange(*(per_step * step for step in steps)) for steps in ((3, 5), (0, 3), (0, 2))]
+        strikes = [generator.randrange(*(per_step * step for step in steps)) for steps in ((3, 4), (0, 3), (0, 2))]
         signals = generator.sample([signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGUSR1], 3)
+        if trial == 0:
+            signals = [signal.SIGTERM, signal.SIGKILL, signal.SIGUSR1]
         statuses = []
         for resumed, (at, number) in enumerate([*zip(strikes, signals), (None, None)]):
             flags = inputs.flags(script) | {"dataloader_num_workers": resumed % 3}
@@ -84,6 +88,35 @@ def test_a_run_resumed_again_and_again_equals_an_undisturbed_one(
         for _ in strikes:
             count.tried((strikes, signals), silent=not same)
     assert len(loss_curve(expected)) == STEPS and all(len(values) == 1 for values in loss_curve(expected).values())
+
+
+def test_a_second_job_in_the_folder_is_refused(tmp_path, fault):
+    count = fault("second job in the folder of a run: refused within 5 s, and let in when the first is killed")
+    flags = Namespace(output_dir=str(tmp_path), resume_from_checkpoint="latest")
+    read, write = os.pipe()
+    first = os.fork()
+    if first == 0:
+        try:
+            lock = lock_output_dir(flags)
+            os.write(write, b"locked" if lock.is_locked else b"")
+            signal.pause()
+        finally:
+            os._exit(1)
+    try:
+        assert os.read(read, 6) == b"locked"
+        start = time.monotonic()
+        try:
+            lock_output_dir(flags)
+        except ValueError as error:
+            count.tried(error, silent="another run is working" not in str(error) or time.monotonic() - start > 5)
+        else:
+            count.tried("both work there", silent=True)
+    finally:
+        os.kill(first, signal.SIGKILL)
+        os.waitpid(first, 0)
+    (tmp_path / ".staging-checkpoint-3-01234567").mkdir()  # left by the one that was killed
+    lock_output_dir(flags).release()
+    count.tried("afterwards", lost=[path.name for path in tmp_path.iterdir()] != [".lock"])
 
 
 @pytest.mark.parametrize("number, exit_code", [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGUSR1, 143)])

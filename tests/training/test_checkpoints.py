@@ -2,18 +2,16 @@
 """Which checkpoint is found, what a run must find again, and what its logs say."""
 
 import os
-import signal
 from argparse import Namespace
 
 import pytest
 import torch
 
 from diffusers_d2it.grains import grain_map_from_entropy, tie
-from diffusers_d2it.training import output_folder
 from diffusers_d2it.training.averaging import WeightAverage
 from diffusers_d2it.training.checkpoints import Checkpoints, find_checkpoint
 from diffusers_d2it.training.gate import GatedAccelerator
-from diffusers_d2it.training.output_folder import check_output_dir, lock_output_dir
+from diffusers_d2it.training.output_folder import check_output_dir
 from diffusers_d2it.training.smoke import SmokeTest
 from diffusers_d2it.training.steps import StepLog, draw_fine_ratio, grain_signals
 from diffusers_d2it.training.training_data import check_resolution, identity_of, load_autoencoder
@@ -103,29 +101,6 @@ def test_only_the_newest_are_kept(make_grain_model, tmp_path):
     for step in (2, 4, 10):
         checkpoints.save(step)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-4"]
-
-
-def test_a_second_run_in_a_folder_is_refused_as_long_as_the_first_one_lives(tmp_path, monkeypatch):
-    monkeypatch.setattr(output_folder, "_LOCK_SECONDS", 0.1)
-    read, write = os.pipe()
-    first = os.fork()
-    if first == 0:
-        try:
-            lock = lock_output_dir(flags(output_dir=str(tmp_path)))
-            os.write(write, b"locked" if lock.is_locked else b"")
-            signal.pause()
-        finally:
-            os._exit(1)
-    try:
-        assert os.read(read, 6) == b"locked"
-        with pytest.raises(ValueError, match="another run is working in this folder"):
-            lock_output_dir(flags(output_dir=str(tmp_path)))
-    finally:
-        os.kill(first, signal.SIGKILL)
-        os.waitpid(first, 0)
-    (tmp_path / ".staging-checkpoint-3-01234567").mkdir()  # left by the one that was killed
-    lock_output_dir(flags(output_dir=str(tmp_path))).release()
-    assert [path.name for path in tmp_path.iterdir()] == [".lock"]
 
 
 def test_a_folder_with_anything_in_it_is_refused_with_the_way_out(tmp_path):

@@ -1,10 +1,12 @@
 # Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
 """A run that is asked to stop finishes its update, saves and ends."""
 
+import ctypes
 import os
 import signal
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +17,9 @@ from accelerate import Accelerator
 _EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
 if hasattr(signal, "SIGUSR1"):
     _EXIT_CODES[signal.SIGUSR1] = 143
+
+
+_PR_SET_PDEATHSIG = 1  # of Linux: send this process a signal when its parent dies
 
 
 class _Interrupted(BaseException):
@@ -42,6 +47,7 @@ class StopSignals:
         self._signal = 0
         self._may_interrupt = False
         self._handlers = {number: signal.signal(number, self._note) for number in _EXIT_CODES}
+        _follow_launcher()
 
     def close(self) -> None:
         """Let the signals do again what they did before."""
@@ -74,3 +80,10 @@ class StopSignals:
         if self._may_interrupt:
             self._may_interrupt = False
             raise _Interrupted
+
+
+def _follow_launcher() -> None:
+    """Let the end of the launcher stop this run: `accelerate launch` of one process does not pass signals on."""
+    parent = Path(f"/proc/{os.getppid()}/cmdline")
+    if parent.is_file() and b"accelerate" in parent.read_bytes():  # of a shell that ends a run may stay
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

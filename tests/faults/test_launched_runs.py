@@ -1,9 +1,10 @@
 # Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
-"""Two processes of a run: when one of them dies the job ends and says which; when it is told to stop, both save."""
+"""Runs under `accelerate launch`: a process that dies ends the job and is named; told to stop, the run is saved."""
 
 import os
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -15,15 +16,21 @@ from diffusers_d2it.saving import verify
 from diffusers_d2it.training.checkpoints import found_checkpoints
 
 
+ONE_PROCESS = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1"]
+ONE_PROCESS += ["--mixed_precision", "no", "--dynamo_backend", "no"]
+
+
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory, make_pipeline, load_photos) -> Inputs:
     return Inputs(tmp_path_factory.mktemp("inputs"), load_photos(32), make_pipeline(num_classes=None))
 
 
-def launch(inputs: Inputs, folder: Path, strike: str, **changed: object) -> subprocess.Popen:
+def launch(inputs: Inputs, folder: Path, strike: str, num_processes: int = 2, **changed: object) -> subprocess.Popen:
     flags = inputs.flags("train_d2it.py") | {"train_batch_size": 1, "output_dir": folder / "run"} | changed
     words = [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
-    command = [*TWO_PROCESSES, Path(__file__).with_name("struck_run.py"), "train_d2it.py", "1", strike, folder, *words]
+    launcher = TWO_PROCESSES if num_processes == 2 else ONE_PROCESS
+    struck = f"{num_processes - 1}/{num_processes}"
+    command = [*launcher, Path(__file__).with_name("struck_run.py"), "train_d2it.py", struck, strike, folder, *words]
     paths = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
     environment = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
     return subprocess.Popen(
@@ -54,9 +61,10 @@ def test_a_process_that_dies_ends_the_job_and_is_named(strike, words, inputs, tm
     )
 
 
-def test_a_signal_to_the_launcher_saves_the_run(inputs, tmp_path, fault):
-    count = fault("SIGTERM to the launcher of two processes")
-    process = launch(inputs, tmp_path, "wait", max_train_steps=100_000, checkpointing_steps=100_000)
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_a_signal_to_the_launcher_saves_the_run(num_processes, inputs, tmp_path, fault):
+    count = fault("SIGTERM to `accelerate launch`")
+    process = launch(inputs, tmp_path, "wait", num_processes, max_train_steps=100_000, checkpointing_steps=100_000)
     while not (tmp_path / "struck").is_file():
         assert process.poll() is None
         time.sleep(0.05)  # until the run has begun
