@@ -17,8 +17,9 @@ $(VENV)/.installed: setup.py constraints.txt
 demo: $(VENV)/.installed
 	$(BIN)/python examples/demo.py --output demo.png
 
+# One worker a core; one file alone is quicker without: `pytest tests/test_grains.py`
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest tests -n logical --maxprocesses 4 --dist loadgroup
 
 # All three stages on crops of eight photographs, on a CPU in about ten minutes; ends with a picture of samples
 TINY ?= runs/tiny

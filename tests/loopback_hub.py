@@ -4,6 +4,7 @@
 import base64
 import hashlib
 import json
+import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -36,8 +37,29 @@ class Uploads:
     commits: list[tuple[str, str, str, list[str]]] = field(default_factory=list)
 
 
+@dataclass
+class MovingBranch:
+    """A repository whose branch moves to its next commit whenever somebody has asked for the branch by its name.
+
+    Args:
+        folders: contents of its commits, in order; the last one stays.
+        num_asked: how often the branch was asked for by its name.
+    """
+
+    folders: list[Path]
+    num_asked: int = 0
+
+    def commit(self, revision: str | None) -> tuple[Path, str]:
+        """Contents and SHA of a commit, by its SHA or by the name of the branch."""
+        known = {f"{number:040x}": folder for number, folder in enumerate(self.folders, start=1)}
+        if revision not in known:
+            revision = list(known)[min(self.num_asked, len(known) - 1)]
+            self.num_asked += 1
+        return known[revision], revision
+
+
 @contextmanager
-def serve_hub(repositories: dict[str, Path], uploads: Uploads | None = None) -> Iterator[str]:
+def serve_hub(repositories: dict[str, Path | MovingBranch], uploads: Uploads | None = None) -> Iterator[str]:
     """Serve folders as model repositories, {"user/repo": folder}; yields the endpoint for HF_ENDPOINT.
 
     With `uploads` it also accepts new repositories and commits, and adds the repositories to the dictionary.
@@ -62,22 +84,22 @@ def serve_hub(repositories: dict[str, Path], uploads: Uploads | None = None) -> 
                     return self.send_json({"error": "Invalid username or password."}, 401)
                 token = {"displayName": "loopback", "role": self.role()}
                 return self.send_json({"type": "user", "name": "user", "orgs": [], "auth": {"accessToken": token}})
-            name, folder, rest = self.repository(path, "/api/models/")
+            name, folder, sha, rest = self.repository(path, "/api/models/")
             if uploads is not None and rest == "/auth-check/write":
                 refused = name is None or self.role() != "write"
                 return self.send_json({"error": "Forbidden"} if refused else {}, 403 if refused else 200)
             if name is not None:
                 visibility = None if uploads is None else uploads.visibility.get(name)
-                info = tree_of(folder) if rest.startswith("/tree/") else model_info(name, folder, visibility)
+                info = tree_of(folder) if rest.startswith("/tree/") else model_info(name, folder, sha, visibility)
                 return self.send_json(info, with_body=with_body)
-            name, folder, rest = self.repository(path, "/")
+            name, folder, sha, rest = self.repository(path, "/")
             if name is not None and rest.startswith("/resolve/"):
                 file = folder / rest.removeprefix("/resolve/").split("/", 1)[1]
                 if file.is_file():
                     content = file.read_bytes()
-                    headers = {"ETag": f'"{hashlib.sha256(content).hexdigest()}"', "X-Repo-Commit": _SHA}
+                    headers = {"ETag": f'"{hashlib.sha256(content).hexdigest()}"', "X-Repo-Commit": sha}
                     return self.send(200, content, headers, with_body)
-                return self.send(404, b"", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": _SHA}, with_body)
+                return self.send(404, b"", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": sha}, with_body)
             return self.send(404, b"", {"X-Error-Code": "RepoNotFound"}, with_body)
 
         def do_POST(self) -> None:
@@ -89,7 +111,7 @@ def serve_hub(repositories: dict[str, Path], uploads: Uploads | None = None) -> 
                 return self.validate(json.loads(body)["content"])
             if path == "/api/repos/create":
                 return self.create(json.loads(body))
-            name, folder, rest = self.repository(path, "/api/models/")
+            name, folder, _, rest = self.repository(path, "/api/models/")
             if name is None or self.role() != "write":
                 return self.send_json({"error": "Forbidden"}, 403)
             if rest.startswith("/preupload/"):
@@ -138,12 +160,16 @@ def serve_hub(repositories: dict[str, Path], uploads: Uploads | None = None) -> 
         def role(self) -> str | None:
             return uploads.roles.get(self.headers.get("Authorization", "").removeprefix("Bearer "))
 
-        def repository(self, path: str, prefix: str) -> tuple[str | None, Path | None, str]:
-            """Name and folder of the repository that a path is about, and the rest of the path."""
+        def repository(self, path: str, prefix: str) -> tuple[str | None, Path | None, str, str]:
+            """Name, folder and commit of the repository that a path is about, and the rest of the path."""
             for name, folder in repositories.items():
                 if f"{path}/".startswith(f"{prefix}{name}/"):
-                    return name, folder, path.removeprefix(f"{prefix}{name}")
-            return None, None, ""
+                    rest = path.removeprefix(f"{prefix}{name}")
+                    if isinstance(folder, Path):
+                        return name, folder, _SHA, rest
+                    revision = re.match(r"/(?:resolve|revision|tree)/([^/]+)", rest)
+                    return name, *folder.commit(revision and revision[1]), rest
+            return None, None, _SHA, ""
 
         def send_json(self, answer: dict | list, status: int = 200, with_body: bool = True) -> None:
             self.send(status, json.dumps(answer).encode(), {"Content-Type": "application/json"}, with_body)
@@ -172,12 +198,12 @@ def files_of(folder: Path) -> list[str]:
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
 
 
-def model_info(name: str, folder: Path, visibility: str | None = None) -> dict:
+def model_info(name: str, folder: Path, sha: str = _SHA, visibility: str | None = None) -> dict:
     siblings = [{"rfilename": file} for file in files_of(folder)]
     return {
         "id": name,
         "modelId": name,
-        "sha": _SHA,
+        "sha": sha,
         "private": visibility == "private",
         "tags": [],
         "downloads": 0,

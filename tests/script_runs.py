@@ -1,6 +1,11 @@
 # Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
-"""Runs the scripts of examples/ as a user does: real processes."""
+"""Runs the scripts of examples/: as a user does, in processes of their own, or here, which spares their start.
 
+run, train              a process
+call, call_train        here
+"""
+
+import gc
 import importlib.util
 import os
 import subprocess
@@ -12,9 +17,9 @@ from accelerate.state import AcceleratorState, GradientState
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 STEPS = 5  # eight photographs in batches of two: the fifth step is in the second epoch
+LAUNCH = [sys.executable, "-m", "accelerate.commands.launch"]
 # Without a GPU, accelerate runs two processes only under the flag --multi_gpu and with ACCELERATE_USE_CPU
-TWO_PROCESSES = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-TWO_PROCESSES += ["--mixed_precision", "no", "--main_process_port", "0"]
+TWO_PROCESSES = [*LAUNCH, "--multi_gpu", "--num_processes", "2", "--mixed_precision", "no", "--main_process_port", "0"]
 
 
 def run(script: str, *arguments, launch: list[str] | None = None, expect_failure: bool = False, **environment: str):
@@ -28,18 +33,31 @@ def run(script: str, *arguments, launch: list[str] | None = None, expect_failure
 
 def train(script: str, output: Path, steps: int, *arguments, **kwargs):
     """Run a training script on 32-pixel images in batches of two, with a checkpoint every other step."""
-    common = ["--resolution", 32, "--train_batch_size", 2, "--seed", 7, "--report_to", "none"]
-    saving = ["--checkpointing_steps", 2, "--validation_steps", STEPS]
-    return run(script, "--output_dir", output, "--max_train_steps", steps, *common, *saving, *arguments, **kwargs)
+    return run(script, *_training_flags(output, steps), *arguments, **kwargs)
 
 
 def call(script: str, *arguments) -> None:
-    """The same inside this process, for arguments that are refused soon: starting one would take longest."""
+    """Call a script in this process; its errors come as exceptions."""
     spec = importlib.util.spec_from_file_location(Path(script).stem, EXAMPLES / script)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    argv, sys.argv = sys.argv, [script, *map(str, arguments)]
     try:
-        module.main(module.parse_args(list(map(str, arguments))))
+        module.main(module.parse_args())
     finally:
+        sys.argv = argv
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
+
+
+def call_train(script: str, output: Path, steps: int, *arguments) -> None:
+    """`train` in this process."""
+    try:
+        call(script, *_training_flags(output, steps), *arguments)
+    finally:
+        gc.collect()  # the lock of the output folder goes with what the script has left
+
+
+def _training_flags(output: Path, steps: int) -> list:
+    flags = ["--output_dir", output, "--max_train_steps", steps, "--resolution", 32, "--train_batch_size", 2]
+    return [*flags, "--seed", 7, "--report_to", "none", "--checkpointing_steps", 2, "--validation_steps", STEPS]

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from public_weights import assert_accounts_for_everything, edit_config, edit_weights, same_weights, without
-from script_runs import run
+from script_runs import call
 
 from diffusers_d2it import DynamicAutoencoderKL, load_preset
 from diffusers_d2it.conversion import (
@@ -205,11 +205,12 @@ def test_weights_that_do_not_fit_the_autoencoder_are_named(tmp_path, change, mes
         convert_autoencoder_kl(tmp_path)
 
 
-def test_autoencoder_script_converts_a_folder(vae_folder, tmp_path, calibrate):
+def test_autoencoder_script_converts_a_folder(vae_folder, tmp_path, calibrate, capsys):
     calibration, output = tmp_path / "calibration.json", tmp_path / "model"
     calibration.write_text(json.dumps(calibrate(16)))
     arguments = ["--source", vae_folder, "--output", output, "--calibration", calibration]
-    printed = run("convert_autoencoder_kl.py", *arguments).stdout
+    call("convert_autoencoder_kl.py", *arguments)
+    printed = capsys.readouterr().out
     model = DynamicAutoencoderKL.from_pretrained(output)
     torch.manual_seed(0)
     expected, report = convert_autoencoder_kl(vae_folder, calibration=calibrate(16))
@@ -217,4 +218,6 @@ def test_autoencoder_script_converts_a_folder(vae_folder, tmp_path, calibrate):
     assert model.config.calibration == calibrate(16)
     assert str(report) in printed
     assert json.loads((output / "conversion.json").read_text()) == json.loads(report.to_json())
-    assert "is not empty" in run("convert_autoencoder_kl.py", *arguments, expect_failure=True).stderr
+    with pytest.raises(SystemExit):
+        call("convert_autoencoder_kl.py", *arguments)
+    assert "is not empty" in capsys.readouterr().err

@@ -7,8 +7,7 @@ pipe = D2iTPipeline.from_pretrained(bundled_checkpoint())
 image = pipe(class_labels=[207]).images[0]
 """
 
-from diffusers import ModelMixin  # diffusers' loaders look for it in the package of a component
-
+from .diffusers_import import ModelMixin  # diffusers' loaders look for it in the package of a component
 from .grains import region_entropy
 from .models.autoencoder_kl_dynamic import DynamicAutoencoderKL
 from .models.layers import DiTBlock

@@ -38,6 +38,9 @@ def sample_grain_map(
 
     Returns:
         (B, h, w) int64.
+
+    Raises:
+        ValueError: the logits are not finite: the model or the scheduler has diverged.
     """
     device = device or model.device
     num_grains, num_classes = model.config.num_grains, model.config.num_classes
@@ -57,6 +60,8 @@ def sample_grain_map(
             null_logits = model(model_input, t, torch.full_like(class_ids, num_classes), ratio).logits.float()
             logits = null_logits + guidance_scale * (logits - null_logits)
         state = scheduler.step(model.expected_state(logits), t, state, return_dict=False, **step_kwargs)[0]
+    if not logits.isfinite().all():
+        raise ValueError("`grain_model` ended in logits that are not finite: the model or its scheduler diverged.")
     return grain_map_from_logits(logits, fine_ratio)
 
 

@@ -27,6 +27,7 @@ from .models.transformer_d2it_content import D2iTContentModel
 from .models.transformer_d2it_grain import D2iTGrainModel
 from .pipeline_checks import check_components, check_given_map, check_latents, map_size
 from .pipeline_hub import PipelineHubMixin
+from .pipeline_loading import PipelineLoadingMixin
 from .tied_scheduler import TiedScheduler, reads_variance
 from .visualization import visualize_grain_map
 
@@ -45,7 +46,7 @@ class D2iTPipelineOutput(BaseOutput):
     grain_maps: torch.Tensor
 
 
-class D2iTPipeline(PipelineHubMixin, DiffusionPipeline):
+class D2iTPipeline(PipelineLoadingMixin, PipelineHubMixin, DiffusionPipeline):
     r"""Class-conditional (or unconditional) generation with D2iT.
 
         pipe = D2iTPipeline.from_pretrained(bundled_checkpoint())
@@ -438,11 +439,17 @@ class D2iTPipeline(PipelineHubMixin, DiffusionPipeline):
         """Scaled latents (B, C, H / f, W / f) to images of `output_type`.
 
         Raises:
-            ValueError: the latents are not finite: the model or the scheduler has diverged.
+            ValueError: the latents are not finite (the model or the scheduler has diverged), or the images are not
+                (the autoencoder has, or its dtype is too small). They would be black otherwise.
         """
         if not latents.isfinite().all():
             raise ValueError("denoising ended in latents that are not finite: the model or the scheduler diverged.")
         if output_type == "latent":
             return latents
         pixels = self.vae.decode(self.vae.unscale_latents(latents).to(self.vae.dtype)).sample
+        if not pixels.isfinite().all():
+            raise ValueError(
+                f"`vae` decoded finite latents, up to {latents.abs().max().item():.4g}, to images that are not finite"
+                f" in {self.vae.dtype}: its weights are damaged, or it needs another dtype."
+            )
         return self.image_processor.postprocess(pixels.float(), output_type=output_type)

@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
-"""How a pipeline goes to the Hub: with its model card, and without whatever else lies in its folder."""
+"""How a pipeline is saved, whole or not at all, and how it goes to the Hub, with its card and nothing else."""
 
 import os
 import tempfile
@@ -10,12 +10,16 @@ from huggingface_hub import HfApi, ModelCard
 
 from .hub import CARD, SAMPLES, check_png, files_to_push, make_repository, named_errors, upload, write_card
 from .model_card import make_model_card
+from .models.loading import refuse_unsafe
+from .models.sources import forget_origin
+from .saving import save_folder
 
 
 class PipelineHubMixin:
-    """`push_to_hub` and `save_pretrained` of a pipeline that go to the Hub with its own model card.
+    """`push_to_hub` and `save_pretrained` of a pipeline: all of it or nothing, and with its own model card.
 
-    It stands before `DiffusionPipeline`, whose methods push a card of no content and every file of the folder.
+    It stands before `DiffusionPipeline`, which saves file by file over what is there, and pushes a card of no content
+    and every file of the folder.
     """
 
     def push_to_hub(
@@ -54,7 +58,7 @@ class PipelineHubMixin:
                 `private` is True and the repository exists and is public, `safe_serialization` is False,
                 `sample_image` is no PNG, or a card or image comes with a `subfolder`.
         """
-        _check_safe(safe_serialization)
+        refuse_unsafe(safe_serialization, use_flashpack=False)
         return _push_pipeline(
             self,
             None,
@@ -86,29 +90,38 @@ class PipelineHubMixin:
         model_card: ModelCard | None = None,
         sample_image: str | os.PathLike | None = None,
     ) -> None:
-        """Save the pipeline to a folder, as `DiffusionPipeline.save_pretrained` does, and push it if asked.
+        """Save the pipeline to a folder, whole or not at all, and push it if asked.
+
+        One manifest at the top of the folder lists the files of all components, so that they change together; see
+        `saving`. Other files in the folder stay.
 
         Args:
-            save_directory, safe_serialization, variant, max_shard_size, use_flashpack: as diffusers documents them.
+            save_directory: the folder.
+            safe_serialization: True; nothing is pickled.
+            variant, max_shard_size: as diffusers documents them.
+            use_flashpack: False; only safetensors are written.
             push_to_hub: push what has been saved; of the folder only what belongs to a pipeline.
             repo_id: None for the name of the folder. It and what follows serve `push_to_hub` alone.
             private, token, commit_message, create_pr, sample_image: as for `push_to_hub`.
             model_card: None keeps the one in the folder or on the Hub, and writes one if there is none.
 
         Raises:
-            ValueError: as for `push_to_hub`.
+            ValueError: something else than safetensors is asked for, the folder is a file, another process is saving
+                there, or as for `push_to_hub`.
+            OSError: the disk is full or failed. What was in the folder is still there.
         """
+        refuse_unsafe(safe_serialization, use_flashpack)
+        folder = Path(save_directory).absolute()
+        if folder.exists() and not folder.is_dir():
+            raise ValueError(f"`save_directory` must be a folder, got the file {folder}.")
+        save = super().save_pretrained
+
+        def write(path: str) -> None:
+            save(path, variant=variant, max_shard_size=max_shard_size)
+            forget_origin(Path(path, self.config_name))
+
+        save_folder(folder, write)
         if push_to_hub:
-            _check_safe(safe_serialization)
-        super().save_pretrained(
-            save_directory,
-            safe_serialization=safe_serialization,
-            variant=variant,
-            max_shard_size=max_shard_size,
-            use_flashpack=use_flashpack,
-        )
-        if push_to_hub:
-            folder = Path(save_directory).absolute()
             repo_id = folder.name if repo_id is None else repo_id
             _push_pipeline(
                 self,
@@ -123,11 +136,6 @@ class PipelineHubMixin:
                 model_card=model_card,
                 sample_image=sample_image,
             )
-
-
-def _check_safe(safe_serialization: bool) -> None:
-    if not safe_serialization:
-        raise ValueError("`safe_serialization` must be True to push: pickled weights run code where they are loaded.")
 
 
 def _push_pipeline(

@@ -1,9 +1,8 @@
 # Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
 """How anything is saved: written aside, forced to the disk, sealed by a manifest, and only then put in its place.
 
-A folder that was saved here is sealed by `manifest.json`: size and SHA-256 of each of its files. A sub-folder that is
-sealed itself (a model in a pipeline) answers for its own files. Files that are not listed are not looked at, so a card
-or a note may be put beside what was saved.
+A folder that was saved here is sealed by `manifest.json`: size and SHA-256 of each of its files, those in sub-folders
+included. Files that are not listed are not looked at, so a card or a note may be put beside what was saved.
 
 A new folder appears by one rename. One that exists keeps what else is in it, so its files are replaced one by one; the
 manifest that says what they will be, and where the new ones lie until then, is written first. Killed before that, the
@@ -35,7 +34,6 @@ TRASH = ".trash-"
 OLD = ".old-"
 
 _VERSION = 1
-_SEALED = {"sealed": True}  # of a manifest in a sub-folder
 _ID_LENGTH = 8
 _SHARD = re.compile(r"-\d{5}-of-\d{5}(?=\.)")
 
@@ -77,7 +75,7 @@ def save_folder(folder: str | os.PathLike, save: Callable[[str], object]) -> Non
         with staging_folder(folder / "files") as staging:
             save(str(staging))
             seal(staging)
-            _commit_inside(staging, folder)
+        _commit_inside(staging, folder)
 
 
 def seal(folder: Path) -> None:
@@ -88,9 +86,6 @@ def seal(folder: Path) -> None:
     mode = folder.stat().st_mode & 0o666  # the folder is new and follows the umask
     files = {}
     for path in _files_of(folder):
-        if path.name == MANIFEST:
-            files[path.relative_to(folder).as_posix()] = _SEALED
-            continue
         path.chmod(mode)
         with path.open("rb+") as file:
             os.fsync(file.fileno())
@@ -106,12 +101,8 @@ def is_sealed(folder: str | os.PathLike) -> bool:
     return Path(folder, MANIFEST).is_file()
 
 
-def verify(folder: str | os.PathLike, nested: bool = True) -> None:
+def verify(folder: str | os.PathLike) -> None:
     """Check a sealed folder against its manifest; a save into it that was interrupted is finished first.
-
-    Args:
-        folder: with a manifest.
-        nested: check sealed sub-folders too, not only that they are there.
 
     Raises:
         ValueError: there is no manifest, it is damaged, or a file is missing or damaged; the file is named.
@@ -119,12 +110,8 @@ def verify(folder: str | os.PathLike, nested: bool = True) -> None:
     folder = Path(folder)
     settle(folder)
     for name, record in _read_manifest(folder)["files"].items():
-        path = folder / name
-        if record != _SEALED:
-            check_size(path, record["bytes"])
-            check_sha256(path, record["sha256"])
-        elif nested or not path.is_file():
-            verify(path.parent)
+        check_size(folder / name, record["bytes"])
+        check_sha256(folder / name, record["sha256"])
 
 
 def settle(folder: str | os.PathLike) -> None:
@@ -227,12 +214,13 @@ def _commit_inside(staging: Path, folder: Path) -> None:
     series = {_series(name) for name in new}
     old = _read_manifest(folder)["files"] if is_sealed(folder) else {}
     kept = {name: record for name, record in old.items() if name not in new and _series(name) not in series}
-    around = (path.relative_to(folder).as_posix() for path in _neighbours(folder, new))
+    around = [path.relative_to(folder).as_posix() for path in _neighbours(folder, new)]
     manifest = {
         "version": _VERSION,
         "files": {**kept, **new},
         "pending": staging.name,
-        "stale": sorted(name for name in around if name not in new and _series(name) in series),
+        # Of a sub-folder that was saved by itself before, the manifest does not hold any more
+        "stale": [name for name in around if name not in new and (_series(name) in series or _is_nested(name))],
     }
     _write_manifest(folder, manifest)  # from here on the new files count
     _move_pending(staging, folder, manifest)
@@ -251,6 +239,10 @@ def _move_pending(staging: Path, folder: Path, manifest: dict) -> None:
     shutil.rmtree(staging, ignore_errors=True)
 
 
+def _is_nested(name: str) -> bool:
+    return name.endswith(f"/{MANIFEST}")
+
+
 def _series(name: str) -> object:
     """Equal for files of one set of weights: whole, in shards, or the index of the shards; variants differ."""
     if ".safetensors" not in name:
@@ -266,13 +258,11 @@ def _neighbours(folder: Path, names: dict) -> Iterator[Path]:
 
 
 def _files_of(folder: Path) -> Iterator[Path]:
-    """All files of a folder except its own manifest; of a sealed sub-folder the manifest alone."""
-    for path in sorted(folder.iterdir()):
+    """All files of a folder and its sub-folders."""
+    for path in sorted(folder.rglob("*")):
         if path.is_symlink():
             raise ValueError(f"{path} is a link: a folder is sealed with what it holds, not with what lies elsewhere.")
-        if path.is_dir():
-            yield from [path / MANIFEST] if is_sealed(path) else _files_of(path)
-        elif path.name != MANIFEST:
+        if path.is_file():
             yield path
 
 
@@ -289,9 +279,7 @@ def _read_manifest(folder: Path) -> dict:
     if manifest.get("version") != _VERSION:
         raise ValueError(f"{path} must be of version {_VERSION}, got {manifest.get('version')!r}.")
     files = manifest.get("files")
-    if not isinstance(files, dict) or not all(
-        record == _SEALED or record.keys() == {"bytes", "sha256"} for record in files.values()
-    ):
+    if not isinstance(files, dict) or any(record.keys() != {"bytes", "sha256"} for record in files.values()):
         raise ValueError(f"{path} is damaged: it does not list files with their sizes and hashes.")
     for name in [*files, *manifest.get("stale", ()), manifest.get("pending", MANIFEST)]:
         if os.path.isabs(name) or ".." in Path(name).parts or not name.isprintable():

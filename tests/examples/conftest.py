@@ -2,19 +2,28 @@
 """One tiny run of each script, shared by the tests: eight photographs of eight classes, 32 pixels, five steps.
 
 folder -> dvae -> cache -> grain -> d2it
+
+Under pytest-xdist one worker runs all tests that need it, so that it is made once.
 """
 
 from pathlib import Path
 
 import pytest
-from script_runs import STEPS, run, train
+from script_runs import STEPS, call, call_train
+
+
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
+def pytest_collection_modifyitems(items) -> None:
+    for item in items:
+        if Path(__file__).parent in item.path.parents and "dvae" in item.fixturenames:
+            item.add_marker(pytest.mark.xdist_group("scripts"))
 
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory) -> Path:
     """A photograph in each of eight class sub-folders, 64x64."""
     root = tmp_path_factory.mktemp("data") / "photos"
-    run("photo_crops.py", "--output_dir", root, "--resolution", 64, "--crops", 1)
+    call("photo_crops.py", "--output_dir", root, "--resolution", 64, "--crops", 1)
     return root
 
 
@@ -27,14 +36,14 @@ def dvae_arguments(folder) -> list:
 @pytest.fixture(scope="session")
 def dvae(dvae_arguments, tmp_path_factory) -> Path:
     output = tmp_path_factory.mktemp("runs") / "dvae"
-    train("train_dvae.py", output, STEPS, *dvae_arguments, "--preset", "dvae-tiny", "--report_to", "tensorboard")
+    call_train("train_dvae.py", output, STEPS, *dvae_arguments, "--preset", "dvae-tiny", "--report_to", "tensorboard")
     return output
 
 
 @pytest.fixture(scope="session")
 def cache(folder, dvae, tmp_path_factory) -> Path:
     output = tmp_path_factory.mktemp("runs") / "cache"
-    run("cache_latents.py", "--train_data_dir", folder, "--vae", dvae / "vae", "--resolution", 32,
+    call("cache_latents.py", "--train_data_dir", folder, "--vae", dvae / "vae", "--resolution", 32,
         "--output_dir", output)  # fmt: skip
     return output
 
@@ -48,7 +57,7 @@ def grain_arguments(cache, dvae) -> list:
 @pytest.fixture(scope="session")
 def grain(grain_arguments, tmp_path_factory) -> Path:
     output = tmp_path_factory.mktemp("runs") / "grain"
-    train("train_grain.py", output, STEPS, *grain_arguments)
+    call_train("train_grain.py", output, STEPS, *grain_arguments)
     return output
 
 
@@ -61,5 +70,5 @@ def d2it_arguments(cache, dvae, grain) -> list:
 @pytest.fixture(scope="session")
 def d2it(d2it_arguments, tmp_path_factory) -> Path:
     output = tmp_path_factory.mktemp("runs") / "d2it"
-    train("train_d2it.py", output, STEPS, *d2it_arguments, "--preset", "content-tiny")
+    call_train("train_d2it.py", output, STEPS, *d2it_arguments, "--preset", "content-tiny")
     return output

@@ -10,14 +10,16 @@ from pathlib import Path
 
 import PIL.Image
 import pytest
-from script_runs import EXAMPLES, TWO_PROCESSES, run
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.utils import DistributedType
+from script_runs import EXAMPLES, TWO_PROCESSES, call, run
 
 from diffusers_d2it import DynamicAutoencoderKL, load_preset
 from diffusers_d2it.calibration import EntropyCalibration
 from diffusers_d2it.data.images import to_pixels
 
 
-def test_calibration_is_the_same_streamed_and_by_two_processes(folder, dvae, tmp_path):
+def test_calibration_is_the_same_streamed_and_by_two_processes(folder, dvae, tmp_path, capsys):
     expected = EntropyCalibration(region_size=8)
     for path in sorted(folder.rglob("*.png")):
         expected.update(to_pixels(PIL.Image.open(path), 32)[None])
@@ -25,8 +27,8 @@ def test_calibration_is_the_same_streamed_and_by_two_processes(folder, dvae, tmp
     (photos / "cat" / "broken.jpg").write_bytes(b"<html>")
     source = ["--train_data_dir", photos, "--resolution", "32"]
     to_file = ["--region_size", "8", "--output"]
-    result = run("calibrate_dvae.py", *source, "--streaming", *to_file, tmp_path / "one.json")
-    assert "photos: a stream" in result.stdout
+    call("calibrate_dvae.py", *source, "--streaming", *to_file, tmp_path / "one.json")
+    assert "photos: a stream" in capsys.readouterr().out
     two = ["calibrate_dvae.py", *source, *to_file, tmp_path / "two.json"]
     result = run(*two, launch=TWO_PROCESSES, ACCELERATE_USE_CPU="true")
     assert "2 processes" in result.stdout and "photos: 9 images" in result.stdout
@@ -38,12 +40,12 @@ def test_calibration_is_the_same_streamed_and_by_two_processes(folder, dvae, tmp
 
     vae = tmp_path / "vae"
     DynamicAutoencoderKL.from_pretrained(dvae / "vae", calibration=None).save_pretrained(vae)
-    run("calibrate_dvae.py", *source, "--vae", vae, "--max_images", "5")
+    call("calibrate_dvae.py", *source, "--vae", vae, "--max_images", "5")
     assert DynamicAutoencoderKL.from_pretrained(vae).config.calibration["num_images"] == 5
 
 
 def test_demo_draws_the_bundled_checkpoint(tmp_path):
-    run("demo.py", "--output", tmp_path / "demo.png", "--class_labels", "lion", "lemon", "--num_inference_steps", "3")
+    call("demo.py", "--output", tmp_path / "demo.png", "--class_labels", "lion", "lemon", "--num_inference_steps", "3")
     assert PIL.Image.open(tmp_path / "demo.png").size[0] > 0
 
 
@@ -53,6 +55,12 @@ def test_demo_draws_the_bundled_checkpoint(tmp_path):
 
 RECIPES = sorted(path.relative_to(EXAMPLES.parent).as_posix() for path in (EXAMPLES / "configs").rglob("*.txt"))
 SCRIPTS = {"dvae": "train_dvae", "grain": "train_grain", "content": "train_d2it"}
+LAUNCHES = {
+    "one-gpu.yaml": (DistributedType.NO, 1, 1),
+    "eight-gpus.yaml": (DistributedType.MULTI_GPU, 1, 8),
+    "eight-gpus-fsdp2.yaml": (DistributedType.FSDP, 1, 8),
+    "two-nodes.yaml": (DistributedType.MULTI_GPU, 2, 16),
+}
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -82,6 +90,18 @@ def test_the_papers_recipes_are_its_eight_hundred_epochs(dataset, num_images, mo
     assert (args.learning_rate, args.ema_decay, args.preset) == (1e-4, 0.9999, f"content-{model}")
 
 
+@pytest.mark.parametrize("name", LAUNCHES)
+def test_configurations_of_accelerate_are_read_by_it(name):
+    config = load_config_from_file(str(EXAMPLES / "configs" / "accelerate" / name))  # raises for keys it does not know
+    assert (config.distributed_type, config.num_machines, config.num_processes) == LAUNCHES[name]
+    assert config.mixed_precision == "bf16" and not config.use_cpu
+    assert config.fsdp_config.get("fsdp_version") == (2 if config.distributed_type == DistributedType.FSDP else None)
+
+
+def test_every_configuration_of_accelerate_is_tested():
+    assert {path.name for path in (EXAMPLES / "configs" / "accelerate").iterdir()} == set(LAUNCHES)
+
+
 @pytest.mark.parametrize("page", ["README.md", "examples/README.md"])
 def test_training_commands_of_the_pages_parse(page, monkeypatch, tmp_path):
     text = (EXAMPLES.parent / page).read_text(encoding="utf-8").replace("\\\n", " ")
@@ -93,7 +113,9 @@ def test_training_commands_of_the_pages_parse(page, monkeypatch, tmp_path):
     assert commands
     for command in commands:
         words = shlex.split(command)
-        position = next(i for i, word in enumerate(words) if word.startswith("examples/"))
+        if "--config_file" in words:
+            assert words[words.index("--config_file") + 1].removeprefix("examples/configs/accelerate/") in LAUNCHES
+        position = next(i for i, word in enumerate(words) if word.startswith("examples/") and word.endswith(".py"))
         script = importlib.import_module(Path(words[position]).stem)
         with monkeypatch.context() as context:
             context.setattr(sys, "argv", words[position:])

@@ -249,7 +249,7 @@ def test_shards_and_their_index_must_agree(model, folder, fault):
     index = json.loads((folder / INDEX).read_text())
     places = index["weight_map"]
     shards = sorted(set(places.values()))
-    assert len(shards) > 3 and problem_of(attempt(lambda: D2iTGrainModel.from_pretrained(folder)), model) is None
+    assert len(shards) > 2 and problem_of(attempt(lambda: D2iTGrainModel.from_pretrained(folder)), model) is None
     name = next(key for key, shard in places.items() if shard == shards[0])
     changes = [
         places | {name: shards[1]},
@@ -285,6 +285,44 @@ def test_shards_and_their_index_must_agree(model, folder, fault):
         tried(count, model, folder, f"{shard} cut", str(folder / shard))
         (folder / shard).write_bytes(content)
     assert problem_of(attempt(lambda: D2iTGrainModel.from_pretrained(folder)), model) is None
+
+
+def test_a_tensor_in_two_shards_is_refused(model, folder, fault):
+    """Which of the two counts would be chance."""
+    count = fault("tensor in two shards")
+    (folder / WEIGHTS).unlink()
+    model.save_pretrained(folder, max_shard_size="8KB")
+    (folder / "manifest.json").unlink()
+    places = json.loads((folder / INDEX).read_text())["weight_map"]
+    name, shard = next(iter(places.items()))
+    other = next(place for place in places.values() if place != shard)
+    zeros = torch.zeros_like(load_file(folder / shard)[name])
+    save_file(load_file(folder / other) | {name: zeros}, folder / other)
+    tried(count, model, folder, name, str(folder / INDEX), other, name)
+
+
+@pytest.mark.parametrize("read", [D2iTGrainModel.from_pretrained, convert_autoencoder_kl])
+def test_an_absurd_header_is_refused_from_its_first_bytes(tmp_path, fault, read):
+    """safetensors itself reads headers of up to 100 MB, and looks for overlaps after it has read one."""
+    count = fault("header that is absurdly long, or contradicts itself")
+    if read == convert_autoencoder_kl:
+        AutoencoderKL(norm_num_groups=4, block_out_channels=(4,), sample_size=8).save_pretrained(tmp_path)
+    else:
+        D2iTGrainModel(num_layers=1, num_attention_heads=1, attention_head_dim=4).save_pretrained(tmp_path)
+        (tmp_path / "manifest.json").unlink()
+    header, data = split((tmp_path / WEIGHTS).read_bytes())
+    names = [name for name in header if name != "__metadata__"]
+    first, second = sorted(names, key=lambda name: header[name]["data_offsets"])[:2]
+    overlap = header | {second: header[second] | {"data_offsets": [n - 4 for n in header[second]["data_offsets"]]}}
+    gap = {name: entry for name, entry in header.items() if name != first}
+    for what, changed, words in (
+        ("padded", json.dumps(header).encode() + b" " * 2**21, "a header may have at most"),
+        ("overlap", overlap, "a tensor begins at byte"),
+        ("gap", gap, "the one before ends at 0"),
+    ):
+        (tmp_path / WEIGHTS).write_bytes(join(changed, data))
+        problem = attempt(lambda: read(tmp_path)).problem(str(tmp_path / WEIGHTS), words)
+        count.tried((what, problem), silent=problem is not None)
 
 
 def test_weights_that_were_not_saved_with_the_rest_are_refused(model, tmp_path, fault):

@@ -1,7 +1,9 @@
 # Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
-"""Run by test_broken_packages.py in a process of its own: draws an image, then asks for what needs each package.
+"""Draws an image, then asks for what needs each of some packages: test_broken_packages.py runs it.
 
-python without_packages.py packages...     prints {"image": its SHA-256, "warnings", "errors"} as JSON
+    python without_packages.py packages...
+
+It prints a JSON object of "image", the SHA-256 of its values, "warnings", and "errors" by package.
 """
 
 import argparse

@@ -84,6 +84,7 @@ def test_ratios_are_equal_shares_when_none_are_configured(make_vae, photos):
 def test_entropy_is_measured_as_the_calibration_was(make_vae, photos, calibrate):
     """Bins and kernel are part of the calibration: thresholds of one kernel mean nothing for another."""
     calibration = calibrate(8) | {"num_bins": 128, "sigma": 0.05}
+    calibration["quantiles"] = [value / 2 for value in calibration["quantiles"]]  # below ln 128
     entropy = make_vae(calibration=calibration).encode(photos, fine_ratio=0.5).entropy
     assert torch.equal(entropy, region_entropy(photos, 8, num_bins=128, sigma=0.05))
 

@@ -1,9 +1,39 @@
 # Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
-"""No model loads a checkpoint that does not hold exactly its weights."""
+"""No model loads a checkpoint that does not hold exactly its weights, and none is saved in part."""
+
+import json
+import os
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
+from diffusers import AutoModel
+from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
+
+from diffusers_d2it import D2iTContentModel, D2iTGrainModel, D2iTPipeline, DynamicAutoencoderKL, load_preset
+from diffusers_d2it.models import config_checks
+from diffusers_d2it.models.config_ranges import AUTOENCODER, CONTENT_MODEL, GRAIN_MODEL
+from diffusers_d2it.saving import is_sealed, verify
+
+
+CLASSES = {DynamicAutoencoderKL: AUTOENCODER, D2iTGrainModel: GRAIN_MODEL, D2iTContentModel: CONTENT_MODEL}
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+def same_weights(a: torch.nn.Module, b: torch.nn.Module) -> bool:
+    a, b = a.state_dict(), b.state_dict()
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def names_in(folder: str | Path) -> list[str]:
+    return sorted(path.relative_to(folder).as_posix() for path in Path(folder).rglob("*") if path.is_file())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Loading
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("fault", ["missing", "foreign", "shape"])
@@ -11,7 +41,7 @@ from safetensors.torch import load_file, save_file
 def test_a_checkpoint_with_other_weights_is_refused_by_name(request, tmp_path, factory, fault):
     model = request.getfixturevalue(factory)()
     model.save_pretrained(tmp_path)
-    file = tmp_path / "diffusion_pytorch_model.safetensors"
+    file = tmp_path / WEIGHTS
     weights = load_file(file)
     key = sorted(weights)[len(weights) // 2]
     if fault == "missing":
@@ -22,5 +52,195 @@ def test_a_checkpoint_with_other_weights_is_refused_by_name(request, tmp_path, f
     else:
         weights[key] = torch.zeros(*weights[key].shape, 2)
     save_file(weights, file, metadata={"format": "pt"})
+    (tmp_path / "manifest.json").unlink()
     with pytest.raises(ValueError, match=key.replace(".", r"\.")):
         type(model).from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("shards", [{}, {"max_shard_size": "100KB"}])
+def test_weights_that_are_not_finite_are_refused_by_name(make_vae, tmp_path, value, shards):
+    vae = make_vae()
+    with torch.no_grad():
+        vae.decoder.conv_out.bias[1] = value
+    vae.save_pretrained(tmp_path, **shards)
+    with pytest.raises(ValueError, match=r"safetensors: `decoder.conv_out.bias` must be finite"):
+        DynamicAutoencoderKL.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_every_key_of_a_configuration_has_a_range_and_every_default_is_in_it(cls):
+    names = cls.__init__.__wrapped__.__code__.co_varnames[1 : cls.__init__.__wrapped__.__code__.co_argcount]
+    assert set(names) == set(CLASSES[cls])
+    with torch.device("meta"):
+        assert cls().num_parameters() > 0
+
+
+@pytest.mark.parametrize(
+    ("cls", "config"),
+    [
+        (DynamicAutoencoderKL, {"downsample_factors": [4, 8, 16], "decoder_block_out_channels": [128, 128, 256]}),
+        (DynamicAutoencoderKL, {"downsample_factors": (1, 2), "block_out_channels": (32, 32),
+                                "decoder_block_out_channels": (32,), "shift_factor": 0}),
+        (DynamicAutoencoderKL, {"latent_channels": 128, "in_channels": 1, "norm_num_groups": 1}),
+        (D2iTGrainModel, {"num_grains": 8, "num_classes": 1, "mlp_ratio": 2}),
+        (D2iTContentModel, {"num_grains": 5, "window_size": 16, "out_channels": 8, "num_classes": None}),
+        (D2iTContentModel, load_preset("content-xl") | {"num_layers": 28, "frequency_shift": 1.0}),
+    ],
+)  # fmt: skip
+def test_what_is_out_of_the_ordinary_is_still_in_range(cls, config):
+    with torch.device("meta"):
+        assert cls(**config).num_parameters() > 0
+
+
+@pytest.mark.parametrize(
+    ("cls", "name"),
+    [(DynamicAutoencoderKL, "dvae-f8f16"), (D2iTGrainModel, "grain-s"), (D2iTContentModel, "content-xl")],
+)
+def test_the_size_that_is_checked_is_about_that_of_the_model(monkeypatch, cls, name):
+    with torch.device("meta"):
+        size = cls(**load_preset(name)).num_parameters()
+        monkeypatch.setattr(config_checks, "MAX_PARAMETERS", size * 1.25)
+        cls(**load_preset(name))
+        monkeypatch.setattr(config_checks, "MAX_PARAMETERS", size / 1.25)
+        with pytest.raises(ValueError, match="ask for about"):
+            cls(**load_preset(name))
+
+
+def test_arguments_replace_keys_of_the_file_and_are_checked_like_them(make_vae, tmp_path):
+    make_vae().save_pretrained(tmp_path)
+    vae = DynamicAutoencoderKL.from_pretrained(tmp_path, scaling_factor=0.5, calibration=None)
+    assert vae.config.scaling_factor == 0.5 and vae.config.calibration is None
+    with pytest.raises(ValueError, match=r"config.json with the arguments scaling_factor: `scaling_factor`.*got nan"):
+        DynamicAutoencoderKL.from_pretrained(tmp_path, scaling_factor=float("nan"))
+
+
+def test_a_part_of_a_pipeline_loads_alone_and_is_checked_against_the_manifest_of_the_pipeline(make_pipeline, tmp_path):
+    pipe = make_pipeline()
+    pipe.save_pretrained(tmp_path / "pipeline")
+    for load in (
+        lambda: D2iTGrainModel.from_pretrained(tmp_path / "pipeline", subfolder="grain_model"),
+        lambda: D2iTGrainModel.from_pretrained(str(tmp_path / "pipeline" / "grain_model")),
+        lambda: AutoModel.from_pretrained(str(tmp_path / "pipeline"), subfolder="grain_model"),
+    ):
+        assert same_weights(load(), pipe.grain_model)
+    file = tmp_path / "pipeline" / "grain_model" / WEIGHTS
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=f"{file} is damaged"):
+        D2iTGrainModel.from_pretrained(tmp_path / "pipeline", subfolder="grain_model")
+
+
+def test_a_manifest_of_somebody_else_around_a_model_is_not_ours(make_grain_model, tmp_path):
+    make_grain_model().save_pretrained(tmp_path / "model")
+    for text in ('{"name": "a web application", "icons": []}', "not JSON", "[]", '{"files": ["model/a"]}'):
+        (tmp_path / "manifest.json").write_text(text)
+        assert D2iTGrainModel.from_pretrained(tmp_path / "model")
+
+
+def test_the_average_of_diffusers_can_be_saved_and_loaded(make_grain_model, tmp_path):
+    model = make_grain_model()
+    average = EMAModel(model.parameters(), decay=0.5, model_cls=D2iTGrainModel, model_config=model.config)
+    average.step(model.parameters())
+    average.save_pretrained(tmp_path)
+    loaded = EMAModel.from_pretrained(tmp_path, D2iTGrainModel)
+    assert loaded.decay == 0.5 and loaded.optimization_step == 1
+    assert all(map(torch.equal, loaded.shadow_params, average.shadow_params))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Saving
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_saved_model_is_sealed_and_what_lies_beside_it_stays(make_grain_model, tmp_path):
+    model = make_grain_model()
+    (tmp_path / "README.md").write_text("a card")
+    model.save_pretrained(tmp_path)
+    verify(tmp_path)
+    assert names_in(tmp_path) == ["README.md", "config.json", WEIGHTS, "manifest.json"]
+    assert (tmp_path / "README.md").read_text() == "a card"
+    mode = (tmp_path / "README.md").stat().st_mode
+    assert all(path.stat().st_mode == mode for path in tmp_path.iterdir())
+
+
+def test_variants_lie_beside_one_another(make_grain_model, tmp_path):
+    full, half = make_grain_model(), make_grain_model(seed=5).half()
+    full.save_pretrained(tmp_path)
+    half.save_pretrained(tmp_path, variant="fp16")
+    verify(tmp_path)
+    assert same_weights(D2iTGrainModel.from_pretrained(tmp_path), full)
+    assert same_weights(D2iTGrainModel.from_pretrained(tmp_path, variant="fp16", torch_dtype=torch.float16), half)
+    (tmp_path / "diffusion_pytorch_model.fp16.safetensors").unlink()
+    assert same_weights(D2iTGrainModel.from_pretrained(tmp_path), full)  # what is not read may be gone
+    with pytest.raises(ValueError, match="fp16.safetensors is missing"):
+        D2iTGrainModel.from_pretrained(tmp_path, variant="fp16")
+
+
+def test_no_shards_of_an_earlier_save_are_left(make_grain_model, tmp_path):
+    models = [make_grain_model(seed=seed) for seed in range(4)]
+    for model, size in zip(models, ("20KB", "60KB", "10GB", "20KB")):
+        model.save_pretrained(tmp_path, max_shard_size=size)
+        verify(tmp_path)
+        assert same_weights(D2iTGrainModel.from_pretrained(tmp_path), model)
+        shards = [name for name in names_in(tmp_path) if "-of-" in name]
+        assert len(shards) == (int(shards[0][-17:-12]) if shards else 0), shards
+        assert (tmp_path / WEIGHTS).exists() == (not shards)
+
+
+def test_any_folder_will_do(make_grain_model, make_pipeline, tmp_path, monkeypatch):
+    model, pipe = make_grain_model(), make_pipeline()
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    with tempfile.TemporaryDirectory() as temporary:
+        for folder in (".", "new", "new/deep/er", temporary, tmp_path / "empty" / "path"):
+            model.save_pretrained(folder)
+            assert same_weights(D2iTGrainModel.from_pretrained(folder), model) and is_sealed(folder)
+    (tmp_path / "other").mkdir()
+    monkeypatch.chdir(tmp_path / "other")
+    with tempfile.TemporaryDirectory() as temporary:
+        for folder in (".", "new", temporary):
+            pipe.save_pretrained(folder)
+            assert same_weights(D2iTPipeline.from_pretrained(folder).transformer, pipe.transformer)
+            verify(folder)
+    assert not [name for _, folders, files in os.walk(tmp_path) for name in folders + files if name[0] == "."]
+
+
+def test_a_pipeline_can_be_saved_over_another_one(make_pipeline, make_grain_model, tmp_path):
+    first, second = make_pipeline(), make_pipeline(grain_model=make_grain_model(seed=9))
+    first.save_pretrained(tmp_path, max_shard_size="20KB")
+    (tmp_path / "vae" / "note.txt").write_text("kept")
+    second.save_pretrained(tmp_path)
+    verify(tmp_path)
+    assert same_weights(D2iTPipeline.from_pretrained(tmp_path).grain_model, second.grain_model)
+    assert not [name for name in names_in(tmp_path) if "-of-" in name or "index.json" in name and "/" in name]
+    assert (tmp_path / "vae" / "note.txt").read_text() == "kept"
+
+
+def test_only_the_main_process_writes(make_grain_model, tmp_path):
+    make_grain_model().save_pretrained(tmp_path / "model", is_main_process=False)
+    assert not (tmp_path / "model").exists()
+
+
+def test_nothing_but_safetensors_is_saved(make_grain_model, make_pipeline, tmp_path):
+    (tmp_path / "file").touch()
+    for saved in (make_grain_model(), make_pipeline()):
+        with pytest.raises(ValueError, match="`safe_serialization` must be True"):
+            saved.save_pretrained(tmp_path / "new", safe_serialization=False)
+        with pytest.raises(ValueError, match="`use_flashpack` must be False"):
+            saved.save_pretrained(tmp_path / "new", use_flashpack=True)
+        with pytest.raises(ValueError, match=f"must be a folder, got the file {tmp_path / 'file'}"):
+            saved.save_pretrained(tmp_path / "file")
+    assert names_in(tmp_path) == ["file"]
+
+
+def test_saved_files_do_not_say_where_on_this_machine_they_came_from(make_pipeline, tmp_path):
+    make_pipeline().save_pretrained(tmp_path / "a")
+    pipe = D2iTPipeline.from_pretrained(tmp_path / "a")
+    pipe.vae.register_to_config(_name_or_path="user/dvae")
+    pipe.save_pretrained(tmp_path / "b")
+    for name in names_in(tmp_path / "b"):
+        if name.endswith(".json"):
+            assert str(tmp_path) not in (tmp_path / "b" / name).read_text(), name
+    assert json.loads((tmp_path / "b/vae/config.json").read_text())["_name_or_path"] == "user/dvae"

@@ -3,13 +3,16 @@
 
 import argparse
 import inspect
-import json
 import pickle
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
+
+from ..models.config_checks import shown
+from ..models.weight_files import read_checked_json, read_header, read_index
 
 
 def read_checkpoint(path: Path) -> tuple[dict[str, torch.Tensor], str]:
@@ -49,7 +52,7 @@ def read_folder(
         folder = folder / subfolder
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} holds neither config.json nor {subfolder}/config.json.")
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = read_checked_json(folder / "config.json")
     name = config.get("_class_name")
     if name not in class_names:
         raise ValueError(f"{folder} must hold a model of class {class_names[0]}, got {name}.")
@@ -62,7 +65,8 @@ def read_folder(
             raise ValueError(f"{source} has an option that is not known: {key}={value!r}.")
     weights: dict[str, torch.Tensor] = {}
     for file in _weight_files(folder):
-        weights |= load_file(file) if file.suffix == ".safetensors" else _check_weights(_unpickle(file), source)
+        read = _read_safetensors if file.suffix == ".safetensors" else _unpickle
+        weights |= _check_weights(read(file), source)
     return defaults | config, weights, source
 
 
@@ -80,12 +84,16 @@ def _weight_files(folder: Path) -> list[Path]:
             return [folder / name]
         index = folder / f"{name}.index.json"
         if index.is_file():
-            shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-            for shard in shards:
-                if Path(shard).name != shard:  # "../other/model" or "/etc/..." in a file from somebody else
-                    raise ValueError(f"{index} must name files beside it, got {shard!r}.")
-            return [folder / shard for shard in shards]
+            return sorted(set(read_index(index, suffix=Path(name).suffix).values()))
     raise ValueError(f"{folder} holds neither diffusion_pytorch_model.safetensors nor diffusion_pytorch_model.bin.")
+
+
+def _read_safetensors(file: Path) -> dict[str, torch.Tensor]:
+    read_header(file)
+    try:
+        return load_file(file)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{file} is damaged: {error}") from error
 
 
 def _unpickle(path: Path) -> Any:
@@ -97,12 +105,16 @@ def _unpickle(path: Path) -> Any:
         raise ValueError(
             f"{path} holds more than tensors and plain values: such a file can run code, and is not read."
         ) from error
+    except Exception as error:  # cut off, or no file of torch at all: there is no end to what its bytes can raise
+        raise ValueError(f"{path} is damaged or no file of torch: {shown(str(error))}.") from error
 
 
 def _check_weights(weights: Any, source: str) -> dict[str, torch.Tensor]:
     if not isinstance(weights, dict):
         raise ValueError(f"{source} must be a dictionary of tensors, got {type(weights).__name__}.")
     for key, value in weights.items():
+        if not isinstance(key, str) or not key.isprintable():
+            raise ValueError(f"{source} must name its weights in printable characters, got {shown(key)}.")
         if not isinstance(value, torch.Tensor):
             raise ValueError(f"`{key}` of {source} must be a tensor, got {type(value).__name__}.")
     return weights

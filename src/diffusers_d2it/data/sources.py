@@ -11,12 +11,14 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
+from importlib import import_module
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from ..broken_packages import call_around
 from ..escaping import printable
 from .columns import find_image_column, find_label_column, look_up, read_classes
 from .folders import check_tars, folder_kind, is_image, list_files, load_folder
@@ -115,12 +117,10 @@ class ImageSource:
     @cached_property
     def fingerprint(self) -> str:
         """Changes when files, their sizes, columns, classes or the order do; not when the folder is moved."""
-        local = [file for file in self.files if "://" not in file]
-        root = os.path.commonpath([os.path.dirname(file) for file in local]) if local else ""
         digest = hashlib.sha256()
         for file in self.files:
             # The address of a file on the Hub holds its revision
-            known = file if "://" in file else [os.path.relpath(file, root), os.path.getsize(file)]
+            known = file if "://" in file else [os.path.relpath(file, self._root), os.path.getsize(file)]
             digest.update(json.dumps(known).encode())
         columns = [self.image_column, self.label_column, self.num_classes, self.id2label]
         digest.update(json.dumps([self.num_rows, self.streaming, self.shuffle_seed, *columns]).encode())
@@ -202,6 +202,8 @@ class ImageSource:
             name = f"{row['__url__']}/{path or row['__key__']}"
         elif path and encoded.get("bytes") is None:
             name = path
+            if not self._holds(path):
+                encoded = {"refused": "its row points to a file that lies outside of the data set and its folder"}
         else:
             name = f"{default_name} ({path})" if path else default_name
         if self.label_column is None:
@@ -215,6 +217,30 @@ class ImageSource:
                 f" {self.num_classes - 1}, as there are {self.num_classes} classes."
             )
         return Row(name, encoded, label)
+
+    def _holds(self, path: str) -> bool:
+        """Whether a path that stands in a row leads to the data set: a table from somebody else may hold any."""
+        file = path.split("::")[-1]  # zip://inside::archive
+        if "://" in file:
+            return file in self.files
+        file = os.path.abspath(file)
+        return any(os.path.commonpath([file, folder]) == folder for folder in self._folders)
+
+    @cached_property
+    def _folders(self) -> list[str]:
+        """Where the files of the data set lie on this machine."""
+        if self._root:
+            return [os.path.abspath(self._root)]
+        from datasets.config import HF_DATASETS_CACHE
+        from huggingface_hub.constants import HF_HUB_CACHE
+
+        return [os.path.abspath(folder) for folder in (HF_DATASETS_CACHE, HF_HUB_CACHE)]  # of one on the Hub
+
+    @cached_property
+    def _root(self) -> str:
+        """The folder of all local files, empty if there are none."""
+        local = [os.path.dirname(file) for file in self.files if "://" not in file]
+        return os.path.commonpath(local) if local else ""
 
     @cached_property
     def _order(self) -> np.ndarray:
@@ -232,8 +258,7 @@ def load_images(args: argparse.Namespace) -> ImageSource:
         ValueError: not exactly one source is named; it cannot be read, is empty, or leaves classes unclear; a column
             is missing, ambiguous or of another type; labels and flags contradict one another.
     """
-    import datasets
-
+    datasets = call_around(lambda: import_module("datasets"))
     if (args.dataset_name is None) == (args.train_data_dir is None):
         raise ValueError("pass either --dataset_name or --train_data_dir.")
     labelled = "label_column" in args and not args.unconditional

@@ -19,7 +19,7 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 from diffusers.utils.torch_utils import randn_tensor
 from torch import nn
 
-from ..calibration import check_calibration, thresholds_for_ratios
+from ..calibration import thresholds_for_ratios
 from ..grains import (
     NUM_BINS,
     SIGMA,
@@ -33,6 +33,7 @@ from ..grains import (
     region_entropy,
     tie,
 )
+from .config_ranges import check_autoencoder
 from .loading import StrictModelMixin
 from .tiling import blend_tiles, tile_starts
 
@@ -189,10 +190,11 @@ class DynamicAutoencoderKL(StrictModelMixin, AttentionMixin, AutoencoderMixin, C
             border of the image, because that convolution pads with zeros.
 
     Raises:
-        ValueError: factors, widths or ratios contradict one another, or the calibration was counted for another
-            region size.
+        ValueError: a value is out of its range (`config_ranges.AUTOENCODER`), factors, widths or ratios contradict one
+            another, or the calibration was counted for another region size.
     """
 
+    check_config = staticmethod(check_autoencoder)
     _supports_gradient_checkpointing = True
     _no_split_modules = ["DownEncoderBlock2D", "UpDecoderBlock2D", "UNetMidBlock2D"]
     _repeated_blocks = ["ResnetBlock2D"]
@@ -218,10 +220,8 @@ class DynamicAutoencoderKL(StrictModelMixin, AttentionMixin, AutoencoderMixin, C
         calibration: dict | None = None,
         use_post_quant_conv: bool = False,
     ):
+        self.check_config(self.config)
         super().__init__()
-        self._check_config(
-            downsample_factors, block_out_channels, decoder_block_out_channels, grain_ratios, calibration
-        )
         self.encoder = HierarchicalEncoder(
             in_channels,
             latent_channels,
@@ -245,32 +245,6 @@ class DynamicAutoencoderKL(StrictModelMixin, AttentionMixin, AutoencoderMixin, C
         self.use_tiling = False
         self.tile_sample_min_size = sample_size
         self.tile_overlap_factor = 0.25
-
-    @staticmethod
-    def _check_config(factors, block_out_channels, decoder_block_out_channels, grain_ratios, calibration) -> None:
-        factors = list(factors)
-        if len(factors) < 2 or factors[0] < 1 or factors[0] & (factors[0] - 1):
-            raise ValueError(f"`downsample_factors` must be two or more powers of two, got {factors}.")
-        if any(coarse != 2 * fine for fine, coarse in zip(factors, factors[1:])):
-            raise ValueError(f"each of `downsample_factors` must be twice the one before, got {factors}.")
-        if 2 ** (len(block_out_channels) - 1) != factors[-1]:
-            raise ValueError(
-                f"`block_out_channels` has {len(block_out_channels)} levels, the coarsest factor {factors[-1]} needs"
-                f" {factors[-1].bit_length()}."
-            )
-        if 2 ** (len(decoder_block_out_channels) - 1) != factors[0]:
-            raise ValueError(
-                f"`decoder_block_out_channels` has {len(decoder_block_out_channels)} levels, the finest factor"
-                f" {factors[0]} needs {factors[0].bit_length()}."
-            )
-        if grain_ratios is not None and (
-            len(grain_ratios) != len(factors) or min(grain_ratios) < 0 or abs(sum(grain_ratios) - 1) > 1e-6
-        ):
-            raise ValueError(
-                f"`grain_ratios` must be {len(factors)} shares that sum to 1, coarsest first, got {grain_ratios}."
-            )
-        if calibration is not None:
-            check_calibration(calibration, region_size=factors[-1])
 
     @property
     def num_grains(self) -> int:

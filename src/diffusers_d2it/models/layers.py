@@ -110,8 +110,12 @@ class DiTBlock(nn.Module):
         return torch.addcmul(hidden_states, gate_ff, fed)
 
 
-class AdaLayerNormOut(nn.Module):
-    """The last layer of DiT: modulated LayerNorm and a linear map to `out_features`."""
+class FinalLayer(nn.Module):
+    """The last layer of DiT: modulated LayerNorm and a linear map to `out_features`.
+
+    Models call its parts. So it must not have "Norm" in its name: a last module that has is sharded by accelerate as
+    one that is called whole.
+    """
 
     def __init__(self, dim: int, out_features: int):
         super().__init__()
@@ -188,7 +192,7 @@ def init_dit_weights(module: nn.Module) -> None:
         if isinstance(child, TimestepEmbedding):
             nn.init.normal_(child.linear_1.weight, std=0.02)
             nn.init.normal_(child.linear_2.weight, std=0.02)
-        elif isinstance(child, (DiTBlock, AdaLayerNormOut)):
+        elif isinstance(child, (DiTBlock, FinalLayer)):
             nn.init.zeros_(child.adaln.weight)
             nn.init.zeros_(child.adaln.bias)
 

@@ -18,11 +18,12 @@ from einops import rearrange
 from torch import nn
 
 from ..grains import average_codes, cells_per_region, check_tied
+from .config_ranges import check_content_model
 from .grain_layout import GrainLayout, RefineLayout
 from .layers import (
     FREQUENCY_SIZE,
-    AdaLayerNormOut,
     DiTBlock,
+    FinalLayer,
     LabelEmbedder,
     SelfAttention,
     TimestepEmbedder,
@@ -142,7 +143,7 @@ class RefineNet(nn.Module):
         self.up_proj = nn.Linear(dim, 4 * dim)
         self.patch_embed = nn.Linear((in_channels + out_channels) * patch_size**2, dim)
         self.transformer_blocks = nn.ModuleList([RefineBlock(dim, heads, mlp_ratio, side) for _ in range(num_layers)])
-        self.norm_out = AdaLayerNormOut(dim, out_channels * patch_size**2)
+        self.norm_out = FinalLayer(dim, out_channels * patch_size**2)
 
     def forward(
         self,
@@ -210,9 +211,10 @@ class D2iTContentModel(StrictModelMixin, AttentionMixin, CacheMixin, PeftAdapter
             (its `downscale_freq_shift`), for weights that were trained or are to be used as there.
 
     Raises:
-        ValueError: a count or the shift is out of range.
+        ValueError: a value is out of its range (`config_ranges.CONTENT_MODEL`), or contradicts another.
     """
 
+    check_config = staticmethod(check_content_model)
     _supports_gradient_checkpointing = True
     _no_split_modules = ["DiTBlock", "RefineBlock"]
     _repeated_blocks = ["DiTBlock", "RefineBlock"]
@@ -240,22 +242,8 @@ class D2iTContentModel(StrictModelMixin, AttentionMixin, CacheMixin, PeftAdapter
         window_size: int = 4,
         frequency_shift: float = 0.0,
     ):
+        self.check_config(self.config)
         super().__init__()
-        if num_grains < 2:
-            raise ValueError(f"`num_grains` must be at least 2, got {num_grains}.")
-        if out_channels not in (None, in_channels, 2 * in_channels):
-            raise ValueError(
-                f"`out_channels` must be None, {in_channels} (noise) or {2 * in_channels} (noise and variance), got"
-                f" {out_channels}."
-            )
-        finest = 2 ** (num_grains - 1)
-        if window_size < finest or window_size % finest or window_size > 16:
-            raise ValueError(
-                f"`window_size` must be a multiple of {finest} tokens, the side of a region, up to 16, got"
-                f" {window_size}."
-            )
-        if not 0 <= frequency_shift <= 1:
-            raise ValueError(f"`frequency_shift` must lie in [0, 1], got {frequency_shift}.")
         dim = num_attention_heads * attention_head_dim
         self.gradient_checkpointing = False
         self.out_channels = out_channels or in_channels
@@ -269,7 +257,7 @@ class D2iTContentModel(StrictModelMixin, AttentionMixin, CacheMixin, PeftAdapter
         self.transformer_blocks = nn.ModuleList(
             [DiTBlock(dim, num_attention_heads, mlp_ratio) for _ in range(num_layers)]
         )
-        self.norm_out = AdaLayerNormOut(dim, self.out_channels * self.patch_size**2)
+        self.norm_out = FinalLayer(dim, self.out_channels * self.patch_size**2)
 
         # Fine-grained Net: one RefineNet for each finer grain
         self.refine_nets = nn.ModuleList(

@@ -17,9 +17,10 @@ from diffusers.utils import BaseOutput
 from einops import rearrange
 from torch import nn
 
+from .config_ranges import check_grain_model
 from .layers import (
-    AdaLayerNormOut,
     DiTBlock,
+    FinalLayer,
     LabelEmbedder,
     TimestepEmbedder,
     check_conditioning,
@@ -61,8 +62,12 @@ class D2iTGrainModel(StrictModelMixin, AttentionMixin, CacheMixin, PeftAdapterMi
         num_layers, num_attention_heads, attention_head_dim, mlp_ratio: DiT-S is 12, 6, 64, 4.0 (sec. 4.1: 33M).
         num_classes: number of class labels; label `num_classes` means no class. None for an unconditional model.
         fine_ratio_condition: accept the share of fine regions as a condition.
+
+    Raises:
+        ValueError: a value is out of its range (`config_ranges.GRAIN_MODEL`).
     """
 
+    check_config = staticmethod(check_grain_model)
     _supports_gradient_checkpointing = True
     _no_split_modules = ["DiTBlock"]
     _repeated_blocks = ["DiTBlock"]
@@ -80,9 +85,8 @@ class D2iTGrainModel(StrictModelMixin, AttentionMixin, CacheMixin, PeftAdapterMi
         num_classes: int | None = 1000,
         fine_ratio_condition: bool = True,
     ):
+        self.check_config(self.config)
         super().__init__()
-        if num_grains < 2:
-            raise ValueError(f"`num_grains` must be at least 2, got {num_grains}.")
         dim = num_attention_heads * attention_head_dim
         self.gradient_checkpointing = False
         self.patch_embed = nn.Linear(num_grains, dim)
@@ -94,7 +98,7 @@ class D2iTGrainModel(StrictModelMixin, AttentionMixin, CacheMixin, PeftAdapterMi
         self.transformer_blocks = nn.ModuleList(
             [DiTBlock(dim, num_attention_heads, mlp_ratio) for _ in range(num_layers)]
         )
-        self.norm_out = AdaLayerNormOut(dim, num_grains)
+        self.norm_out = FinalLayer(dim, num_grains)
         self.initialize_weights()
 
     def initialize_weights(self) -> None:

@@ -117,6 +117,7 @@ class Checkpoints:
             return
         is_main = self.accelerator.is_main_process
         try:
+            self.output_dir.mkdir(parents=True, exist_ok=True)
             with staging_folder(final) if is_main else nullcontext() as staging:
                 (staging,) = broadcast_object_list([staging])
                 self._write(staging, step)

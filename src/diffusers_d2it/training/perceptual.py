@@ -3,21 +3,20 @@
 
 import torch
 
+from ..broken_packages import import_optional
+
 
 def load_perceptual_loss() -> torch.nn.Module:
     """LPIPS on VGG features, frozen: called as loss(reconstruction, pixels), both (B, 3, H, W) in [-1, 1].
 
     Raises:
-        ValueError: the package or its VGG weights, a download of 528 MB, are missing.
+        ValueError: the package, or its VGG weights, a download of 528 MB, are missing or broken.
     """
     advice = "Training goes on without LPIPS if you pass --perceptual_weight 0; reconstructions are then softer."
     try:
-        import lpips
-    except (ImportError, RuntimeError) as error:  # torchvision raises the latter where it was built for another torch
-        raise ValueError(
-            f"--perceptual_weight needs the package lpips and a torchvision that fits torch {torch.__version__}"
-            f' (`pip install "diffusers-d2it[lpips]"`), but importing it failed: {error}. {advice}'
-        ) from error
+        lpips = import_optional("lpips", "--perceptual_weight", extra="lpips")
+    except ValueError as error:
+        raise ValueError(f"{error} {advice}") from error
     try:
         model = lpips.LPIPS(net="vgg", verbose=False)
     except (OSError, RuntimeError) as error:

@@ -6,8 +6,14 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
+from ..broken_packages import import_optional
 from ..models.autoencoder_kl_dynamic import DynamicAutoencoderKL
 from .vision_features import PooledFeatures
+
+
+def check_torchmetrics() -> None:
+    """Raise a ValueError if torchmetrics is missing or broken: figures are asked for after a long training."""
+    import_optional("torchmetrics", "scoring reconstructions", extra="training")
 
 
 def psnr(pixels: torch.Tensor, reconstruction: torch.Tensor) -> torch.Tensor:
@@ -27,18 +33,18 @@ def make_fid(name: str) -> nn.Module:
             as of `PooledFeatures`.
 
     Raises:
-        ValueError: the features cannot be loaded.
+        ValueError: the features cannot be loaded, or a package is missing or broken; it is named.
     """
+    check_torchmetrics()
     from torchmetrics.image.fid import FrechetInceptionDistance
 
     if name != "inception":
         return FrechetInceptionDistance(feature=PooledFeatures(name), normalize=True)
+    import_optional("torch_fidelity", "--fid_model inception", extra="metrics")
     try:
         return FrechetInceptionDistance(feature=2048, normalize=True)
-    except (ImportError, OSError, RuntimeError) as error:
-        raise ValueError(
-            f"--fid_model inception needs the package torch-fidelity and a download of its weights: {error}"
-        ) from error
+    except (OSError, RuntimeError) as error:
+        raise ValueError(f"--fid_model inception needs a download of its weights: {error}") from error
 
 
 @torch.no_grad()

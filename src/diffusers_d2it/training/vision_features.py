@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..broken_packages import call_around
+
 
 class VisionFeatures(nn.Module):
     """Patch features of a ViT such as DINOv2 for images in [-1, 1], on the grid of the regions.
@@ -28,7 +30,7 @@ class VisionFeatures(nn.Module):
         from transformers.image_processing_base import ImageProcessingMixin
 
         try:
-            self.model = AutoModel.from_pretrained(name)
+            self.model = call_around(lambda: AutoModel.from_pretrained(name))
             preprocessing, _ = ImageProcessingMixin.get_image_processor_dict(name)
         except (OSError, ValueError) as error:
             raise ValueError(f"no vision model could be loaded from {name!r}: {error}") from error

@@ -1,0 +1,239 @@
+# Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
+"""Writing a latent cache: whole whenever it is trusted, however often it is interrupted."""
+
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from accelerate import Accelerator
+from photo_caches import SHARD, Photographs, contents, flip_bit, to_png
+from script_runs import EXAMPLES, TWO_PROCESSES, call
+
+from diffusers_d2it.data import latent_cache_writer
+from diffusers_d2it.data.latent_cache import LatentCache
+from diffusers_d2it.data.latent_cache_writer import EncodedRows, LatentCacheWriter, encode_images, encode_shards
+
+
+def test_another_plan_or_another_folder_is_not_written_to(cache, make_vae, write_cache, tmp_path):
+    before = contents(cache)
+    with pytest.raises(ValueError, match=r"another plan: rows_per_shard is 3 in the cache, 5 here\. Repeat"):
+        write_cache(cache, make_vae(), rows_per_shard=5)
+    with pytest.raises(ValueError, match="data_fingerprint is .* in the cache, 'other' here"):
+        write_cache(cache, make_vae(), data_fingerprint="other")
+    assert contents(cache) == before
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").touch()
+    with pytest.raises(ValueError, match="neither empty nor a latent cache, it holds thesis.tex"):
+        write_cache(tmp_path / "mine", make_vae())
+    assert contents(tmp_path / "mine").keys() == {"thesis.tex"}
+
+
+def test_a_second_run_in_the_same_folder_is_refused(make_vae, make_plan, write_cache, tmp_path, monkeypatch):
+    monkeypatch.setattr(latent_cache_writer, "_LOCK_SECONDS", 0.1)
+    leftover = tmp_path / "cache" / ".staging-shard-00001.json-0" / ".tmpABC"
+    leftover.parent.mkdir(parents=True)
+    leftover.touch()
+    writer = LatentCacheWriter(tmp_path / "cache", make_plan(make_vae()), Accelerator(cpu=True))
+    assert writer.start() == [0, 1, 2] and not leftover.exists()
+    with pytest.raises(ValueError, match="another run is writing to"):
+        write_cache(tmp_path / "cache", make_vae())
+
+
+def test_a_damaged_shard_is_written_again_and_the_others_are_kept(cache, make_vae, write_cache):
+    before, kept = contents(cache), (cache / "shard-00000.safetensors").stat()
+    flip_bit(cache / SHARD, -5)
+    os.truncate(cache / "shard-00002.json", 10)
+    with pytest.warns(UserWarning) as warned:
+        write_cache(cache, make_vae())
+    assert all(any(name in str(one.message) for one in warned) for name in (SHARD, "shard-00002.json"))
+    assert contents(cache) == before
+    assert (cache / "shard-00000.safetensors").stat() == kept
+
+
+def test_a_shard_must_be_what_the_plan_says(make_vae, make_plan, tmp_path, photos):
+    plan = make_plan(make_vae())
+    writer = LatentCacheWriter(tmp_path / "cache", plan, Accelerator(cpu=True))
+    writer.start()
+    codes = encode_images(make_vae(), photos[:3, :, :32, :32], flips=True)
+    codes |= {"class_labels": torch.zeros(3, dtype=torch.int64), "rows": torch.arange(3)}
+    with pytest.raises(ValueError, match="shard 0 must hold .*torch.float16.* got .*torch.float32"):
+        writer.write_shard(0, EncodedRows(codes | {"moments.1": codes["moments.1"].float()}))
+    with pytest.raises(ValueError, match="shard 1 must hold or name each of the rows 3 to 5"):
+        writer.write_shard(1, EncodedRows(codes))
+    writer.write_shard(0, EncodedRows(codes))
+    with pytest.raises(ValueError, match="shard-00001.json is missing"):
+        writer.finish()
+
+
+def test_death_at_any_call_that_writes_leaves_nothing_that_is_trusted(make_vae, make_plan, load_photos, tmp_path):
+    vae = make_vae()
+    plan = make_plan(vae)
+    source = Photographs([to_png(photo) for photo in load_photos(32)])
+    encoded = dict(encode_shards(vae, source, plan, [0, 1, 2], batch_size=2))
+
+    def write(folder: Path) -> None:
+        writer = LatentCacheWriter(folder, plan, Accelerator(cpu=True))
+        for shard in writer.start():
+            writer.write_shard(shard, encoded[shard])
+        writer.finish()
+
+    def write_and_die(folder: Path, last_call: int) -> bool:
+        """Whether the process died: in its n-th call, of which half is done."""
+        child = os.fork()
+        if child:
+            return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+        calls = 0
+
+        def dying(function, half=None):
+            def call_or_die(*arguments, **options):
+                nonlocal calls
+                calls += 1
+                if calls == last_call:
+                    if half is not None:
+                        half(*arguments)
+                    os._exit(9)
+                return function(*arguments, **options)
+
+            return call_or_die
+
+        status = 1
+        try:
+            latent_cache_writer.save_file = dying(
+                latent_cache_writer.save_file, lambda tensors, path: path.write_bytes(b"\x90\x01\0\0\0\0\0\0{")
+            )
+            Path.write_text = dying(Path.write_text, lambda path, text: path.write_bytes(text.encode()[:20]))
+            Path.replace = dying(Path.replace)
+            Path.unlink = dying(Path.unlink)
+            os.fsync = dying(os.fsync)
+            shutil.copymode = dying(shutil.copymode)
+            shutil.rmtree = dying(shutil.rmtree)
+            write(folder)
+            status = 0
+        finally:
+            os._exit(status)
+
+    write(tmp_path / "whole")
+    expected = contents(tmp_path / "whole")
+    deaths = 0
+    while write_and_die(tmp_path / str(deaths), last_call=deaths + 1):
+        folder = tmp_path / str(deaths)
+        finished = {p.name: p.stat() for p in folder.glob("shard-*.safetensors") if p.with_suffix(".json").is_file()}
+        if (folder / "index.json").is_file():
+            assert contents(folder).items() >= expected.items()
+            LatentCache(folder, vae, seed=0)
+        else:
+            with pytest.raises(ValueError, match=r"unfinished: \d of 3 shards|has no plan.json"):
+                LatentCache(folder, vae, seed=0)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # no shard is called damaged
+            write(folder)
+        assert contents(folder) == expected
+        assert {name: (folder / name).stat() for name in finished} == finished
+        deaths += 1
+    assert deaths > 30  # 3 shards of two files, plan and index: each written, forced to the disk and renamed
+    assert contents(tmp_path / str(deaths)) == expected
+
+
+@pytest.fixture
+def folder(load_photos, tmp_path) -> Path:
+    """48 photographs in two classes, one of them damaged."""
+    for i in range(48):
+        path = tmp_path / "photos" / ("sky" if i % 2 else "earth") / f"{i:02d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"<html>" if i == 30 else to_png(load_photos(64)[i % 8].roll(i, dims=-1)))
+    return tmp_path / "photos"
+
+
+def test_two_processes_that_were_killed_continue_to_the_cache_that_one_writes(make_vae, folder, tmp_path, capsys):
+    make_vae().save_pretrained(tmp_path / "vae")
+    arguments = ["--train_data_dir", folder, "--vae", tmp_path / "vae"]
+    arguments += "--resolution 32 --rows_per_shard 2 --encode_batch_size 2".split()
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    call("cache_latents.py", *arguments, "--output_dir", whole)
+    assert "24 shards, written by 1 processes" in capsys.readouterr().out
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true"}
+
+    command = [*TWO_PROCESSES, EXAMPLES / "cache_latents.py", *arguments, "--output_dir", killed]
+
+    def start() -> subprocess.Popen:
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        return subprocess.Popen(command, env=environment, **pipes)
+
+    process = start()
+    moment = random.randint(1, 12), random.uniform(0, 0.06)
+    while len(list(killed.glob("shard-*.json"))) < moment[0]:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.002)
+    time.sleep(moment[1])
+    for member in [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]:
+        member.kill()
+    process.communicate()
+    with pytest.raises(ValueError, match=r"unfinished: \d+ of 24 shards"):
+        LatentCache(killed, make_vae(), seed=0)
+    kept = {p.name: p.stat() for p in killed.glob("shard-*.safetensors") if p.with_suffix(".json").is_file()}
+    assert kept
+
+    process = start()
+    output = process.communicate(timeout=100)[0]
+    assert process.returncode == 0, output
+    assert "24 shards, written by 2 processes; 1 unusable images left out" in output
+    assert {name: (killed / name).stat() for name in kept} == kept, moment
+    assert contents(killed) == contents(whole)
+    assert not [path for path in killed.iterdir() if path.is_dir()]
+
+    (bad,) = json.loads((killed / "index.json").read_text())["bad_images"]
+    assert bad["name"].endswith("earth/30.png") and bad["row"] == 15 and bad["reason"]
+    data = LatentCache(killed, make_vae(), seed=0, resolution=32)
+    assert len(data) == 47 and data.id2label == {0: "earth", 1: "sky"}
+    assert data.description == "photos, split train, 32x32"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Memory
+# ---------------------------------------------------------------------------------------------------------------------
+
+READ_ALL = """
+import re, sys
+from pathlib import Path
+import torch
+from diffusers_d2it.data.latent_cache import LatentCache
+
+torch.set_num_threads(1)
+for folder in sys.argv[1:]:
+    cache = LatentCache(folder, None, seed=0)
+    for _ in range(2):
+        for start in range(0, len(cache), 20):
+            cache.__getitems__(list(range(start, start + 20)))
+    print(re.search(r"RssAnon:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+"""
+
+
+def test_memory_does_not_grow_with_the_cache(make_vae, make_plan, tmp_path):
+    def write(folder: Path, num_rows: int) -> int:
+        plan = make_plan(make_vae(), num_rows=num_rows, rows_per_shard=50, resolution=128)
+        writer = LatentCacheWriter(folder, plan, Accelerator(cpu=True))
+        for shard in writer.start():
+            tensors = {f"moments.{i}": torch.randn(50, 2, 8, 16 << i, 16 << i).half() for i in range(2)}
+            rows = torch.tensor(plan.rows(shard))
+            tensors |= {"entropy": torch.rand(50, 16, 16), "class_labels": rows % 2, "rows": rows}
+            writer.write_shard(shard, EncodedRows(tensors))
+        return sum(shard["bytes"] for shard in writer.finish()["shards"])
+
+    sizes = [write(tmp_path / name, num_rows) for name, num_rows in (("small", 100), ("large", 1000))]
+    assert sizes[1] > 9 * sizes[0] > 36e6
+    command = [sys.executable, "-c", READ_ALL, tmp_path / "small", tmp_path / "large"]
+    # The C library returns what is freed at once, instead of keeping it as it sees fit
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1", "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
+    assert result.returncode == 0, result.stderr
+    small, large = (1024 * int(line) for line in result.stdout.split())
+    assert large - small < 1e6  # of 37 MB more that were read

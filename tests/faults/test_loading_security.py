@@ -1,0 +1,383 @@
+# Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
+"""Folders and repositories that want to run code, reach outside, or change while they are loaded."""
+
+import json
+import os
+import pickle
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoModel, DiffusionPipeline
+from loopback_hub import TOKEN, MovingBranch, Uploads, files_of, serve_hub
+from measuring import attempt
+
+from diffusers_d2it import D2iTGrainModel, D2iTPipeline
+from diffusers_d2it.conversion import convert_dit_checkpoint
+
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+PICKLED = "diffusion_pytorch_model.bin"
+
+
+class RunsCode:
+    """Touches a file when it is unpickled."""
+
+    def __init__(self, canary: Path):
+        self.canary = canary
+
+    def __reduce__(self):
+        return Path.touch, (self.canary,)
+
+
+@pytest.fixture
+def canary(tmp_path) -> Path:
+    """A file that any code would create that is run here; it does not exist."""
+    return tmp_path / "canary"
+
+
+@pytest.fixture
+def planted(tmp_path, canary) -> dict[str, bytes]:
+    """What to put into a folder, by what it is: each creates the canary if it is loaded the usual way."""
+    torch.save({"weight": RunsCode(canary)}, tmp_path / "torch.bin")
+    content = {
+        "pickle": pickle.dumps(RunsCode(canary)),
+        "torch": (tmp_path / "torch.bin").read_bytes(),
+        "module": f"from pathlib import Path\nPath({str(canary)!r}).touch()\nclass D2iTPipeline: pass\n".encode(),
+    }
+    for kind, load in (
+        ("pickle", pickle.loads),
+        ("torch", lambda _: torch.load(tmp_path / "torch.bin", weights_only=False)),
+        ("module", exec),
+    ):
+        load(content[kind])
+        assert canary.exists(), f"{kind} is harmless, and proves nothing"
+        canary.unlink()
+    (tmp_path / "torch.bin").unlink()
+    return content
+
+
+@pytest.fixture
+def pipeline(make_pipeline, tmp_path) -> Path:
+    """A saved pipeline without a manifest."""
+    make_pipeline().save_pretrained(tmp_path / "pipeline")
+    (tmp_path / "pipeline" / "manifest.json").unlink()
+    return tmp_path / "pipeline"
+
+
+def loaders(pipeline: Path) -> dict:
+    """Every way in which a pipeline or a part of it is loaded."""
+    part = pipeline / "grain_model"
+    return {
+        "pipeline": lambda **options: D2iTPipeline.from_pretrained(pipeline, **options),
+        "pipeline of diffusers": lambda **options: DiffusionPipeline.from_pretrained(pipeline, **options),
+        "model": lambda **options: D2iTGrainModel.from_pretrained(part, **options),
+        "part": lambda **options: D2iTGrainModel.from_pretrained(pipeline, subfolder="grain_model", **options),
+        "model of diffusers": lambda **options: AutoModel.from_pretrained(str(part), **options),
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Code
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_pickled_weights_are_never_read(pipeline, planted, canary, fault):
+    count = fault("pickle planted in the place of weights")
+    folder = pipeline / "grain_model"
+    whole = (folder / WEIGHTS).read_bytes()
+    index = {"metadata": {}, "weight_map": {"patch_embed.weight": PICKLED}}
+    for kind in ("pickle", "torch"):
+        for names in ([WEIGHTS], [PICKLED], ["model.bin", "pytorch_model.bin"], ["model.flashpack"], "index", "both"):
+            (folder / WEIGHTS).unlink(missing_ok=True)
+            if names in ("index", "both"):
+                (folder / f"{WEIGHTS}.index.json").write_text(json.dumps(index))
+                (folder / f"{PICKLED}.index.json").write_text(json.dumps(index))
+                names = [PICKLED, WEIGHTS] if names == "both" else [PICKLED]
+            for name in names:
+                (folder / name).write_bytes(planted[kind])
+            for how, load in loaders(pipeline).items():
+                problem = attempt(load).problem(str(folder))
+                count.tried((kind, names, how, problem), silent=problem is not None or canary.exists())
+            for name in [*names, f"{WEIGHTS}.index.json", f"{PICKLED}.index.json"]:
+                (folder / name).unlink(missing_ok=True)
+    (folder / WEIGHTS).write_bytes(whole)
+    for name in (PICKLED, "optimizer.bin", "pytorch_model.bin"):
+        (folder / name).write_bytes(planted["torch"])
+    for how, load in loaders(pipeline).items():  # beside safetensors they are not touched
+        load()
+        count.tried(how, silent=canary.exists())
+
+
+def test_modules_in_a_folder_are_never_imported(pipeline, planted, canary, fault):
+    count = fault("module planted in a pipeline")
+    for name in ("pipeline.py", "D2iTPipeline.py", "vae/model.py", "vae/__init__.py", "grain_model/modeling.py"):
+        (pipeline / name).write_bytes(planted["module"])
+    for how, load in loaders(pipeline).items():
+        load()
+        count.tried(how, silent=canary.exists())
+    for name in ("vae/diffusers_d2it.py", "scheduler/diffusers.py", "grain_scheduler/diffusers.py"):
+        (pipeline / name).write_bytes(planted["module"])
+        problem = attempt(lambda: D2iTPipeline.from_pretrained(pipeline)).problem(
+            str(pipeline / name), "no code is run"
+        )
+        count.tried((name, problem), silent=problem is not None or canary.exists())
+        problem = attempt(lambda: DiffusionPipeline.from_pretrained(pipeline)).problem()
+        count.tried((name, problem), silent=problem is not None or canary.exists())
+        (pipeline / name).unlink()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("use_safetensors", False),
+        ("custom_pipeline", "FOLDER"),
+        ("custom_pipeline", "clip_guided_stable_diffusion"),
+        ("custom_revision", "main"),
+        ("trust_remote_code", True),
+        ("load_connected_pipeline", True),
+        ("use_onnx", True),
+        ("use_flashpack", True),
+        ("provider", "CPUExecutionProvider"),
+    ],
+)
+def test_arguments_that_lead_to_code_are_refused(pipeline, planted, canary, fault, name, value):
+    count = fault("argument of from_pretrained that leads to code or pickles")
+    (pipeline / "pipeline.py").write_bytes(planted["module"])
+    value = str(pipeline) if value == "FOLDER" else value
+    for how in ("pipeline", "model", "part"):
+        problem = attempt(lambda how=how: loaders(pipeline)[how](**{name: value})).problem(f"`{name}`", repr(value))
+        count.tried((how, name, problem), silent=problem is not None or canary.exists())
+    problem = attempt(lambda: D2iTPipeline.download("user/repo", **{name: value})).problem(f"`{name}`", repr(value))
+    count.tried(("download", name, problem), silent=problem is not None)
+
+
+def test_a_checkpoint_to_be_converted_runs_no_code(planted, canary, tmp_path, fault):
+    count = fault("pickle planted in a checkpoint to be converted")
+    for kind in ("pickle", "torch"):
+        (tmp_path / "dit.pt").write_bytes(planted[kind])
+        problem = attempt(lambda: convert_dit_checkpoint(tmp_path / "dit.pt")).problem(str(tmp_path / "dit.pt"))
+        count.tried((kind, problem), silent=problem is not None or canary.exists())
+    for content in (b"", b"PK\x03\x04", planted["torch"][:100], b"<html>404</html>", b"\x80\x02."):
+        (tmp_path / "dit.pt").write_bytes(content)
+        problem = attempt(lambda: convert_dit_checkpoint(tmp_path / "dit.pt")).problem(str(tmp_path / "dit.pt"))
+        count.tried((content[:10], problem), silent=problem is not None or canary.exists())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Names
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def hostile_indices(index: dict) -> Iterator[tuple[str, dict]]:
+    """What a model_index.json may not say, with the key that must be named."""
+    foreign = [["planted_module", "Model"], ["os", "system"], ["diffusers_d2it.hub", "HfApi"], ["builtins", "eval"]]
+    foreign += [["diffusers", "StableDiffusionPipeline"], ["transformers", "CLIPTextModel"], ["", ""], ["diffusers"]]
+    foreign += ["diffusers_d2it", 3, {}, [1, 2], ["diffusers_d2it", None], [None, "Model"], ["diffusers", ["DDIM"]]]
+    for key in ("vae", "grain_model", "transformer", "scheduler", "grain_scheduler"):
+        for value in foreign:
+            yield key, index | {key: value}
+        if key.endswith("scheduler"):
+            for name in ("SchedulerMixin", "KarrasDiffusionSchedulers", "NoSuchScheduler", "../DDIMScheduler"):
+                yield key, index | {key: ["diffusers", name]}
+            yield key, index | {key: ["diffusers_d2it", "TiedScheduler"]}
+    yield "vae", index | {"vae": ["diffusers_d2it", "D2iTContentModel"]}
+    for key in ("vae", "transformer", "scheduler"):
+        yield key, index | {key: [None, None]}
+        yield key, {name: value for name, value in index.items() if name != key}
+    for key in ("safety_checker", "feature_extractor", "__init__.py", "../vae", "id2labels"):
+        if not key.startswith("_"):
+            yield key, index | {key: ["planted_module", "Model"]}
+    for value in (["planted_module", "Pipeline"], "StableDiffusionPipeline", "DiffusionPipeline", None, 3, ""):
+        yield "_class_name", index | {"_class_name": value}
+    yield "_ignore_files", index | {"_ignore_files": ["vae/config.json"]}
+    yield "_use_default_values", index | {"_use_default_values": ["id2label"]}
+    for value in (
+        "cat",
+        [1],
+        {"a": "cat"},
+        {"-1": "cat"},
+        {"1": 2},
+        {"1": None},
+        {"1": "x" * 20_000},
+        {"9" * 30: "x"},
+    ):
+        yield "id2label", index | {"id2label": value}
+
+
+def test_an_index_cannot_name_other_components(pipeline, canary, planted, tmp_path, fault, monkeypatch):
+    count = fault("model_index.json that names something else")
+    (tmp_path / "planted_module.py").write_bytes(planted["module"])
+    monkeypatch.syspath_prepend(tmp_path)
+    index = json.loads((pipeline / "model_index.json").read_text())
+    for key, changed in hostile_indices(index):
+        (pipeline / "model_index.json").write_text(json.dumps(changed))
+        found = attempt(lambda: D2iTPipeline.from_pretrained(pipeline))
+        problem = found.problem(str(pipeline / "model_index.json"), key)
+        imported = canary.exists() or "planted_module" in sys.modules
+        count.tried((key, changed.get(key), problem), silent=problem is not None or imported)
+    (pipeline / "model_index.json").write_text(json.dumps(index))
+    shutil.rmtree(pipeline / "vae")  # diffusers would look at the top of the folder instead
+    problem = attempt(lambda: D2iTPipeline.from_pretrained(pipeline)).problem(str(pipeline / "vae"))
+    count.tried(("vae missing", problem), silent=problem is not None)
+
+
+@contextmanager
+def nobody_calls() -> Iterator[int]:
+    """A port of this machine; fails if somebody connects to it."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.setblocking(False)
+        yield server.getsockname()[1]
+        with pytest.raises(BlockingIOError):
+            server.accept()
+
+
+def test_no_url_is_opened(fault):
+    count = fault("URL in the place of a name")
+    with nobody_calls() as port:
+        names = [f"http://127.0.0.1:{port}/model", f"HTTPS://127.0.0.1:{port}/a/b", f"http:/127.0.0.1:{port}/model"]
+        names += ["hf://user/repo", "s3://bucket/model", "file:///etc/passwd", "zip::http://host/a.zip", "git+ssh://a"]
+        for name in names:
+            for load in (D2iTPipeline.from_pretrained, D2iTGrainModel.from_pretrained, D2iTPipeline.download):
+                problem = attempt(lambda load=load, name=name: load(name)).problem(repr(name), "URL")
+                count.tried((load, name, problem), silent=problem is not None)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("subfolder", "../other"),
+        ("subfolder", "a/../../other"),
+        ("subfolder", "..\\other"),
+        ("subfolder", "/etc"),
+        ("subfolder", "http://host/a"),
+        ("variant", "../x"),
+        ("variant", "x/../../y"),
+        ("variant", ""),
+        ("variant", 3),
+    ],
+)
+def test_names_do_not_lead_out_of_the_folder(pipeline, fault, option, value):
+    count = fault("name that leads out of its folder")
+    for name in (str(pipeline), "user/repo"):
+        found = attempt(lambda name=name: D2iTGrainModel.from_pretrained(name, **{option: value}))
+        problem = found.problem(f"`{option}`", repr(value))
+        count.tried((name, option, value, problem), silent=problem is not None)
+
+
+def test_what_is_neither_folder_nor_name_is_refused(tmp_path, fault):
+    count = fault("neither a folder nor a name of the Hub")
+    (tmp_path / "file").touch()
+    for name in (tmp_path / "none" / "such", str(tmp_path / "file"), "a/b/c", "user/re po", "..", "", None, 3):
+        for cls in (D2iTPipeline, D2iTGrainModel):
+            problem = attempt(lambda cls=cls, name=name: cls.from_pretrained(name)).problem(str(name))
+            count.tried((cls, name, problem), silent=problem is not None)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The Hub
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def run(code: str, endpoint: str, tmp_path: Path) -> str:
+    """What a process prints that sees this Hub and no other."""
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))}
+    environment |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "hf"), "HF_TOKEN": TOKEN}
+    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+def test_one_commit_serves_all_calls_of_a_load(make_pipeline, tmp_path, fault):
+    """The branch moves after every look at it: whoever looks twice gets parts of two commits."""
+    count = fault("branch that moves during a load")
+    folders = [tmp_path / f"commit-{number}" for number in range(12)]
+    pipe = make_pipeline()
+    for number, folder in enumerate(folders):
+        for model in (pipe.vae, pipe.grain_model, pipe.transformer):
+            torch.nn.init.constant_(next(model.parameters()), number)
+        pipe.vae.register_to_config(scaling_factor=number + 1.0)
+        pipe.save_pretrained(folder, max_shard_size="60KB")
+        (folder / "vae" / "evil.py").write_text("raise SystemExit")
+    code = """
+import huggingface_hub.constants
+from diffusers import AutoModel
+from diffusers_d2it import D2iTContentModel, D2iTPipeline, DynamicAutoencoderKL
+
+def versions(*models):
+    found = {int(next(model.parameters()).unique().item()) for model in models}
+    return found | {int(model.config.scaling_factor) - 1 for model in models if "scaling_factor" in model.config}
+
+def load_pipeline(**options):
+    pipe = D2iTPipeline.from_pretrained("user/repo", **options)
+    assert pipe.config._name_or_path == "user/repo"
+    return versions(pipe.vae, pipe.grain_model, pipe.transformer)
+
+def load_part(cls, name):
+    return lambda **options: versions(cls.from_pretrained("user/repo", subfolder=name, **options))
+
+ways = {
+    "pipeline": load_pipeline,
+    "transformer": load_part(D2iTContentModel, "transformer"),
+    "auto": load_part(AutoModel, "vae"),
+    "vae": load_part(DynamicAutoencoderKL, "vae"),
+}
+for name, load in ways.items():
+    print("online", name, *load())
+    print("cached", name, *load(local_files_only=True))
+print("commit", "pipeline", *load_pipeline(revision="0" * 39 + "3"))
+huggingface_hub.constants.HF_HUB_OFFLINE = True
+print("offline", "pipeline", *load_pipeline(revision="0" * 39 + "3"))
+print("offline", "vae", *ways["vae"]())
+for load in (D2iTPipeline.from_pretrained, D2iTContentModel.from_pretrained):
+    try:
+        load("user/unknown")
+    except OSError as error:
+        assert "'user/unknown' is no folder" in str(error), error
+    else:
+        raise AssertionError("nothing was raised")
+"""
+    branch = MovingBranch(folders)
+    with serve_hub({"user/repo": branch}) as endpoint:
+        lines = [line.split() for line in run(code, endpoint, tmp_path).splitlines()]
+    expected = [[kind, name] for name in ("pipeline", "transformer", "auto", "vae") for kind in ("online", "cached")]
+    expected += [["commit", "pipeline"], ["offline", "pipeline"], ["offline", "vae"]]
+    assert [line[:2] for line in lines] == expected
+    seen = [version for kind, _, *versions in lines for version in versions]
+    for kind, name, *versions in lines:
+        count.tried((kind, name, versions), silent=len(versions) != 1)
+    # Every load asked once, the next one found the next commit, and the last one seen is what is known offline
+    assert seen == ["0", "0", "1", "1", "2", "2", "3", "3", "2", "2", "3"] and branch.num_asked == 4
+    downloaded = {path.name for path in (tmp_path / "hf").rglob("*")}
+    assert "evil.py" not in downloaded and "manifest.json" not in downloaded
+
+
+def test_a_model_pushes_what_it_wrote_and_nothing_else(make_grain_model, tmp_path, fault):
+    count = fault("secrets in the folder of a model that is pushed")
+    folder = tmp_path / "tiny"
+    make_grain_model().save_pretrained(folder)
+    (folder / ".env").write_text("a secret")
+    (folder / "notes.txt").write_text("a secret")
+    uploads, repositories = Uploads(tmp_path / "hub"), {}
+    with serve_hub(repositories, uploads) as endpoint:
+        run(
+            f"""
+from diffusers_d2it import D2iTGrainModel
+model = D2iTGrainModel.from_pretrained({str(folder)!r})
+model.save_pretrained({str(folder)!r}, push_to_hub=True, private=True)
+""",
+            endpoint,
+            tmp_path,
+        )
+    pushed = files_of(repositories["user/tiny"])
+    count.tried(pushed, silent=not set(pushed) <= {"README.md", "config.json", WEIGHTS, "manifest.json"})
+    assert {"config.json", WEIGHTS} <= set(pushed) and uploads.visibility == {"user/tiny": "private"}
+    for name in pushed:
+        content = (repositories["user/tiny"] / name).read_bytes()
+        count.tried(name, silent=b"a secret" in content or str(tmp_path).encode() in content)

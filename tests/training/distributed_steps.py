@@ -1,0 +1,214 @@
+# Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
+"""The training step of each model, by one process or by two.
+
+    accelerate launch --config_file eight-gpus-fsdp2.yaml --num_processes 2 distributed_steps.py output_folder
+
+test_distributed.py launches it so, and imports it for one process. What each of the two ends with goes to
+`<model>-<how>-<process>.safetensors`, where how is
+
+    averaged    DDP, by accelerate
+    sharded     FSDP2 of torch: each block, then the rest
+    prepared    FSDP2 as accelerate prepares it with this configuration
+"""
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from accelerate import Accelerator, PartialState
+from accelerate.state import AcceleratorState, GradientState
+from accelerate.utils import DistributedType
+from diffusers import DDPMScheduler
+from safetensors.torch import save_file
+from sharded_checkpoints import save_and_resume
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+from diffusers_d2it import D2iTContentModel, D2iTGrainModel, DynamicAutoencoderKL, load_preset
+from diffusers_d2it.grains import tie
+from diffusers_d2it.losses import dvae_loss, grain_loss, multi_grained_loss
+
+
+sys.path.append(str(Path(__file__).parent.parent.parent / "examples"))
+
+from train_dvae import DvaeStep  # noqa: E402
+
+
+BATCH = 4  # images of an update, of all processes
+NUM_STEPS = 3
+SCHEDULER = DDPMScheduler(beta_start=1e-4, beta_end=2e-2, beta_schedule="linear")
+
+
+class Step(NamedTuple):
+    """A model and its loss on the images `rows` of the update `step`."""
+
+    make_model: Callable[[], nn.Module]
+    loss: Callable[[nn.Module, int, slice], torch.Tensor]
+
+
+def draw(seed: int, *shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def randomized(make: Callable[[], nn.Module]) -> nn.Module:
+    """With weights from a fixed seed, none of them zero: every path has a gradient."""
+    torch.manual_seed(0)
+    model = make()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.05)
+    return model.double()
+
+
+def make_content_model() -> nn.Module:
+    return randomized(lambda: D2iTContentModel(**load_preset("content-tiny")))
+
+
+def make_grain_model() -> nn.Module:
+    return randomized(lambda: D2iTGrainModel(**load_preset("grain-tiny")))
+
+
+def make_autoencoder() -> nn.Module:
+    torch.manual_seed(0)
+    return DvaeStep(DynamicAutoencoderKL(**load_preset("dvae-tiny"))).double()
+
+
+def conditions(step: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Grain maps (B, 4, 4), timesteps (B,) and labels (B,)."""
+    generator = torch.Generator().manual_seed(100 + step)
+    grain_map = torch.randint(2, (BATCH, 4, 4), generator=generator)
+    return grain_map, torch.randint(1000, (BATCH,), generator=generator), torch.arange(BATCH)
+
+
+def content_loss(model: nn.Module, step: int, rows: slice) -> torch.Tensor:
+    grain_map, timesteps, labels = (values[rows] for values in conditions(step))
+    latents, noise = (tie(draw(seed, BATCH, 4, 8, 8)[rows], grain_map) for seed in (step, 50 + step))
+    noised = SCHEDULER.add_noise(latents, noise, timesteps)
+    return multi_grained_loss(model(noised, timesteps, grain_map, labels).sample, noise, grain_map)["loss"]
+
+
+def grain_model_loss(model: nn.Module, step: int, rows: slice) -> torch.Tensor:
+    grain_map, timesteps, labels = (values[rows] for values in conditions(step))
+    state = D2iTGrainModel.state_from_grain_map(grain_map, 2).double()
+    noised = SCHEDULER.add_noise(state, draw(step, BATCH, 2, 4, 4)[rows], timesteps)
+    share = torch.full((len(labels),), 0.5, dtype=torch.float64)
+    return grain_loss(model(noised, timesteps, labels, share).logits, grain_map)["loss"]
+
+
+def autoencoder_loss(model: nn.Module, step: int, rows: slice) -> torch.Tensor:
+    pixels = draw(step, BATCH, 3, 32, 32)[rows].clamp(-1, 1)
+    generator = torch.Generator().manual_seed(step)
+    torch.randn(rows.start, 4, 8, 8, generator=generator, dtype=torch.float64)  # the noise of the images before these
+    return dvae_loss(pixels, *model(pixels, 0.5, generator), kl_weight=1e-2)["loss"]
+
+
+STEPS = {
+    "autoencoder": Step(make_autoencoder, autoencoder_loss),
+    "grain": Step(make_grain_model, grain_model_loss),
+    "content": Step(make_content_model, content_loss),
+}
+SHARDED = ("grain", "content")
+
+
+def train(step: Step, model: nn.Module, rows: slice, backward: Callable, optimizer) -> dict[str, torch.Tensor]:
+    """Take some steps. Returns the gradients of the first and the weights after the last, by name."""
+    results = {}
+    for index in range(NUM_STEPS):
+        backward(step.loss(model, index, rows))
+        if index == 0:
+            results |= {f"gradient.{name}": whole(weight.grad) for name, weight in named_weights(model)}
+        optimizer.step()
+        optimizer.zero_grad()
+    return results | {f"weight.{name}": whole(weight) for name, weight in named_weights(model)}
+
+
+def make_optimizer(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+
+
+def named_weights(model: nn.Module) -> Iterable[tuple[str, nn.Parameter]]:
+    for name, weight in model.named_parameters():
+        yield name.removeprefix("module."), weight
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy, of all shards."""
+    return (
+        (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor)
+        .detach()
+        .clone(memory_format=torch.contiguous_format)
+    )
+
+
+def train_averaged(accelerator: Accelerator, name: str, rows: slice) -> dict[str, torch.Tensor]:
+    model = STEPS[name].make_model()
+    model, optimizer = accelerator.prepare(model, make_optimizer(model))
+    return train(STEPS[name], model, rows, accelerator.backward, optimizer)
+
+
+def train_sharded(accelerator: Accelerator, name: str, rows: slice) -> dict[str, torch.Tensor]:
+    model = STEPS[name].make_model()
+    mesh = init_device_mesh("cpu", (accelerator.num_processes,))
+    for module in model.modules():
+        if type(module).__name__ in model._no_split_modules:
+            fully_shard(module, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    return train(STEPS[name], model, rows, torch.Tensor.backward, make_optimizer(model))
+
+
+def make_sharding_accelerator(mixed_precision: str) -> Accelerator:
+    """An Accelerator of the configuration that was launched, which shards."""
+    AcceleratorState._reset_state()
+    GradientState._reset_state()
+    os.environ["ACCELERATE_USE_FSDP"] = "true"
+    # It shards on accelerators only, and would average here: processes of a CPU must pass as such
+    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    accelerator = Accelerator(cpu=True, mixed_precision=mixed_precision)
+    assert accelerator.is_fsdp2
+    return accelerator
+
+
+def loss_in_bfloat16(name: str, rows: slice) -> float:
+    """Of the images of all processes, after one step."""
+    accelerator = make_sharding_accelerator("bf16")
+    model = STEPS[name].make_model().float()
+    model, optimizer = accelerator.prepare(model, make_optimizer(model))
+    accelerator.backward(STEPS[name].loss(model, 0, rows))
+    optimizer.step()
+    return accelerator.reduce(STEPS[name].loss(model, 0, rows).detach(), "mean").item()
+
+
+def main(output: Path) -> None:
+    torch.set_num_threads(1)
+    os.environ["ACCELERATE_USE_FSDP"] = "false"
+    accelerator = Accelerator(cpu=True)
+    num_rows = BATCH // accelerator.num_processes
+    rows = slice(accelerator.process_index * num_rows, (accelerator.process_index + 1) * num_rows)
+
+    def save(name: str, how: str, results: dict[str, torch.Tensor]) -> None:
+        save_file(results, output / f"{name}-{how}-{accelerator.process_index}.safetensors")
+
+    for name in STEPS:
+        save(name, "averaged", train_averaged(accelerator, name, rows))
+    for name in SHARDED:
+        save(name, "sharded", train_sharded(accelerator, name, rows))
+    losses = {}
+    for name in SHARDED:
+        save(name, "prepared", train_averaged(make_sharding_accelerator("no"), name, rows))
+        losses[name] = loss_in_bfloat16(name, rows)
+    AcceleratorState._reset_state()
+    GradientState._reset_state()
+    os.environ["ACCELERATE_USE_FSDP"] = "false"
+    checkpoints = save_and_resume(output / "checkpoints")
+    facts = {"num_processes": accelerator.num_processes, "losses": losses, "checkpoints": checkpoints}
+    (output / f"{accelerator.process_index}.json").write_text(json.dumps(facts))
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

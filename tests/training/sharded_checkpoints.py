@@ -1,0 +1,82 @@
+# Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
+"""A run whose weights are sharded by FSDP2, saved and resumed; distributed_steps.py calls it in each process."""
+
+from argparse import Namespace
+from pathlib import Path
+
+import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from diffusers_d2it import D2iTGrainModel, load_preset
+from diffusers_d2it.training.averaging import WeightAverage
+from diffusers_d2it.training.checkpoints import Checkpoints
+from diffusers_d2it.training.gate import GatedAccelerator
+from diffusers_d2it.training.states import is_sharded
+
+
+NUM_STEPS = 3
+
+
+class SmallRun:
+    """A grain model with optimizer, schedule and average, and updates by gradients that were drawn.
+
+    Args:
+        accelerator: with as many processes as weights are to be spread over.
+        output_dir: of its checkpoints.
+        seed: of the weights it starts from.
+    """
+
+    def __init__(self, accelerator: GatedAccelerator, output_dir: Path, seed: int = 0):
+        torch.manual_seed(seed)
+        self.model = D2iTGrainModel(**load_preset("grain-tiny"))
+        if accelerator.num_processes > 1:
+            mesh = init_device_mesh("cpu", (accelerator.num_processes,))
+            for block in self.model.transformer_blocks:
+                fully_shard(block, mesh=mesh)
+            fully_shard(self.model, mesh=mesh)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-2)
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: 1 / (1 + step))
+        self.ema = WeightAverage(accelerator, self.model, decay=0.9)
+        args = Namespace(
+            output_dir=str(output_dir), checkpoints_total_limit=None, streaming=False, lr_scheduler="constant"
+        )
+        optimizers = {"optimizer": self.optimizer}
+        self.checkpoints = Checkpoints(accelerator, args, self.model, self.ema, optimizers, self.schedule)
+
+    def update(self, step: int) -> None:
+        generator = torch.Generator().manual_seed(step)
+        for parameter in self.model.parameters():
+            gradient = torch.randn(parameter.shape, generator=generator)
+            if isinstance(parameter, DTensor):
+                gradient = distribute_tensor(gradient, parameter.device_mesh, parameter.placements)
+            parameter.grad = gradient
+        self.optimizer.step()
+        self.schedule.step()
+        self.ema.step(self.model.parameters())
+
+    def tensors(self) -> list[torch.Tensor]:
+        """Weights, average and moments, as this process holds them."""
+        moments = [self.optimizer.state[p][key] for p in self.model.parameters() for key in ("exp_avg", "exp_avg_sq")]
+        found = [*self.model.parameters(), *self.ema.shadow_params, *moments]
+        return [(tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach().clone() for tensor in found]
+
+
+def save_and_resume(output_dir: Path) -> dict[str, bool]:
+    """Save a run, resume it in another one, and go on with both; what held, by name."""
+    accelerator = GatedAccelerator(cpu=True)
+    run = SmallRun(accelerator, output_dir)
+    for step in range(NUM_STEPS):
+        run.update(step)
+    run.checkpoints.save(NUM_STEPS)
+    other = SmallRun(accelerator, output_dir, seed=1)
+    resumed = other.checkpoints.resume(output_dir / f"checkpoint-{NUM_STEPS}")
+    came_back = all(map(torch.equal, run.tensors(), other.tensors()))
+    for one in (run, other):
+        one.update(NUM_STEPS)
+    return {
+        "sharded": is_sharded(run.model) and is_sharded(other.model),
+        "came_back": came_back and resumed == NUM_STEPS,
+        "goes_on": all(map(torch.equal, run.tensors(), other.tensors())),
+    }

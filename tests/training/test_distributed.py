@@ -1,0 +1,86 @@
+# Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
+"""Two processes train as one does on the batches of both: averaged gradients, and sharded weights."""
+
+import json
+from pathlib import Path
+
+import distributed_steps
+import pytest
+import torch
+from distributed_steps import BATCH, SHARDED, STEPS, make_optimizer
+from safetensors.torch import load_file
+from script_runs import EXAMPLES, LAUNCH, run
+from sharded_checkpoints import NUM_STEPS, SmallRun
+
+from diffusers_d2it.saving import verify
+from diffusers_d2it.training.gate import GatedAccelerator
+
+
+CONFIG = EXAMPLES / "configs" / "accelerate" / "eight-gpus-fsdp2.yaml"
+EVERYTHING = slice(0, BATCH)
+pytestmark = pytest.mark.xdist_group("two processes")  # on one worker, they are started once
+
+
+@pytest.fixture(scope="module")
+def launched(tmp_path_factory) -> Path:
+    """The folder that two processes have written to; starting them takes longer than what they do."""
+    output = tmp_path_factory.mktemp("two")
+    launch = [*LAUNCH, "--config_file", str(CONFIG), "--num_processes", "2", "--mixed_precision", "no"]
+    launch += ["--main_process_port", "0"]
+    run(distributed_steps.__file__, output, launch=launch, ACCELERATE_USE_CPU="true")
+    return output
+
+
+def one_process(name: str) -> dict[str, torch.Tensor]:
+    """Gradients of the first step and weights after the last, of the same images in one process."""
+    model = STEPS[name].make_model()
+    return distributed_steps.train(STEPS[name], model, EVERYTHING, torch.Tensor.backward, make_optimizer(model))
+
+
+def test_there_are_two_processes(launched):
+    facts = [json.loads(path.read_text()) for path in sorted(launched.glob("*.json"))]
+    assert [fact["num_processes"] for fact in facts] == [2, 2]
+
+
+@pytest.mark.parametrize(
+    "name, how",
+    [(name, "averaged") for name in STEPS] + [(name, how) for name in SHARDED for how in ("sharded", "prepared")],
+)
+def test_gradients_and_weights_are_those_of_one_process(launched, name, how):
+    first, second = (load_file(launched / f"{name}-{how}-{process}.safetensors") for process in (0, 1))
+    expected = one_process(name)
+    assert first.keys() == second.keys() == expected.keys()
+    # Not all have one: what a softmax or a normalisation cancels has none
+    nonzero = [values.abs().max() > 1e-9 for key, values in expected.items() if key.startswith("gradient.")]
+    assert sum(nonzero) >= 0.7 * len(nonzero)
+    for key, values in expected.items():
+        assert torch.equal(first[key], second[key]), key
+        torch.testing.assert_close(first[key], values, rtol=1e-6, atol=1e-12, msg=key)
+
+
+@pytest.mark.parametrize("name", SHARDED)
+def test_sharded_weights_learn_in_bfloat16(launched, name):
+    model = STEPS[name].make_model()
+    optimizer = make_optimizer(model)
+    before = STEPS[name].loss(model, 0, EVERYTHING)
+    before.backward()
+    optimizer.step()
+    after = STEPS[name].loss(model, 0, EVERYTHING).item()
+    for process in (0, 1):
+        loss = json.loads((launched / f"{process}.json").read_text())["losses"][name]
+        assert loss == pytest.approx(after, abs=0.1 * (before.item() - after))
+
+
+def test_a_sharded_run_is_saved_whole_and_resumed(launched, tmp_path):
+    for path in sorted(launched.glob("*.json")):
+        assert json.loads(path.read_text())["checkpoints"] == {"sharded": True, "came_back": True, "goes_on": True}
+    alone = SmallRun(GatedAccelerator(cpu=True), tmp_path)
+    for step in range(NUM_STEPS):
+        alone.update(step)
+    alone.checkpoints.save(NUM_STEPS)
+    one, two = (folder / f"checkpoint-{NUM_STEPS}" for folder in (tmp_path, launched / "checkpoints"))
+    verify(two)
+    for file in one.rglob("*.safetensors"):
+        expected, found = load_file(file), load_file(two / file.relative_to(one))
+        assert expected.keys() == found.keys()
+        assert all(torch.equal(expected[key], found[key]) for key in expected), file
