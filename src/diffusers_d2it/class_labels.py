@@ -4,6 +4,7 @@
 import difflib
 
 import numpy as np
+import torch
 
 
 def label_ids(label: str | list[str], id2label: dict[int, str] | None) -> list[int]:
@@ -23,9 +24,13 @@ def label_ids(label: str | list[str], id2label: dict[int, str] | None) -> list[i
         found = ids_of_name.get(name, [])
         if not found:
             close = difflib.get_close_matches(str(name), ids_of_name, n=3) or sorted(ids_of_name)[:3]
-            raise ValueError(f"unknown class name {name!r}. Close names: {', '.join(map(repr, close))}.")
+            raise ValueError(
+                f"`class_labels`: unknown class name {name!r}. Close names: {', '.join(map(repr, close))}."
+            )
         if len(found) > 1:
-            raise ValueError(f"class name {name!r} belongs to several classes, {found}: pass one of these ids.")
+            raise ValueError(
+                f"`class_labels`: class name {name!r} belongs to several classes, {found}: pass one of these ids."
+            )
         ids += found
     return ids
 
@@ -49,7 +54,10 @@ def class_ids(
         return None
     if class_labels is None:
         raise ValueError("`class_labels` are required: this model is class-conditional.")
-    labels = [class_labels] if isinstance(class_labels, (int, np.integer, str)) else list(class_labels)
+    labels = [class_labels] if isinstance(class_labels, (int, np.integer, str)) else class_labels
+    if not isinstance(labels, (list, tuple, np.ndarray, torch.Tensor)):
+        raise ValueError(f"`class_labels` must be ids or names, got {labels!r} of type {type(labels).__name__}.")
+    labels = labels.tolist() if isinstance(labels, (np.ndarray, torch.Tensor)) else list(labels)
     if not labels:
         raise ValueError("`class_labels` is empty.")
     ids = []
@@ -63,6 +71,6 @@ def class_ids(
         if label not in known:
             close = sorted(known, key=lambda id: (abs(id - label), id))[:3]
             named = [f"{id} ({id2label[id]})" if id2label else str(id) for id in close]
-            raise ValueError(f"unknown class id {label}. Close ids: {', '.join(named)}.")
+            raise ValueError(f"`class_labels`: unknown class id {label}. Close ids: {', '.join(named)}.")
         ids.append(int(label))
     return ids

@@ -9,6 +9,7 @@ from diffusers.utils import logging
 
 from .grains import check_grain_map
 from .models.autoencoder_kl_dynamic import DynamicAutoencoderKL
+from .models.config_checks import Items, Number, Optional, Text, Whole, shown
 from .models.transformer_d2it_content import D2iTContentModel
 from .models.transformer_d2it_grain import D2iTGrainModel
 from .tied_scheduler import reads_variance
@@ -80,6 +81,20 @@ def check_components(
         raise ValueError(f"components do not fit: `id2label` names {beyond}, the model has {num_classes} classes.")
 
 
+SAMPLING_RANGES = {
+    "num_images_per_prompt": Whole(1, 10_000),
+    "num_inference_steps": Whole(1, 1_000_000),
+    "guidance_scale": Number(-1e6, 1e6),
+    "guidance_interval": Items(Number(0, 1), 2, 2),
+    "guidance_power": Optional(Number(1e-6, 1e6)),
+    "fine_ratio": Optional(Number(0, 1)),
+    "grain_num_inference_steps": Whole(1, 1_000_000),
+    "grain_guidance_scale": Number(-1e6, 1e6),
+    "callback_on_step_end_tensor_inputs": Items(Text(100), 0, 100),
+}
+_LONGEST_SIDE = 16_384  # pixels
+
+
 def check_given_map(grain_map: torch.Tensor | np.ndarray, batch_size: int, num_grains: int) -> None:
     """Raise a ValueError unless a map is int64 of shape (h, w), (1, h, w) or (B, h, w) with grains of the model."""
     if not isinstance(grain_map, (torch.Tensor, np.ndarray)):
@@ -133,10 +148,10 @@ def map_size(
     if height is not None or width is not None:
         default = transformer.config.sample_size * vae.downsample_factor
         sides = (default if height is None else height, default if width is None else width)
-        if any(not isinstance(side, int) or side < region or side % region for side in sides):
+        if any(type(side) is not int or not region <= side <= _LONGEST_SIDE or side % region for side in sides):
             raise ValueError(
-                f"`height` and `width` must be positive multiples of the region size {region}, got"
-                f" {sides[0]}x{sides[1]}."
+                f"`height` and `width` must be positive multiples of the region size {region}, at most"
+                f" {_LONGEST_SIDE}, got {shown(sides[0])} and {shown(sides[1])}."
             )
         sizes["height and width"] = tuple(side // region for side in sides)
     if not sizes:

@@ -21,11 +21,12 @@ from diffusers.utils.torch_utils import randn_tensor
 
 from .class_labels import class_ids, label_ids
 from .grain_sampling import random_grain_map, sample_grain_map
-from .grains import check_fine_ratio, check_tied, grain_map_from_entropy
+from .grains import check_tied, grain_map_from_entropy
 from .models.autoencoder_kl_dynamic import DynamicAutoencoderKL
+from .models.config_checks import check_ranges, shown
 from .models.transformer_d2it_content import D2iTContentModel
 from .models.transformer_d2it_grain import D2iTGrainModel
-from .pipeline_checks import check_components, check_given_map, check_latents, map_size
+from .pipeline_checks import SAMPLING_RANGES, check_components, check_given_map, check_latents, map_size
 from .pipeline_hub import PipelineHubMixin
 from .pipeline_loading import PipelineLoadingMixin
 from .tied_scheduler import TiedScheduler, reads_variance
@@ -208,7 +209,7 @@ class D2iTPipeline(PipelineLoadingMixin, PipelineHubMixin, DiffusionPipeline):
 
     def check_inputs(
         self,
-        batch_size: int,
+        num_labels: int,
         num_images_per_prompt: int,
         num_inference_steps: int,
         guidance_scale: float,
@@ -221,27 +222,28 @@ class D2iTPipeline(PipelineLoadingMixin, PipelineHubMixin, DiffusionPipeline):
         generator,
         latents: torch.Tensor | None,
         output_type: str,
+        callback_on_step_end: Callable | None,
         callback_on_step_end_tensor_inputs: list[str],
     ) -> None:
         """Raise a ValueError that names the first argument of `__call__` that is out of range."""
-        for name, value in (
-            ("num_images_per_prompt", num_images_per_prompt),
-            ("num_inference_steps", num_inference_steps),
-            ("grain_num_inference_steps", grain_num_inference_steps),
-        ):
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"`{name}` must be a positive integer, got {value!r}.")
-        if len(guidance_interval) != 2 or not 0 <= guidance_interval[0] <= guidance_interval[1] <= 1:
-            raise ValueError(
-                f"`guidance_interval` must be (start, stop) with 0 <= start <= stop <= 1, got {guidance_interval}."
-            )
-        if guidance_power is not None and not guidance_power > 0:
-            raise ValueError(f"`guidance_power` must be positive or None, got {guidance_power}.")
-        for name, value in (("guidance_scale", guidance_scale), ("grain_guidance_scale", grain_guidance_scale)):
-            if not math.isfinite(value):
-                raise ValueError(f"`{name}` must be finite, got {value}.")
-        if fine_ratio is not None:
-            check_fine_ratio(fine_ratio)
+        check_ranges(
+            {
+                "num_images_per_prompt": num_images_per_prompt,
+                "num_inference_steps": num_inference_steps,
+                "guidance_scale": guidance_scale,
+                "guidance_interval": guidance_interval,
+                "guidance_power": guidance_power,
+                "fine_ratio": fine_ratio,
+                "grain_num_inference_steps": grain_num_inference_steps,
+                "grain_guidance_scale": grain_guidance_scale,
+                "callback_on_step_end_tensor_inputs": callback_on_step_end_tensor_inputs,
+            },
+            SAMPLING_RANGES,
+        )
+        if guidance_interval[0] > guidance_interval[1]:
+            raise ValueError(f"`guidance_interval` must be (start, stop) with start <= stop, got {guidance_interval}.")
+        if callback_on_step_end is not None and not callable(callback_on_step_end):
+            raise ValueError(f"`callback_on_step_end` must be callable, got {shown(callback_on_step_end)}.")
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f"`output_type` must be 'pil', 'np', 'pt' or 'latent', got {output_type!r}.")
         unknown = set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs)
@@ -250,8 +252,13 @@ class D2iTPipeline(PipelineLoadingMixin, PipelineHubMixin, DiffusionPipeline):
                 f"`callback_on_step_end_tensor_inputs` must be among {self._callback_tensor_inputs}, got"
                 f" {sorted(unknown)}."
             )
-        if isinstance(generator, list) and len(generator) != batch_size:
-            raise ValueError(f"`generator` must be one, or one for each of {batch_size} images, got {len(generator)}.")
+        batch_size = num_labels * num_images_per_prompt
+        generators = generator if isinstance(generator, list) else [generator] * batch_size
+        if len(generators) != batch_size or not all(isinstance(g, torch.Generator | None) for g in generators):
+            raise ValueError(
+                f"`generator` must be a torch.Generator, or a list of one for each of {batch_size} images, got"
+                f" {shown(generator)}."
+            )
         if grain_map is None:
             if self.grain_model is None:
                 raise ValueError("`grain_map` is required: this pipeline has no grain model.")
@@ -345,9 +352,9 @@ class D2iTPipeline(PipelineLoadingMixin, PipelineHubMixin, DiffusionPipeline):
         """
         # 1. Arguments
         ids = class_ids(class_labels, self.transformer.config.num_classes, self.id2label)
-        batch_size = num_images_per_prompt * (1 if ids is None else len(ids))
+        num_labels = 1 if ids is None else len(ids)
         self.check_inputs(
-            batch_size,
+            num_labels,
             num_images_per_prompt,
             num_inference_steps,
             guidance_scale,
@@ -360,8 +367,10 @@ class D2iTPipeline(PipelineLoadingMixin, PipelineHubMixin, DiffusionPipeline):
             generator,
             latents,
             output_type,
+            callback_on_step_end,
             callback_on_step_end_tensor_inputs,
         )
+        batch_size = num_labels * num_images_per_prompt
         size = map_size(grain_map, latents, height, width, self.vae, self.transformer)
         device = self._execution_device
         self._guidance_scale = guidance_scale
