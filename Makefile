@@ -17,9 +17,10 @@ $(VENV)/.installed: setup.py constraints.txt
 demo: $(VENV)/.installed
 	$(BIN)/python examples/demo.py --output demo.png
 
-# One worker a core; one file alone is quicker without: `pytest tests/test_grains.py`
+# A worker a core; a file goes to one of them, as its tests share what takes long. One file alone needs none of this:
+# pytest tests/test_grains.py
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest tests -n logical --maxprocesses 4 --dist loadgroup
+	$(BIN)/python -m pytest tests -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 # All three stages on crops of eight photographs, on a CPU in about ten minutes; ends with a picture of samples
 TINY ?= runs/tiny

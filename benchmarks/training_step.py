@@ -116,7 +116,7 @@ def time_steps(folder: Path, output: Path, num_workers: int, num_steps: int) -> 
     flags += f" --resolution {RESOLUTION} --train_batch_size {BATCH_SIZE} --dataloader_num_workers {num_workers}"
     flags += f" --max_train_steps {num_steps} --output_dir {output} --report_to none"
     optimizer = patch.object(torch.optim.AdamW, "step", timed_step(torch.optim.AdamW.step))
-    with optimizer, patch.object(script.EMAModel, "step", timed_step(script.EMAModel.step)):
+    with optimizer, patch.object(script.WeightAverage, "step", timed_step(script.WeightAverage.step)):
         script.main(script.parse_args(flags.split()))
     waited = [1e3 * (end - start) for start, end in zip(asked, given)]
     update = [1e3 * (weights + average) for weights, average in zip(updated[::2], updated[1::2])]

@@ -2,21 +2,12 @@
 """One tiny run of each script, shared by the tests: eight photographs of eight classes, 32 pixels, five steps.
 
 folder -> dvae -> cache -> grain -> d2it
-
-Under pytest-xdist one worker runs all tests that need it, so that it is made once.
 """
 
 from pathlib import Path
 
 import pytest
 from script_runs import STEPS, call, call_train
-
-
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
-def pytest_collection_modifyitems(items) -> None:
-    for item in items:
-        if Path(__file__).parent in item.path.parents and "dvae" in item.fixturenames:
-            item.add_marker(pytest.mark.xdist_group("scripts"))
 
 
 @pytest.fixture(scope="session")

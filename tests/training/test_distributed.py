@@ -18,7 +18,6 @@ from diffusers_d2it.training.gate import GatedAccelerator
 
 CONFIG = EXAMPLES / "configs" / "accelerate" / "eight-gpus-fsdp2.yaml"
 EVERYTHING = slice(0, BATCH)
-pytestmark = pytest.mark.xdist_group("two processes")  # on one worker, they are started once
 
 
 @pytest.fixture(scope="module")
