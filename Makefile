@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 SOURCES = src examples tests benchmarks setup.py
 
-.PHONY: demo test train-tiny style quality bench clean
+.PHONY: demo test faults train-tiny style quality bench clean
 
 # The environment with the versions of constraints.txt; made again when one of these files changes.
 $(VENV)/.installed: setup.py constraints.txt
@@ -21,6 +21,10 @@ demo: $(VENV)/.installed
 # pytest tests/test_grains.py
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest tests -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+
+# The long form of tests/faults: thousands of kills, failing calls, damaged and hostile files; ends with its table
+faults: $(VENV)/.installed
+	FAULTS=long $(BIN)/python -m pytest tests/faults -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 # All three stages on crops of eight photographs, on a CPU in about ten minutes; ends with a picture of samples
 TINY ?= runs/tiny

@@ -161,8 +161,12 @@ def main(args: argparse.Namespace) -> None:
         features = VisionFeatures(args.repa_model).to(accelerator.device)
         layer = args.repa_layer or -(-len(transformer.transformer_blocks) // 3)
         alignment = Alignment(transformer, layer, features.width)
-    trained = [*transformer.parameters(), *alignment.parameters()]
-    optimizer = torch.optim.AdamW(trained, lr=args.learning_rate, weight_decay=args.weight_decay, fused=True)
+    optimizer = torch.optim.AdamW(
+        [*transformer.parameters(), *alignment.parameters()],
+        lr=args.learning_rate,
+        weight_decay=args.weight_decay,
+        fused=True,
+    )
     lr_scheduler = get_scheduler(
         args.lr_scheduler,
         optimizer,
@@ -173,6 +177,7 @@ def main(args: argparse.Namespace) -> None:
     others = {} if features is None else {"alignment": alignment}
     if features is not None:
         alignment = accelerator.prepare(alignment)
+    trained = [*transformer.parameters(), *alignment.parameters()]  # under FSDP others than before `prepare`
     ema = WeightAverage(accelerator, transformer, args.ema_decay)
     checkpoints = Checkpoints(
         accelerator, args, transformer, ema, {"optimizer": optimizer}, lr_scheduler, others, identity_of(data, vae)

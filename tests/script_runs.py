@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 from accelerate.state import AcceleratorState, GradientState
 
@@ -33,14 +34,20 @@ def run(script: str, *arguments, launch: list[str] | None = None, expect_failure
 
 def train(script: str, output: Path, steps: int, *arguments, **kwargs):
     """Run a training script on 32-pixel images in batches of two, with a checkpoint every other step."""
-    return run(script, *_training_flags(output, steps), *arguments, **kwargs)
+    return run(script, *training_flags(output, steps), *arguments, **kwargs)
+
+
+def load_script(name: str) -> ModuleType:
+    """A script of examples/ as a module."""
+    spec = importlib.util.spec_from_file_location(Path(name).stem, EXAMPLES / name)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def call(script: str, *arguments) -> None:
     """Call a script in this process; its errors come as exceptions."""
-    spec = importlib.util.spec_from_file_location(Path(script).stem, EXAMPLES / script)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load_script(script)
     argv, sys.argv = sys.argv, [script, *map(str, arguments)]
     try:
         module.main(module.parse_args())
@@ -53,11 +60,12 @@ def call(script: str, *arguments) -> None:
 def call_train(script: str, output: Path, steps: int, *arguments) -> None:
     """`train` in this process."""
     try:
-        call(script, *_training_flags(output, steps), *arguments)
+        call(script, *training_flags(output, steps), *arguments)
     finally:
         gc.collect()  # the lock of the output folder goes with what the script has left
 
 
-def _training_flags(output: Path, steps: int) -> list:
+def training_flags(output: Path, steps: int) -> list:
+    """The flags of `train`."""
     flags = ["--output_dir", output, "--max_train_steps", steps, "--resolution", 32, "--train_batch_size", 2]
     return [*flags, "--seed", 7, "--report_to", "none", "--checkpointing_steps", 2, "--validation_steps", STEPS]

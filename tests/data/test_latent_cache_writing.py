@@ -4,23 +4,21 @@
 import json
 import os
 import random
-import shutil
 import subprocess
 import sys
 import time
-import warnings
 from pathlib import Path
 
 import psutil
 import pytest
 import torch
 from accelerate import Accelerator
-from photo_caches import SHARD, Photographs, contents, flip_bit, to_png
+from photo_caches import SHARD, contents, flip_bit, to_png
 from script_runs import EXAMPLES, TWO_PROCESSES, call
 
 from diffusers_d2it.data import latent_cache_writer
 from diffusers_d2it.data.latent_cache import LatentCache
-from diffusers_d2it.data.latent_cache_writer import EncodedRows, LatentCacheWriter, encode_images, encode_shards
+from diffusers_d2it.data.latent_cache_writer import EncodedRows, LatentCacheWriter, encode_images
 
 
 def test_another_plan_or_another_folder_is_not_written_to(cache, make_vae, write_cache, tmp_path):
@@ -72,75 +70,6 @@ def test_a_shard_must_be_what_the_plan_says(make_vae, make_plan, tmp_path, photo
     writer.write_shard(0, EncodedRows(codes))
     with pytest.raises(ValueError, match="shard-00001.json is missing"):
         writer.finish()
-
-
-def test_death_at_any_call_that_writes_leaves_nothing_that_is_trusted(make_vae, make_plan, load_photos, tmp_path):
-    vae = make_vae()
-    plan = make_plan(vae)
-    source = Photographs([to_png(photo) for photo in load_photos(32)])
-    encoded = dict(encode_shards(vae, source, plan, [0, 1, 2], batch_size=2))
-
-    def write(folder: Path) -> None:
-        writer = LatentCacheWriter(folder, plan, Accelerator(cpu=True))
-        for shard in writer.start():
-            writer.write_shard(shard, encoded[shard])
-        writer.finish()
-
-    def write_and_die(folder: Path, last_call: int) -> bool:
-        """Whether the process died: in its n-th call, of which half is done."""
-        child = os.fork()
-        if child:
-            return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
-        calls = 0
-
-        def dying(function, half=None):
-            def call_or_die(*arguments, **options):
-                nonlocal calls
-                calls += 1
-                if calls == last_call:
-                    if half is not None:
-                        half(*arguments)
-                    os._exit(9)
-                return function(*arguments, **options)
-
-            return call_or_die
-
-        status = 1
-        try:
-            latent_cache_writer.save_file = dying(
-                latent_cache_writer.save_file, lambda tensors, path: path.write_bytes(b"\x90\x01\0\0\0\0\0\0{")
-            )
-            Path.write_text = dying(Path.write_text, lambda path, text: path.write_bytes(text.encode()[:20]))
-            Path.replace = dying(Path.replace)
-            Path.unlink = dying(Path.unlink)
-            os.fsync = dying(os.fsync)
-            shutil.copymode = dying(shutil.copymode)
-            shutil.rmtree = dying(shutil.rmtree)
-            write(folder)
-            status = 0
-        finally:
-            os._exit(status)
-
-    write(tmp_path / "whole")
-    expected = contents(tmp_path / "whole")
-    deaths = 0
-    while write_and_die(tmp_path / str(deaths), last_call=deaths + 1):
-        folder = tmp_path / str(deaths)
-        finished = {p.name: p.stat() for p in folder.glob("shard-*.safetensors") if p.with_suffix(".json").is_file()}
-        if (folder / "index.json").is_file():
-            assert contents(folder).items() >= expected.items()
-            LatentCache(folder, vae, seed=0)
-        else:
-            with pytest.raises(ValueError, match=r"unfinished: \d of 3 shards|has no plan.json"):
-                LatentCache(folder, vae, seed=0)
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")  # no shard is called damaged
-            write(folder)
-        assert contents(folder) == expected
-        assert {name: (folder / name).stat() for name in finished} == finished
-        deaths += 1
-    assert deaths > 30  # 3 shards of two files, plan and index: each written, forced to the disk and renamed
-    assert contents(tmp_path / str(deaths)) == expected
 
 
 @pytest.fixture

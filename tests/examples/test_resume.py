@@ -1,5 +1,8 @@
 # Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
-"""A run that was interrupted ends in the weights of one that was not; what does not belong together is refused."""
+"""A run that was interrupted ends in the state of one that was not; what does not belong together is refused.
+
+Interruptions of every kind, at many points and of every script: tests/faults/test_interrupted_runs.py
+"""
 
 import json
 from pathlib import Path
@@ -7,7 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from script_runs import STEPS, TWO_PROCESSES, call, call_train, train
+from script_runs import EXAMPLES, LAUNCH, STEPS, TWO_PROCESSES, call, call_train, run, train, training_flags
+
+
+def assert_same_weights(a: Path, b: Path) -> None:
+    left, right = load_file(a), load_file(b)
+    assert left.keys() == right.keys()
+    assert all(torch.equal(left[key], right[key]) for key in left), a
 
 
 def assert_same_run(a: Path, b: Path) -> None:
@@ -15,29 +24,11 @@ def assert_same_run(a: Path, b: Path) -> None:
     names = [path.relative_to(checkpoints[0]) for path in checkpoints[0].rglob("*.safetensors")]
     assert len(names) >= 3  # model, average, optimizer
     for name in names:
-        left, right = (load_file(checkpoint / name) for checkpoint in checkpoints)
-        assert left.keys() == right.keys()
-        assert all(torch.equal(left[key], right[key]) for key in left), name
+        assert_same_weights(*(checkpoint / name for checkpoint in checkpoints))
     left, right = (json.loads((checkpoint / "state.json").read_text()) for checkpoint in checkpoints)
     assert left == right
     left, right = (json.loads((checkpoint / "random_state_0.json").read_text()) for checkpoint in checkpoints)
     assert left == right
-
-
-def test_interrupted_autoencoder_run_ends_in_the_same_weights(dvae, dvae_arguments, tmp_path):
-    # Resumed after step 4, the discriminator's first
-    call_train("train_dvae.py", tmp_path, 4, *dvae_arguments, "--preset", "dvae-tiny")
-    resume = ["--resume_from_checkpoint", "latest"]
-    train("train_dvae.py", tmp_path, STEPS, *dvae_arguments, "--preset", "dvae-tiny", *resume)
-    assert (tmp_path / f"checkpoint-{STEPS}" / "discriminator.safetensors").is_file()
-    assert_same_run(dvae, tmp_path)
-
-
-def test_interrupted_grain_run_with_accumulation_ends_in_the_same_weights(grain, grain_arguments, tmp_path):
-    # Three batches an update do not divide the four of an epoch: updates cross its end
-    call_train("train_grain.py", tmp_path, 2, *grain_arguments)
-    train("train_grain.py", tmp_path, STEPS, *grain_arguments, "--resume_from_checkpoint", "latest")
-    assert_same_run(grain, tmp_path)
 
 
 def test_interrupted_content_run_ends_in_the_same_weights(d2it, d2it_arguments, tmp_path):
@@ -58,6 +49,23 @@ def test_two_processes_share_the_work(d2it_arguments, tmp_path):
     resume = ["--resume_from_checkpoint", "latest"]
     with pytest.raises(ValueError, match=r"checkpoint-2 is of another run: num_processes: found 2, now 1\."):
         call_train("train_d2it.py", tmp_path, 3, *arguments, *resume)
+
+
+def test_a_sharded_run_ends_in_the_weights_of_an_averaged_one(grain_arguments, tmp_path):
+    averaged, sharded = tmp_path / "averaged", tmp_path / "sharded"
+    arguments = [*grain_arguments, "--train_batch_size", 1]
+    train("train_grain.py", averaged, 4, *arguments, launch=TWO_PROCESSES, ACCELERATE_USE_CPU="true")
+    launch = [*LAUNCH, "--config_file", str(EXAMPLES / "configs" / "accelerate" / "eight-gpus-fsdp2.yaml")]
+    launch += ["--num_processes", "2", "--mixed_precision", "no", "--main_process_port", "0"]
+    script = Path(__file__).with_name("sharded_script.py")
+    flags = ["train_grain.py", *training_flags(sharded, 4), *arguments]
+    run(script, *flags, launch=launch, ACCELERATE_USE_CPU="true")
+    weights = "diffusion_pytorch_model.safetensors"
+    for name in ("model", "model_ema"):
+        of_averaged, of_sharded = (load_file(one / "checkpoint-4" / name / weights) for one in (averaged, sharded))
+        assert of_averaged.keys() == of_sharded.keys()
+        assert all(torch.allclose(of_averaged[key], of_sharded[key], rtol=1e-5, atol=1e-7) for key in of_averaged)
+    assert_same_weights(sharded / "grain_model" / weights, sharded / "checkpoint-4" / "model_ema" / weights)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import sys
 import time
 from pathlib import Path
 
-from training_runs import load_script
+from script_runs import load_script
 
 
 def main(script: str, process: str, strike: str, folder: str, *flags: str) -> None:

@@ -5,7 +5,6 @@ They run in forked processes: nothing is imported again, so a run of a few steps
 """
 
 import hashlib
-import importlib.util
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -19,7 +18,7 @@ from accelerate.state import AcceleratorState, GradientState
 from diffusers import DDIMScheduler
 from injection import in_child
 from PIL import Image
-from script_runs import EXAMPLES
+from script_runs import load_script
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from diffusers_d2it import D2iTPipeline
@@ -62,14 +61,6 @@ class Inputs:
         if script == "train_grain.py":
             return flags | {"preset": "grain-tiny", "gradient_accumulation_steps": 3}
         return flags | {"preset": "content-tiny", "grain": self.folder / "grain"}
-
-
-def load_script(name: str):
-    """A script of examples/ as a module."""
-    spec = importlib.util.spec_from_file_location(Path(name).stem, EXAMPLES / name)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def call(module, flags: dict[str, object]) -> None:

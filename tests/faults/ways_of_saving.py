@@ -193,12 +193,21 @@ class SaveCache(Way):
         return EncodedRows({**tensors, "class_labels": torch.tensor(rows), "rows": torch.tensor(rows)})
 
     def saved(self):
-        self.save(0)  # the same command again
+        try:
+            self._read()
+        except ValueError:  # unfinished, which is said
+            pass
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # a shard that is there is not damaged
+            self.save(0)  # the same command again
+        self._read()
+        return 0
+
+    def _read(self) -> None:
         cache = LatentCache(self.folder / "cache", self.components.vae, seed=0, resolution=32)
         entropies = [cache[i]["entropy"].unique().tolist() for i in range(6)]
         if entropies != [[float(i // 2)] for i in range(6)]:
             raise Mixed(f"entropies {entropies}")
-        return 0
 
 
 class SaveFiles(Way):
