@@ -117,7 +117,7 @@ def die() -> None:
 
 
 def in_child(function: Callable[[], object]) -> int:
-    """Run a function in a forked process.
+    """Run a function in a forked process, with a process group of its own.
 
     Returns:
         Its exit status: 0, that of `sys.exit`, 1 after another exception, minus the number of a signal that ended it.
@@ -126,6 +126,7 @@ def in_child(function: Callable[[], object]) -> int:
     if pid == 0:
         status = 1
         try:
+            os.setpgrp()
             _quiet()
             function()
             status = 0

@@ -5,6 +5,7 @@ import json
 import os
 import random
 import signal
+import subprocess
 import time
 from argparse import Namespace
 from functools import partial
@@ -127,9 +128,11 @@ def test_a_signal_ends_a_run_after_it_was_saved(number, exit_code, inputs, tmp_p
     def strike(_, index: int) -> None:
         if index == 4:
             struck.write_text(str(time.monotonic()))
-            os.kill(os.getpid(), number)
+            # As a terminal does it: to the workers too, and not from their parent, from which they would bear it
+            subprocess.run(["kill", f"-{number.value}", "--", f"-{os.getpgrp()}"])
 
-    status = train("train_d2it.py", output_dir, inputs.flags("train_d2it.py"), strike)
+    flags = inputs.flags("train_d2it.py") | {"dataloader_num_workers": 2}
+    status = train("train_d2it.py", output_dir, flags, strike)
     seconds = time.monotonic() - float(struck.read_text())
     verify(output_dir / "checkpoint-5")
     count.tried((status, seconds), lost=status != exit_code or seconds > 30)

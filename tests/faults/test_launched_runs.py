@@ -31,7 +31,7 @@ def launch(inputs: Inputs, folder: Path, strike: str, num_processes: int = 2, **
     launcher = TWO_PROCESSES if num_processes == 2 else ONE_PROCESS
     struck = f"{num_processes - 1}/{num_processes}"
     command = [*launcher, Path(__file__).with_name("struck_run.py"), "train_d2it.py", struck, strike, folder, *words]
-    paths = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
+    paths = [str(Path(__file__).parent), str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")]
     environment = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
     return subprocess.Popen(
         [str(word) for word in command], env=os.environ | environment, stderr=subprocess.PIPE, text=True

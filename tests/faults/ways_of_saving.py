@@ -217,7 +217,7 @@ class SaveFiles(Way):
         write_text_durably(self.folder / "calibration.json", json.dumps({"version": version}))
         image = self.folder / f"drawn-{version}.png"
         if not image.exists():
-            Image.new("L", (8, 8), version).save(image)
+            Image.new("RGB", (8, 8), (version // 256, version % 256, 0)).save(image)
         card = make_model_card(self.components, repo_id="user/repo", license=None, train_data=f"version {version}.")
         write_card(self.folder, card, image)
 
@@ -225,7 +225,8 @@ class SaveFiles(Way):
         calibration = json.loads((self.folder / "calibration.json").read_text())["version"]
         text = (self.folder / "README.md").read_text()
         versions = {calibration, int(text.split("version ")[1].split(".")[0].split("\\")[0])}
-        versions.add(Image.open(self.folder / "samples.png").getpixel((0, 0)))
+        high, low, _ = Image.open(self.folder / "samples.png").getpixel((0, 0))
+        versions.add(256 * high + low)
         if max(versions) - min(versions) > 1:  # three files, one after the other
             raise Mixed(f"versions {versions}")
         return min(versions)
