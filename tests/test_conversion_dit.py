@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import DiTTransformer2DModel
 from public_weights import assert_accounts_for_everything, edit_config, edit_weights, same_weights, without
-from script_runs import run
+from script_runs import call, run
 
 from diffusers_d2it import D2iTContentModel, load_preset
 from diffusers_d2it.conversion import (
@@ -450,10 +450,10 @@ def test_report_prints_a_line_for_modules_that_differ_in_their_layer_only(save_d
     assert ConversionReport(**json.loads(report.to_json())) == report
 
 
-def test_dit_script_converts_a_checkpoint(save_dit, tmp_path):
+def test_dit_script_converts_a_checkpoint(save_dit, tmp_path, capsys):
     weights, output = dit_weights(), tmp_path / "new" / "model"
     arguments = ["--source", save_dit(weights), "--output", output, "--num_attention_heads", HEADS]
-    printed = run("convert_dit.py", *arguments, "--num_refine_layers", 2, "--window_size", 2, "--seed", 5).stdout
+    call("convert_dit.py", *arguments, "--num_refine_layers", 2, "--window_size", 2, "--seed", 5)
     model = D2iTContentModel.from_pretrained(output)
     assert (model.config.num_refine_layers, model.config.window_size) == (2, 2)
     with torch.no_grad():
@@ -462,19 +462,20 @@ def test_dit_script_converts_a_checkpoint(save_dit, tmp_path):
     torch.testing.assert_close(converted, expected, atol=1e-4, rtol=0)
     report = ConversionReport(**json.loads((output / "conversion.json").read_text()))
     assert_accounts_for_everything(report, weights, model)
-    assert str(report) in printed
+    assert str(report) in capsys.readouterr().out
     assert [path.name for path in output.parent.iterdir()] == ["model"]  # nothing written aside is left
 
     torch.manual_seed(5)
     options = {"num_attention_heads": HEADS, "num_refine_layers": 2, "window_size": 2}
     assert same_weights(model, convert_dit_checkpoint(arguments[1], **options)[0])
 
-    result = run("convert_dit.py", *arguments, expect_failure=True)
-    assert "is not empty" in result.stderr
+    with pytest.raises(SystemExit):
+        call("convert_dit.py", *arguments)
+    assert "is not empty" in capsys.readouterr().err
     assert same_weights(model, D2iTContentModel.from_pretrained(output))
 
 
-def test_dit_script_converts_a_folder(dit_folder, tmp_path):
+def test_dit_script_converts_a_folder(dit_folder, tmp_path, capsys):
     output = tmp_path / "model"
     output.mkdir()  # an empty folder may be there
     run("convert_dit.py", "--source", dit_folder, "--output", output, "--frequency_shift", "0")
@@ -483,5 +484,7 @@ def test_dit_script_converts_a_folder(dit_folder, tmp_path):
     torch.manual_seed(0)
     assert same_weights(model, convert_diffusers_dit(dit_folder)[0])
     arguments = ["--source", dit_folder, "--output", tmp_path / "other", "--num_attention_heads", "2"]
-    assert "--num_attention_heads" in run("convert_dit.py", *arguments, expect_failure=True).stderr
+    with pytest.raises(SystemExit):
+        call("convert_dit.py", *arguments)
+    assert "--num_attention_heads" in capsys.readouterr().err
     assert not (tmp_path / "other").exists()
