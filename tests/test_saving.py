@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
-"""What a folder holds after it was saved to. Kills, failing disks and damage: tests/faults/test_interrupted_saves.py"""
+"""What a folder holds after it was saved to. Kills and failing disks: tests/faults/test_interrupted_saves.py"""
 
 import json
 import os
