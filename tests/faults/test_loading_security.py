@@ -17,6 +17,7 @@ import torch
 from diffusers import AutoModel, DiffusionPipeline
 from loopback_hub import TOKEN, MovingBranch, Uploads, files_of, serve_hub
 from measuring import attempt
+from safetensors import SafetensorError
 
 from diffusers_d2it import D2iTGrainModel, D2iTPipeline
 from diffusers_d2it.conversion import convert_dit_checkpoint
@@ -113,6 +114,23 @@ def test_pickled_weights_are_never_read(pipeline, planted, canary, fault):
     for how, load in loaders(pipeline).items():  # beside safetensors they are not touched
         load()
         count.tried(how, silent=canary.exists())
+
+
+def test_pickled_adapters_are_never_read(make_grain_model, planted, canary, tmp_path, fault):
+    count = fault("pickle planted in the place of an adapter")
+    model = make_grain_model()
+    for kind in ("pickle", "torch"):
+        for name in ("pytorch_lora_weights.bin", "pytorch_lora_weights.safetensors"):
+            folder = tmp_path / f"{kind}-{name}"
+            folder.mkdir()
+            (folder / name).write_bytes(planted[kind])
+            for arguments in ({}, {"weight_name": name}, {"use_safetensors": False}):
+                try:
+                    model.load_lora_adapter(str(folder), **arguments, local_files_only=True)
+                except (ValueError, OSError, SafetensorError):
+                    count.tried((kind, name, arguments), silent=canary.exists())
+                else:
+                    count.tried((kind, name, arguments), silent=True)
 
 
 def test_modules_in_a_folder_are_never_imported(pipeline, planted, canary, fault):

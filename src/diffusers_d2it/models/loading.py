@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.modeling_utils import ModelMixin
 
 from ..saving import STAGING, save_folder
@@ -190,6 +191,25 @@ class StrictModelMixin(ModelMixin):
                 create_pr=create_pr,
                 variant=variant,
             )
+
+
+class SafeAdapterMixin(PeftAdapterMixin):
+    """Adapters (LoRA) from safetensors only: diffusers falls back to pickled files where it finds no others."""
+
+    def load_lora_adapter(self, pretrained_model_name_or_path_or_dict: Any, *args: Any, **kwargs: Any) -> None:
+        """Load an adapter, as `diffusers.loaders.PeftAdapterMixin.load_lora_adapter` does.
+
+        Raises:
+            ValueError: an argument would read pickled weights.
+            OSError: there are no safetensors.
+        """
+        refuse_code(kwargs)
+        name = kwargs.get("weight_name")
+        if name is not None and not str(name).endswith(".safetensors"):
+            raise ValueError(
+                f"`weight_name` must end with .safetensors, got {shown(name)}: pickled weights can hold code."
+            )
+        super().load_lora_adapter(pretrained_model_name_or_path_or_dict, *args, **kwargs | {"use_safetensors": True})
 
 
 def refuse_unsafe(safe_serialization: bool, use_flashpack: bool) -> None:

@@ -10,7 +10,6 @@ Shapes:
 import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.attention import AttentionMixin
 from diffusers.models.cache_utils import CacheMixin
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
@@ -31,7 +30,7 @@ from .layers import (
     init_dit_weights,
     sincos_positions,
 )
-from .loading import StrictModelMixin
+from .loading import SafeAdapterMixin, StrictModelMixin
 
 
 class GrainEmbedder(nn.Module):
@@ -187,7 +186,7 @@ class RefineNet(nn.Module):
         return unpatchify(residual.view(batch, rows * columns, -1), rows, self.patch_size), tokens.flatten(0, 1)
 
 
-class D2iTContentModel(StrictModelMixin, AttentionMixin, CacheMixin, PeftAdapterMixin, ConfigMixin):
+class D2iTContentModel(StrictModelMixin, AttentionMixin, CacheMixin, SafeAdapterMixin, ConfigMixin):
     r"""Multi-grained Net, Router and RefineNet: rough noise for every region, corrected where the map is fine.
 
         layout = model.prepare_grain_map(grain_map)         # once per map

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.attention import AttentionMixin
 from diffusers.models.cache_utils import CacheMixin
 from diffusers.utils import BaseOutput
@@ -27,7 +26,7 @@ from .layers import (
     init_dit_weights,
     sincos_positions,
 )
-from .loading import StrictModelMixin
+from .loading import SafeAdapterMixin, StrictModelMixin
 
 
 @dataclass
@@ -41,7 +40,7 @@ class D2iTGrainModelOutput(BaseOutput):
     logits: torch.Tensor
 
 
-class D2iTGrainModel(StrictModelMixin, AttentionMixin, CacheMixin, PeftAdapterMixin, ConfigMixin):
+class D2iTGrainModel(StrictModelMixin, AttentionMixin, CacheMixin, SafeAdapterMixin, ConfigMixin):
     r"""A DiT with one token per region that predicts the clean grain map from a noised one.
 
     A single pass from noise to logits would make every region an independent coin, so the map is drawn by diffusion:
