@@ -112,8 +112,6 @@ class PipelineHubMixin:
         """
         refuse_unsafe(safe_serialization, use_flashpack)
         folder = Path(save_directory).absolute()
-        if folder.exists() and not folder.is_dir():
-            raise ValueError(f"`save_directory` must be a folder, got the file {folder}.")
         save = super().save_pretrained
 
         def write(path: str) -> None:

@@ -55,9 +55,11 @@ def save_folder(folder: str | os.PathLike, save: Callable[[str], object]) -> Non
 
     Raises:
         OSError: the disk is full or failed. What was in the folder is still there.
-        ValueError: another process is saving to the folder.
+        ValueError: the folder is a file, or another process is saving to it.
     """
     folder = Path(folder).absolute()
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} must be a folder, or nothing yet: it is a file.")
     if not folder.is_dir():
         folder.parent.mkdir(parents=True, exist_ok=True)
         sweep(folder.parent, f"{folder.name}-")

@@ -136,3 +136,28 @@ def test_a_signal_ends_a_run_after_it_was_saved(number, exit_code, inputs, tmp_p
     seconds = time.monotonic() - float(struck.read_text())
     verify(output_dir / "checkpoint-5")
     count.tried((status, seconds), lost=status != exit_code or seconds > 30)
+
+
+def test_a_signal_while_samples_are_drawn_does_not_wait_for_them(inputs, undisturbed, tmp_path, fault):
+    count = fault("SIGTERM while samples are drawn: saved within 30 s, and resumed as if nothing had happened")
+    output_dir, flags = tmp_path / "run", inputs.flags("train_d2it.py")
+
+    def never_ends(*_) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        while True:
+            signal.pause()
+
+    start = time.monotonic()
+    status = train(
+        "train_d2it.py",
+        output_dir,
+        flags | {"validation_steps": 4},
+        change=lambda module: setattr(module, "validate", never_ends),
+    )
+    seconds = time.monotonic() - start
+    count.tried((status, seconds), lost=status != 143 or seconds > 30)
+    verify(output_dir / "checkpoint-5")
+    assert train("train_d2it.py", output_dir, flags | {"resume_from_checkpoint": "latest"}) == 0
+    last = f"checkpoint-{STEPS}"
+    same = contents(output_dir / last) == contents(undisturbed("train_d2it.py") / last)
+    count.tried("resumed", silent=not same)

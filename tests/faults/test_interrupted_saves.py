@@ -38,6 +38,8 @@ def check(way: Way, count, what: object, new: int, *others: int) -> None:
         lost |= way.saved() != new + 1
     left = [name for name in leftovers(way) if name != ".lock"]
     count.tried(f"{what}: found {found}, expected {new} or {others}; left over {left}", lost=lost or bool(left))
+    if isinstance(way, SaveCache):
+        fresh_cache(way)
 
 
 def prepare(way: Way) -> None:
@@ -89,8 +91,6 @@ def test_a_fault_at_every_call_that_changes_the_disk(way, fail, fault, repeats):
             assert status == (-9 if fail is die else 1)
             check(way, count, f"call {at}", old + 1, old)
         old += 2
-        if isinstance(way, SaveCache):
-            fresh_cache(way)
 
 
 def test_kills_at_random_moments(way, fault, repeats):
@@ -100,14 +100,12 @@ def test_kills_at_random_moments(way, fault, repeats):
     assert in_child(partial(way.save, 2)) == 0
     duration = time.perf_counter() - start
     if isinstance(way, SaveCache):
-        fresh_cache(way)
+        fresh_cache(way)  # it was whole
     generator, old = random.Random(0), 2
     for trial in range(repeats(20, 200)):
         kill_at_random(partial(way.save, old + 1), 1.2 * duration, generator)
         check(way, count, f"trial {trial}", old + 1, old)
         old += 2
-        if isinstance(way, SaveCache):
-            fresh_cache(way)
 
 
 def test_a_full_disk(way, fault, repeats):
@@ -125,8 +123,6 @@ def test_a_full_disk(way, fault, repeats):
         assert in_child(save) == 1, f"files of at most {size} bytes, and nobody noticed"
         check(way, count, f"files of at most {size} bytes", old + 1, old)
         old += 2
-        if isinstance(way, SaveCache):
-            fresh_cache(way)
 
 
 def fresh_cache(way: SaveCache) -> None:

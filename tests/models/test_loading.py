@@ -230,7 +230,7 @@ def test_nothing_but_safetensors_is_saved(make_grain_model, make_pipeline, tmp_p
             saved.save_pretrained(tmp_path / "new", safe_serialization=False)
         with pytest.raises(ValueError, match="`use_flashpack` must be False"):
             saved.save_pretrained(tmp_path / "new", use_flashpack=True)
-        with pytest.raises(ValueError, match=f"must be a folder, got the file {tmp_path / 'file'}"):
+        with pytest.raises(ValueError, match=f"{tmp_path / 'file'} must be a folder"):
             saved.save_pretrained(tmp_path / "file")
     assert names_in(tmp_path) == ["file"]
 

@@ -13,8 +13,12 @@ from diffusers_d2it.training.gate import GatedAccelerator
 class Run:
     """A linear model, its optimizer and its average, and one update as the training scripts do it."""
 
-    def __init__(self, max_skipped_steps: int = 0):
+    def __init__(self, max_skipped_steps: int = 0, scale: float | None = None):
         self.accelerator = GatedAccelerator(max_skipped_steps=max_skipped_steps, cpu=True)
+        if scale is not None:  # as under float16, which accelerate leaves to GPUs
+            self.accelerator.native_amp = True
+            self.accelerator.state._mixed_precision = "fp16"
+            self.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
         torch.manual_seed(0)
         model = torch.nn.Linear(3, 2)
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
@@ -67,6 +71,28 @@ def test_a_bad_update_that_may_be_skipped_changes_nothing_and_the_next_one_goes_
     assert run.accelerator.num_skipped_steps == 2
     with pytest.raises(FloatingPointError, match="2 have been skipped before"):
         run.update(**bad)
+
+
+@pytest.fixture
+def float16_run():
+    run = Run(scale=4.0)
+    yield run
+    run.accelerator.state._mixed_precision = "no"  # shared by all Accelerators of a process
+
+
+def test_a_loss_scaler_may_overflow_until_it_has_no_scale_left(float16_run):
+    run = float16_run
+    run.update()
+    before = run.state()
+    run.update(factor=math.inf)
+    assert same(run.state(), before) and run.accelerator.scaler.get_scale() == 2.0
+    run.update()
+    assert not same(run.state(), before) and run.accelerator.num_skipped_steps == 0
+    before = run.state()
+    with pytest.raises(FloatingPointError, match="the loss is nan"):
+        for _ in range(4):
+            run.update(factor=math.nan)
+    assert same(run.state(), before) and run.accelerator.scaler.get_scale() == 0.5
 
 
 def test_the_gate_changes_no_bit_of_a_good_update():

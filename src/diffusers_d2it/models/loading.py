@@ -169,8 +169,6 @@ class StrictModelMixin(ModelMixin):
         if not is_main_process:
             return
         folder = Path(save_directory).absolute()
-        if folder.exists() and not folder.is_dir():
-            raise ValueError(f"`save_directory` must be a folder, got the file {folder}.")
         self.check_config(self.config)
         save = super().save_pretrained
 

@@ -13,16 +13,16 @@ class SmokeTest:
 
     def __init__(self, max_train_steps: int):
         self.max_train_steps = max_train_steps
-        self._first: list[float] = []
-        self._last: list[float] = []
+        self.length = max(1, round(_SHARE * max_train_steps))
+        self._sums = {"first": 0.0, "last": 0.0}
+        self._counts = {"first": 0, "last": 0}
 
     def add(self, step: int, loss: float) -> None:
         """Note the loss of update number `step`, counted from 1."""
-        length = max(1, round(_SHARE * self.max_train_steps))
-        if step <= length:
-            self._first.append(loss)
-        if step > self.max_train_steps - length:
-            self._last.append(loss)
+        for part, belongs in (("first", step <= self.length), ("last", step > self.max_train_steps - self.length)):
+            if belongs:
+                self._sums[part] += loss
+                self._counts[part] += 1
 
     def result(self) -> str:
         """The two losses in words.
@@ -30,10 +30,10 @@ class SmokeTest:
         Raises:
             RuntimeError: the loss has not fallen.
         """
-        if not self._first or not self._last:
+        if not all(self._counts.values()):
             return "smoke test: resumed in the middle, nothing to compare"
-        first, last = (sum(losses) / len(losses) for losses in (self._first, self._last))
-        text = f"smoke test: loss {first:.4f} in the first {len(self._first)} updates, {last:.4f} in the last"
+        first, last = (self._sums[part] / self._counts[part] for part in ("first", "last"))
+        text = f"smoke test: loss {first:.4f} in the first {self._counts['first']} updates, {last:.4f} in the last"
         if not last < first:
             raise RuntimeError(f"{text}: it has not fallen on batches that repeat, something does not learn.")
         return text
