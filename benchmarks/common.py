@@ -2,6 +2,7 @@
 """What the benchmarks share: photographs and their grain maps, interleaved timing, peak memory, the report."""
 
 import argparse
+import datetime
 import json
 import os
 import platform
@@ -12,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import diffusers
 import torch
 from PIL import Image, ImageOps
 from torch.profiler import ProfilerActivity, profile
@@ -28,14 +30,20 @@ def parse_args(parser: argparse.ArgumentParser, name: str) -> argparse.Namespace
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of torch")
     parser.add_argument("--repeats", type=int, default=20, help="timed runs of each side, after 3 to warm up")
-    parser.add_argument("--output", type=Path, default=RESULTS / f"{name}.json", help="where the result is written")
+    parser.add_argument("--output", type=Path, help="where the result is written; default: in benchmarks/results")
     args = parser.parse_args()
+    args.output = args.output or result_path(name, args.device)
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no CUDA device.")
     if args.repeats < 1 or args.threads < 1:
         parser.error("--repeats and --threads must be at least 1.")
     torch.set_num_threads(args.threads)
     return args
+
+
+def result_path(name: str, device: str) -> Path:
+    """Where a benchmark writes its result for a device."""
+    return RESULTS / (f"{name}.json" if device == "cpu" else f"{name}-{device}.json")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -168,19 +176,22 @@ def _synchronize(device: str) -> None:
 
 @dataclass(frozen=True)
 class Claim:
-    """One number that a goal asks for.
+    """One number that is promised.
 
     Args:
         text: what is measured, with its unit.
         measured: the number.
-        limit: what the goal asks for: at most this, or at least this.
+        limit: what is promised: at most this, or at least this.
         at_least: the direction.
+        goal: number of the goal in `goals.py` that it belongs to, on the device that was measured; None for a promise
+            of its own. A number that is promised for a GPU only is a note on a CPU, not a claim.
     """
 
     text: str
     measured: float
     limit: float
     at_least: bool = False
+    goal: int | None = None
 
     @property
     def reached(self) -> bool:
@@ -199,6 +210,7 @@ def report(
 ) -> None:
     """Print timings, claims, notes and the machine, and write them to `args.output` as JSON."""
     machine = describe_machine(args.device)
+    machine["date"] = datetime.date.today().isoformat()
     machine["clock"] = "processor time" if clock_of(args) is time.process_time else "time on the wall"
     print(title)
     print("  " + ", ".join(f"{key} {value}" for key, value in machine.items()))
@@ -230,6 +242,7 @@ def describe_machine(device: str) -> dict[str, str | int | float]:
         "threads": torch.get_num_threads(),
         "load": round(os.getloadavg()[0], 1),
         "torch": torch.__version__,
+        "diffusers": diffusers.__version__,
         "python": platform.python_version(),
     }
     if device == "cuda":
