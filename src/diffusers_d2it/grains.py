@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from functools import lru_cache
 
 import torch
-from einops import reduce, repeat
+from einops import repeat
 
 
 NUM_BINS = 256
@@ -261,7 +261,11 @@ def tie(latents: torch.Tensor, grain_map: torch.Tensor) -> torch.Tensor:
         latents: (B, C, hR, wR), latents or noise.
         grain_map: (B, h, w).
     """
-    return merge(split(latents, grain_map), grain_map)
+    cells = cells_per_region(latents, grain_map)
+    for grain in range(cells.bit_length() - 1):
+        codes, chosen = _codes_of_grain(latents, grain_map, cells, grain)
+        latents = torch.where(chosen, codes[:, :, :, :1, :, :1], codes).view(latents.shape)
+    return latents
 
 
 def average_codes(latents: torch.Tensor, grain_map: torch.Tensor, grain: int) -> torch.Tensor:
@@ -270,18 +274,32 @@ def average_codes(latents: torch.Tensor, grain_map: torch.Tensor, grain: int) ->
     For predictions, where the mean is the best single value of a code; samples and noise are tied by `tie`.
     """
     cells = cells_per_region(latents, grain_map)
-    side = cells >> grain
-    if side == 1:
+    if cells >> grain == 1:
         return latents
-    means = reduce(latents, "b c (h p) (w q) -> b c h w", "mean", p=side, q=side)
-    means = repeat(means, "b c h w -> b c (h p) (w q)", p=side, q=side)
-    return torch.where(grain_map_to_cells(grain_map, cells)[:, None] == grain, means, latents)
+    codes, chosen = _codes_of_grain(latents, grain_map, cells, grain)
+    return torch.where(chosen, codes.mean(dim=(3, 5), keepdim=True), codes).view(latents.shape)
+
+
+def _codes_of_grain(
+    latents: torch.Tensor, grain_map: torch.Tensor, cells: int, grain: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Latents as (B, C, rows, side, columns, side) of the codes that a grain has, and where it is the grain, as a mask
+    that broadcasts to them.
+    """
+    side = cells >> grain
+    codes = latents.unflatten(-1, (-1, side)).unflatten(-3, (-1, side))
+    chosen = grain_map == grain
+    if grain > 0:
+        chosen = grain_map_to_cells(chosen, 1 << grain)
+    return codes, chosen[:, None, :, None, :, None]
 
 
 def check_tied(latents: torch.Tensor, grain_map: torch.Tensor) -> None:
     """Raise a ValueError unless every coarse code of `latents` has one value over its cells."""
-    # Compared as numbers-or-NaN: a NaN is another fault and is reported elsewhere.
     tied = tie(latents, grain_map)
+    if torch.equal(latents, tied):
+        return
+    # Compared as numbers-or-NaN: a NaN is another fault and is reported elsewhere.
     if not torch.equal(torch.nan_to_num(latents), torch.nan_to_num(tied)):
         raise ValueError(
             "latents differ inside a coarse region. Multi-grained diffusion keeps one value for each code: pass noise"

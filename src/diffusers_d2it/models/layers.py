@@ -5,6 +5,7 @@ Shapes:
     B batch, N tokens, D width, A heads
 """
 
+from collections.abc import Callable
 from functools import lru_cache
 
 import torch
@@ -13,6 +14,8 @@ from diffusers.models.attention import AttentionModuleMixin
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps, get_2d_sincos_pos_embed_from_grid
 from torch import nn
+
+from .linear_stack import LinearStack
 
 
 FREQUENCY_SIZE = 256  # width of the sinusoidal embedding that precedes the timestep MLP, as in the original DiT
@@ -33,7 +36,10 @@ class SelfAttentionProcessor:
 
 
 class SelfAttention(nn.Module, AttentionModuleMixin):
-    """Self-attention with separate `to_q`, `to_k`, `to_v` (what LoRA targets), fused on request.
+    """Self-attention with separate `to_q`, `to_k`, `to_v` (what LoRA targets).
+
+    Inside a model that is not learning they are one matrix product (`stack_projections`), unless
+    `unfuse_qkv_projections` has forbidden it.
 
     Args:
         dim: width D.
@@ -42,6 +48,7 @@ class SelfAttention(nn.Module, AttentionModuleMixin):
 
     _default_processor_cls = SelfAttentionProcessor
     _available_processors = [SelfAttentionProcessor]
+    fused_projections = True
 
     def __init__(self, dim: int, heads: int, processor=None):
         super().__init__()
@@ -52,16 +59,43 @@ class SelfAttention(nn.Module, AttentionModuleMixin):
         self.to_k = nn.Linear(dim, dim)
         self.to_v = nn.Linear(dim, dim)
         self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
+        self.qkv = LinearStack()
         self.set_processor(processor or self._default_processor_cls())
+
+    def fuse_projections(self) -> None:
+        """Allow one matrix product for query, key and value, as it is from the start."""
+        self.fused_projections = True
+
+    def unfuse_projections(self) -> None:
+        """Always project with `to_q`, `to_k` and `to_v`."""
+        self.fused_projections = False
+        self.qkv.clear()
+
+    def stack_projections(self, like: torch.Tensor) -> None:
+        """Let the next `project` without gradients be one matrix product, if inputs are `like` this and it can be."""
+        if self.fused_projections:
+            layers = self._modules  # thrice as fast as self.to_q, and asked for in every block at every forward
+            self.qkv.refresh((layers["to_q"], layers["to_k"], layers["to_v"]), like)
 
     def project(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Query, key and value, each (..., N, A, D / A)."""
-        if self.fused_projections:
-            qkv = self.to_qkv(hidden_states).chunk(3, dim=-1)
+        if self.qkv.weight is None or torch.is_grad_enabled():
+            projected = self.to_q(hidden_states), self.to_k(hidden_states), self.to_v(hidden_states)
+            query, key, value = (x.unflatten(-1, (self.heads, -1)) for x in projected)
         else:
-            qkv = self.to_q(hidden_states), self.to_k(hidden_states), self.to_v(hidden_states)
-        query, key, value = (x.unflatten(-1, (self.heads, -1)) for x in qkv)
+            query, key, value = self.qkv(hidden_states).unflatten(-1, (3, self.heads, -1)).unbind(-3)
         return query, key, value
+
+    # What changes the layers or their weights from outside leaves the stack behind.
+
+    def __setattr__(self, name: str, value: object) -> None:
+        super().__setattr__(name, value)
+        if isinstance(value, nn.Module) and "qkv" in vars(self):
+            self.qkv.clear()
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> "SelfAttention":
+        self.qkv.clear()
+        return super()._apply(fn, recurse)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return self.processor(self, hidden_states)
@@ -91,22 +125,34 @@ class DiTBlock(nn.Module):
 
     def __init__(self, dim: int, heads: int, mlp_ratio: float = 4.0, attn: nn.Module | None = None):
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
         self.attn = SelfAttention(dim, heads) if attn is None else attn
-        self.norm2 = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
         self.ff = FeedForward(dim, mlp_ratio)
         self.adaln = nn.Linear(dim, 6 * dim)
 
-    def forward(self, hidden_states: torch.Tensor, conditioning: torch.Tensor) -> torch.Tensor:
-        """hidden_states (B, N, D), conditioning (B, D) after its SiLU -> (B, N, D)."""
-        return self.modulated(hidden_states, self.adaln(conditioning)[:, None])
+    def forward(
+        self, hidden_states: torch.Tensor, conditioning: torch.Tensor, modulation: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """hidden_states (B, N, D) -> the same shape.
+
+        Args:
+            hidden_states: tokens.
+            conditioning: (B, D), after its SiLU.
+            modulation: what `modulation` makes of the conditioning, (B, 6, D), if it is known already.
+        """
+        if modulation is None:
+            modulation = self.modulation(conditioning)
+        return self.modulated(hidden_states, modulation[:, None])
+
+    def modulation(self, conditioning: torch.Tensor) -> torch.Tensor:
+        """Shift, scale and gate of the attention, then of the feed-forward: (B, D) -> (B, 6, D)."""
+        return _from_one(self.adaln(conditioning).unflatten(-1, (6, -1)))
 
     def modulated(self, hidden_states: torch.Tensor, modulation: torch.Tensor, *attn_args) -> torch.Tensor:
-        """The block under a modulation (..., 6 * D) that broadcasts to the tokens (..., D)."""
-        shift_attn, scale_attn, gate_attn, shift_ff, scale_ff, gate_ff = modulation.chunk(6, dim=-1)
-        attended = self.attn(modulate(self.norm1(hidden_states), shift_attn, scale_attn), *attn_args)
+        """The block under a modulation (..., 6, D) that broadcasts to the tokens (..., D)."""
+        shift_attn, scale_attn, gate_attn, shift_ff, scale_ff, gate_ff = modulation.unbind(-2)
+        attended = self.attn(norm_modulate(hidden_states, shift_attn, scale_attn), *attn_args)
         hidden_states = torch.addcmul(hidden_states, gate_attn, attended)
-        fed = self.ff(modulate(self.norm2(hidden_states), shift_ff, scale_ff))
+        fed = self.ff(norm_modulate(hidden_states, shift_ff, scale_ff))
         return torch.addcmul(hidden_states, gate_ff, fed)
 
 
@@ -119,22 +165,48 @@ class FinalLayer(nn.Module):
 
     def __init__(self, dim: int, out_features: int):
         super().__init__()
-        self.norm = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
         self.adaln = nn.Linear(dim, 2 * dim)
         self.proj_out = nn.Linear(dim, out_features)
 
     def modulation(self, conditioning: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Shift and scale, each (B, D)."""
-        return self.adaln(conditioning).chunk(2, dim=-1)
+        shift, scale = self.adaln(conditioning).chunk(2, dim=-1)
+        return shift, 1 + scale
 
     def forward(self, hidden_states: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         """hidden_states (..., D) with shift and scale that broadcast to it -> (..., out_features)."""
-        return self.proj_out(modulate(self.norm(hidden_states), shift, scale))
+        return self.proj_out(norm_modulate(hidden_states, shift, scale))
 
 
-def modulate(hidden_states: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """hidden_states * (1 + scale) + shift, in one pass over the tokens."""
-    return torch.addcmul(shift, hidden_states, 1 + scale)
+def norm_modulate(hidden_states: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """LayerNorm(hidden_states) * scale + shift: two passes over the tokens, one where it is compiled."""
+    normed = F.layer_norm(hidden_states, hidden_states.shape[-1:], eps=1e-6)
+    return torch.addcmul(shift, normed, scale)
+
+
+def _from_one(modulation: torch.Tensor) -> torch.Tensor:
+    """adaLN gives its scales relative to one: add it, in place, to (..., 6, D)."""
+    modulation[..., 1::3, :] += 1
+    return modulation
+
+
+class ModulationStack(LinearStack):
+    """adaLN of all blocks of a model as one matrix product, while nothing is learned."""
+
+    def modulations(self, blocks: nn.ModuleList, conditioning: torch.Tensor) -> list[torch.Tensor | None]:
+        """The modulation of every block, (B, 6, D), or None where it is left to the block.
+
+        Left to the blocks are training, where gradients of the weights of one block are to be ready with that block,
+        and graphs of a whole model, inside which nobody could see that weights have been replaced.
+        """
+        alone = [None] * len(blocks)
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return alone
+        for block in blocks:
+            block.attn.stack_projections(like=conditioning)
+        if not self.refresh([block.adaln for block in blocks], like=conditioning):
+            return alone
+        return _from_one(self(conditioning).unflatten(-1, (len(blocks), 6, -1))).unbind(1)
 
 
 class TimestepEmbedder(nn.Module):

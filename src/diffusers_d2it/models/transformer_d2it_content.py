@@ -24,6 +24,7 @@ from .layers import (
     DiTBlock,
     FinalLayer,
     LabelEmbedder,
+    ModulationStack,
     SelfAttention,
     TimestepEmbedder,
     check_conditioning,
@@ -100,11 +101,19 @@ class RefineBlock(DiTBlock):
     def __init__(self, dim: int, heads: int, mlp_ratio: float, side: int):
         super().__init__(dim, heads, mlp_ratio, attn=WindowAttention(dim, heads, side))
 
-    def forward(self, hidden_states: torch.Tensor, conditioning: torch.Tensor, layout: RefineLayout) -> torch.Tensor:
-        """hidden_states (N / 4, 4, D), conditioning (B, D) after its SiLU -> (N / 4, 4, D)."""
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        conditioning: torch.Tensor,
+        layout: RefineLayout,
+        modulation: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """hidden_states (N / 4, 4, D), conditioning (B, D) and modulation (B, 6, D) as in `DiTBlock` -> same shape."""
+        if modulation is None:
+            modulation = self.modulation(conditioning)
         # Looked up once for the four children of a parent, the modulation takes a quarter of the memory.
-        modulation = self.adaln(conditioning).index_select(0, layout.images)[:, None]  # (N / 4, 1, 6 * D)
-        return self.modulated(hidden_states, modulation, layout)
+        modulation = modulation.index_select(0, layout.images)  # (N / 4, 6, D)
+        return self.modulated(hidden_states, modulation[:, None], layout)
 
 
 class RefineNet(nn.Module):
@@ -142,6 +151,7 @@ class RefineNet(nn.Module):
         self.up_proj = nn.Linear(dim, 4 * dim)
         self.patch_embed = nn.Linear((in_channels + out_channels) * patch_size**2, dim)
         self.transformer_blocks = nn.ModuleList([RefineBlock(dim, heads, mlp_ratio, side) for _ in range(num_layers)])
+        self.adaln = ModulationStack()
         self.norm_out = FinalLayer(dim, out_channels * patch_size**2)
 
     def forward(
@@ -166,16 +176,19 @@ class RefineNet(nn.Module):
         Returns:
             residual (B, O, h * R, w * R), zero outside the regions of this level, and tokens (N, D).
         """
+        if len(layout.tokens) == 0 and not torch.is_grad_enabled():  # gradients of an empty map are zero, not missing
+            return torch.zeros_like(noise), parents[:0]
         conditioning = F.silu(self.time_embed(timestep) + label_embedding)  # (B, D)
         patches = patchify(torch.cat([latents, noise], dim=1), self.patch_size).flatten(0, 1)
         tokens = self.up_proj(parents.index_select(0, layout.parents)).unflatten(-1, (4, -1))  # (N / 4, 4, D)
         tokens = tokens + self.patch_embed(patches.index_select(0, layout.tokens)).view_as(tokens)
 
-        for block in self.transformer_blocks:
+        modulations = self.adaln.modulations(self.transformer_blocks, conditioning)
+        for block, modulation in zip(self.transformer_blocks, modulations):
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 tokens = self._gradient_checkpointing_func(block, tokens, conditioning, layout)
             else:
-                tokens = block(tokens, conditioning, layout)
+                tokens = block(tokens, conditioning, layout, modulation)
 
         shift, scale = (x.index_select(0, layout.images)[:, None] for x in self.norm_out.modulation(conditioning))
         correction = self.norm_out(tokens, shift, scale).flatten(0, 1)  # (N, O * patch ** 2)
@@ -256,6 +269,7 @@ class D2iTContentModel(StrictModelMixin, AttentionMixin, CacheMixin, SafeAdapter
         self.transformer_blocks = nn.ModuleList(
             [DiTBlock(dim, num_attention_heads, mlp_ratio) for _ in range(num_layers)]
         )
+        self.adaln = ModulationStack()
         self.norm_out = FinalLayer(dim, self.out_channels * self.patch_size**2)
 
         # Fine-grained Net: one RefineNet for each finer grain
@@ -336,11 +350,12 @@ class D2iTContentModel(StrictModelMixin, AttentionMixin, CacheMixin, SafeAdapter
         tokens = self.patch_embed(patchify(hidden_states, self.patch_size))  # (B, h * w, D)
         tokens = tokens + sincos_positions(height, width, tokens.shape[-1], tokens.device, tokens.dtype)
         tokens = tokens + self.grain_embed(grain_map)
-        for block in self.transformer_blocks:
+        modulations = self.adaln.modulations(self.transformer_blocks, conditioning)
+        for block, modulation in zip(self.transformer_blocks, modulations):
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 tokens = self._gradient_checkpointing_func(block, tokens, conditioning)
             else:
-                tokens = block(tokens, conditioning)
+                tokens = block(tokens, conditioning, modulation)
 
         # 2. Router: noise of every region (Eq. 7); the cells of a coarse code share their mean
         shift, scale = self.norm_out.modulation(conditioning)

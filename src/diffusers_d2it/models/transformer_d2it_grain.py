@@ -21,6 +21,7 @@ from .layers import (
     DiTBlock,
     FinalLayer,
     LabelEmbedder,
+    ModulationStack,
     TimestepEmbedder,
     check_conditioning,
     init_dit_weights,
@@ -97,6 +98,7 @@ class D2iTGrainModel(StrictModelMixin, AttentionMixin, CacheMixin, SafeAdapterMi
         self.transformer_blocks = nn.ModuleList(
             [DiTBlock(dim, num_attention_heads, mlp_ratio) for _ in range(num_layers)]
         )
+        self.adaln = ModulationStack()
         self.norm_out = FinalLayer(dim, num_grains)
         self.initialize_weights()
 
@@ -145,11 +147,12 @@ class D2iTGrainModel(StrictModelMixin, AttentionMixin, CacheMixin, SafeAdapterMi
         tokens = tokens + sincos_positions(height, width, tokens.shape[-1], tokens.device, tokens.dtype)
 
         # 3. DiT blocks
-        for block in self.transformer_blocks:
+        modulations = self.adaln.modulations(self.transformer_blocks, conditioning)
+        for block, modulation in zip(self.transformer_blocks, modulations):
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 tokens = self._gradient_checkpointing_func(block, tokens, conditioning)
             else:
-                tokens = block(tokens, conditioning)
+                tokens = block(tokens, conditioning, modulation)
 
         # 4. Logits of each grain
         shift, scale = self.norm_out.modulation(conditioning)
