@@ -59,6 +59,7 @@ LAYERS = [
     ("visualization", "presets", "registration", "losses", "objectives", "calibration", "class_labels", "escaping"),
     ("models.config_checks",),
     ("models.config_ranges", "models.weight_files", "models.sources"),
+    ("models.linear_stack", "models.fallbacks"),
     ("models.layers", "models.grain_layout", "models.loading", "models.tiling", "models.discriminator"),
     ("models.autoencoder_kl_dynamic", "models.transformer_d2it_grain", "models.transformer_d2it_content"),
     ("training.gate", "training.states", "training.smoke", "training.stopping", "conversion.files"),

@@ -168,10 +168,10 @@ def grain_map_from_entropy(entropy: torch.Tensor, thresholds: list[float]) -> to
     return sum((entropy > threshold).long() for threshold in thresholds)
 
 
-def check_fine_ratio(fine_ratio: float) -> None:
-    """Raise a ValueError unless `fine_ratio` is a number in [0, 1]."""
+def check_fine_ratio(fine_ratio: float, name: str = "fine_ratio") -> None:
+    """Raise a ValueError that names the argument unless it is a number in [0, 1]."""
     if not isinstance(fine_ratio, numbers.Real) or not 0 <= fine_ratio <= 1:
-        raise ValueError(f"`fine_ratio` must be a number in [0, 1], got {fine_ratio!r}.")
+        raise ValueError(f"`{name}` must be a number in [0, 1], got {fine_ratio!r}.")
 
 
 def check_grain_map(grain_map: torch.Tensor, num_grains: int) -> None:

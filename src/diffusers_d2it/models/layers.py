@@ -178,6 +178,12 @@ class FinalLayer(nn.Module):
         return self.proj_out(norm_modulate(hidden_states, shift, scale))
 
 
+def residual_stream(tokens: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Tokens in the dtype that blocks add to, where autocast leaves a choice: outside, it is that of the weights."""
+    device = tokens.device.type
+    return tokens.to(dtype) if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) else tokens
+
+
 def norm_modulate(hidden_states: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """LayerNorm(hidden_states) * scale + shift: two passes over the tokens, one where it is compiled."""
     normed = F.layer_norm(hidden_states, hidden_states.shape[-1:], eps=1e-6)

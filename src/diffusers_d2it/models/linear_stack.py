@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import nn
 
 
-# Bytes. Parts that begin where memory of their own would begin are computed to the same last bit in training: a run that
-# drew samples in between ends in the same weights as one that did not.
+# Bytes. Parts that begin where memory of their own would begin are computed to the same last bit in training: a run
+# that drew samples in between ends in the same weights as one that did not.
 _ALIGNMENT = 64
 
 

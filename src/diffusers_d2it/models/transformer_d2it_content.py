@@ -16,8 +16,9 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from einops import rearrange
 from torch import nn
 
-from ..grains import average_codes, cells_per_region, check_tied
+from ..grains import average_codes, cells_per_region, check_fine_ratio, check_tied
 from .config_ranges import check_content_model
+from .fallbacks import CompiledBlocksMixin, warn_once
 from .grain_layout import GrainLayout, RefineLayout
 from .layers import (
     FREQUENCY_SIZE,
@@ -29,6 +30,7 @@ from .layers import (
     TimestepEmbedder,
     check_conditioning,
     init_dit_weights,
+    residual_stream,
     sincos_positions,
 )
 from .loading import SafeAdapterMixin, StrictModelMixin
@@ -62,16 +64,15 @@ class WindowAttentionProcessor:
     def __call__(self, attn: "WindowAttention", hidden_states: torch.Tensor, layout: RefineLayout) -> torch.Tensor:
         query, key, value = (x.flatten(0, -3) for x in attn.project(hidden_states))  # (N, A, D / A)
         query = query * query.shape[-1] ** -0.5
-        attended, start = [], 0
-        for group in layout.groups:
-            tokens = slice(start, start + group.num_windows * group.length)
-            q, k, v = (rearrange(x[tokens], "(w l) a d -> w a l d", l=group.length) for x in (query, key, value))
+        lengths = [len(group.arrangement) * group.length for group in layout.groups]
+        attended = []
+        for group, *qkv in zip(layout.groups, query.split(lengths), key.split(lengths), value.split(lengths)):
+            q, k, v = (rearrange(x, "(w l) a d -> w a l d", l=group.length) for x in qkv)
             bias = attn.relative_position_bias[group.relative_index]  # (P, L, L, A)
             bias = rearrange(bias, "p i j a -> p a i j").index_select(0, group.arrangement)  # (W, A, L, L)
             scores = torch.matmul(q, k.transpose(-1, -2)) + bias.to(q.dtype)
             x = torch.matmul(scores.softmax(dim=-1), v)
             attended.append(rearrange(x, "w a l d -> (w l) (a d)"))
-            start = tokens.stop
         return attn.to_out[0](torch.cat(attended)).view_as(hidden_states)
 
 
@@ -146,6 +147,7 @@ class RefineNet(nn.Module):
     ):
         super().__init__()
         self.gradient_checkpointing = False
+        self.residual_dtype = torch.float32  # under autocast
         self.patch_size = patch_size
         self.time_embed = TimestepEmbedder(dim, frequency_shift)
         self.up_proj = nn.Linear(dim, 4 * dim)
@@ -180,8 +182,13 @@ class RefineNet(nn.Module):
             return torch.zeros_like(noise), parents[:0]
         conditioning = F.silu(self.time_embed(timestep) + label_embedding)  # (B, D)
         patches = patchify(torch.cat([latents, noise], dim=1), self.patch_size).flatten(0, 1)
+        if layout.rounded:
+            patches = F.pad(patches, (0, 0, 0, 1))  # of the tokens that stand nowhere
         tokens = self.up_proj(parents.index_select(0, layout.parents)).unflatten(-1, (4, -1))  # (N / 4, 4, D)
         tokens = tokens + self.patch_embed(patches.index_select(0, layout.tokens)).view_as(tokens)
+        tokens = residual_stream(tokens, self.residual_dtype)
+        if layout.rounded:
+            torch._dynamo.maybe_mark_dynamic(tokens, 0)
 
         modulations = self.adaln.modulations(self.transformer_blocks, conditioning)
         for block, modulation in zip(self.transformer_blocks, modulations):
@@ -194,12 +201,14 @@ class RefineNet(nn.Module):
         correction = self.norm_out(tokens, shift, scale).flatten(0, 1)  # (N, O * patch ** 2)
         batch, _, height, width = noise.shape
         rows, columns = height // self.patch_size, width // self.patch_size
-        residual = correction.new_zeros(batch * rows * columns, correction.shape[-1])
-        residual = residual.index_copy(0, layout.tokens, correction)  # (B * rows * columns, O * patch ** 2)
+        residual = correction.new_zeros(batch * rows * columns + 1, correction.shape[-1])  # the last stands nowhere
+        residual = residual.index_copy(0, layout.tokens, correction)[:-1]  # (B * rows * columns, O * patch ** 2)
         return unpatchify(residual.view(batch, rows * columns, -1), rows, self.patch_size), tokens.flatten(0, 1)
 
 
-class D2iTContentModel(StrictModelMixin, AttentionMixin, CacheMixin, SafeAdapterMixin, ConfigMixin):
+class D2iTContentModel(
+    CompiledBlocksMixin, StrictModelMixin, AttentionMixin, CacheMixin, SafeAdapterMixin, ConfigMixin
+):
     r"""Multi-grained Net, Router and RefineNet: rough noise for every region, corrected where the map is fine.
 
         layout = model.prepare_grain_map(grain_map)         # once per map
@@ -258,6 +267,7 @@ class D2iTContentModel(StrictModelMixin, AttentionMixin, CacheMixin, SafeAdapter
         super().__init__()
         dim = num_attention_heads * attention_head_dim
         self.gradient_checkpointing = False
+        self.residual_dtype = torch.float32  # under autocast
         self.out_channels = out_channels or in_channels
         self.patch_size = 2 ** (num_grains - 1)
 
@@ -301,8 +311,25 @@ class D2iTContentModel(StrictModelMixin, AttentionMixin, CacheMixin, SafeAdapter
             for block in refine_net.transformer_blocks:
                 nn.init.trunc_normal_(block.attn.relative_position_bias, std=0.02)
 
+    def set_residual_dtype(self, dtype: torch.dtype) -> None:
+        """Choose the dtype of the residual stream under autocast, where weights are float32.
+
+        float32 is the default. bfloat16 halves what every pass over the tokens reads and writes, and what training
+        keeps of them, and rounds the sum over the layers at every layer. Without autocast all is in the dtype of the
+        weights.
+
+        Raises:
+            ValueError: another dtype.
+        """
+        if dtype not in (torch.float32, torch.bfloat16):
+            raise ValueError(f"`dtype` must be torch.float32 or torch.bfloat16, got {dtype!r}.")
+        for net in (self, *self.refine_nets):
+            net.residual_dtype = dtype
+
     def prepare_grain_map(self, grain_map: torch.Tensor) -> GrainLayout:
         """Work out what depends on the map alone, so that `forward` need not repeat it at every step.
+
+        For compiled blocks its sizes are rounded, so that one graph serves every map.
 
         Args:
             grain_map: (B, h, w) int64, 0 = coarsest.
@@ -310,7 +337,30 @@ class D2iTContentModel(StrictModelMixin, AttentionMixin, CacheMixin, SafeAdapter
         Raises:
             ValueError: wrong type, dtype, shape or values.
         """
-        return GrainLayout.from_grain_map(grain_map, self.config.num_grains, self.config.window_size)
+        return GrainLayout.from_grain_map(
+            grain_map, self.config.num_grains, self.config.window_size, self._blocks_are_compiled
+        )
+
+    def prepare_guided_grain_map(self, grain_map: torch.Tensor, null_fine_ratio: float | None = None) -> GrainLayout:
+        """The same for a batch of 2B: the passes with a class label, then those without.
+
+        Args:
+            grain_map: (B, h, w) int64, 0 = coarsest.
+            null_fine_ratio: share of the regions of an image that RefineNet corrects in the pass without a label, in
+                [0, 1]; other fine regions take the correction of the pass with one. None corrects all fine regions.
+
+        Raises:
+            ValueError: wrong type, dtype, shape or values.
+        """
+        if null_fine_ratio is not None:
+            check_fine_ratio(null_fine_ratio, name="null_fine_ratio")
+        return GrainLayout.for_guidance(
+            grain_map, self.config.num_grains, self.config.window_size, self._blocks_are_compiled, null_fine_ratio
+        )
+
+    @property
+    def _blocks_are_compiled(self) -> bool:
+        return self.refine_nets[0].transformer_blocks[0]._compiled_call_impl is not None
 
     def forward(
         self,
@@ -337,6 +387,7 @@ class D2iTContentModel(StrictModelMixin, AttentionMixin, CacheMixin, SafeAdapter
                 (checked on the CPU; reading the answer back from an accelerator would stall it at every step).
         """
         layout = grain_map if isinstance(grain_map, GrainLayout) else self.prepare_grain_map(grain_map)
+        layout = self._on_device_of(hidden_states, layout)
         self._check_latents(hidden_states, layout)
         grain_map = layout.grain_map
         batch_size, height, width = grain_map.shape
@@ -348,6 +399,7 @@ class D2iTContentModel(StrictModelMixin, AttentionMixin, CacheMixin, SafeAdapter
         # 1. Multi-grained Net: rough tokens, one per region (Eq. 6)
         conditioning = F.silu(self.time_embed(timestep) + label_embedding)  # (B, D)
         tokens = self.patch_embed(patchify(hidden_states, self.patch_size))  # (B, h * w, D)
+        tokens = residual_stream(tokens, self.residual_dtype)
         tokens = tokens + sincos_positions(height, width, tokens.shape[-1], tokens.device, tokens.dtype)
         tokens = tokens + self.grain_embed(grain_map)
         modulations = self.adaln.modulations(self.transformer_blocks, conditioning)
@@ -369,11 +421,20 @@ class D2iTContentModel(StrictModelMixin, AttentionMixin, CacheMixin, SafeAdapter
             residual, tokens = refine_net(
                 tokens, hidden_states, noise, timestep, label_embedding, layout.levels[level - 1]
             )
-            noise = average_codes(noise + residual, grain_map, grain=level)
+            noise = average_codes(noise + layout.complete(residual), grain_map, grain=level)
 
         if not return_dict:
             return (noise,)
         return Transformer2DModelOutput(sample=noise)
+
+    def _on_device_of(self, hidden_states: torch.Tensor, layout: GrainLayout) -> GrainLayout:
+        if layout.grain_map.device == hidden_states.device:
+            return layout
+        warn_once(
+            f"`grain_map` is on {layout.grain_map.device}, `hidden_states` are on {hidden_states.device}: it is moved"
+            " there at every call. Prepare it on the device once."
+        )
+        return layout.to(hidden_states.device)
 
     def _check_latents(self, hidden_states: torch.Tensor, layout: GrainLayout) -> None:
         if hidden_states.ndim != 4 or hidden_states.shape[1] != self.config.in_channels:

@@ -17,6 +17,7 @@ from einops import rearrange
 from torch import nn
 
 from .config_ranges import check_grain_model
+from .fallbacks import CompiledBlocksMixin
 from .layers import (
     DiTBlock,
     FinalLayer,
@@ -25,6 +26,7 @@ from .layers import (
     TimestepEmbedder,
     check_conditioning,
     init_dit_weights,
+    residual_stream,
     sincos_positions,
 )
 from .loading import SafeAdapterMixin, StrictModelMixin
@@ -41,7 +43,7 @@ class D2iTGrainModelOutput(BaseOutput):
     logits: torch.Tensor
 
 
-class D2iTGrainModel(StrictModelMixin, AttentionMixin, CacheMixin, SafeAdapterMixin, ConfigMixin):
+class D2iTGrainModel(CompiledBlocksMixin, StrictModelMixin, AttentionMixin, CacheMixin, SafeAdapterMixin, ConfigMixin):
     r"""A DiT with one token per region that predicts the clean grain map from a noised one.
 
     A single pass from noise to logits would make every region an independent coin, so the map is drawn by diffusion:
@@ -144,6 +146,7 @@ class D2iTGrainModel(StrictModelMixin, AttentionMixin, CacheMixin, SafeAdapterMi
 
         # 2. One token per region
         tokens = self.patch_embed(rearrange(hidden_states, "b k h w -> b (h w) k"))  # (B, h * w, D)
+        tokens = residual_stream(tokens)
         tokens = tokens + sincos_positions(height, width, tokens.shape[-1], tokens.device, tokens.dtype)
 
         # 3. DiT blocks
