@@ -39,6 +39,7 @@ def build_refine_net(preset: dict) -> RefineNet:
         heads=heads,
         mlp_ratio=4.0,
         side=WINDOW_SIZE,
+        frequency_shift=0.0,
     )
     for name, parameter in refine_net.named_parameters():
         nn.init.normal_(parameter, std=1.0 if name.endswith("relative_position_bias") else 0.03)

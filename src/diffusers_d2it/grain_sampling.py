@@ -6,7 +6,7 @@ from diffusers.schedulers import KarrasDiffusionSchedulers
 from diffusers.utils.torch_utils import randn_tensor
 
 from .models.transformer_d2it_grain import D2iTGrainModel
-from .tied_scheduler import step_generator_kwargs
+from .tied_scheduler import set_timesteps, step_generator_kwargs
 
 
 @torch.no_grad()
@@ -49,15 +49,15 @@ def sample_grain_map(
         ratio = torch.full((batch_size,), float(fine_ratio), device=device)
     guided = num_classes is not None and guidance_scale != 1.0
 
-    scheduler.set_timesteps(num_inference_steps, device=device)
+    timesteps = set_timesteps(scheduler, num_inference_steps)
     step_kwargs = step_generator_kwargs(scheduler, generator)
     state = randn_tensor((batch_size, num_grains, *size), generator=generator, device=device, dtype=torch.float32)
     state = state * scheduler.init_noise_sigma  # (B, k, h, w)
-    for t in scheduler.timesteps:
+    for t, model_t in zip(timesteps, timesteps.to(device)):
         model_input = scheduler.scale_model_input(state, t).to(model.dtype)
-        logits = model(model_input, t, class_ids, ratio).logits.float()
+        logits = model(model_input, model_t, class_ids, ratio).logits.float()
         if guided:
-            null_logits = model(model_input, t, torch.full_like(class_ids, num_classes), ratio).logits.float()
+            null_logits = model(model_input, model_t, torch.full_like(class_ids, num_classes), ratio).logits.float()
             logits = null_logits + guidance_scale * (logits - null_logits)
         state = scheduler.step(model.expected_state(logits), t, state, return_dict=False, **step_kwargs)[0]
     if not logits.isfinite().all():

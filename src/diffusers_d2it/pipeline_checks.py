@@ -87,6 +87,7 @@ SAMPLING_RANGES = {
     "guidance_scale": Number(-1e6, 1e6),
     "guidance_interval": Items(Number(0, 1), 2, 2),
     "guidance_power": Optional(Number(1e-6, 1e6)),
+    "null_fine_ratio": Optional(Number(0, 1)),
     "fine_ratio": Optional(Number(0, 1)),
     "grain_num_inference_steps": Whole(1, 1_000_000),
     "grain_guidance_scale": Number(-1e6, 1e6),

@@ -24,6 +24,7 @@ from .grain_sampling import random_grain_map, sample_grain_map
 from .grains import check_tied, grain_map_from_entropy
 from .models.autoencoder_kl_dynamic import DynamicAutoencoderKL
 from .models.config_checks import check_ranges, shown
+from .models.grain_layout import GrainLayout
 from .models.transformer_d2it_content import D2iTContentModel
 from .models.transformer_d2it_grain import D2iTGrainModel
 from .pipeline_checks import SAMPLING_RANGES, check_components, check_given_map, check_latents, map_size
@@ -97,6 +98,7 @@ class D2iTPipeline(PipelineLoadingMixin, PipelineHubMixin, DiffusionPipeline):
             id2label = {str(key): id2label[key] for key in sorted(id2label, key=int)}
         self.register_to_config(id2label=id2label)
         check_components(vae, grain_model, transformer, scheduler, grain_scheduler, self.id2label)
+        self._current_timestep = None
         self.image_processor = VaeImageProcessor(vae_scale_factor=vae.region_size, do_resize=False)
 
     # -----------------------------------------------------------------------------------------------------------------
@@ -215,6 +217,7 @@ class D2iTPipeline(PipelineLoadingMixin, PipelineHubMixin, DiffusionPipeline):
         guidance_scale: float,
         guidance_interval: tuple[float, float],
         guidance_power: float | None,
+        null_fine_ratio: float | None,
         grain_map,
         fine_ratio: float | None,
         grain_num_inference_steps: int,
@@ -233,6 +236,7 @@ class D2iTPipeline(PipelineLoadingMixin, PipelineHubMixin, DiffusionPipeline):
                 "guidance_scale": guidance_scale,
                 "guidance_interval": guidance_interval,
                 "guidance_power": guidance_power,
+                "null_fine_ratio": null_fine_ratio,
                 "fine_ratio": fine_ratio,
                 "grain_num_inference_steps": grain_num_inference_steps,
                 "grain_guidance_scale": grain_guidance_scale,
@@ -285,6 +289,11 @@ class D2iTPipeline(PipelineLoadingMixin, PipelineHubMixin, DiffusionPipeline):
         return self._num_timesteps
 
     @property
+    def current_timestep(self) -> torch.Tensor | None:
+        """Timestep of the running step, what caches of diffusers ask for; None between calls."""
+        return self._current_timestep
+
+    @property
     def interrupt(self) -> bool:
         """A callback may set `_interrupt` to stop denoising; what has been reached is decoded."""
         return self._interrupt
@@ -298,6 +307,11 @@ class D2iTPipeline(PipelineLoadingMixin, PipelineHubMixin, DiffusionPipeline):
             return self._guidance_scale
         # Power-cosine schedule of MDT (Gao et al., arXiv:2303.14389): from 1 at pure noise to the full scale.
         return 1 + (self._guidance_scale - 1) * (1 - math.cos(math.pi * progress**power)) / 2
+
+    def _prepare_layout(self, grain_map: torch.Tensor, guided: bool, null_fine_ratio: float | None) -> GrainLayout:
+        if guided:
+            return self.transformer.prepare_guided_grain_map(grain_map, null_fine_ratio)
+        return self.transformer.prepare_grain_map(grain_map)
 
     @torch.no_grad()
     def __call__(
@@ -320,6 +334,7 @@ class D2iTPipeline(PipelineLoadingMixin, PipelineHubMixin, DiffusionPipeline):
         height: int | None = None,
         width: int | None = None,
         guidance_power: float | None = None,
+        null_fine_ratio: float | None = None,
     ) -> D2iTPipelineOutput | tuple:
         """Generate images and their grain maps.
 
@@ -346,6 +361,9 @@ class D2iTPipeline(PipelineLoadingMixin, PipelineHubMixin, DiffusionPipeline):
             callback_on_step_end_tensor_inputs: which tensors the callback receives.
             height, width: sides of the image in pixels, multiples of S; default: the size of training.
             guidance_power: exponent of MDT's power-cosine schedule of the scale; None keeps the scale constant.
+            null_fine_ratio: makes guided steps cheaper: share of the regions of an image, in [0, 1], that RefineNet
+                corrects in the pass without a label too; other fine regions take the correction of the pass with one.
+                None corrects all fine regions in both.
 
         Raises:
             ValueError: an argument is out of range, unknown, or contradicts another or the model.
@@ -360,6 +378,7 @@ class D2iTPipeline(PipelineLoadingMixin, PipelineHubMixin, DiffusionPipeline):
             guidance_scale,
             guidance_interval,
             guidance_power,
+            null_fine_ratio,
             grain_map,
             fine_ratio,
             grain_num_inference_steps,
@@ -389,13 +408,6 @@ class D2iTPipeline(PipelineLoadingMixin, PipelineHubMixin, DiffusionPipeline):
             grain_guidance_scale,
             generator,
         )  # (B, h, w)
-        # What depends on the map alone, for passes with and without the unconditional half
-        layout = self.transformer.prepare_grain_map(grain_map)
-        guided_layout, guided_ids = None, None
-        if ids is not None:
-            null_ids = torch.full_like(ids, self.transformer.config.num_classes)
-            guided_ids = torch.cat([ids, null_ids])
-            guided_layout = self.transformer.prepare_grain_map(torch.cat([grain_map, grain_map]))
 
         # 3. Noise with the grain of its region
         cells, channels = self.transformer.patch_size, self.transformer.config.in_channels
@@ -405,28 +417,41 @@ class D2iTPipeline(PipelineLoadingMixin, PipelineHubMixin, DiffusionPipeline):
         steps = TiedScheduler(self.scheduler, grain_map, num_inference_steps, device, generator)
         latents = steps.prior(latents.to(device))  # (B, C, h * R, w * R)
 
-        # 4. Denoise
+        # 4. What depends on the map alone, for steps with and without the unconditional half
         self._num_timesteps = len(steps.timesteps)
+        progresses = [i / self._num_timesteps for i in range(self._num_timesteps)]
+        layouts = {}
+        for guided in {self._guidance_at(p, guidance_interval, guidance_power) != 1.0 for p in progresses}:
+            layouts[guided] = self._prepare_layout(grain_map, guided, null_fine_ratio)
+        guided_ids = None
+        if ids is not None:
+            guided_ids = torch.cat([ids, torch.full_like(ids, self.transformer.config.num_classes)])  # (2 * B,)
+
+        # 5. Denoise
         predicts_variance = self.transformer.out_channels == 2 * channels
         scheduler_reads_variance = reads_variance(self.scheduler)
         with self.progress_bar(total=self._num_timesteps) as progress_bar:
             for i, t in enumerate(steps.timesteps):
                 if self.interrupt:
                     break
-                scale = self._guidance_at(i / self._num_timesteps, guidance_interval, guidance_power)
+                self._current_timestep = t
+                scale = self._guidance_at(progresses[i], guidance_interval, guidance_power)
+                guided = scale != 1.0
+                if guided not in layouts:  # a callback has changed the scale
+                    layouts[guided] = self._prepare_layout(grain_map, guided, null_fine_ratio)
                 model_input, timestep = steps.model_input(latents, t)
                 model_input = model_input.to(self.transformer.dtype)
-                if scale == 1.0:
+                if not guided:
                     with self.transformer.cache_context("cond"):
-                        prediction = self.transformer(model_input, timestep, layout, ids).sample
+                        prediction = self.transformer(model_input, timestep, layouts[guided], ids).sample
                 else:
                     model_input = torch.cat([model_input, model_input])
                     with self.transformer.cache_context("guided"):
-                        prediction = self.transformer(model_input, timestep, guided_layout, guided_ids).sample
+                        prediction = self.transformer(model_input, timestep, layouts[guided], guided_ids).sample
                     prediction, null = prediction.chunk(2)
                     noise, null_noise = prediction[:, :channels], null[:, :channels]
-                    guided = null_noise + scale * (noise - null_noise)
-                    prediction = torch.cat([guided, prediction[:, channels:]], dim=1)
+                    noise = null_noise + scale * (noise - null_noise)
+                    prediction = torch.cat([noise, prediction[:, channels:]], dim=1)
                 if predicts_variance and not scheduler_reads_variance:
                     prediction = prediction[:, :channels]
                 latents = steps.step(prediction.to(latents.dtype), t, latents)
@@ -435,7 +460,9 @@ class D2iTPipeline(PipelineLoadingMixin, PipelineHubMixin, DiffusionPipeline):
                     latents = steps.tie(callback_on_step_end(self, i, t, tensors).get("latents", latents))
                 progress_bar.update()
 
-        # 5. Decode
+        self._current_timestep = None
+
+        # 6. Decode
         check_tied(latents, grain_map)
         images = self.decode_latents(latents, output_type)
         self.maybe_free_model_hooks()

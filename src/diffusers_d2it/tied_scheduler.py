@@ -24,6 +24,9 @@ class TiedScheduler:
             noise_prediction = model(model_input, timestep, grain_map).sample
             latents = steps.step(noise_prediction, t, latents)
 
+    `timesteps` stay on the CPU, where schedulers look up their coefficients; what the network reads lies on the device
+    from the start. So no step waits for the device.
+
     Args:
         scheduler: the scheduler; its timesteps are set here.
         grain_map: (B, h, w) int64.
@@ -42,10 +45,11 @@ class TiedScheduler:
     ):
         self.scheduler = scheduler
         self.grain_map = grain_map
-        scheduler.set_timesteps(num_inference_steps, device=device)
-        self.timesteps = scheduler.timesteps
-        self._step_kwargs = step_generator_kwargs(scheduler, generator)
         self._edm = _EDMPreconditioning(scheduler) if isinstance(scheduler, EDMEulerScheduler) else None
+        self.timesteps = set_timesteps(scheduler, num_inference_steps)
+        network_timesteps = self.timesteps if self._edm is None else self._edm.timesteps(self.timesteps)
+        self._on_device = dict(zip(self.timesteps.tolist(), network_timesteps.to(device)))
+        self._step_kwargs = step_generator_kwargs(scheduler, generator)
 
     def prior(self, noise: torch.Tensor) -> torch.Tensor:
         """The first sample, from standard normal noise (B, C, H, W)."""
@@ -58,8 +62,8 @@ class TiedScheduler:
         if hasattr(self.scheduler, "scale_model_input"):
             scaled = self.scheduler.scale_model_input(latents, t)
         if self._edm is not None:
-            return self._edm.model_input(latents, t)
-        return scaled, t
+            scaled = self._edm.model_input(latents, t)
+        return scaled, self._on_device[t.item()]
 
     def step(self, model_output: torch.Tensor, t: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
         """The next sample, tied."""
@@ -71,6 +75,15 @@ class TiedScheduler:
     def tie(self, latents: torch.Tensor) -> torch.Tensor:
         """Tie a sample that something else, such as a callback, has changed."""
         return tie(latents, self.grain_map)
+
+
+def set_timesteps(scheduler, num_inference_steps: int) -> torch.Tensor:
+    """Set the timesteps of a scheduler, on the CPU.
+
+    With timesteps on an accelerator many schedulers read a coefficient back from it at every step, and stall it.
+    """
+    scheduler.set_timesteps(num_inference_steps, device="cpu")
+    return scheduler.timesteps
 
 
 def step_generator_kwargs(scheduler, generator: torch.Generator | list[torch.Generator] | None) -> dict:
@@ -118,11 +131,13 @@ class _EDMPreconditioning:
         self.log_sigmas = ((1 - cumulative) / cumulative).sqrt().log().numpy()
         self.sigma_data = scheduler.config.sigma_data
 
-    def model_input(self, latents: torch.Tensor, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        log_sigma = 4 * t.item()  # the scheduler's timesteps are log(sigma) / 4
-        timestep = np.interp(log_sigma, self.log_sigmas, np.arange(len(self.log_sigmas)))
-        scale = (1 + np.exp(2 * log_sigma)) ** -0.5
-        return latents * scale, torch.tensor(timestep, dtype=torch.float32, device=latents.device)
+    def timesteps(self, timesteps: torch.Tensor) -> torch.Tensor:
+        log_sigmas = 4 * timesteps.double().numpy()  # the scheduler's timesteps are log(sigma) / 4
+        steps = np.interp(log_sigmas, self.log_sigmas, np.arange(len(self.log_sigmas)))
+        return torch.from_numpy(steps).float()
+
+    def model_input(self, latents: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return latents * (1 + np.exp(8 * t.item())) ** -0.5
 
     def model_output(self, noise: torch.Tensor, t: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
         sigma = np.exp(4 * t.item())

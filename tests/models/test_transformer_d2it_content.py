@@ -258,6 +258,26 @@ def test_runs_in_bf16_close_to_fp32(make_content_model):
     assert (rough.float() - exact).norm() < 0.05 * exact.norm()
 
 
+def test_residual_stream_under_autocast(make_content_model):
+    # Thirty layers: what is rounded at each of them adds up
+    model = make_content_model(num_layers=24, num_refine_layers=6)
+    inputs = random_inputs(size=(8, 8))
+    streams, errors = [], []
+    for block in (model.transformer_blocks[-1], model.refine_nets[0].transformer_blocks[-1]):
+        block.register_forward_pre_hook(lambda module, args: streams.append(args[0].dtype))
+    exact = model(*inputs).sample
+    assert streams == 2 * [torch.float32]
+    for dtype in (torch.float32, torch.bfloat16):
+        model.set_residual_dtype(dtype)
+        streams.clear()
+        with torch.autocast("cpu", torch.bfloat16):
+            errors.append(((model(*inputs).sample - exact).norm() / exact.norm()).item())
+        assert streams == 2 * [dtype]
+    assert 0 < errors[0] < 0.5 * errors[1] < 0.05
+    with pytest.raises(ValueError, match="torch.float32 or torch.bfloat16, got torch.float16"):
+        model.set_residual_dtype(torch.float16)
+
+
 def test_timestep_may_be_a_number(make_content_model):
     model = make_content_model()
     latents, _, grain_map, labels = random_inputs()

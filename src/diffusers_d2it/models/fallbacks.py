@@ -71,6 +71,6 @@ class _CompiledOrPlain:
         if not self.state.has_failed:
             try:
                 return self.compiled(*args, **kwargs)
-            except (TorchDynamoException, FailOnRecompileLimitHit) as error:  # raised before anything of the block has run
+            except (TorchDynamoException, FailOnRecompileLimitHit) as error:  # before anything of the block has run
                 self.state.fail(error)
         return self.plain(*args, **kwargs)

@@ -132,7 +132,7 @@ class GrainLayout:
         if null_fine_ratio is None:
             return cls.from_grain_map(both, num_grains, window_size, rounded)
         check_grain_map(grain_map, num_grains)
-        side = window_size >> (num_grains - 1)  # regions along a side of the smallest windows
+        side = window_size // 2  # regions along a side of the largest windows, those of level 1
         corrected = _spread_windows(grain_map, side, null_fine_ratio)
         worked_on = torch.cat([grain_map, grain_map.masked_fill(~corrected, 0)])
         cells = grain_map_to_cells(both != worked_on, 1 << (num_grains - 1))

@@ -83,7 +83,8 @@ class SelfAttention(nn.Module, AttentionModuleMixin):
             projected = self.to_q(hidden_states), self.to_k(hidden_states), self.to_v(hidden_states)
             query, key, value = (x.unflatten(-1, (self.heads, -1)) for x in projected)
         else:
-            query, key, value = self.qkv(hidden_states).unflatten(-1, (3, self.heads, -1)).unbind(-3)
+            qkv = self.qkv(hidden_states)
+            query, key, value = qkv.view(*qkv.shape[:-1], 3, self.heads, -1).unbind(-3)
         return query, key, value
 
     # What changes the layers or their weights from outside leaves the stack behind.
@@ -181,12 +182,13 @@ class FinalLayer(nn.Module):
 def residual_stream(tokens: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """Tokens in the dtype that blocks add to, where autocast leaves a choice: outside, it is that of the weights."""
     device = tokens.device.type
-    return tokens.to(dtype) if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) else tokens
+    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return tokens.to(dtype) if autocast else tokens
 
 
 def norm_modulate(hidden_states: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """LayerNorm(hidden_states) * scale + shift: two passes over the tokens, one where it is compiled."""
-    normed = F.layer_norm(hidden_states, hidden_states.shape[-1:], eps=1e-6)
+    normed = torch.layer_norm(hidden_states, hidden_states.shape[-1:], eps=1e-6)
     return torch.addcmul(shift, normed, scale)
 
 
@@ -210,7 +212,7 @@ class ModulationStack(LinearStack):
             return alone
         for block in blocks:
             block.attn.stack_projections(like=conditioning)
-        if not self.refresh([block.adaln for block in blocks], like=conditioning):
+        if not self.refresh([block._modules["adaln"] for block in blocks], like=conditioning):
             return alone
         return _from_one(self(conditioning).unflatten(-1, (len(blocks), 6, -1))).unbind(1)
 

@@ -33,16 +33,20 @@ class LinearStack:
     def __init__(self):
         self.weight: torch.Tensor | None = None
         self.bias: torch.Tensor | None = None
-        self._parts: list[tuple] = []  # each layer with its weights and where they lie
+        # What `_holds` compares: the layers, where their weights lie, and what else they may have been given
+        self._layers: list[nn.Module] = []
+        self._parameters: list[dict[str, nn.Parameter]] = []
+        self._weights_at: list[int] = []
+        self._hooks: list[dict] = []
+        self._attributes: list[dict] = []
 
     def __call__(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """(..., D) -> the outputs of all layers side by side in the last dimension."""
         return F.linear(hidden_states, self.weight, self.bias)
 
     def clear(self) -> None:
-        """Forget the common memory; the layers keep theirs."""
-        self.weight = self.bias = None
-        self._parts = []
+        """Forget the common memory; the layers keep their parts of it."""
+        self.__init__()
 
     def refresh(self, layers: Sequence[nn.Module], like: torch.Tensor) -> bool:
         """Make sure that the stack computes what the layers do.
@@ -64,20 +68,15 @@ class LinearStack:
         return True
 
     def _holds(self, layers: Sequence[nn.Module], like: torch.Tensor) -> bool:
-        """Whether nothing has changed, asked at every forward and of every layer: so nothing is looked up twice."""
-        if self.weight.dtype != like.dtype or self.weight.device != like.device:
-            return False
-        for layer, (held, parameters, weight, weight_at, bias, bias_at) in zip(layers, self._parts):
-            if (
-                layer is not held
-                or parameters["weight"] is not weight
-                or parameters["bias"] is not bias
-                or weight.data_ptr() != weight_at
-                or bias.data_ptr() != bias_at
-                or _is_hooked(layer)
-            ):
-                return False
-        return True
+        """Whether nothing has changed. Asked at every forward about every layer, so nothing is looked up twice."""
+        return (
+            self.weight.dtype == like.dtype
+            and self.weight.device == like.device
+            and list(layers) == self._layers  # by identity
+            and _addresses(self._parameters) == self._weights_at
+            and not any(self._hooks)
+            and not any("forward" in attributes for attributes in self._attributes)
+        )
 
     @torch.inference_mode(False)  # a training step may follow, which the memory has to serve too
     @torch.no_grad()
@@ -87,8 +86,11 @@ class LinearStack:
         rows = [layer.out_features for layer in layers]
         for layer, weight, bias in zip(layers, self.weight.split(rows), self.bias.split(rows)):
             layer.weight.data, layer.bias.data = weight, bias
-            part = (layer, layer._parameters, layer.weight, weight.data_ptr(), layer.bias, bias.data_ptr())
-            self._parts.append(part)
+        self._layers = list(layers)
+        self._parameters = [layer._parameters for layer in layers]
+        self._weights_at = _addresses(self._parameters)
+        self._hooks = [hooks for layer in layers for hooks in (layer._forward_hooks, layer._forward_pre_hooks)]
+        self._attributes = [vars(layer) for layer in layers]
 
 
 def _is_plain(layer: nn.Module, like: torch.Tensor) -> bool:
@@ -99,10 +101,10 @@ def _is_plain(layer: nn.Module, like: torch.Tensor) -> bool:
         and layer.weight.device == layer.bias.device == like.device
         and not layer.weight.is_inference()
         and layer.bias.nbytes % _ALIGNMENT == layer.weight.nbytes % _ALIGNMENT == 0
-        and not _is_hooked(layer)
+        and not (layer._forward_hooks or layer._forward_pre_hooks)
+        and "forward" not in vars(layer)  # hooks of accelerate and diffusers, which offload or cast weights
     )
 
 
-def _is_hooked(layer: nn.Module) -> bool:
-    # Hooks of accelerate and diffusers, which offload or cast weights, replace `forward`
-    return bool(layer._forward_pre_hooks or layer._forward_hooks or "forward" in layer.__dict__)
+def _addresses(parameters: list[dict[str, nn.Parameter]]) -> list[int]:
+    return [parameter.data_ptr() for of_layer in parameters for parameter in of_layer.values()]

@@ -360,7 +360,7 @@ class D2iTContentModel(
 
     @property
     def _blocks_are_compiled(self) -> bool:
-        return self.refine_nets[0].transformer_blocks[0]._compiled_call_impl is not None
+        return self.transformer_blocks[0]._compiled_call_impl is not None
 
     def forward(
         self,
