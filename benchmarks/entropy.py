@@ -58,16 +58,17 @@ def main() -> None:
         errors = {name: max_error(images) for name, images in synthetic_images(args.device).items()}
         errors = {"photographs": max_error(photographs), **errors}
 
+    goal = 10 if args.device == "cpu" else None
     fast, direct = timings["region_entropy"].median, timings["direct broadcast"].median
     report(
         args,
         "entropy of one 256x256 image",
         timings,
         [
-            Claim("ms an image", fast, 2.0),
-            Claim("direct broadcast / region_entropy", direct / fast, 100, at_least=True),
-            Claim("error in nats", max(errors.values()), 2e-5),
-            Claim("MiB an image", memory["region_entropy"], 8),
+            Claim("ms an image", fast, 2.0, goal=goal),
+            Claim("direct broadcast / region_entropy", direct / fast, 100, at_least=True, goal=goal),
+            Claim("error in nats", max(errors.values()), 2e-5, goal=goal),
+            Claim("MiB an image", memory["region_entropy"], 8, goal=goal),
         ],
         notes={
             **{f"error on {name} (nats)": error for name, error in errors.items()},

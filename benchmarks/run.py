@@ -1,9 +1,12 @@
 # Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
-"""Run all benchmarks, one process each, and print goal, measurement and verdict.
+"""Run all benchmarks, one process each, and print every goal with what was measured for it, per device.
 
-    python benchmarks/run.py [--device cuda] [--threads 1] [--repeats 20]
+    python benchmarks/run.py                       # the small forms, on the CPU
+    python benchmarks/run.py --device cuda         # the real sizes
+    python benchmarks/run.py --table               # run nothing, print what the last runs have found
 
-The options go to every benchmark. Each writes its result to `benchmarks/results/`, where this script reads it.
+Other options (--threads 1, --repeats 20) go to every benchmark. Each writes its result to `benchmarks/results/`, where
+this script reads it; a goal is "not measured" on a device as long as no result for it is there.
 """
 
 import argparse
@@ -12,36 +15,89 @@ import subprocess
 import sys
 from pathlib import Path
 
-from common import RESULTS, Claim
+from common import Claim, result_path
+from goals import GOALS
 
 
-BENCHMARKS = ("entropy", "window_attention", "refine_net")
+# In the order of the goals; what belongs to none follows.
+BENCHMARKS = (
+    "dit_forward",
+    "one_image",
+    "forward_mfu",
+    "refine_net",
+    "whole_forward",
+    "window_attention",
+    "training_throughput",
+    "sampling",
+    "between_steps",
+    "entropy",
+    "pipeline_overhead",
+    "loading",
+    "training_step",
+    "step_savers",
+    "scaling",
+    "decoding",
+)
+CPU_ONLY = ("training_step", "loading")
+DEVICES = {"cpu": "CPU", "cuda": "GPU"}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=BENCHMARKS, default=BENCHMARKS, help="some of them")
+    parser.add_argument("--device", choices=list(DEVICES), default="cpu")
+    parser.add_argument("--table", action="store_true", help="only print the table of the results that are there")
     args, options = parser.parse_known_args()
 
-    rows = []
-    for name in args.only:
-        output = RESULTS / f"{name}.json"
-        output.unlink(missing_ok=True)  # a result of another run must not pass for one of this run
-        script = Path(__file__).with_name(f"{name}.py")
-        completed = subprocess.run([sys.executable, str(script), *options, "--output", str(output)], check=False)
-        if completed.returncode:
-            sys.exit(f"{script.name} failed with exit status {completed.returncode}.")
-        print(flush=True)
-        for fields in json.loads(output.read_text(encoding="utf-8"))["claims"]:
-            reached = fields.pop("reached")
-            rows.append((name, Claim(**fields), reached))
+    failed = [] if args.table else [name for name in args.only if not run(name, args.device, options)]
+    print_goals()
+    if failed:
+        sys.exit(f"failed: {', '.join(failed)}")
 
-    width = max(len(claim.text) for _, claim, _ in rows)
-    print(f"{'benchmark':<17} {'claim':<{width}} {'goal':>9}   {'measured':>8}")
-    for name, claim, reached in rows:
-        goal = f"{'>=' if claim.at_least else '<='} {claim.limit:.3g}"
-        verdict = "reached" if reached else "NOT REACHED"
-        print(f"{name:<17} {claim.text:<{width}} {goal:>9}   {claim.measured:>8.3g}   {verdict}")
+
+def run(name: str, device: str, options: list[str]) -> bool:
+    """Run a benchmark; False if it failed."""
+    if device != "cpu" and name in CPU_ONLY:
+        return True
+    result_path(name, device).unlink(missing_ok=True)  # a result of another run must not pass for one of this run
+    script = Path(__file__).with_name(f"{name}.py")
+    completed = subprocess.run([sys.executable, str(script), "--device", device, *options], check=False)
+    print(flush=True)
+    return completed.returncode == 0
+
+
+def print_goals() -> None:
+    """The table: a goal, then a line for each claim on each of its devices."""
+    claims = {device: claims_of(device) for device in DEVICES}
+    for goal in GOALS:
+        print(f"{goal.number:>2}. {goal.text}")
+        for device in goal.devices:
+            found = [claim for claim in claims[device] if claim.goal == goal.number]
+            for claim in found:
+                print(f"      {DEVICES[device]}  {verdict(claim):<12}  {claim}")
+            if not found:
+                print(f"      {DEVICES[device]}  not measured")
+    print("Beside the goals")
+    for device, of_device in claims.items():
+        for claim in of_device:
+            if claim.goal is None:
+                print(f"      {DEVICES[device]}  {verdict(claim):<12}  {claim}")
+
+
+def verdict(claim: Claim) -> str:
+    return "reached" if claim.reached else "NOT REACHED"
+
+
+def claims_of(device: str) -> list[Claim]:
+    """All claims that the results of a device hold."""
+    claims = []
+    for name in BENCHMARKS:
+        path = result_path(name, device)
+        if path.is_file():
+            for fields in json.loads(path.read_text(encoding="utf-8"))["claims"]:
+                del fields["reached"]
+                claims.append(Claim(**fields))
+    return claims
 
 
 if __name__ == "__main__":

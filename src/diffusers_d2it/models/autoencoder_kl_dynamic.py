@@ -34,7 +34,7 @@ from ..grains import (
     tie,
 )
 from .config_ranges import check_autoencoder
-from .fallbacks import CompiledBlocksMixin
+from .fallbacks import CompiledMixin
 from .loading import StrictModelMixin
 from .tiling import blend_tiles, tile_starts
 
@@ -157,7 +157,7 @@ class HierarchicalEncoder(nn.Module):
         return block(hidden_states)
 
 
-class DynamicAutoencoderKL(CompiledBlocksMixin, StrictModelMixin, AttentionMixin, AutoencoderMixin, ConfigMixin):
+class DynamicAutoencoderKL(CompiledMixin, StrictModelMixin, AttentionMixin, AutoencoderMixin, ConfigMixin):
     r"""Variational autoencoder that gives every region of an image as many codes as its entropy asks for.
 
     The trunk of the encoder is read at every factor of `downsample_factors`; Dynamic Grained Coding decides by the

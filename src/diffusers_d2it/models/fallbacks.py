@@ -6,7 +6,10 @@ from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
+import torch
 from torch import nn
+
+from .linear_stack import LinearStack
 
 
 logger = logging.getLogger(__name__)
@@ -18,23 +21,42 @@ def warn_once(message: str) -> None:
     logger.warning(message)
 
 
-class CompiledBlocksMixin:
-    """Blocks that are compiled as long as they can be.
+class CompiledMixin:
+    """Models, or their blocks, that are compiled as long as they can be.
 
     A compiler may be missing, or fail on a shape, a dtype or a device, and is only asked when an input comes: hours
-    after `compile_repeated_blocks` perhaps. The blocks then run as they are.
+    after `compile` perhaps. What was compiled then runs as it is.
     """
 
+    def compile(self, *args, **kwargs) -> None:
+        """As of torch: compile the model as one graph, `torch.compile(model, *args, **kwargs)`, in place.
+
+        If the compiler fails later, one warning gives its reason and the model runs uncompiled from then on.
+        """
+        super().compile(*args, **kwargs)
+        self._compiled_call_impl = _CompiledOrPlain(self, _CompilerState(type(self).__name__), self.before_graph)
+        self._trust_graphs()
+
     def compile_repeated_blocks(self, *args, **kwargs) -> None:
-        """As of diffusers: compile every block by itself, `torch.compile(block, *args, **kwargs)`.
+        """As of diffusers: compile every block by itself, `torch.compile(block, *args, **kwargs)`, in place.
 
         If the compiler fails later, one warning gives its reason and all blocks run uncompiled from then on.
         """
         super().compile_repeated_blocks(*args, **kwargs)
-        blocks = [module for module in self.modules() if type(module).__name__ in self._repeated_blocks]
         state = _CompilerState(type(self).__name__)
-        for block in blocks:
-            block._compiled_call_impl = _CompiledOrPlain(block, state)
+        for module in self.modules():
+            if type(module).__name__ in self._repeated_blocks:
+                module._compiled_call_impl = _CompiledOrPlain(module, state)
+        self._trust_graphs()
+
+    def before_graph(self, hidden_states: torch.Tensor, *args, **kwargs) -> None:
+        """Called before a graph of the whole model, with its inputs: for what a graph cannot do."""
+
+    def _trust_graphs(self) -> None:
+        for module in self.modules():
+            for value in vars(module).values():
+                if isinstance(value, LinearStack):
+                    value.is_checked_outside = True
 
 
 class _CompilerState:
@@ -49,7 +71,7 @@ class _CompilerState:
         cause = getattr(error, "inner_exception", None) or error.__cause__ or error
         reason = next((line.strip() for line in str(cause).splitlines() if line.strip()), "")
         logger.warning(
-            "%s runs without compiled blocks from here on. The compiler failed, %s: %s",
+            "%s runs uncompiled from here on. The compiler failed, %s: %s",
             self.model_name,
             type(cause).__name__,
             reason,
@@ -57,20 +79,23 @@ class _CompilerState:
 
 
 class _CompiledOrPlain:
-    """A call of a block: compiled, or plain once the compiler has failed."""
+    """A call of a module: compiled, or plain once the compiler has failed."""
 
-    def __init__(self, block: nn.Module, state: _CompilerState):
-        self.compiled: Callable = block._compiled_call_impl
-        self.plain: Callable = block._call_impl
+    def __init__(self, module: nn.Module, state: _CompilerState, before: Callable | None = None):
+        self.compiled: Callable = module._compiled_call_impl
+        self.plain: Callable = module._call_impl
         self.state = state
+        self.before = before
 
     def __call__(self, *args, **kwargs) -> Any:
         # Slow to import, and here they have been
         from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 
         if not self.state.has_failed:
+            if self.before is not None and not torch.is_grad_enabled():
+                self.before(*args, **kwargs)
             try:
                 return self.compiled(*args, **kwargs)
-            except (TorchDynamoException, FailOnRecompileLimitHit) as error:  # before anything of the block has run
+            except (TorchDynamoException, FailOnRecompileLimitHit) as error:  # before anything of it has run
                 self.state.fail(error)
         return self.plain(*args, **kwargs)

@@ -253,8 +253,9 @@ def _refine_layout(
         rounded=rounded,
     )
     if rounded:
-        for size in (layout.images, *(group.arrangement for group in groups)):
-            torch._dynamo.maybe_mark_dynamic(size, 0)
+        sized = (layout.tokens, layout.parents, layout.images, *(group.arrangement for group in groups))
+        for tensor in sized:
+            torch._dynamo.maybe_mark_dynamic(tensor, 0)
     return layout, position
 
 

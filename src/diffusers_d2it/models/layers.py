@@ -72,19 +72,19 @@ class SelfAttention(nn.Module, AttentionModuleMixin):
         self.qkv.clear()
 
     def stack_projections(self, like: torch.Tensor) -> None:
-        """Let the next `project` without gradients be one matrix product, if inputs are `like` this and it can be."""
+        """Let the next `project` without gradients be one matrix product, if it can be for inputs `like` this."""
         if self.fused_projections:
             layers = self._modules  # thrice as fast as self.to_q, and asked for in every block at every forward
             self.qkv.refresh((layers["to_q"], layers["to_k"], layers["to_v"]), like)
 
     def project(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Query, key and value, each (..., N, A, D / A)."""
-        if self.qkv.weight is None or torch.is_grad_enabled():
-            projected = self.to_q(hidden_states), self.to_k(hidden_states), self.to_v(hidden_states)
-            query, key, value = (x.unflatten(-1, (self.heads, -1)) for x in projected)
-        else:
+        if self.qkv.is_ready:
             qkv = self.qkv(hidden_states)
             query, key, value = qkv.view(*qkv.shape[:-1], 3, self.heads, -1).unbind(-3)
+        else:
+            projected = self.to_q(hidden_states), self.to_k(hidden_states), self.to_v(hidden_states)
+            query, key, value = (x.unflatten(-1, (self.heads, -1)) for x in projected)
         return query, key, value
 
     # What changes the layers or their weights from outside leaves the stack behind.
@@ -201,19 +201,21 @@ def _from_one(modulation: torch.Tensor) -> torch.Tensor:
 class ModulationStack(LinearStack):
     """adaLN of all blocks of a model as one matrix product, while nothing is learned."""
 
+    def prepare(self, blocks: nn.ModuleList, like: torch.Tensor) -> None:
+        """Refresh the stacks of blocks, this one and those of their attention, for inputs `like` this."""
+        for block in blocks:
+            block.attn.stack_projections(like)
+        self.refresh([block._modules["adaln"] for block in blocks], like)
+
     def modulations(self, blocks: nn.ModuleList, conditioning: torch.Tensor) -> list[torch.Tensor | None]:
         """The modulation of every block, (B, 6, D), or None where it is left to the block.
 
-        Left to the blocks are training, where gradients of the weights of one block are to be ready with that block,
-        and graphs of a whole model, inside which nobody could see that weights have been replaced.
+        Left to the blocks is training: the gradients of a block's weights are to be ready with that block.
         """
-        alone = [None] * len(blocks)
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return alone
-        for block in blocks:
-            block.attn.stack_projections(like=conditioning)
-        if not self.refresh([block._modules["adaln"] for block in blocks], like=conditioning):
-            return alone
+        if not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
+            self.prepare(blocks, conditioning)
+        if not self.is_ready:
+            return [None] * len(blocks)
         return _from_one(self(conditioning).unflatten(-1, (len(blocks), 6, -1))).unbind(1)
 
 
@@ -243,18 +245,25 @@ class LabelEmbedder(nn.Embedding):
         super().__init__(num_classes + 1, dim)
 
 
-@lru_cache(maxsize=8)
 def sincos_positions(height: int, width: int, dim: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
     """Fixed 2-D sine-cosine positions of DiT for a grid of tokens of any shape: (height * width, dim).
 
     Computed once for a grid, not at every step. Positions are token indices, not rescaled to the training size: a
     wider image has more positions, equally spaced.
     """
+    compute = _sincos_positions if torch.compiler.is_compiling() else _kept_sincos_positions
+    return compute(height, width, dim, device, dtype)
+
+
+def _sincos_positions(height: int, width: int, dim: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
     with torch.inference_mode(False):  # what is kept must also serve a later training step
         rows = torch.arange(height, device=device, dtype=torch.float32)
         columns = torch.arange(width, device=device, dtype=torch.float32)
         grid = torch.stack(torch.meshgrid(columns, rows, indexing="xy"))  # the column comes first, as in DiT
         return get_2d_sincos_pos_embed_from_grid(dim, grid, output_type="pt").to(dtype)
+
+
+_kept_sincos_positions = lru_cache(maxsize=8)(_sincos_positions)
 
 
 def init_dit_weights(module: nn.Module) -> None:

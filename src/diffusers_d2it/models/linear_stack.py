@@ -28,9 +28,17 @@ class LinearStack:
     layers under their own names: nothing is held twice, a change in place is seen at once, and checkpoints, optimizers
     and averages notice nothing. What replaces a weight or a layer (a move to another device, LoRA, quantisation)
     is noticed by `refresh`, which moves the weights together again or says that it cannot be done.
+
+    A compiled graph cannot ask where weights lie. So it uses a stack only if `is_checked_outside`: if whoever calls
+    the graph refreshes the stack before, at every call.
     """
 
     def __init__(self):
+        self.is_checked_outside = False
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget the common memory; the layers keep their parts of it."""
         self.weight: torch.Tensor | None = None
         self.bias: torch.Tensor | None = None
         # What `_holds` compares: the layers, where their weights lie, and what else they may have been given
@@ -44,9 +52,14 @@ class LinearStack:
         """(..., D) -> the outputs of all layers side by side in the last dimension."""
         return F.linear(hidden_states, self.weight, self.bias)
 
-    def clear(self) -> None:
-        """Forget the common memory; the layers keep their parts of it."""
-        self.__init__()
+    @property
+    def is_ready(self) -> bool:
+        """Whether the stack may be used here: it is refreshed, nothing is learned, no graph is on its own."""
+        return (
+            self.weight is not None
+            and not torch.is_grad_enabled()
+            and (self.is_checked_outside or not torch.compiler.is_compiling())
+        )
 
     def refresh(self, layers: Sequence[nn.Module], like: torch.Tensor) -> bool:
         """Make sure that the stack computes what the layers do.

@@ -18,7 +18,7 @@ from torch import nn
 
 from ..grains import average_codes, cells_per_region, check_fine_ratio, check_tied
 from .config_ranges import check_content_model
-from .fallbacks import CompiledBlocksMixin, warn_once
+from .fallbacks import CompiledMixin, warn_once
 from .grain_layout import GrainLayout, RefineLayout
 from .layers import (
     FREQUENCY_SIZE,
@@ -187,7 +187,7 @@ class RefineNet(nn.Module):
         tokens = self.up_proj(parents.index_select(0, layout.parents)).unflatten(-1, (4, -1))  # (N / 4, 4, D)
         tokens = tokens + self.patch_embed(patches.index_select(0, layout.tokens)).view_as(tokens)
         tokens = residual_stream(tokens, self.residual_dtype)
-        if layout.rounded:
+        if layout.rounded and not torch.compiler.is_compiling():
             torch._dynamo.maybe_mark_dynamic(tokens, 0)
 
         modulations = self.adaln.modulations(self.transformer_blocks, conditioning)
@@ -206,9 +206,7 @@ class RefineNet(nn.Module):
         return unpatchify(residual.view(batch, rows * columns, -1), rows, self.patch_size), tokens.flatten(0, 1)
 
 
-class D2iTContentModel(
-    CompiledBlocksMixin, StrictModelMixin, AttentionMixin, CacheMixin, SafeAdapterMixin, ConfigMixin
-):
+class D2iTContentModel(CompiledMixin, StrictModelMixin, AttentionMixin, CacheMixin, SafeAdapterMixin, ConfigMixin):
     r"""Multi-grained Net, Router and RefineNet: rough noise for every region, corrected where the map is fine.
 
         layout = model.prepare_grain_map(grain_map)         # once per map
@@ -338,7 +336,7 @@ class D2iTContentModel(
             ValueError: wrong type, dtype, shape or values.
         """
         return GrainLayout.from_grain_map(
-            grain_map, self.config.num_grains, self.config.window_size, self._blocks_are_compiled
+            grain_map, self.config.num_grains, self.config.window_size, self._is_compiled
         )
 
     def prepare_guided_grain_map(self, grain_map: torch.Tensor, null_fine_ratio: float | None = None) -> GrainLayout:
@@ -355,12 +353,16 @@ class D2iTContentModel(
         if null_fine_ratio is not None:
             check_fine_ratio(null_fine_ratio, name="null_fine_ratio")
         return GrainLayout.for_guidance(
-            grain_map, self.config.num_grains, self.config.window_size, self._blocks_are_compiled, null_fine_ratio
+            grain_map, self.config.num_grains, self.config.window_size, self._is_compiled, null_fine_ratio
         )
 
+    def before_graph(self, hidden_states: torch.Tensor, *args, **kwargs) -> None:
+        for net in (self, *self.refine_nets):
+            net.adaln.prepare(net.transformer_blocks, like=hidden_states)
+
     @property
-    def _blocks_are_compiled(self) -> bool:
-        return self.transformer_blocks[0]._compiled_call_impl is not None
+    def _is_compiled(self) -> bool:
+        return any(module._compiled_call_impl is not None for module in (self, self.transformer_blocks[0]))
 
     def forward(
         self,

@@ -17,7 +17,7 @@ from einops import rearrange
 from torch import nn
 
 from .config_ranges import check_grain_model
-from .fallbacks import CompiledBlocksMixin
+from .fallbacks import CompiledMixin
 from .layers import (
     DiTBlock,
     FinalLayer,
@@ -43,7 +43,7 @@ class D2iTGrainModelOutput(BaseOutput):
     logits: torch.Tensor
 
 
-class D2iTGrainModel(CompiledBlocksMixin, StrictModelMixin, AttentionMixin, CacheMixin, SafeAdapterMixin, ConfigMixin):
+class D2iTGrainModel(CompiledMixin, StrictModelMixin, AttentionMixin, CacheMixin, SafeAdapterMixin, ConfigMixin):
     r"""A DiT with one token per region that predicts the clean grain map from a noised one.
 
     A single pass from noise to logits would make every region an independent coin, so the map is drawn by diffusion:
@@ -165,6 +165,9 @@ class D2iTGrainModel(CompiledBlocksMixin, StrictModelMixin, AttentionMixin, Cach
         if not return_dict:
             return (logits,)
         return D2iTGrainModelOutput(logits=logits)
+
+    def before_graph(self, hidden_states: torch.Tensor, *args, **kwargs) -> None:
+        self.adaln.prepare(self.transformer_blocks, like=hidden_states)
 
     def _embed_fine_ratio(self, fine_ratio: torch.Tensor | None, batch_size: int) -> torch.Tensor:
         if fine_ratio is None:

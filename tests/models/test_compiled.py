@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
-"""Compiled blocks and rounded layouts: the function of the plain ones, one graph for every map, and a way back."""
+"""Compiled models and blocks, rounded layouts: the function of the plain ones, one graph for all maps, a way back."""
 
 import logging
 
@@ -35,7 +35,7 @@ def maps(num_grains: int = 2, shape: tuple[int, int, int] = (2, 6, 5)) -> list[t
     single[0, 1, 1] = num_grains - 1
     constant = [torch.full(shape, grain) for grain in range(num_grains)]
     generator = torch.Generator().manual_seed(1)
-    shares = torch.rand(8, 1, 1, 1, generator=generator)
+    shares = torch.rand(4, 1, 1, 1, generator=generator)
     random = [(torch.rand(shape, generator=generator) < share).long() * (num_grains - 1) for share in shares]
     return [single, *constant, *random]
 
@@ -48,7 +48,7 @@ def maps(num_grains: int = 2, shape: tuple[int, int, int] = (2, 6, 5)) -> list[t
 @pytest.mark.parametrize("num_grains, window_size", [(2, 4), (2, 2), (3, 4), (3, 8)])
 def test_a_rounded_layout_is_the_same_function(make_content_model, num_grains, window_size):
     model = make_content_model(num_grains, window_size=window_size)
-    for grain_map in maps(num_grains)[:8]:
+    for grain_map in maps(num_grains):
         latents, timesteps, labels = inputs_for(grain_map, model.patch_size)
         outputs, gradients = [], []
         for rounded in (False, True):
@@ -86,20 +86,59 @@ def test_large_windows_are_not_rounded():
 
 
 @pytest.mark.parametrize("num_grains, train", [(2, False), (3, False), (2, True)])
-def test_one_graph_serves_every_map(make_content_model, num_grains, train):
+@pytest.mark.parametrize("compiled", ["blocks", "model"])
+def test_one_graph_serves_every_map(make_content_model, compiled, num_grains, train):
     model = make_content_model(num_grains, num_layers=1)
     counter = CompileCounterWithBackend("aot_eager" if train else "eager")
-    model.compile_repeated_blocks(backend=counter, fullgraph=True)
+    (model.compile if compiled == "model" else model.compile_repeated_blocks)(backend=counter, fullgraph=True)
     plain = make_content_model(num_grains, num_layers=1)
     with torch.set_grad_enabled(train):
         for grain_map in maps(num_grains):
             latents, timesteps, labels = inputs_for(grain_map, model.patch_size)
-            output = model(latents, timesteps, grain_map, labels).sample
+            output = model(latents, timesteps, model.prepare_grain_map(grain_map), labels).sample
             expected = plain(latents, timesteps, grain_map, labels).sample
             torch.testing.assert_close(output, expected, atol=1e-5, rtol=1e-5)
             if train:
                 output.square().mean().backward()
-    assert counter.frame_count == num_grains  # DiTBlock, and RefineBlock of every level
+    # The whole model, or DiTBlock and the RefineBlock of every level
+    assert counter.frame_count == (1 if compiled == "model" else num_grains)
+
+
+@pytest.mark.parametrize("compiled", ["blocks", "model"])
+def test_graphs_see_that_weights_have_been_replaced(make_content_model, compiled):
+    # They read stacked projections, of which they cannot see that the layers have other weights now
+    model, plain = make_content_model(), make_content_model()
+    (model.compile if compiled == "model" else model.compile_repeated_blocks)(backend="eager")
+    grain_map = maps()[5]
+    latents, timesteps, labels = inputs_for(grain_map)
+
+    def outputs() -> list[torch.Tensor]:
+        with torch.no_grad():
+            return [m(latents, timesteps, m.prepare_grain_map(grain_map), labels).sample for m in (model, plain)]
+
+    before, _ = outputs()
+    assert model.adaln.is_ready is False and model.adaln.weight is not None  # gradients are on here
+    for change in (0.05, -0.02):
+        for parameter in (*model.parameters(), *plain.parameters()):
+            parameter.data = parameter.data + change
+        output, expected = outputs()
+        torch.testing.assert_close(output, expected, atol=1e-6, rtol=1e-5)
+        assert not torch.allclose(output, before, atol=1e-3)
+
+
+def test_graphs_made_elsewhere_use_no_stack(make_content_model):
+    model, plain = make_content_model(), make_content_model()
+    grain_map = maps()[5]
+    latents, timesteps, labels = inputs_for(grain_map)
+    layout = model.prepare_grain_map(grain_map)
+    with torch.no_grad():
+        model(latents, timesteps, layout, labels)
+        compiled = torch.compile(model, backend="eager")
+        compiled(latents, timesteps, layout, labels)
+        for parameter in (*model.parameters(), *plain.parameters()):
+            parameter.data = parameter.data + 0.05
+        output = compiled(latents, timesteps, layout, labels).sample
+        torch.testing.assert_close(output, plain(latents, timesteps, layout, labels).sample, atol=1e-6, rtol=1e-5)
 
 
 def test_a_compiler_gives_the_same_numbers(make_content_model):
@@ -137,13 +176,14 @@ def one_warning(caplog) -> str:
     return messages[0]
 
 
-def test_a_failing_compiler_leaves_the_plain_blocks(make_content_model, caplog):
+@pytest.mark.parametrize("compiled", ["blocks", "model"])
+def test_a_failing_compiler_leaves_the_plain_model(make_content_model, caplog, compiled):
     model, plain = make_content_model(), make_content_model()
-    model.compile_repeated_blocks(backend=fails)
+    (model.compile if compiled == "model" else model.compile_repeated_blocks)(backend=fails)
     for grain_map in maps()[4:6]:
         latents, timesteps, labels = inputs_for(grain_map)
         with torch.no_grad():
-            output = model(latents, timesteps, grain_map, labels).sample
+            output = model(latents, timesteps, model.prepare_grain_map(grain_map), labels).sample
             expected = plain(latents, timesteps, grain_map, labels).sample
         torch.testing.assert_close(output, expected, atol=1e-6, rtol=1e-5)
     message = one_warning(caplog)

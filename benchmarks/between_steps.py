@@ -1,0 +1,303 @@
+# Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
+"""Does sampling wait for the device, or compile anything, between its steps?
+
+    python benchmarks/between_steps.py --device cuda     # content-xl, bf16, compiled by inductor
+    python benchmarks/between_steps.py                   # content-tiny on the meta device, blocks traced by dynamo
+
+The pipeline itself is called, with every scheduler, and watched from the end of its first step to the end of its last.
+On a GPU torch reports what makes the host wait for it. On the CPU the models and latents are on the meta device, where
+a tensor has a shape and no data: reading a value raises, and what is sent there is counted. A scalar of the CPU that
+stands in an operator is no traffic: a kernel takes it as an argument. Counted apart is what a scheduler of diffusers
+does inside its own step.
+
+Graphs are counted over the steps of a call, and over calls with different grain maps, among them an all-coarse and an
+all-fine one. On the CPU the backend does nothing, so only dynamo's guards matter.
+"""
+
+import argparse
+import functools
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from unittest.mock import patch
+
+import diffusers
+import torch
+from common import Claim, parse_args, report
+from torch._dynamo.utils import counters
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from diffusers_d2it import D2iTContentModel, D2iTPipeline, DynamicAutoencoderKL, load_preset
+
+
+SCHEDULERS = (
+    "DDIMScheduler",
+    "DDPMScheduler",
+    "DPMSolverMultistepScheduler",
+    "UniPCMultistepScheduler",
+    "EulerDiscreteScheduler",
+    "FlowMatchEulerDiscreteScheduler",
+)
+NUM_STEPS = 6  # multistep schedulers are at their full order from the third on
+NUM_MAPS = 20
+BATCH_SIZE = 2
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Host traffic
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def host_traffic(
+    pipe: D2iTPipeline, grain_map: torch.Tensor, num_inference_steps: int = NUM_STEPS, **options
+) -> tuple[list[str], list[str]]:
+    """What the host reads from the device, or sends to it, in the steps after the first.
+
+    Args:
+        pipe: on a GPU, or on the meta device by `move_to_meta`.
+        grain_map: (B, h, w).
+        num_inference_steps: of denoising.
+        options: of the call of the pipeline.
+
+    Returns:
+        Traffic of the denoising loop, and that inside `scheduler.step`.
+
+    Raises:
+        RuntimeError: a value is read on the meta device, or the watch is blind.
+    """
+    device = pipe.transformer.device
+    watch = _watch_meta if device.type == "meta" else _watch_cuda
+    found, of_scheduler = [], []
+    scheduler_step = pipe.scheduler.step
+
+    @functools.wraps(scheduler_step)  # its signature is asked for
+    def step(*arguments, **keywords):
+        before = len(found)
+        result = scheduler_step(*arguments, **keywords)
+        of_scheduler.extend(found[before:])
+        del found[before:]
+        return result
+
+    def on_step_end(pipe: D2iTPipeline, step: int, timestep: torch.Tensor, tensors: dict) -> dict:
+        if step == 0:
+            stack.enter_context(watch(found))
+            torch.ones(2).to(device)
+            if not found:
+                raise RuntimeError("a copy to the device went unnoticed.")
+            found.clear()
+        if step == num_inference_steps - 1:
+            raise _LoopIsOver
+        return {}
+
+    with patch.object(pipe.scheduler, "step", step), ExitStack() as stack:
+        try:
+            pipe(
+                _labels(pipe, len(grain_map)),
+                num_inference_steps=num_inference_steps,
+                grain_map=grain_map,
+                callback_on_step_end=on_step_end,
+                **options,
+            )
+        except _LoopIsOver:  # what follows, decoding to images, has to wait
+            pass
+    return found, of_scheduler
+
+
+class _LoopIsOver(Exception):
+    pass
+
+
+@contextmanager
+def _watch_cuda(found: list[str]) -> Iterator[None]:
+    """Note where torch says that the host waits for the GPU."""
+
+    def note(message: Warning | str, *_) -> None:
+        if "synchroniz" in str(message):
+            found.append(str(message))
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.showwarning = note
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            yield
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@contextmanager
+def _watch_meta(found: list[str]) -> Iterator[None]:
+    """Note what would make the host wait if the meta device were a GPU; a read raises by itself."""
+    with _Operators(found), _Constructors(found):
+        yield
+
+
+class _Operators(TorchDispatchMode):
+    """Notes operators that move data between the CPU and the meta device, or check on the host what they computed."""
+
+    def __init__(self, found: list[str]):
+        super().__init__()
+        self.found = found
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        output = operator(*args, **(kwargs or {}))
+        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        made = [leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor)]
+        if any(tensor.is_meta for tensor in (*given, *made)):
+            name = operator.name()
+            copies = name.startswith(("aten::_to_copy", "aten::copy_"))
+            from_host = any(not tensor.is_meta and (copies or tensor.ndim > 0) for tensor in given)
+            to_host = any(not tensor.is_meta for tensor in made)
+            if from_host or to_host or name == "aten::_linalg_check_errors":
+                self.found.append(name)
+        return output
+
+
+class _Constructors(TorchFunctionMode):
+    """Notes tensors made on the meta device from values of the host, which never reach an operator there."""
+
+    def __init__(self, found: list[str]):
+        super().__init__()
+        self.found = found
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        output = function(*args, **(kwargs or {}))
+        if function in (torch.tensor, torch.as_tensor, torch.asarray) and output.is_meta:
+            if not isinstance(args[0], torch.Tensor):  # a tensor that is copied is seen as an operator
+                self.found.append(function.__name__)
+        return output
+
+
+def move_to_meta(pipe: D2iTPipeline, grain_map: torch.Tensor) -> D2iTPipeline:
+    """Move a pipeline to the meta device, where only layouts of this map (B, h, w) can be had: they read values."""
+    pipe.to("meta")
+    for name in ("prepare_grain_map", "prepare_guided_grain_map"):
+        prepare = getattr(pipe.transformer, name)
+        setattr(pipe.transformer, name, functools.partial(_prepare_for_meta, prepare, grain_map))
+    return pipe
+
+
+def _prepare_for_meta(prepare: Callable, real: torch.Tensor, on_meta: torch.Tensor, *options, **keywords):
+    return prepare(real.repeat(len(on_meta) // len(real), 1, 1), *options, **keywords).to("meta")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Graphs
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def count_graphs(
+    pipe: D2iTPipeline, grain_maps: list[torch.Tensor], num_inference_steps: int = NUM_STEPS, **options
+) -> list[list[int]]:
+    """Graphs that exist after every step of a call for each map (B, h, w); the blocks of the pipeline are compiled."""
+    torch._dynamo.reset()
+    counters.clear()
+    graphs: list[list[int]] = []
+
+    def on_step_end(pipe: D2iTPipeline, step: int, timestep: torch.Tensor, tensors: dict) -> dict:
+        graphs[-1].append(counters["stats"]["unique_graphs"])
+        return {}
+
+    for grain_map in grain_maps:
+        graphs.append([])
+        pipe(
+            _labels(pipe, len(grain_map)),
+            num_inference_steps=num_inference_steps,
+            grain_map=grain_map,
+            output_type="latent",
+            callback_on_step_end=on_step_end,
+            **options,
+        )
+    return graphs
+
+
+def different_maps(count: int, shape: tuple[int, int, int]) -> list[torch.Tensor]:
+    """Random maps of two grains and of all shares; the third has no fine region, the fourth no coarse one."""
+    generator = torch.Generator().manual_seed(0)
+    shares = torch.rand(count, generator=generator)
+    shares[2:4] = torch.tensor([0.0, 1.0])
+    return [(torch.rand(shape, generator=generator) < share).long() for share in shares]
+
+
+def _labels(pipe: D2iTPipeline, count: int) -> list[int] | None:
+    return None if pipe.transformer.config.num_classes is None else list(range(count))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The report
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def make_scheduler(name: str):
+    """A scheduler of diffusers by name, for a model that predicts noise on DDPM's schedule, or a flow."""
+    cls = getattr(diffusers, name)
+    if name.startswith("FlowMatch"):
+        return cls()
+    beta = {"beta_start": 1e-4, "beta_end": 2e-2, "beta_schedule": "linear", "clip_sample": False}
+    return cls.from_config(diffusers.DDPMScheduler(**beta).config)
+
+
+def build_pipeline(device: str) -> D2iTPipeline:
+    """A pipeline without a grain model: content-xl in bf16 on a GPU, content-tiny on the CPU."""
+    size, vae = ("content-xl", "dvae-f8f16") if device == "cuda" else ("content-tiny", "dvae-tiny")
+    pipe = D2iTPipeline(
+        vae=DynamicAutoencoderKL(**load_preset(vae)).eval(),
+        grain_model=None,
+        transformer=D2iTContentModel(**load_preset(size)).eval(),
+        scheduler=make_scheduler("DDIMScheduler"),
+        grain_scheduler=None,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe.to("cuda", torch.bfloat16) if device == "cuda" else pipe
+
+
+def count_all_traffic(pipe: D2iTPipeline, grain_map: torch.Tensor, form: str) -> tuple[int, dict[str, float]]:
+    """Traffic of the loop over all schedulers, and notes of each scheduler's."""
+    total, notes = 0, {}
+    for name in SCHEDULERS:
+        pipe.scheduler = make_scheduler(name)
+        of_loop, of_scheduler = host_traffic(pipe, grain_map)
+        notes[f"{name}, {form}: host traffic a step"] = len(of_loop) / (NUM_STEPS - 1)
+        notes[f"{name}, {form}: inside its own step"] = len(of_scheduler) / (NUM_STEPS - 1)
+        total += len(of_loop)
+    return total, notes
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    args = parse_args(parser, "between_steps")
+    cuda = args.device == "cuda"
+
+    torch.manual_seed(0)
+    pipe = build_pipeline(args.device)
+    side = pipe.transformer.config.sample_size // pipe.transformer.patch_size
+    grain_maps = different_maps(NUM_MAPS, (BATCH_SIZE, side, side))
+    pipe.transformer.compile_repeated_blocks(**({} if cuda else {"backend": "eager"}))
+    graphs = count_graphs(pipe, grain_maps)
+    found = {
+        "graphs compiled between the steps of a call": sum(call[-1] - call[0] for call in graphs),
+        f"graphs compiled for maps 3 to {NUM_MAPS}": graphs[-1][-1] - graphs[1][-1],
+    }
+    notes = {"graphs of the first map": graphs[0][-1]}
+
+    traffic = 0
+    if cuda:
+        traffic, more = count_all_traffic(pipe, grain_maps[0], "compiled")
+        notes |= more
+    pipe = build_pipeline(args.device)
+    pipe = pipe if cuda else move_to_meta(pipe, grain_maps[0])
+    more_traffic, more = count_all_traffic(pipe, grain_maps[0], "eager")
+    found = {"host traffic between steps, outside of the schedulers": traffic + more_traffic} | found
+    notes |= more
+
+    claims = [Claim(text, number, 0, goal=9) for text, number in found.items()] if cuda else []
+    if not cuda:
+        notes = {f"{text}, content-tiny": number for text, number in found.items()} | notes
+    title = f"Between the steps of sampling, {'content-xl on a GPU' if cuda else 'content-tiny on the meta device'}"
+    report(args, title, {}, claims, notes)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,204 @@
+# Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
+"""Models of one shape: ours, diffusers' DiT and the original DiT, with the same weights where they are one function.
+
+The backbone of a content model, all that is left when its RefineNets are taken away, is a DiT wherever the map is
+fine. So `original_dit_of(backbone)` and `diffusers_dit_of(backbone)` compute what the backbone computes, and
+`check_equal` holds benchmarks to it.
+"""
+
+import copy
+import dataclasses
+import logging
+
+import torch
+from diffusers import DiTTransformer2DModel
+from original_dit import CHANNELS, LAYER_NORM_EPS, PATCH_SIZE, DiTShape, OriginalDiT
+from torch import nn
+
+from diffusers_d2it import D2iTContentModel
+from diffusers_d2it.models import fallbacks
+from diffusers_d2it.models.grain_layout import GrainLayout
+
+
+XL = DiTShape(num_layers=28, heads=16, head_dim=72, sample_size=32)  # DiT-XL/2 at 256x256 pixels
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Models of one shape
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def content_model(shape: DiTShape, num_refine_layers: int) -> D2iTContentModel:
+    """Content model of as many blocks: `num_refine_layers` of RefineNet, the others of the Multi-grained Net."""
+    return randomized(
+        D2iTContentModel(
+            sample_size=shape.sample_size,
+            in_channels=CHANNELS,
+            num_layers=shape.num_layers - num_refine_layers,
+            num_refine_layers=num_refine_layers,
+            num_attention_heads=shape.heads,
+            attention_head_dim=shape.head_dim,
+            num_classes=shape.num_classes,
+        )
+    )
+
+
+def randomized(model: D2iTContentModel) -> D2iTContentModel:
+    """Give every weight a random value, so that every path matters to the output.
+
+    Only the embedding of the grains stays zero: where a map is fine, the Multi-grained Net is then a DiT.
+    """
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.03)
+    nn.init.zeros_(model.grain_embed.linear_2.weight)
+    nn.init.zeros_(model.grain_embed.linear_2.bias)
+    return model.eval()
+
+
+def backbone(shape: DiTShape) -> D2iTContentModel:
+    """The Multi-grained Net with all blocks of the shape: a content model whose RefineNets are taken away."""
+    model = content_model(dataclasses.replace(shape, num_layers=shape.num_layers + 1), num_refine_layers=1)
+    model.refine_nets = nn.ModuleList()
+    return model
+
+
+def all_fine_layout(model: D2iTContentModel, batch_size: int, device: str) -> GrainLayout:
+    """Layout of a map without coarse regions: on it, a backbone is a DiT."""
+    side = model.config.sample_size // PATCH_SIZE
+    grain_map = torch.ones(batch_size, side, side, dtype=torch.int64, device=device)
+    return GrainLayout.from_grain_map(grain_map, model.config.num_grains, model.config.window_size)
+
+
+def original_dit_of(model: D2iTContentModel) -> OriginalDiT:
+    """The original DiT with the weights of a backbone."""
+    dit = OriginalDiT(_shape_of(model)).eval()
+    pairs = {
+        "patch_embed": model.patch_embed,
+        "time_mlp.0": model.time_embed.mlp.linear_1,
+        "time_mlp.2": model.time_embed.mlp.linear_2,
+        "label_embed": model.label_embed,
+        "final_layer.adaln.1": model.norm_out.adaln,
+        "final_layer.proj": model.norm_out.proj_out,
+    }
+    for i, block in enumerate(model.transformer_blocks):
+        pairs |= {
+            f"blocks.{i}.proj": block.attn.to_out[0],
+            f"blocks.{i}.mlp.0": block.ff.linear_1,
+            f"blocks.{i}.mlp.2": block.ff.linear_2,
+            f"blocks.{i}.adaln.1": block.adaln,
+        }
+    state = _state_of(pairs)
+    for i, block in enumerate(model.transformer_blocks):
+        projections = (block.attn.to_q, block.attn.to_k, block.attn.to_v)
+        for name in ("weight", "bias"):
+            state[f"blocks.{i}.qkv.{name}"] = torch.cat([getattr(projection, name) for projection in projections])
+    return _loaded(dit, state, missing={"positions"})
+
+
+def diffusers_dit_of(model: D2iTContentModel) -> DiTTransformer2DModel:
+    """diffusers' DiT with the weights of a backbone."""
+    shape = _shape_of(model)
+    dit = DiTTransformer2DModel(
+        num_attention_heads=shape.heads,
+        attention_head_dim=shape.head_dim,
+        in_channels=CHANNELS,
+        num_layers=shape.num_layers,
+        sample_size=shape.sample_size,
+        patch_size=PATCH_SIZE,
+        num_embeds_ada_norm=shape.num_classes,
+        norm_eps=LAYER_NORM_EPS,
+    ).eval()
+    pairs = {
+        "pos_embed.proj": model.patch_embed,
+        "proj_out_1": model.norm_out.adaln,
+        "proj_out_2": model.norm_out.proj_out,
+    }
+    for i, block in enumerate(model.transformer_blocks):
+        theirs = f"transformer_blocks.{i}"
+        pairs |= {
+            f"{theirs}.attn1.to_q": block.attn.to_q,
+            f"{theirs}.attn1.to_k": block.attn.to_k,
+            f"{theirs}.attn1.to_v": block.attn.to_v,
+            f"{theirs}.attn1.to_out.0": block.attn.to_out[0],
+            f"{theirs}.ff.net.0.proj": block.ff.linear_1,
+            f"{theirs}.ff.net.2": block.ff.linear_2,
+            f"{theirs}.norm1.linear": block.adaln,
+            # Every block of diffusers' DiT embeds timestep and label anew.
+            f"{theirs}.norm1.emb.timestep_embedder": model.time_embed.mlp,
+            f"{theirs}.norm1.emb.class_embedder.embedding_table": model.label_embed,
+        }
+        dit.transformer_blocks[i].norm1.emb.time_proj.downscale_freq_shift = 0  # the original's frequencies
+    return _loaded(dit, _state_of(pairs), missing=set())
+
+
+def _shape_of(model: D2iTContentModel) -> DiTShape:
+    config = model.config
+    return DiTShape(
+        config.num_layers,
+        config.num_attention_heads,
+        config.attention_head_dim,
+        config.sample_size,
+        config.num_classes,
+    )
+
+
+def _state_of(pairs: dict[str, nn.Module]) -> dict[str, torch.Tensor]:
+    return {f"{theirs}.{name}": value for theirs, ours in pairs.items() for name, value in ours.state_dict().items()}
+
+
+def _loaded(dit: nn.Module, state: dict[str, torch.Tensor], missing: set[str]) -> nn.Module:
+    """The peer with these weights, a linear patch embedding as the convolution's; all but `missing` must be there."""
+    expected = dit.state_dict()
+    state = {name: value.view_as(expected[name]) for name, value in state.items()}
+    left_out = set(dit.load_state_dict(state, strict=False).missing_keys)
+    if left_out != missing:
+        raise RuntimeError(f"no weights for {sorted(left_out - missing)} of {type(dit).__name__}.")
+    return dit
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sides of a comparison
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def cast(model: nn.Module, device: str, dtype: torch.dtype) -> nn.Module:
+    """The model, moved in place. The `to` of diffusers would warn of modules kept in fp32, of which there are none."""
+    return nn.Module.to(model, device=device, dtype=dtype)
+
+
+def compiled(model: nn.Module) -> nn.Module:
+    """A compiled copy: block by block where its class names its repeated blocks, otherwise as a whole.
+
+    Where the compiler fails, our models run on uncompiled after a warning. Here that is an error: what is timed must
+    be what it is called.
+    """
+    logging.getLogger(fallbacks.__name__).addFilter(_refuse_fallback)
+    model = copy.deepcopy(model)
+    if getattr(model, "_repeated_blocks", None):
+        model.compile_repeated_blocks()
+    else:
+        model.compile()
+    return model
+
+
+def _refuse_fallback(record: logging.LogRecord) -> bool:
+    raise RuntimeError(f"a fast path cannot serve: {record.getMessage()}")
+
+
+def relative_error(output: torch.Tensor, expected: torch.Tensor) -> float:
+    """Largest difference over the largest expected value."""
+    return ((output.float() - expected.float()).abs().max() / expected.float().abs().max()).item()
+
+
+def check_equal(outputs: dict[str, torch.Tensor], tolerance: float) -> float:
+    """Compare the outputs of all sides with the first one's and return the largest relative error.
+
+    Raises:
+        RuntimeError: a side lies further off than the tolerance: it does not compute the same function.
+    """
+    (first, expected), *others = outputs.items()
+    errors = {name: relative_error(output, expected) for name, output in others}
+    for name, error in errors.items():
+        if not error <= tolerance:  # NaN is no equality
+            raise RuntimeError(f"{name} does not compute what {first} computes: relative error {error:.2g}.")
+    return max(errors.values())

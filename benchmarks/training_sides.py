@@ -1,0 +1,176 @@
+# Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
+"""Steps of training that are measured against one another: ours in its variants, and that of the original DiT.
+
+Shapes:
+    B batch, C latent channels, H W sides of the latents in cells, h w sides of the grain map in regions
+"""
+
+import copy
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from dense_refine import DenseLayout, dense_refine
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from peers import CHANNELS, DiTShape, OriginalDiT
+from photo_maps import maps_of_shares, photograph_entropies
+from torch import nn
+
+from diffusers_d2it import D2iTContentModel
+from diffusers_d2it.grains import tie
+from diffusers_d2it.losses import multi_grained_loss
+from diffusers_d2it.models.grain_layout import GrainLayout
+from diffusers_d2it.models.transformer_d2it_content import RefineNet
+from diffusers_d2it.objectives import DiffusionObjective
+from diffusers_d2it.training.averaging import WeightAverage
+from diffusers_d2it.training.gate import GatedAccelerator
+
+
+NUM_BATCHES = 4
+LEARNING_RATE, EMA_DECAY = 1e-4, 0.9999  # sec. 4.1
+PACKED, CHECKPOINTED, COMPILED = "packed", "packed, checkpointed", "packed, compiled"
+COMPILED_CHECKPOINTED, DENSE, ORIGINAL = "packed, compiled, checkpointed", "dense", "original DiT"
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a latent cache gives to a step.
+
+    Args:
+        latents: z_0, tied, (B, C, H, W).
+        grain_map: (B, h, w).
+        class_labels: (B,).
+    """
+
+    latents: torch.Tensor
+    grain_map: torch.Tensor
+    class_labels: torch.Tensor
+
+    def images(self, start: int, stop: int) -> "Batch":
+        """Some of the images."""
+        return Batch(*(x[start:stop] for x in (self.latents, self.grain_map, self.class_labels)))
+
+
+def make_batches(shape: DiTShape, batch_size: int, fine_ratio: float, device: str) -> list[Batch]:
+    """Batches of random latents on the maps of photographs, with this share of fine regions over all batches."""
+    entropy = photograph_entropies(NUM_BATCHES * batch_size, 16 * shape.side, region_size=16)
+    maps = maps_of_shares(entropy, (1 - fine_ratio, fine_ratio)).to(device)
+    latents = torch.randn(len(maps), CHANNELS, shape.sample_size, shape.sample_size, device=device)
+    labels = torch.randint(shape.num_classes, (len(maps),), device=device)
+    rows = zip(tie(latents, maps).split(batch_size), maps.split(batch_size), labels.split(batch_size))
+    return [Batch(*row) for row in rows]
+
+
+def sharing_weights(model: D2iTContentModel) -> D2iTContentModel:
+    """A copy of the modules, not of their weights: it may be checkpointed or compiled by itself."""
+    return copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
+
+
+class DenseRefineNet(nn.Module):
+    """A RefineNet that works on the whole grid (`dense_refine.py`), with the weights of a packed one."""
+
+    def __init__(self, refine_net: RefineNet):
+        super().__init__()
+        self.refine_net = refine_net
+
+    def forward(self, parents: torch.Tensor, *inputs) -> tuple[torch.Tensor, torch.Tensor]:
+        return dense_refine(self.refine_net, parents, *inputs), parents
+
+
+class DenseContentModel(nn.Module):
+    """A content model whose RefineNet works on the whole grid, on the weights of a packed one."""
+
+    def __init__(self, model: D2iTContentModel):
+        super().__init__()
+        self.model = sharing_weights(model)
+        self.model.refine_nets = nn.ModuleList([DenseRefineNet(model.refine_nets[0])])
+
+    def forward(
+        self, noised: torch.Tensor, timesteps: torch.Tensor, grain_map: torch.Tensor, class_labels: torch.Tensor
+    ) -> Transformer2DModelOutput:
+        side = self.model.config.window_size
+        layout = GrainLayout(grain_map, (DenseLayout.from_grain_map(grain_map, side),), side)
+        return self.model(noised, timesteps, layout, class_labels)
+
+
+class Training:
+    """Our training: one set of weights, moments and averages for all variants of the content model.
+
+    Args:
+        model: the packed content model.
+        device: "cpu" or "cuda", where autocast to bfloat16 is on.
+    """
+
+    def __init__(self, model: D2iTContentModel, device: str):
+        self.accelerator = GatedAccelerator(cpu=device == "cpu", mixed_precision="bf16" if device == "cuda" else "no")
+        self.objective = DiffusionObjective()
+        self.weights = list(model.parameters())
+        optimizer = torch.optim.AdamW(self.weights, lr=LEARNING_RATE, weight_decay=0.0, fused=True)
+        self.optimizer = self.accelerator.prepare(optimizer)
+        self.ema = WeightAverage(self.accelerator, model, EMA_DECAY)
+
+    def noised(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Fresh noise, timesteps and noised latents of a batch."""
+        noise = tie(torch.randn_like(batch.latents), batch.grain_map)
+        timesteps = torch.randint(1000, (len(noise),), device=noise.device)
+        return noise, timesteps, self.objective.add_noise(batch.latents, noise, timesteps)
+
+    def loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
+        """Loss of a batch, the layout of whose map is found on the way, as in training."""
+        noise, timesteps, noised = self.noised(batch)
+        with self.accelerator.autocast():
+            prediction = model(noised, timesteps, batch.grain_map, batch.class_labels).sample
+        return multi_grained_loss(prediction, noise, batch.grain_map)["loss"]
+
+    def step(self, model: nn.Module, batch: Batch) -> None:
+        """One update."""
+        self.accelerator.backward(self.loss(model, batch))
+        self.accelerator.clip_grad_norm_(self.weights, 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.ema.step(self.weights)
+
+
+class OriginalTraining:
+    """Training of the original DiT, with autocast to bfloat16 on an accelerator; otherwise as it was published."""
+
+    def __init__(self, shape: DiTShape, device: str):
+        self.device = device
+        self.objective = DiffusionObjective()
+        self.model = OriginalDiT(shape).to(device)
+        self.ema = copy.deepcopy(self.model).requires_grad_(False)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=LEARNING_RATE, weight_decay=0.0)
+
+    def step(self, batch: Batch) -> None:
+        """One update."""
+        noise = torch.randn_like(batch.latents)
+        timesteps = torch.randint(1000, (len(noise),), device=noise.device)
+        noised = self.objective.add_noise(batch.latents, noise, timesteps)
+        with torch.autocast(self.device, torch.bfloat16, enabled=self.device == "cuda"):
+            prediction = self.model(noised, timesteps, batch.class_labels)
+        loss = F.mse_loss(prediction.float(), noise)
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()  # published before `backward`: the peak is the same
+        with torch.no_grad():
+            for averaged, weight in zip(self.ema.parameters(), self.model.parameters()):
+                averaged.mul_(EMA_DECAY).add_(weight, alpha=1 - EMA_DECAY)
+
+
+def state_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Bytes that a training keeps between steps: weights, their average, moments."""
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    moments = [value for state in optimizer.state_dict()["state"].values() for value in state.values()]
+    return sum(tensor.nbytes for tensor in [*weights, *weights, *moments])
+
+
+def variants(model: D2iTContentModel, compile_too: bool) -> dict[str, D2iTContentModel]:
+    """The packed model, eager and compiled, with and without checkpointed blocks, on the same weights."""
+    names = (CHECKPOINTED, COMPILED, COMPILED_CHECKPOINTED) if compile_too else (CHECKPOINTED,)
+    models = {name: sharing_weights(model) for name in names}
+    for name, variant in models.items():
+        if "checkpointed" in name:
+            variant.enable_gradient_checkpointing()
+        if "compiled" in name:
+            variant.compile_repeated_blocks()
+    return {PACKED: model} | models
