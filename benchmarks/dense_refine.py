@@ -117,7 +117,7 @@ def dense_block(
     block: RefineBlock, tokens: torch.Tensor, conditioning: torch.Tensor, layout: DenseLayout
 ) -> torch.Tensor:
     """tokens (B, H * W, D) in the order of windows, conditioning (B, D) -> (B, H * W, D)."""
-    modulation = block.modulation(conditioning)[:, None].unbind(-2)  # 6 x (B, 1, D)
+    modulation = block.modulation(conditioning).unbind(1)  # 6 x (B, 1, D)
     shift_attn, scale_attn, gate_attn, shift_ff, scale_ff, gate_ff = modulation
     attended = dense_attention(block.attn, norm_modulate(tokens, shift_attn, scale_attn), layout)
     tokens = torch.addcmul(tokens, gate_attn, attended)

@@ -16,7 +16,7 @@ def sample_grain_map(
     size: tuple[int, int],
     class_ids: torch.Tensor | None,
     batch_size: int,
-    num_inference_steps: int = 20,
+    num_inference_steps: int = 10,
     guidance_scale: float = 1.0,
     fine_ratio: float | None = None,
     generator: torch.Generator | list[torch.Generator] | None = None,

@@ -323,7 +323,7 @@ class D2iTPipeline(PipelineLoadingMixin, PipelineHubMixin, DiffusionPipeline):
         guidance_interval: tuple[float, float] = (0.0, 1.0),
         grain_map: torch.Tensor | np.ndarray | str | None = None,
         fine_ratio: float | None = None,
-        grain_num_inference_steps: int = 20,
+        grain_num_inference_steps: int = 10,
         grain_guidance_scale: float = 1.0,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
@@ -350,7 +350,8 @@ class D2iTPipeline(PipelineLoadingMixin, PipelineHubMixin, DiffusionPipeline):
                 lets the grain model draw it. Its size decides the size of the image.
             fine_ratio: share of regions in the finest grain, in [0, 1], met in every image to the nearest region: the
                 grain model is asked for it and its map trimmed. For "random" it is the probability of a fine region.
-            grain_num_inference_steps: steps of the grain model.
+            grain_num_inference_steps: steps of the grain model. With 10 of them 98.8 % of the regions of the bundled
+                checkpoint's maps are what they are with 100, with 20 of them 99.4 % (200 maps, the same noise).
             grain_guidance_scale: classifier-free guidance of the grain model, on its logits.
             generator: a torch generator, or one for each image, which then does not depend on the rest of the batch.
             latents: noise to start from, (B, C, H / f, W / f), standard normal. It is tied to the map.
@@ -444,6 +445,7 @@ class D2iTPipeline(PipelineLoadingMixin, PipelineHubMixin, DiffusionPipeline):
                 if not guided:
                     with self.transformer.cache_context("cond"):
                         prediction = self.transformer(model_input, timestep, layouts[guided], ids).sample
+                    prediction = prediction.clone()  # a CUDA graph writes its next output to the same place
                 else:
                     model_input = torch.cat([model_input, model_input])
                     with self.transformer.cache_context("guided"):

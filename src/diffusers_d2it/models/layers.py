@@ -138,19 +138,19 @@ class DiTBlock(nn.Module):
         Args:
             hidden_states: tokens.
             conditioning: (B, D), after its SiLU.
-            modulation: what `modulation` makes of the conditioning, (B, 6, D), if it is known already.
+            modulation: what `modulation` makes of the conditioning, (B, 6, 1, D), if it is known already.
         """
         if modulation is None:
             modulation = self.modulation(conditioning)
-        return self.modulated(hidden_states, modulation[:, None])
+        return self.modulated(hidden_states, modulation)
 
     def modulation(self, conditioning: torch.Tensor) -> torch.Tensor:
-        """Shift, scale and gate of the attention, then of the feed-forward: (B, D) -> (B, 6, D)."""
-        return _from_one(self.adaln(conditioning).unflatten(-1, (6, -1)))
+        """Shift, scale and gate of the attention, then of the feed-forward: (B, D) -> (B, 6, 1, D)."""
+        return _from_one(self.adaln(conditioning).unflatten(-1, (6, 1, -1)))
 
     def modulated(self, hidden_states: torch.Tensor, modulation: torch.Tensor, *attn_args) -> torch.Tensor:
-        """The block under a modulation (..., 6, D) that broadcasts to the tokens (..., D)."""
-        shift_attn, scale_attn, gate_attn, shift_ff, scale_ff, gate_ff = modulation.unbind(-2)
+        """The block on tokens (B, N, D) under a modulation (B, 6, 1, D)."""
+        shift_attn, scale_attn, gate_attn, shift_ff, scale_ff, gate_ff = modulation.unbind(1)
         attended = self.attn(norm_modulate(hidden_states, shift_attn, scale_attn), *attn_args)
         hidden_states = torch.addcmul(hidden_states, gate_attn, attended)
         fed = self.ff(norm_modulate(hidden_states, shift_ff, scale_ff))
@@ -193,8 +193,8 @@ def norm_modulate(hidden_states: torch.Tensor, shift: torch.Tensor, scale: torch
 
 
 def _from_one(modulation: torch.Tensor) -> torch.Tensor:
-    """adaLN gives its scales relative to one: add it, in place, to (..., 6, D)."""
-    modulation[..., 1::3, :] += 1
+    """adaLN gives its scales relative to one: add it, in place, to (..., 6, 1, D)."""
+    modulation[..., 1::3, :, :] += 1
     return modulation
 
 
@@ -208,7 +208,7 @@ class ModulationStack(LinearStack):
         self.refresh([block._modules["adaln"] for block in blocks], like)
 
     def modulations(self, blocks: nn.ModuleList, conditioning: torch.Tensor) -> list[torch.Tensor | None]:
-        """The modulation of every block, (B, 6, D), or None where it is left to the block.
+        """The modulation of every block, (B, 6, 1, D), or None where it is left to the block.
 
         Left to the blocks is training: the gradients of a block's weights are to be ready with that block.
         """
@@ -216,7 +216,7 @@ class ModulationStack(LinearStack):
             self.prepare(blocks, conditioning)
         if not self.is_ready:
             return [None] * len(blocks)
-        return _from_one(self(conditioning).unflatten(-1, (len(blocks), 6, -1))).unbind(1)
+        return _from_one(self(conditioning).unflatten(-1, (len(blocks), 6, 1, -1))).unbind(1)
 
 
 class TimestepEmbedder(nn.Module):

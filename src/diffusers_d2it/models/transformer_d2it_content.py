@@ -109,12 +109,11 @@ class RefineBlock(DiTBlock):
         layout: RefineLayout,
         modulation: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """hidden_states (N / 4, 4, D), conditioning (B, D) and modulation (B, 6, D) as in `DiTBlock` -> same shape."""
+        """hidden_states (N / 4, 4, D), conditioning (B, D), modulation (B, 6, 1, D) as in `DiTBlock` -> same shape."""
         if modulation is None:
             modulation = self.modulation(conditioning)
         # Looked up once for the four children of a parent, the modulation takes a quarter of the memory.
-        modulation = modulation.index_select(0, layout.images)  # (N / 4, 6, D)
-        return self.modulated(hidden_states, modulation[:, None], layout)
+        return self.modulated(hidden_states, modulation.index_select(0, layout.images), layout)  # (N / 4, 6, 1, D)
 
 
 class RefineNet(nn.Module):
