@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 
 from diffusers_d2it.grains import grain_map_to_cells
-from diffusers_d2it.models.layers import norm_modulate
+from diffusers_d2it.models.layers import norm_modulate, residual_stream
 from diffusers_d2it.models.transformer_d2it_content import RefineBlock, RefineNet, WindowAttention
 
 
@@ -103,6 +103,7 @@ def dense_refine(
         d=children.shape[-1] // 4,
     )
     tokens = (refine_net.patch_embed(patches) + children).view(batch, height * width, -1)  # (B, H * W, D)
+    tokens = residual_stream(tokens, refine_net.residual_dtype)
 
     for block in refine_net.transformer_blocks:
         tokens = dense_block(block, tokens, conditioning, layout)

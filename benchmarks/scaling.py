@@ -20,7 +20,8 @@ from collections.abc import Callable
 import numpy as np
 import torch
 from common import Claim, Timing, parse_args, peak_memory, report, time_sides
-from peers import CHANNELS, PATCH_SIZE, XL, DiTShape, OriginalDiT, cast, randomized
+from original_dit import CHANNELS, PATCH_SIZE, DiTShape, OriginalDiT
+from peers import XL, cast, randomized
 from photo_maps import CELL_SIZE, maps_of_shares, photograph_entropies
 
 from diffusers_d2it import D2iTContentModel

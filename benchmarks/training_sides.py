@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from dense_refine import DenseLayout, dense_refine
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
-from peers import CHANNELS, DiTShape, OriginalDiT
+from original_dit import CHANNELS, DiTShape, OriginalDiT
 from photo_maps import maps_of_shares, photograph_entropies
 from torch import nn
 

@@ -27,7 +27,8 @@ import torch
 from common import Claim, Timing, parse_args, peak_memory, report, time_sides
 from forward_mfu import count_operations
 from matmul_peak import matmul_peak
-from peers import XL, DiTShape, cast, content_model
+from original_dit import DiTShape
+from peers import XL, cast, content_model
 from torch import nn
 from training_sides import (
     CHECKPOINTED,
@@ -96,7 +97,7 @@ def compare_residual_dtypes(
     training: Training, model: D2iTContentModel, batch: Batch, args: argparse.Namespace
 ) -> tuple[dict[str, Timing], dict[str, float]]:
     """The residual stream in float32 and in bfloat16, under autocast: timings and notes of forward and backward."""
-    noise, timesteps, noised = training.noised(batch)
+    _, timesteps, noised = training.noised(batch)
     inputs = (noised, timesteps, batch.grain_map, batch.class_labels)
     with torch.no_grad():
         expected = model(*inputs).sample

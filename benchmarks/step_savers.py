@@ -1,0 +1,244 @@
+# Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
+"""Ways to sample faster, each against a full run of the bundled checkpoint: time saved, and how far the samples move.
+
+    python benchmarks/step_savers.py --batch_size 3
+
+The full run is the pipeline's default: DDIM, 50 steps, guidance 4. All runs start from the same noise and draw the same
+given grain maps, so that only the saver differs. For each saver:
+
+- speed-up: time of the full run over its time, whole calls that end in latents;
+- change: relative error of its latents against those of the full run, and the PSNR of the decoded images;
+- the plain way: the relative error of DDIM with so few steps that it takes the same time (steps in proportion);
+- error: relative error of its latents against a converged run, DDIM with many steps. A better solver moves samples
+  away from the full run because the full run is not converged: it shows in this column.
+
+Guidance intervals and lighter passes without a label ask for other samples rather than for the same ones faster. Whether
+those are worse is for the Fréchet distance to say, which is not measured here.
+
+DDIM is written here as DPM-Solver++ of order 1, which is the same: `DDIMScheduler` steps over `1000 // steps` training
+steps, and so misses its own timesteps where that does not divide.
+"""
+
+import argparse
+import contextlib
+import io
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from common import Timing, parse_args, report, time_sides
+from diffusers import (
+    DPMSolverMultistepScheduler,
+    FirstBlockCacheConfig,
+    MagCacheConfig,
+    PyramidAttentionBroadcastConfig,
+    TaylorSeerCacheConfig,
+)
+
+from diffusers_d2it import D2iTPipeline, bundled_checkpoint
+from diffusers_d2it.presets import load_sampler
+
+
+STEPS = 50
+GUIDANCE = 4.0
+FULL = f"full run: DDIM, {STEPS} steps"
+MOST_TURNS = {"cpu": 4, "cuda": 100}  # of some fifteen calls that take seconds on a CPU
+BATCH_SIZE = {"cpu": 3, "cuda": 64}
+REFERENCE_STEPS = {"cpu": 250, "cuda": 1000}
+EVERY_BLOCK = [r"(refine_nets\.\d+\.)?transformer_blocks\.\d+"]
+
+
+@dataclass(frozen=True)
+class Saver:
+    """A way to sample.
+
+    Args:
+        num_inference_steps: steps.
+        sampler: name for `load_sampler`; None for DDIM.
+        cache: makes the config of a cache for a pipeline; None for none.
+        arguments: of the call of the pipeline.
+    """
+
+    num_inference_steps: int = STEPS
+    sampler: str | None = None
+    cache: Callable[[D2iTPipeline], object] | None = None
+    arguments: dict = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What all runs have in common: class ids, grain maps (B, h, w) and noise (B, C, H, W)."""
+
+    class_labels: list[int]
+    grain_map: torch.Tensor
+    latents: torch.Tensor
+
+    @classmethod
+    def draw(cls, pipe: D2iTPipeline, batch_size: int, seed: int) -> "Inputs":
+        """Classes in turn, maps of the grain model, and noise, from one seed for each image."""
+        known = sorted(pipe.id2label)
+        labels = [known[(3 * i + seed) % len(known)] for i in range(batch_size)]
+        generators = [torch.Generator().manual_seed(1000 * seed + i) for i in range(batch_size)]
+        output = pipe(labels, num_inference_steps=1, generator=generators, output_type="latent")
+        noise = [torch.randn(output.images.shape[1:], generator=generator) for generator in generators]
+        return cls(labels, output.grain_maps, torch.stack(noise))
+
+
+def make_savers(mag_ratios: list[float]) -> dict[str, Saver]:
+    """The savers by name, caches with the defaults of diffusers and, where those move samples far, with careful ones."""
+
+    def broadcast(pipe: D2iTPipeline) -> PyramidAttentionBroadcastConfig:
+        return PyramidAttentionBroadcastConfig(
+            spatial_attention_block_skip_range=2, current_timestep_callback=lambda: pipe.current_timestep
+        )
+
+    def taylor(cache_interval: int, identifiers: list[str] | None) -> Callable:
+        return lambda _: TaylorSeerCacheConfig(cache_interval=cache_interval, cache_identifiers=identifiers)
+
+    def mag(**settings) -> Callable:
+        return lambda _: MagCacheConfig(num_inference_steps=STEPS, mag_ratios=mag_ratios, **settings)
+
+    return {
+        "DPM-Solver++, 20 steps": Saver(20, "dpmsolver++"),
+        "UniPC, 20 steps": Saver(20, "unipc"),
+        "UniPC, 15 steps": Saver(15, "unipc"),
+        "FirstBlockCache, threshold 0.05": Saver(cache=lambda _: FirstBlockCacheConfig(threshold=0.05)),
+        "FirstBlockCache, threshold 0.01": Saver(cache=lambda _: FirstBlockCacheConfig(threshold=0.01)),
+        "MagCache": Saver(cache=mag()),
+        "MagCache, 1 step at most": Saver(cache=mag(threshold=0.03, max_skip_steps=1)),
+        "PAB, every 2nd attention": Saver(cache=broadcast),
+        "TaylorSeer, attention, every 5th": Saver(cache=taylor(5, None)),
+        "TaylorSeer, blocks, every 3rd": Saver(cache=taylor(3, EVERY_BLOCK)),
+        "TaylorSeer, blocks, every 5th": Saver(cache=taylor(5, EVERY_BLOCK)),
+        "guidance_interval (0, 0.8)": Saver(arguments={"guidance_interval": (0.0, 0.8)}),
+        "guidance_interval (0.2, 0.8)": Saver(arguments={"guidance_interval": (0.2, 0.8)}),
+        "null_fine_ratio 0.25": Saver(arguments={"null_fine_ratio": 0.25}),
+    }
+
+
+def ddim(pipe: D2iTPipeline) -> DPMSolverMultistepScheduler:
+    """DDIM for any number of steps, with the noise schedule of the pipeline."""
+    return DPMSolverMultistepScheduler.from_config(pipe.scheduler.config, solver_order=1, timestep_spacing="trailing")
+
+
+def sample(pipe: D2iTPipeline, saver: Saver, inputs: Inputs) -> torch.Tensor:
+    """Latents of one call; the pipeline stays as it was."""
+    plain = pipe.scheduler
+    if saver.sampler is not None:
+        pipe.scheduler = load_sampler(saver.sampler, plain)
+    if saver.cache is not None:
+        pipe.transformer.enable_cache(saver.cache(pipe))
+    latents = pipe(
+        **vars(inputs),
+        num_inference_steps=saver.num_inference_steps,
+        guidance_scale=GUIDANCE,
+        output_type="latent",
+        **saver.arguments,
+    ).images
+    if saver.cache is not None:
+        pipe.transformer.disable_cache()
+    pipe.scheduler = plain
+    return latents
+
+
+def calibrate_mag_cache(pipe: D2iTPipeline, inputs: Inputs) -> list[float]:
+    """Ratios of residuals from step to step, which diffusers prints at the end of a calibration run."""
+    calibration = Saver(cache=lambda _: MagCacheConfig(calibrate=True, num_inference_steps=STEPS))
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        sample(pipe, calibration, inputs)
+    ratios = json.loads(next(line for line in printed.getvalue().splitlines() if line.startswith("[1.0")))
+    if len(ratios) != STEPS:
+        raise RuntimeError(f"calibration of MagCache gave {len(ratios)} ratios for {STEPS} steps.")
+    return ratios
+
+
+def relative_error(latents: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((latents - expected).norm() / expected.norm()).item()
+
+
+def psnr(pipe: D2iTPipeline, latents: torch.Tensor, expected: torch.Tensor) -> float:
+    """Decibel, over all pixels of the decoded images in [0, 1]."""
+    images, expected_images = (pipe.decode_latents(x, "pt") for x in (latents, expected))
+    return -10 * (images - expected_images).square().mean().log10().item()
+
+
+def compare(
+    pipe: D2iTPipeline,
+    inputs: Inputs,
+    samples: dict[str, torch.Tensor],
+    timings: dict[str, Timing],
+    converged: torch.Tensor,
+) -> list[dict]:
+    """A row for the full run and for every saver."""
+    full = samples[FULL]
+    plain_runs = {STEPS: full}
+    rows = [{"saver": FULL, "error": relative_error(full, converged)}]
+    for name, latents in samples.items():
+        if name == FULL:
+            continue
+        speed_up = timings[FULL].median / timings[name].median
+        steps = max(1, round(STEPS / speed_up))
+        if steps not in plain_runs:
+            plain_runs[steps] = sample(pipe, Saver(steps), inputs)
+        rows.append(
+            {
+                "saver": name,
+                "speed_up": speed_up,
+                "change": relative_error(latents, full),
+                "psnr": psnr(pipe, latents, full),
+                "error": relative_error(latents, converged),
+                "ddim_steps": steps,
+                "ddim_change": relative_error(plain_runs[steps], full),
+                "ddim_error": relative_error(plain_runs[steps], converged),
+                "frechet_distance": "not measured",
+            }
+        )
+    return rows
+
+
+def print_rows(rows: list[dict]) -> None:
+    print(f"{'':<34} {'speed-up':>8} {'change':>8} {'PSNR':>6} {'error':>8}   DDIM in that time: change, error")
+    for row in rows:
+        if row["saver"] == FULL:
+            print(f"{FULL:<34} {1:8.2f} {'':>8} {'':>6} {row['error']:8.4f}")
+            continue
+        print(
+            f"{row['saver']:<34} {row['speed_up']:8.2f} {row['change']:8.4f} {row['psnr']:6.1f} {row['error']:8.4f}"
+            f"   {row['ddim_steps']:>2} steps: {row['ddim_change']:.4f}, {row['ddim_error']:.4f}"
+        )
+    print("Fréchet distance: not measured")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch_size", type=int, help="images of a call; default: 3, on a GPU 64")
+    parser.add_argument("--reference_steps", type=int, help="of the converged run; default: 250, on a GPU 1000")
+    args = parse_args(parser, "step_savers")
+    args.batch_size = args.batch_size or BATCH_SIZE[args.device]
+    args.reference_steps = args.reference_steps or REFERENCE_STEPS[args.device]
+    args.repeats = min(args.repeats, MOST_TURNS[args.device])
+
+    pipe = D2iTPipeline.from_pretrained(bundled_checkpoint()).to(args.device)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.scheduler = ddim(pipe)
+    inputs = Inputs.draw(pipe, args.batch_size, seed=0)
+    mag_ratios = calibrate_mag_cache(pipe, Inputs.draw(pipe, args.batch_size, seed=1))  # of other images
+
+    savers = {FULL: Saver(), **make_savers(mag_ratios)}
+    samples = {name: sample(pipe, saver, inputs) for name, saver in savers.items()}  # and a warm-up
+    converged = sample(pipe, Saver(args.reference_steps), inputs)
+    sides = {name: lambda saver=saver: sample(pipe, saver, inputs) for name, saver in savers.items()}
+    timings = time_sides(sides, args, warmup=0)
+    rows = compare(pipe, inputs, samples, timings, converged)
+
+    title = f"Step savers on the bundled checkpoint, {args.batch_size} images, guidance {GUIDANCE:g}"
+    report(args, title, timings, claims=[], notes={})
+    print_rows(rows)
+    result = json.loads(args.output.read_text(encoding="utf-8"))
+    result |= {"savers": rows, "mag_ratios": mag_ratios}
+    args.output.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
