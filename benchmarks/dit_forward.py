@@ -3,7 +3,7 @@
 
     python benchmarks/dit_forward.py
 
-Width 64, 28 layers, 16 tokens, batch 2: the time of a forward is that of its operators, as it is at any width for a
+Width 64, 28 layers, 16 tokens, batch 1: the time of a forward is that of its operators, as it is at any width for a
 small batch on an accelerator. The coarse path is the content model with its RefineNets taken away (`peers.backbone`);
 all three sides have the same weights and compute the same function, which is checked. The content model with one layer
 of RefineNet on a map without fine regions, where that layer has no token, is timed too.
@@ -37,7 +37,7 @@ from diffusers_d2it.grains import tie
 
 
 SHAPE = DiTShape(num_layers=28, heads=4, head_dim=16, sample_size=8)  # width 64, 16 tokens
-BATCH_SIZE = 2
+BATCH_SIZE = 1
 SIDES = ("coarse path", "original DiT", "diffusers' DiT")
 EMPTY = "coarse path and a RefineNet without tokens"
 

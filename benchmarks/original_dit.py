@@ -1,8 +1,8 @@
 # Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
 """The original DiT, stated plainly from its paper (Peebles and Xie, arXiv:2212.09748), to be measured against.
 
-Operator for operator as it is commonly written: one layer for query, key and value, adaLN in every block, attention by
-torch's fused operator. Only dropout of rate 0 and other modules that do nothing are left out.
+Operator for operator as it is published: one layer for query, key and value, adaLN in every block, attention by torch's
+fused operator, and three dropouts a block, whose rate is 0. Modules that are the identity are left out.
 
 Shapes:
     B batch, C latent channels, O output channels, N tokens, D width, A heads, p side of a patch in cells
@@ -59,8 +59,15 @@ class OriginalBlock(nn.Module):
         self.norm1 = nn.LayerNorm(dim, elementwise_affine=False, eps=LAYER_NORM_EPS)
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
+        self.proj_drop = nn.Dropout(0.0)
         self.norm2 = nn.LayerNorm(dim, elementwise_affine=False, eps=LAYER_NORM_EPS)
-        self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(approximate="tanh"), nn.Linear(4 * dim, dim))
+        self.mlp = nn.Sequential(
+            nn.Linear(dim, 4 * dim),
+            nn.GELU(approximate="tanh"),
+            nn.Dropout(0.0),
+            nn.Linear(4 * dim, dim),
+            nn.Dropout(0.0),
+        )
         self.adaln = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
 
     def forward(self, tokens: torch.Tensor, conditioning: torch.Tensor) -> torch.Tensor:
@@ -76,7 +83,7 @@ class OriginalBlock(nn.Module):
         qkv = self.qkv(tokens).reshape(batch, length, 3, self.heads, dim // self.heads).permute(2, 0, 3, 1, 4)
         query, key, value = qkv.unbind(0)  # (B, A, N, D / A)
         attended = F.scaled_dot_product_attention(query, key, value)
-        return self.proj(attended.transpose(1, 2).reshape(batch, length, dim))
+        return self.proj_drop(self.proj(attended.transpose(1, 2).reshape(batch, length, dim)))
 
 
 class OriginalFinalLayer(nn.Module):

@@ -84,7 +84,7 @@ def original_dit_of(model: D2iTContentModel) -> OriginalDiT:
         pairs |= {
             f"blocks.{i}.proj": block.attn.to_out[0],
             f"blocks.{i}.mlp.0": block.ff.linear_1,
-            f"blocks.{i}.mlp.2": block.ff.linear_2,
+            f"blocks.{i}.mlp.3": block.ff.linear_2,
             f"blocks.{i}.adaln.1": block.adaln,
         }
     state = _state_of(pairs)

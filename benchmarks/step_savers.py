@@ -3,17 +3,17 @@
 
     python benchmarks/step_savers.py --batch_size 3
 
-The full run is the pipeline's default: DDIM, 50 steps, guidance 4. All runs start from the same noise and draw the same
-given grain maps, so that only the saver differs. For each saver:
+The full run is the pipeline's default: DDIM, 50 steps, guidance 4. All runs start from the same noise with the same
+grain maps, so that only the saver differs. For each saver:
 
 - speed-up: time of the full run over its time, whole calls that end in latents;
 - change: relative error of its latents against those of the full run, and the PSNR of the decoded images;
 - the plain way: the relative error of DDIM with so few steps that it takes the same time (steps in proportion);
-- error: relative error of its latents against a converged run, DDIM with many steps. A better solver moves samples
-  away from the full run because the full run is not converged: it shows in this column.
+- error: relative error of its latents against a converged run, DDIM with many steps. The full run has one too, and a
+  better solver moves samples away from the full run by as much: it is to be judged by this column.
 
-Guidance intervals and lighter passes without a label ask for other samples rather than for the same ones faster. Whether
-those are worse is for the Fréchet distance to say, which is not measured here.
+Guidance intervals and lighter passes without a label ask for other samples rather than for the same ones faster.
+Whether those are worse is for the Fréchet distance to say, which is not measured here.
 
 DDIM is written here as DPM-Solver++ of order 1, which is the same: `DDIMScheduler` steps over `1000 // steps` training
 steps, and so misses its own timesteps where that does not divide.
@@ -43,7 +43,7 @@ from diffusers_d2it.presets import load_sampler
 STEPS = 50
 GUIDANCE = 4.0
 FULL = f"full run: DDIM, {STEPS} steps"
-MOST_TURNS = {"cpu": 4, "cuda": 100}  # of some fifteen calls that take seconds on a CPU
+MOST_TURNS = {"cpu": 3, "cuda": 100}  # of some fifteen calls that take seconds on a CPU
 BATCH_SIZE = {"cpu": 3, "cuda": 64}
 REFERENCE_STEPS = {"cpu": 250, "cuda": 1000}
 EVERY_BLOCK = [r"(refine_nets\.\d+\.)?transformer_blocks\.\d+"]
@@ -86,7 +86,7 @@ class Inputs:
 
 
 def make_savers(mag_ratios: list[float]) -> dict[str, Saver]:
-    """The savers by name, caches with the defaults of diffusers and, where those move samples far, with careful ones."""
+    """The savers by name: caches with the defaults of diffusers, and careful ones where those move samples far."""
 
     def broadcast(pipe: D2iTPipeline) -> PyramidAttentionBroadcastConfig:
         return PyramidAttentionBroadcastConfig(

@@ -15,7 +15,7 @@ from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps, get_2d_sincos_pos_embed_from_grid
 from torch import nn
 
-from .linear_stack import LinearStack
+from .linear_stack import LinearStack, state_of
 
 
 FREQUENCY_SIZE = 256  # width of the sinusoidal embedding that precedes the timestep MLP, as in the original DiT
@@ -74,8 +74,7 @@ class SelfAttention(nn.Module, AttentionModuleMixin):
     def stack_projections(self, like: torch.Tensor) -> None:
         """Let the next `project` without gradients be one matrix product, if it can be for inputs `like` this."""
         if self.fused_projections:
-            layers = self._modules  # thrice as fast as self.to_q, and asked for in every block at every forward
-            self.qkv.refresh((layers["to_q"], layers["to_k"], layers["to_v"]), like)
+            self.qkv.refresh((self.to_q, self.to_k, self.to_v), like)
 
     def project(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Query, key and value, each (..., N, A, D / A)."""
@@ -201,11 +200,26 @@ def _from_one(modulation: torch.Tensor) -> torch.Tensor:
 class ModulationStack(LinearStack):
     """adaLN of all blocks of a model as one matrix product, while nothing is learned."""
 
+    def __init__(self):
+        super().__init__()
+        self._state: list = []
+
     def prepare(self, blocks: nn.ModuleList, like: torch.Tensor) -> None:
         """Refresh the stacks of blocks, this one and those of their attention, for inputs `like` this."""
+        if self._state_of(blocks, like) == self._state:
+            return
         for block in blocks:
             block.attn.stack_projections(like)
-        self.refresh([block._modules["adaln"] for block in blocks], like)
+        self.refresh([block.adaln for block in blocks], like)
+        self._state = self._state_of(blocks, like)
+
+    def _state_of(self, blocks: nn.ModuleList, like: torch.Tensor) -> list:
+        # `_modules`, because an attribute of a module that is a module takes thrice the time to look up
+        attentions = [block._modules["attn"] for block in blocks]
+        layers = [block._modules["adaln"] for block in blocks]
+        layers += [attn._modules[name] for attn in attentions for name in ("to_q", "to_k", "to_v")]
+        stacks = [(attn.fused_projections, attn.qkv.weight is None) for attn in attentions]
+        return [stacks, *state_of(layers, like)]
 
     def modulations(self, blocks: nn.ModuleList, conditioning: torch.Tensor) -> list[torch.Tensor | None]:
         """The modulation of every block, (B, 6, 1, D), or None where it is left to the block.

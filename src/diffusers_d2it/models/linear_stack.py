@@ -34,19 +34,9 @@ class LinearStack:
     """
 
     def __init__(self):
-        self.is_checked_outside = False
-        self.clear()
-
-    def clear(self) -> None:
-        """Forget the common memory; the layers keep their parts of it."""
         self.weight: torch.Tensor | None = None
         self.bias: torch.Tensor | None = None
-        # What `_holds` compares: the layers, where their weights lie, and what else they may have been given
-        self._layers: list[nn.Module] = []
-        self._parameters: list[dict[str, nn.Parameter]] = []
-        self._weights_at: list[int] = []
-        self._hooks: list[dict] = []
-        self._attributes: list[dict] = []
+        self.is_checked_outside = False
 
     def __call__(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """(..., D) -> the outputs of all layers side by side in the last dimension."""
@@ -61,6 +51,10 @@ class LinearStack:
             and (self.is_checked_outside or not torch.compiler.is_compiling())
         )
 
+    def clear(self) -> None:
+        """Forget the common memory; the layers keep their parts of it."""
+        self.weight = self.bias = None
+
     def refresh(self, layers: Sequence[nn.Module], like: torch.Tensor) -> bool:
         """Make sure that the stack computes what the layers do.
 
@@ -72,24 +66,21 @@ class LinearStack:
             Whether it does. False, and the stack is cleared, where a layer is not a plain `nn.Linear` whose weights
             lie ready on the device: adapters, quantised, sharded, cast or offloaded weights.
         """
-        if self.weight is not None and self._holds(layers, like):
-            return True
-        self.clear()
         if not all(_is_plain(layer, like) for layer in layers):
+            self.clear()
             return False
-        self._gather(layers)
+        if self.weight is None or not self._holds(layers):
+            self._gather(layers)
         return True
 
-    def _holds(self, layers: Sequence[nn.Module], like: torch.Tensor) -> bool:
-        """Whether nothing has changed. Asked at every forward about every layer, so nothing is looked up twice."""
-        return (
-            self.weight.dtype == like.dtype
-            and self.weight.device == like.device
-            and list(layers) == self._layers  # by identity
-            and _addresses(self._parameters) == self._weights_at
-            and not any(self._hooks)
-            and not any("forward" in attributes for attributes in self._attributes)
-        )
+    def _holds(self, layers: Sequence[nn.Linear]) -> bool:
+        weight, bias = self.weight.data_ptr(), self.bias.data_ptr()
+        for layer in layers:
+            if layer.weight.data_ptr() != weight or layer.bias.data_ptr() != bias:
+                return False
+            weight += layer.weight.nbytes
+            bias += layer.bias.nbytes
+        return self.weight.dtype == layers[0].weight.dtype
 
     @torch.inference_mode(False)  # a training step may follow, which the memory has to serve too
     @torch.no_grad()
@@ -99,11 +90,22 @@ class LinearStack:
         rows = [layer.out_features for layer in layers]
         for layer, weight, bias in zip(layers, self.weight.split(rows), self.bias.split(rows)):
             layer.weight.data, layer.bias.data = weight, bias
-        self._layers = list(layers)
-        self._parameters = [layer._parameters for layer in layers]
-        self._weights_at = _addresses(self._parameters)
-        self._hooks = [hooks for layer in layers for hooks in (layer._forward_hooks, layer._forward_pre_hooks)]
-        self._attributes = [vars(layer) for layer in layers]
+
+
+def state_of(layers: Sequence[nn.Module], like: torch.Tensor) -> list:
+    """What `LinearStack.refresh` decides by, in a form that is quick to make and to compare.
+
+    Made at every forward of every layer of a model: if it is the last one's, nothing has to be refreshed.
+    """
+    weights = [weight for layer in layers for weight in layer._parameters.values() if type(weight) is nn.Parameter]
+    return [
+        like.dtype,
+        like.device,
+        layers,  # compared by identity
+        [weight.data_ptr() for weight in weights],
+        [len(layer._forward_hooks) + len(layer._forward_pre_hooks) for layer in layers],
+        ["forward" in vars(layer) for layer in layers],
+    ]
 
 
 def _is_plain(layer: nn.Module, like: torch.Tensor) -> bool:
@@ -117,7 +119,3 @@ def _is_plain(layer: nn.Module, like: torch.Tensor) -> bool:
         and not (layer._forward_hooks or layer._forward_pre_hooks)
         and "forward" not in vars(layer)  # hooks of accelerate and diffusers, which offload or cast weights
     )
-
-
-def _addresses(parameters: list[dict[str, nn.Parameter]]) -> list[int]:
-    return [parameter.data_ptr() for of_layer in parameters for parameter in of_layer.values()]
