@@ -41,7 +41,7 @@ setup(
     python_requires=">=3.10",
     package_dir={"": "src"},
     packages=find_packages("src"),
-    package_data={"diffusers_d2it": ["presets/*.json", "checkpoints/**/*"]},
+    package_data={"diffusers_d2it": ["presets/*.json", "presets/samplers/*.json", "checkpoints/**/*"]},
     install_requires=[
         "torch>=2.10",  # before that, torch.load(weights_only=True) can be made to run code (CVE-2026-24747)
         "diffusers>=0.42",

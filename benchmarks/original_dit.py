@@ -1,8 +1,8 @@
 # Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
 """The original DiT, stated plainly from its paper (Peebles and Xie, arXiv:2212.09748), to be measured against.
 
-Operator for operator as it is published: one layer for query, key and value, adaLN in every block, attention by torch's
-fused operator, and three dropouts a block, whose rate is 0. Modules that are the identity are left out.
+Operator for operator as it is published: one layer for query, key and value, adaLN in every block, torch's own fused
+attention, and three dropouts a block, whose rate is 0. Modules that are the identity are left out.
 
 Shapes:
     B batch, C latent channels, O output channels, N tokens, D width, A heads, p side of a patch in cells

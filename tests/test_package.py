@@ -29,7 +29,9 @@ PUBLIC = {
     "ModelMixin",
     "bundled_checkpoint",
     "list_presets",
+    "list_samplers",
     "load_preset",
+    "load_sampler",
     "region_entropy",
     "visualize_grain_map",
 }
@@ -60,7 +62,7 @@ LAYERS = [
     ("models.config_checks",),
     ("models.config_ranges", "models.weight_files", "models.sources"),
     ("models.linear_stack",),
-    ("models.fallbacks",),
+    ("models.fallbacks", "models.plain_block"),
     ("models.layers", "models.grain_layout", "models.loading", "models.tiling", "models.discriminator"),
     ("models.autoencoder_kl_dynamic", "models.transformer_d2it_grain", "models.transformer_d2it_content"),
     ("training.gate", "training.states", "training.smoke", "training.stopping", "conversion.files"),

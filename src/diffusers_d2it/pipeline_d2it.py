@@ -429,6 +429,7 @@ class D2iTPipeline(PipelineLoadingMixin, PipelineHubMixin, DiffusionPipeline):
             guided_ids = torch.cat([ids, torch.full_like(ids, self.transformer.config.num_classes)])  # (2 * B,)
 
         # 5. Denoise
+        cached_pass = None
         predicts_variance = self.transformer.out_channels == 2 * channels
         scheduler_reads_variance = reads_variance(self.scheduler)
         with self.progress_bar(total=self._num_timesteps) as progress_bar:
@@ -442,6 +443,10 @@ class D2iTPipeline(PipelineLoadingMixin, PipelineHubMixin, DiffusionPipeline):
                     layouts[guided] = self._prepare_layout(grain_map, guided, null_fine_ratio)
                 model_input, timestep = steps.model_input(latents, t)
                 model_input = model_input.to(self.transformer.dtype)
+                if guided != cached_pass:
+                    # What caches of diffusers hold is of the other pass, of a step long past, or of a failed call
+                    self.transformer._reset_stateful_cache()
+                    cached_pass = guided
                 if not guided:
                     with self.transformer.cache_context("cond"):
                         prediction = self.transformer(model_input, timestep, layouts[guided], ids).sample

@@ -15,7 +15,8 @@ from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps, get_2d_sincos_pos_embed_from_grid
 from torch import nn
 
-from .linear_stack import LinearStack, state_of
+from .linear_stack import LinearStack, extras_of, state_of
+from .plain_block import BlockWeights, is_torch_as_it_is, norm_modulate, plain_block
 
 
 FREQUENCY_SIZE = 256  # width of the sinusoidal embedding that precedes the timestep MLP, as in the original DiT
@@ -130,7 +131,11 @@ class DiTBlock(nn.Module):
         self.adaln = nn.Linear(dim, 6 * dim)
 
     def forward(
-        self, hidden_states: torch.Tensor, conditioning: torch.Tensor, modulation: torch.Tensor | None = None
+        self,
+        hidden_states: torch.Tensor,
+        conditioning: torch.Tensor,
+        modulation: torch.Tensor | None = None,
+        weights: BlockWeights | None = None,
     ) -> torch.Tensor:
         """hidden_states (B, N, D) -> the same shape.
 
@@ -138,9 +143,12 @@ class DiTBlock(nn.Module):
             hidden_states: tokens.
             conditioning: (B, D), after its SiLU.
             modulation: what `modulation` makes of the conditioning, (B, 6, 1, D), if it is known already.
+            weights: the weights of this block, if its modules may be left out (`plain_block`).
         """
         if modulation is None:
             modulation = self.modulation(conditioning)
+        if weights is not None:
+            return plain_block(hidden_states, modulation, weights)
         return self.modulated(hidden_states, modulation)
 
     def modulation(self, conditioning: torch.Tensor) -> torch.Tensor:
@@ -185,12 +193,6 @@ def residual_stream(tokens: torch.Tensor, dtype: torch.dtype = torch.float32) ->
     return tokens.to(dtype) if autocast else tokens
 
 
-def norm_modulate(hidden_states: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """LayerNorm(hidden_states) * scale + shift: two passes over the tokens, one where it is compiled."""
-    normed = torch.layer_norm(hidden_states, hidden_states.shape[-1:], eps=1e-6)
-    return torch.addcmul(shift, normed, scale)
-
-
 def _from_one(modulation: torch.Tensor) -> torch.Tensor:
     """adaLN gives its scales relative to one: add it, in place, to (..., 6, 1, D)."""
     modulation[..., 1::3, :, :] += 1
@@ -198,11 +200,12 @@ def _from_one(modulation: torch.Tensor) -> torch.Tensor:
 
 
 class ModulationStack(LinearStack):
-    """adaLN of all blocks of a model as one matrix product, while nothing is learned."""
+    """adaLN of all blocks of a model as one matrix product, and what else can be known of blocks before they run."""
 
     def __init__(self):
         super().__init__()
         self._state: list = []
+        self._weights: list[BlockWeights | None] = []
 
     def prepare(self, blocks: nn.ModuleList, like: torch.Tensor) -> None:
         """Refresh the stacks of blocks, this one and those of their attention, for inputs `like` this."""
@@ -211,26 +214,41 @@ class ModulationStack(LinearStack):
         for block in blocks:
             block.attn.stack_projections(like)
         self.refresh([block.adaln for block in blocks], like)
+        self._weights = [BlockWeights.of(block, like) if type(block) is DiTBlock else None for block in blocks]
         self._state = self._state_of(blocks, like)
 
     def _state_of(self, blocks: nn.ModuleList, like: torch.Tensor) -> list:
         # `_modules`, because an attribute of a module that is a module takes thrice the time to look up
         attentions = [block._modules["attn"] for block in blocks]
+        feeds = [block._modules["ff"] for block in blocks]
         layers = [block._modules["adaln"] for block in blocks]
         layers += [attn._modules[name] for attn in attentions for name in ("to_q", "to_k", "to_v")]
-        stacks = [(attn.fused_projections, attn.qkv.weight is None) for attn in attentions]
-        return [stacks, *state_of(layers, like)]
+        layers += [attn._modules["to_out"]._modules["0"] for attn in attentions]
+        layers += [feed._modules[name] for feed in feeds for name in ("linear_1", "linear_2")]
+        return [
+            like.dtype,
+            like.device,
+            is_torch_as_it_is(),
+            [(attn.fused_projections, attn.qkv.weight is None) for attn in attentions],
+            [(attn.processor, attn.processor._attention_backend) for attn in attentions],
+            [extras_of(module) for module in (*attentions, *feeds)],
+            *state_of(layers),
+        ]
 
-    def modulations(self, blocks: nn.ModuleList, conditioning: torch.Tensor) -> list[torch.Tensor | None]:
-        """The modulation of every block, (B, 6, 1, D), or None where it is left to the block.
+    def prepared(self, blocks: nn.ModuleList, conditioning: torch.Tensor) -> list[tuple]:
+        """What every block is told beside its input: its modulation (B, 6, 1, D) and weights, or nothing.
 
-        Left to the blocks is training: the gradients of a block's weights are to be ready with that block.
+        Nothing in training: the gradients of a block's weights are to be ready with that block.
         """
-        if not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
+        is_eager = not torch.compiler.is_compiling()
+        if is_eager and not torch.is_grad_enabled():
             self.prepare(blocks, conditioning)
         if not self.is_ready:
-            return [None] * len(blocks)
-        return _from_one(self(conditioning).unflatten(-1, (len(blocks), 6, 1, -1))).unbind(1)
+            return [()] * len(blocks)
+        modulations = _from_one(self(conditioning).unflatten(-1, (len(blocks), 6, 1, -1))).unbind(1)
+        if is_eager and blocks[0]._compiled_call_impl is None and type(blocks[0]) is DiTBlock:
+            return list(zip(modulations, self._weights))
+        return [(modulation,) for modulation in modulations]
 
 
 class TimestepEmbedder(nn.Module):

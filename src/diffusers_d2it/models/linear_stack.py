@@ -66,7 +66,7 @@ class LinearStack:
             Whether it does. False, and the stack is cleared, where a layer is not a plain `nn.Linear` whose weights
             lie ready on the device: adapters, quantised, sharded, cast or offloaded weights.
         """
-        if not all(_is_plain(layer, like) for layer in layers):
+        if not all(is_plain(layer, like) for layer in layers):
             self.clear()
             return False
         if self.weight is None or not self._holds(layers):
@@ -92,23 +92,26 @@ class LinearStack:
             layer.weight.data, layer.bias.data = weight, bias
 
 
-def state_of(layers: Sequence[nn.Module], like: torch.Tensor) -> list:
+def state_of(layers: list[nn.Module]) -> list:
     """What `LinearStack.refresh` decides by, in a form that is quick to make and to compare.
 
     Made at every forward of every layer of a model: if it is the last one's, nothing has to be refreshed.
     """
-    weights = [weight for layer in layers for weight in layer._parameters.values() if type(weight) is nn.Parameter]
-    return [
-        like.dtype,
-        like.device,
-        layers,  # compared by identity
-        [weight.data_ptr() for weight in weights],
-        [len(layer._forward_hooks) + len(layer._forward_pre_hooks) for layer in layers],
-        ["forward" in vars(layer) for layer in layers],
-    ]
+    try:
+        weights_at = [weight.data_ptr() for layer in layers for weight in layer._parameters.values()]
+    except (AttributeError, RuntimeError):  # no weight, or one that lies nowhere: such layers are not plain
+        weights_at = [object()]
+    return [layers, weights_at, [extras_of(layer) for layer in layers]]  # layers are compared by identity
 
 
-def _is_plain(layer: nn.Module, like: torch.Tensor) -> bool:
+def extras_of(module: nn.Module) -> object:
+    """What a call of a module does beside its own forward, something that is true: hooks, or another forward."""
+    # Hooks of accelerate and diffusers, which offload or cast weights or keep results, replace it
+    return module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__
+
+
+def is_plain(layer: nn.Module, like: torch.Tensor) -> bool:
+    """Whether a layer is no more than a matrix product with weights that lie where the input `like` does."""
     return (
         type(layer) is nn.Linear
         and type(layer.weight) is type(layer.bias) is nn.Parameter
@@ -116,6 +119,5 @@ def _is_plain(layer: nn.Module, like: torch.Tensor) -> bool:
         and layer.weight.device == layer.bias.device == like.device
         and not layer.weight.is_inference()
         and layer.bias.nbytes % _ALIGNMENT == layer.weight.nbytes % _ALIGNMENT == 0
-        and not (layer._forward_hooks or layer._forward_pre_hooks)
-        and "forward" not in vars(layer)  # hooks of accelerate and diffusers, which offload or cast weights
+        and not extras_of(layer)
     )

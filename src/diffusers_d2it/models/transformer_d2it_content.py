@@ -189,12 +189,12 @@ class RefineNet(nn.Module):
         if layout.rounded and not torch.compiler.is_compiling():
             torch._dynamo.maybe_mark_dynamic(tokens, 0)
 
-        modulations = self.adaln.modulations(self.transformer_blocks, conditioning)
-        for block, modulation in zip(self.transformer_blocks, modulations):
+        prepared = self.adaln.prepared(self.transformer_blocks, conditioning)
+        for block, known in zip(self.transformer_blocks, prepared):
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 tokens = self._gradient_checkpointing_func(block, tokens, conditioning, layout)
             else:
-                tokens = block(tokens, conditioning, layout, modulation)
+                tokens = block(tokens, conditioning, layout, *known)
 
         shift, scale = (x.index_select(0, layout.images)[:, None] for x in self.norm_out.modulation(conditioning))
         correction = self.norm_out(tokens, shift, scale).flatten(0, 1)  # (N, O * patch ** 2)
@@ -355,6 +355,20 @@ class D2iTContentModel(CompiledMixin, StrictModelMixin, AttentionMixin, CacheMix
             grain_map, self.config.num_grains, self.config.window_size, self._is_compiled, null_fine_ratio
         )
 
+    def enable_cache(self, config) -> None:
+        """As of diffusers: keep what blocks compute over several steps, as `config` says.
+
+        Raises:
+            ValueError: TaylorSeer's lite mode, which cannot work here.
+        """
+        if getattr(config, "use_lite_mode", False):
+            raise ValueError(
+                "`use_lite_mode` of TaylorSeer leaves out all blocks and keeps the output of a layer that this model"
+                " does not have. Give it `cache_identifiers` instead, such as"
+                r" ['(refine_nets\.\d+\.)?transformer_blocks\.\d+']."
+            )
+        super().enable_cache(config)
+
     def before_graph(self, hidden_states: torch.Tensor, *args, **kwargs) -> None:
         for net in (self, *self.refine_nets):
             net.adaln.prepare(net.transformer_blocks, like=hidden_states)
@@ -403,12 +417,12 @@ class D2iTContentModel(CompiledMixin, StrictModelMixin, AttentionMixin, CacheMix
         tokens = residual_stream(tokens, self.residual_dtype)
         tokens = tokens + sincos_positions(height, width, tokens.shape[-1], tokens.device, tokens.dtype)
         tokens = tokens + self.grain_embed(grain_map)
-        modulations = self.adaln.modulations(self.transformer_blocks, conditioning)
-        for block, modulation in zip(self.transformer_blocks, modulations):
+        prepared = self.adaln.prepared(self.transformer_blocks, conditioning)
+        for block, known in zip(self.transformer_blocks, prepared):
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 tokens = self._gradient_checkpointing_func(block, tokens, conditioning)
             else:
-                tokens = block(tokens, conditioning, modulation)
+                tokens = block(tokens, conditioning, *known)
 
         # 2. Router: noise of every region (Eq. 7); the cells of a coarse code share their mean
         shift, scale = self.norm_out.modulation(conditioning)

@@ -150,12 +150,12 @@ class D2iTGrainModel(CompiledMixin, StrictModelMixin, AttentionMixin, CacheMixin
         tokens = tokens + sincos_positions(height, width, tokens.shape[-1], tokens.device, tokens.dtype)
 
         # 3. DiT blocks
-        modulations = self.adaln.modulations(self.transformer_blocks, conditioning)
-        for block, modulation in zip(self.transformer_blocks, modulations):
+        prepared = self.adaln.prepared(self.transformer_blocks, conditioning)
+        for block, known in zip(self.transformer_blocks, prepared):
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 tokens = self._gradient_checkpointing_func(block, tokens, conditioning)
             else:
-                tokens = block(tokens, conditioning, modulation)
+                tokens = block(tokens, conditioning, *known)
 
         # 4. Logits of each grain
         shift, scale = self.norm_out.modulation(conditioning)
