@@ -147,12 +147,21 @@ def test_moved_to_another_dtype_and_back(model_and_inputs):
     model, inputs = model_and_inputs
     before = run(model, inputs)
     model.to(torch.float64)
+    assert_nothing_is_kept(model)
     precise = run(
         model, {k: v.double() if torch.is_tensor(v) and v.is_floating_point() else v for k, v in inputs.items()}
     )
     torch.testing.assert_close(precise.float(), before, atol=1e-5, rtol=1e-5)
     model.to(torch.float32)
     torch.testing.assert_close(run(model, inputs), before)
+
+
+def assert_nothing_is_kept(model: Model) -> None:
+    """No stack holds on to memory that weights have been moved out of."""
+    nets = [net for net in model.modules() if hasattr(net, "transformer_blocks")]
+    stacks = [net.adaln for net in nets]
+    assert all(stack.weight is None and not stack._weights and not stack._state for stack in stacks)
+    assert all(block.attn.qkv.weight is None for net in nets for block in net.transformer_blocks)
 
 
 def test_a_copy_has_its_own_weights(model_and_inputs):

@@ -207,6 +207,11 @@ class ModulationStack(LinearStack):
         self._state: list = []
         self._weights: list[BlockWeights | None] = []
 
+    def clear(self) -> None:
+        """Forget all that is known of the blocks."""
+        super().clear()
+        self._state, self._weights = [], []
+
     def prepare(self, blocks: nn.ModuleList, like: torch.Tensor) -> None:
         """Refresh the stacks of blocks, this one and those of their attention, for inputs `like` this."""
         if self._state_of(blocks, like) == self._state:
@@ -249,6 +254,14 @@ class ModulationStack(LinearStack):
         if is_eager and blocks[0]._compiled_call_impl is None and type(blocks[0]) is DiTBlock:
             return list(zip(modulations, self._weights))
         return [(modulation,) for modulation in modulations]
+
+
+class StackedBlocksMixin:
+    """A net with `transformer_blocks` and their `ModulationStack`, `adaln`."""
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> nn.Module:
+        self.adaln.clear()  # a net that is moved off a device must leave nothing there
+        return super()._apply(fn, recurse)
 
 
 class TimestepEmbedder(nn.Module):

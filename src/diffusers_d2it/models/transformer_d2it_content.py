@@ -27,6 +27,7 @@ from .layers import (
     LabelEmbedder,
     ModulationStack,
     SelfAttention,
+    StackedBlocksMixin,
     TimestepEmbedder,
     check_conditioning,
     init_dit_weights,
@@ -116,7 +117,7 @@ class RefineBlock(DiTBlock):
         return self.modulated(hidden_states, modulation.index_select(0, layout.images), layout)  # (N / 4, 6, 1, D)
 
 
-class RefineNet(nn.Module):
+class RefineNet(StackedBlocksMixin, nn.Module):
     """Corrects the rough noise of finer regions (Eq. 8), with half the patch size of the level before.
 
     Input of a token: its share of the coarser token's up-projection, and an embedding of its patch of [z_t; noise].
@@ -205,7 +206,9 @@ class RefineNet(nn.Module):
         return unpatchify(residual.view(batch, rows * columns, -1), rows, self.patch_size), tokens.flatten(0, 1)
 
 
-class D2iTContentModel(CompiledMixin, StrictModelMixin, AttentionMixin, CacheMixin, SafeAdapterMixin, ConfigMixin):
+class D2iTContentModel(
+    StackedBlocksMixin, CompiledMixin, StrictModelMixin, AttentionMixin, CacheMixin, SafeAdapterMixin, ConfigMixin
+):
     r"""Multi-grained Net, Router and RefineNet: rough noise for every region, corrected where the map is fine.
 
         layout = model.prepare_grain_map(grain_map)         # once per map

@@ -23,6 +23,7 @@ from .layers import (
     FinalLayer,
     LabelEmbedder,
     ModulationStack,
+    StackedBlocksMixin,
     TimestepEmbedder,
     check_conditioning,
     init_dit_weights,
@@ -43,7 +44,9 @@ class D2iTGrainModelOutput(BaseOutput):
     logits: torch.Tensor
 
 
-class D2iTGrainModel(CompiledMixin, StrictModelMixin, AttentionMixin, CacheMixin, SafeAdapterMixin, ConfigMixin):
+class D2iTGrainModel(
+    StackedBlocksMixin, CompiledMixin, StrictModelMixin, AttentionMixin, CacheMixin, SafeAdapterMixin, ConfigMixin
+):
     r"""A DiT with one token per region that predicts the clean grain map from a noised one.
 
     A single pass from noise to logits would make every region an independent coin, so the map is drawn by diffusion:
