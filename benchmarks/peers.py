@@ -167,14 +167,14 @@ def cast(model: nn.Module, device: str, dtype: torch.dtype) -> nn.Module:
 
 
 def compiled(model: nn.Module) -> nn.Module:
-    """A compiled copy: block by block where its class names its repeated blocks, otherwise as a whole.
+    """A copy, compiled as one graph; ours on a CPU block by block, as a compiler of C++ takes minutes for all of it.
 
     Where the compiler fails, our models run on uncompiled after a warning. Here that is an error: what is timed must
     be what it is called.
     """
     logging.getLogger(fallbacks.__name__).addFilter(_refuse_fallback)
     model = copy.deepcopy(model)
-    if getattr(model, "_repeated_blocks", None):
+    if isinstance(model, D2iTContentModel) and model.device.type == "cpu":
         model.compile_repeated_blocks()
     else:
         model.compile()
