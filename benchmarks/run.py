@@ -39,6 +39,7 @@ BENCHMARKS = (
     "decoding",
 )
 CPU_ONLY = ("training_step", "loading")
+OPTIONS = {"training_step": ["--threads", "2"]}  # loading beside computing
 DEVICES = {"cpu": "CPU", "cuda": "GPU"}
 
 
@@ -61,7 +62,9 @@ def run(name: str, device: str, options: list[str]) -> bool:
         return True
     result_path(name, device).unlink(missing_ok=True)  # a result of another run must not pass for one of this run
     script = Path(__file__).with_name(f"{name}.py")
-    completed = subprocess.run([sys.executable, str(script), "--device", device, *options], check=False)
+    completed = subprocess.run(
+        [sys.executable, str(script), "--device", device, *OPTIONS.get(name, []), *options], check=False
+    )
     print(flush=True)
     return completed.returncode == 0
 
