@@ -43,7 +43,7 @@ from diffusers_d2it.presets import load_sampler
 STEPS = 50
 GUIDANCE = 4.0
 FULL = f"full run: DDIM, {STEPS} steps"
-MOST_TURNS = {"cpu": 3, "cuda": 100}  # of some fifteen calls that take seconds on a CPU
+MOST_TURNS = {"cpu": 5, "cuda": 100}  # of some fifteen calls that take seconds on a CPU
 BATCH_SIZE = {"cpu": 3, "cuda": 64}
 REFERENCE_STEPS = {"cpu": 250, "cuda": 1000}
 EVERY_BLOCK = [r"(refine_nets\.\d+\.)?transformer_blocks\.\d+"]
