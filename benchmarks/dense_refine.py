@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 
 from diffusers_d2it.grains import grain_map_to_cells
-from diffusers_d2it.models.layers import norm_modulate, residual_stream
+from diffusers_d2it.models.layers import modulate, residual_stream
 from diffusers_d2it.models.transformer_d2it_content import RefineBlock, RefineNet, WindowAttention
 
 
@@ -118,11 +118,11 @@ def dense_block(
     block: RefineBlock, tokens: torch.Tensor, conditioning: torch.Tensor, layout: DenseLayout
 ) -> torch.Tensor:
     """tokens (B, H * W, D) in the order of windows, conditioning (B, D) -> (B, H * W, D)."""
-    modulation = block.modulation(conditioning).unbind(1)  # 6 x (B, 1, D)
+    modulation = block.adaln(conditioning)[:, None].chunk(6, dim=-1)  # 6 x (B, 1, D)
     shift_attn, scale_attn, gate_attn, shift_ff, scale_ff, gate_ff = modulation
-    attended = dense_attention(block.attn, norm_modulate(tokens, shift_attn, scale_attn), layout)
+    attended = dense_attention(block.attn, modulate(block.norm1(tokens), shift_attn, scale_attn), layout)
     tokens = torch.addcmul(tokens, gate_attn, attended)
-    fed = block.ff(norm_modulate(tokens, shift_ff, scale_ff))
+    fed = block.ff(modulate(block.norm2(tokens), shift_ff, scale_ff))
     return torch.addcmul(tokens, gate_ff, fed)
 
 

@@ -17,6 +17,7 @@ The operators of the whole forward stand beside it.
 import argparse
 import dataclasses
 from collections.abc import Callable
+from contextlib import ExitStack
 
 import torch
 from common import Claim, parse_args, report, time_sides
@@ -71,12 +72,13 @@ def count_operators(function: Callable[[], object]) -> int:
     return counter.count
 
 
-def sides_of(shape: DiTShape, device: str) -> dict[str, Callable[[], torch.Tensor]]:
+def sides_of(shape: DiTShape, device: str, context: ExitStack) -> dict[str, Callable[[], torch.Tensor]]:
     """Forwards of the three models of one shape, with the same weights and inputs."""
     ours = backbone(shape).to(device)
     original, diffusers_dit = original_dit_of(ours).to(device), diffusers_dit_of(ours).to(device)
     latents, timestep, labels = inputs_on(device)
     layout = all_fine_layout(ours, BATCH_SIZE, device)
+    context.enter_context(ours.fused_blocks())  # as a sampling call does, once for all its steps
     forwards = (
         lambda: ours(latents, timestep, layout, labels, return_dict=False)[0],
         lambda: original(latents, timestep, labels),
@@ -85,13 +87,14 @@ def sides_of(shape: DiTShape, device: str) -> dict[str, Callable[[], torch.Tenso
     return dict(zip(SIDES, forwards))
 
 
-def side_without_fine_tokens(device: str) -> Callable[[], torch.Tensor]:
+def side_without_fine_tokens(device: str, context: ExitStack) -> Callable[[], torch.Tensor]:
     """Forward of the content model with one block of RefineNet more, on a map that leaves it no token."""
     model = content_model(dataclasses.replace(SHAPE, num_layers=SHAPE.num_layers + 1), num_refine_layers=1).to(device)
     latents, timestep, labels = inputs_on(device)
     grain_map = torch.zeros(BATCH_SIZE, SHAPE.side, SHAPE.side, dtype=torch.int64, device=device)
     layout = model.prepare_grain_map(grain_map)
     latents = tie(latents, grain_map)
+    context.enter_context(model.fused_blocks())
     return lambda: model(latents, timestep, layout, labels, return_dict=False)[0]
 
 
@@ -109,12 +112,12 @@ def main() -> None:
 
     torch.manual_seed(0)
     shallow = dataclasses.replace(SHAPE, num_layers=SHAPE.num_layers // 2)
-    with torch.no_grad():
-        sides = sides_of(SHAPE, args.device)
+    with torch.no_grad(), ExitStack() as context:
+        sides = sides_of(SHAPE, args.device, context)
         error = check_equal({name: forward() for name, forward in sides.items()}, 1e-5)
         operators = {name: count_operators(forward) for name, forward in sides.items()}
-        at_half = {name: count_operators(forward) for name, forward in sides_of(shallow, args.device).items()}
-        timings = time_sides(sides | {EMPTY: side_without_fine_tokens(args.device)}, args)
+        at_half = {name: count_operators(forward) for name, forward in sides_of(shallow, args.device, context).items()}
+        timings = time_sides(sides | {EMPTY: side_without_fine_tokens(args.device, context)}, args)
 
     notes, per_block = {"largest relative difference of the sides": error}, {}
     for name in SIDES:

@@ -264,7 +264,7 @@ def tie(latents: torch.Tensor, grain_map: torch.Tensor) -> torch.Tensor:
     cells = cells_per_region(latents, grain_map)
     for grain in range(cells.bit_length() - 1):
         codes, chosen = _codes_of_grain(latents, grain_map, cells, grain)
-        latents = torch.where(chosen, codes[:, :, :, :1, :, :1], codes).view(latents.shape)
+        latents = torch.where(chosen, codes[:, :, :, :1, :, :1], codes).reshape(latents.shape)
     return latents
 
 
@@ -277,7 +277,7 @@ def average_codes(latents: torch.Tensor, grain_map: torch.Tensor, grain: int) ->
     if cells >> grain == 1:
         return latents
     codes, chosen = _codes_of_grain(latents, grain_map, cells, grain)
-    return torch.where(chosen, codes.mean(dim=(3, 5), keepdim=True), codes).view(latents.shape)
+    return torch.where(chosen, codes.mean(dim=(3, 5), keepdim=True), codes).reshape(latents.shape)
 
 
 def _codes_of_grain(

@@ -290,7 +290,7 @@ class D2iTPipeline(PipelineLoadingMixin, PipelineHubMixin, DiffusionPipeline):
 
     @property
     def current_timestep(self) -> torch.Tensor | None:
-        """Timestep of the running step, what caches of diffusers ask for; None between calls."""
+        """Timestep of the running or last step, for caches of diffusers that ask for it."""
         return self._current_timestep
 
     @property
@@ -432,7 +432,7 @@ class D2iTPipeline(PipelineLoadingMixin, PipelineHubMixin, DiffusionPipeline):
         cached_pass = None
         predicts_variance = self.transformer.out_channels == 2 * channels
         scheduler_reads_variance = reads_variance(self.scheduler)
-        with self.progress_bar(total=self._num_timesteps) as progress_bar:
+        with self.transformer.fused_blocks(), self.progress_bar(total=self._num_timesteps) as progress_bar:
             for i, t in enumerate(steps.timesteps):
                 if self.interrupt:
                     break
@@ -466,8 +466,6 @@ class D2iTPipeline(PipelineLoadingMixin, PipelineHubMixin, DiffusionPipeline):
                     tensors = {"latents": latents} if "latents" in callback_on_step_end_tensor_inputs else {}
                     latents = steps.tie(callback_on_step_end(self, i, t, tensors).get("latents", latents))
                 progress_bar.update()
-
-        self._current_timestep = None
 
         # 6. Decode
         check_tied(latents, grain_map)

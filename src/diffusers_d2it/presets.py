@@ -2,6 +2,7 @@
 """The paper's sizes, each once, as JSON in `presets/`, and fast samplers in `presets/samplers/`."""
 
 import difflib
+import inspect
 import json
 from pathlib import Path
 
@@ -77,8 +78,11 @@ def load_sampler(name: str, scheduler: SchedulerMixin) -> SchedulerMixin:
     preset = json.loads((_FOLDER / "samplers" / f"{name}.json").read_text(encoding="utf-8"))
     solver = getattr(diffusers, preset["scheduler"])
     config = scheduler.config
-    shift = config.get("flow_shift") if config.get("use_flow_sigmas") else config.get("shift")
-    if shift is not None:
+    # A config made from another scheduler's keeps entries that this one does not know.
+    known = inspect.signature(type(scheduler).__init__).parameters
+    matches_flow = "shift" in known or ("use_flow_sigmas" in known and config.use_flow_sigmas)
+    if matches_flow:
+        shift = config["shift" if "shift" in known else "flow_shift"]
         _check_flow(scheduler)
         return solver(
             num_train_timesteps=config["num_train_timesteps"],

@@ -48,7 +48,9 @@ class TiedScheduler:
         self._edm = _EDMPreconditioning(scheduler) if isinstance(scheduler, EDMEulerScheduler) else None
         self.timesteps = set_timesteps(scheduler, num_inference_steps)
         network_timesteps = self.timesteps if self._edm is None else self._edm.timesteps(self.timesteps)
-        self._on_device = dict(zip(self.timesteps.tolist(), network_timesteps.to(device)))
+        if network_timesteps.is_floating_point():
+            network_timesteps = network_timesteps.float()  # not every device has float64
+        self._on_device = dict(zip(map(float, self.timesteps), network_timesteps.to(device)))
         self._step_kwargs = step_generator_kwargs(scheduler, generator)
 
     def prior(self, noise: torch.Tensor) -> torch.Tensor:
@@ -57,13 +59,13 @@ class TiedScheduler:
         return tie(noise, self.grain_map) * getattr(self.scheduler, "init_noise_sigma", 1.0)
 
     def model_input(self, latents: torch.Tensor, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """What the network reads at step `t`: its input, with the variance it was trained on, and its timestep."""
+        """What the network reads at step `t` of `timesteps`: its input, as it was trained on, and its timestep."""
         scaled = latents
         if hasattr(self.scheduler, "scale_model_input"):
             scaled = self.scheduler.scale_model_input(latents, t)
         if self._edm is not None:
             scaled = self._edm.model_input(latents, t)
-        return scaled, self._on_device[t.item()]
+        return scaled, self._on_device[float(t)]
 
     def step(self, model_output: torch.Tensor, t: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
         """The next sample, tied."""

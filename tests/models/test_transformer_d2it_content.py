@@ -314,6 +314,17 @@ def test_learned_variance_doubles_the_channels_tied(make_content_model):
     check_tied(output, grain_map)
 
 
+def test_fused_projections_change_nothing(make_content_model):
+    model = make_content_model()
+    inputs = random_inputs()
+    with torch.no_grad():
+        separate = model(*inputs).sample
+        model.fuse_qkv_projections()
+        assert model.transformer_blocks[0].attn.fused_projections
+        assert model.refine_nets[0].transformer_blocks[0].attn.fused_projections
+        torch.testing.assert_close(model(*inputs).sample, separate, atol=1e-6, rtol=1e-5)
+
+
 def test_lora_adapter_starts_as_identity_and_trains(make_content_model):
     from peft import LoraConfig
 

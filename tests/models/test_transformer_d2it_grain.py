@@ -303,6 +303,17 @@ def test_bfloat16_is_close_to_float32(make_grain_model):
 
 
 @torch.no_grad()
+def test_fused_projections_are_the_same_attention(make_grain_model):
+    model = make_grain_model()
+    expected = model(**inputs()).logits
+    model.fuse_qkv_projections()
+    assert any("to_qkv" in name for name, _ in model.named_modules())
+    torch.testing.assert_close(model(**inputs()).logits, expected, rtol=1e-4, atol=1e-6)
+    model.unfuse_qkv_projections()
+    assert torch.equal(model(**inputs()).logits, expected)
+
+
+@torch.no_grad()
 def test_layerwise_casting_stores_weights_in_eight_bits_and_computes_with_them(make_grain_model):
     model, rounded = make_grain_model(), make_grain_model()
     model.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)

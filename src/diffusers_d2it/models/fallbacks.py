@@ -6,10 +6,7 @@ from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
-import torch
 from torch import nn
-
-from .linear_stack import LinearStack
 
 
 logger = logging.getLogger(__name__)
@@ -31,43 +28,39 @@ class CompiledMixin:
     def compile(self, *args, **kwargs) -> None:
         """As of torch: compile the model as one graph, `torch.compile(model, *args, **kwargs)`, in place.
 
-        If the compiler fails later, one warning gives its reason and the model runs uncompiled from then on.
+        If the compiler fails later, one warning gives its reason and the model runs uncompiled from then on. A
+        backward graph is compiled in the backward pass: where that fails, it raises.
         """
         super().compile(*args, **kwargs)
-        self._compiled_call_impl = _CompiledOrPlain(self, _CompilerState(type(self).__name__), self.before_graph)
-        self._trust_graphs()
+        _CompilerState(type(self).__name__).watch([self])
 
     def compile_repeated_blocks(self, *args, **kwargs) -> None:
         """As of diffusers: compile every block by itself, `torch.compile(block, *args, **kwargs)`, in place.
 
-        If the compiler fails later, one warning gives its reason and all blocks run uncompiled from then on.
+        If the compiler fails later, one warning gives its reason and all blocks run uncompiled from then on. A
+        backward graph is compiled in the backward pass: where that fails, it raises.
         """
         super().compile_repeated_blocks(*args, **kwargs)
-        state = _CompilerState(type(self).__name__)
-        for module in self.modules():
-            if type(module).__name__ in self._repeated_blocks:
-                module._compiled_call_impl = _CompiledOrPlain(module, state)
-        self._trust_graphs()
-
-    def before_graph(self, hidden_states: torch.Tensor, *args, **kwargs) -> None:
-        """Called before a graph of the whole model, with its inputs: for what a graph cannot do."""
-
-    def _trust_graphs(self) -> None:
-        for module in self.modules():
-            for value in vars(module).values():
-                if isinstance(value, LinearStack):
-                    value.is_checked_outside = True
+        blocks = [module for module in self.modules() if type(module).__name__ in self._repeated_blocks]
+        _CompilerState(type(self).__name__).watch(blocks)
 
 
 class _CompilerState:
-    """What the blocks of a model know together of their compiler."""
+    """What the compiled modules of a model know together of their compiler."""
 
     def __init__(self, model_name: str):
         self.model_name = model_name
-        self.has_failed = False
+        self.modules: list[nn.Module] = []
+
+    def watch(self, modules: list[nn.Module]) -> None:
+        """Let compiled modules run uncompiled once the compiler has failed for one of them."""
+        self.modules = modules
+        for module in modules:
+            module._compiled_call_impl = _CompiledOrPlain(module, self)
 
     def fail(self, error: Exception) -> None:
-        self.has_failed = True
+        for module in self.modules:
+            module._compiled_call_impl = None
         cause = getattr(error, "inner_exception", None) or error.__cause__ or error
         reason = next((line.strip() for line in str(cause).splitlines() if line.strip()), "")
         logger.warning(
@@ -81,21 +74,18 @@ class _CompilerState:
 class _CompiledOrPlain:
     """A call of a module: compiled, or plain once the compiler has failed."""
 
-    def __init__(self, module: nn.Module, state: _CompilerState, before: Callable | None = None):
+    def __init__(self, module: nn.Module, state: _CompilerState):
         self.compiled: Callable = module._compiled_call_impl
         self.plain: Callable = module._call_impl
         self.state = state
-        self.before = before
 
     def __call__(self, *args, **kwargs) -> Any:
         # Slow to import, and here they have been
         from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 
-        if not self.state.has_failed:
-            if self.before is not None and not torch.is_grad_enabled():
-                self.before(*args, **kwargs)
-            try:
-                return self.compiled(*args, **kwargs)
-            except (TorchDynamoException, FailOnRecompileLimitHit) as error:  # before anything of it has run
-                self.state.fail(error)
-        return self.plain(*args, **kwargs)
+        try:
+            return self.compiled(*args, **kwargs)
+        except (TorchDynamoException, FailOnRecompileLimitHit) as error:
+            output = self.plain(*args, **kwargs)  # raises what is wrong with the input, if that is what it was
+            self.state.fail(error)
+            return output

@@ -151,6 +151,11 @@ class GrainLayout:
         return _to(self, torch.device(device))
 
 
+def can_round(window_size: int) -> bool:
+    """Whether windows are small enough for their lists to be rounded."""
+    return (window_size // 2) ** 2 <= _MAX_LISTS  # regions in a window of the first level, where they are the most
+
+
 def _to(value, device: torch.device):
     if isinstance(value, torch.Tensor):
         return value.to(device)
@@ -185,7 +190,7 @@ def _spread_windows(grain_map: torch.Tensor, side: int, ratio: float) -> torch.T
 def _refine_layouts(
     grain_map: torch.Tensor, num_grains: int, window_size: int, rounded: bool
 ) -> tuple[RefineLayout, ...]:
-    rounded = rounded and (window_size // 2) ** 2 <= _MAX_LISTS  # regions in a window of the first level, the most
+    rounded = rounded and can_round(window_size)
     levels = []
     position = torch.arange(grain_map.numel(), device=grain_map.device)  # of each region in the level before
     for level in range(1, num_grains):
@@ -231,9 +236,9 @@ def _refine_layout(
         start += num_regions
     region = torch.cat(packed)
     nowhere = region < 0
-    position = torch.full_like(parent_position, -1)
-    position[region[~nowhere]] = (~nowhere).nonzero()[:, 0]
-    region = region.clamp_min(0)
+    position = parent_position.new_full((batch * height * width + 1,), -1)  # the last is that of nowhere, -1
+    position[region] = torch.arange(len(region), device=device)
+    region, position = region.clamp_min(0), position[:-1]
 
     # 3. Tokens of a region, children of one parent together
     inner_row, inner_column = _token_order(level, device)  # (m * m,)

@@ -5,7 +5,6 @@ Shapes:
     B batch, N tokens, D width, A heads
 """
 
-from collections.abc import Callable
 from functools import lru_cache
 
 import torch
@@ -15,8 +14,7 @@ from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps, get_2d_sincos_pos_embed_from_grid
 from torch import nn
 
-from .linear_stack import LinearStack, extras_of, state_of
-from .plain_block import BlockWeights, is_torch_as_it_is, norm_modulate, plain_block
+from .fused_blocks import BlockWeights, attention, fused_block
 
 
 FREQUENCY_SIZE = 256  # width of the sinusoidal embedding that precedes the timestep MLP, as in the original DiT
@@ -37,19 +35,16 @@ class SelfAttentionProcessor:
 
 
 class SelfAttention(nn.Module, AttentionModuleMixin):
-    """Self-attention with separate `to_q`, `to_k`, `to_v` (what LoRA targets).
-
-    Inside a model that is not learning they are one matrix product (`stack_projections`), unless
-    `unfuse_qkv_projections` has forbidden it.
+    """Self-attention with separate `to_q`, `to_k`, `to_v` (what LoRA targets), fused on request.
 
     Args:
         dim: width D.
         heads: number of heads A; divides D.
     """
 
+    is_fusible = True
     _default_processor_cls = SelfAttentionProcessor
     _available_processors = [SelfAttentionProcessor]
-    fused_projections = True
 
     def __init__(self, dim: int, heads: int, processor=None):
         super().__init__()
@@ -60,43 +55,16 @@ class SelfAttention(nn.Module, AttentionModuleMixin):
         self.to_k = nn.Linear(dim, dim)
         self.to_v = nn.Linear(dim, dim)
         self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
-        self.qkv = LinearStack()
         self.set_processor(processor or self._default_processor_cls())
-
-    def fuse_projections(self) -> None:
-        """Allow one matrix product for query, key and value, as it is from the start."""
-        self.fused_projections = True
-
-    def unfuse_projections(self) -> None:
-        """Always project with `to_q`, `to_k` and `to_v`."""
-        self.fused_projections = False
-        self.qkv.clear()
-
-    def stack_projections(self, like: torch.Tensor) -> None:
-        """Let the next `project` without gradients be one matrix product, if it can be for inputs `like` this."""
-        if self.fused_projections:
-            self.qkv.refresh((self.to_q, self.to_k, self.to_v), like)
 
     def project(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Query, key and value, each (..., N, A, D / A)."""
-        if self.qkv.is_ready:
-            qkv = self.qkv(hidden_states)
-            query, key, value = qkv.view(*qkv.shape[:-1], 3, self.heads, -1).unbind(-3)
+        if self.fused_projections:
+            qkv = self.to_qkv(hidden_states).chunk(3, dim=-1)
         else:
-            projected = self.to_q(hidden_states), self.to_k(hidden_states), self.to_v(hidden_states)
-            query, key, value = (x.unflatten(-1, (self.heads, -1)) for x in projected)
+            qkv = self.to_q(hidden_states), self.to_k(hidden_states), self.to_v(hidden_states)
+        query, key, value = (x.unflatten(-1, (self.heads, -1)) for x in qkv)
         return query, key, value
-
-    # What changes the layers or their weights from outside leaves the stack behind.
-
-    def __setattr__(self, name: str, value: object) -> None:
-        super().__setattr__(name, value)
-        if isinstance(value, nn.Module) and "qkv" in vars(self):
-            self.qkv.clear()
-
-    def _apply(self, fn: Callable, recurse: bool = True) -> "SelfAttention":
-        self.qkv.clear()
-        return super()._apply(fn, recurse)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return self.processor(self, hidden_states)
@@ -104,6 +72,8 @@ class SelfAttention(nn.Module, AttentionModuleMixin):
 
 class FeedForward(nn.Module):
     """Two linear layers with a tanh-approximated GELU between, as in DiT."""
+
+    is_fusible = True
 
     def __init__(self, dim: int, mlp_ratio: float):
         super().__init__()
@@ -124,9 +94,13 @@ class DiTBlock(nn.Module):
         attn: attention over the tokens; None for plain self-attention.
     """
 
+    is_fusible = True
+
     def __init__(self, dim: int, heads: int, mlp_ratio: float = 4.0, attn: nn.Module | None = None):
         super().__init__()
+        self.norm1 = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
         self.attn = SelfAttention(dim, heads) if attn is None else attn
+        self.norm2 = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
         self.ff = FeedForward(dim, mlp_ratio)
         self.adaln = nn.Linear(dim, 6 * dim)
 
@@ -137,30 +111,20 @@ class DiTBlock(nn.Module):
         modulation: torch.Tensor | None = None,
         weights: BlockWeights | None = None,
     ) -> torch.Tensor:
-        """hidden_states (B, N, D) -> the same shape.
+        """hidden_states (B, N, D), conditioning (B, D) after its SiLU -> (B, N, D).
 
-        Args:
-            hidden_states: tokens.
-            conditioning: (B, D), after its SiLU.
-            modulation: what `modulation` makes of the conditioning, (B, 6, 1, D), if it is known already.
-            weights: the weights of this block, if its modules may be left out (`plain_block`).
+        `modulation` and `weights` are what `FusedBlocks` has for this block: then it runs fused.
         """
-        if modulation is None:
-            modulation = self.modulation(conditioning)
         if weights is not None:
-            return plain_block(hidden_states, modulation, weights)
-        return self.modulated(hidden_states, modulation)
-
-    def modulation(self, conditioning: torch.Tensor) -> torch.Tensor:
-        """Shift, scale and gate of the attention, then of the feed-forward: (B, D) -> (B, 6, 1, D)."""
-        return _from_one(self.adaln(conditioning).unflatten(-1, (6, 1, -1)))
+            return fused_block(hidden_states, modulation, weights, attention)
+        return self.modulated(hidden_states, self.adaln(conditioning)[:, None])
 
     def modulated(self, hidden_states: torch.Tensor, modulation: torch.Tensor, *attn_args) -> torch.Tensor:
-        """The block on tokens (B, N, D) under a modulation (B, 6, 1, D)."""
-        shift_attn, scale_attn, gate_attn, shift_ff, scale_ff, gate_ff = modulation.unbind(1)
-        attended = self.attn(norm_modulate(hidden_states, shift_attn, scale_attn), *attn_args)
+        """The block under a modulation (..., 6 * D) that broadcasts to the tokens (..., D)."""
+        shift_attn, scale_attn, gate_attn, shift_ff, scale_ff, gate_ff = modulation.chunk(6, dim=-1)
+        attended = self.attn(modulate(self.norm1(hidden_states), shift_attn, scale_attn), *attn_args)
         hidden_states = torch.addcmul(hidden_states, gate_attn, attended)
-        fed = self.ff(norm_modulate(hidden_states, shift_ff, scale_ff))
+        fed = self.ff(modulate(self.norm2(hidden_states), shift_ff, scale_ff))
         return torch.addcmul(hidden_states, gate_ff, fed)
 
 
@@ -173,17 +137,17 @@ class FinalLayer(nn.Module):
 
     def __init__(self, dim: int, out_features: int):
         super().__init__()
+        self.norm = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
         self.adaln = nn.Linear(dim, 2 * dim)
         self.proj_out = nn.Linear(dim, out_features)
 
     def modulation(self, conditioning: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Shift and scale, each (B, D)."""
-        shift, scale = self.adaln(conditioning).chunk(2, dim=-1)
-        return shift, 1 + scale
+        return self.adaln(conditioning).chunk(2, dim=-1)
 
     def forward(self, hidden_states: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         """hidden_states (..., D) with shift and scale that broadcast to it -> (..., out_features)."""
-        return self.proj_out(norm_modulate(hidden_states, shift, scale))
+        return self.proj_out(modulate(self.norm(hidden_states), shift, scale))
 
 
 def residual_stream(tokens: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -193,75 +157,9 @@ def residual_stream(tokens: torch.Tensor, dtype: torch.dtype = torch.float32) ->
     return tokens.to(dtype) if autocast else tokens
 
 
-def _from_one(modulation: torch.Tensor) -> torch.Tensor:
-    """adaLN gives its scales relative to one: add it, in place, to (..., 6, 1, D)."""
-    modulation[..., 1::3, :, :] += 1
-    return modulation
-
-
-class ModulationStack(LinearStack):
-    """adaLN of all blocks of a model as one matrix product, and what else can be known of blocks before they run."""
-
-    def __init__(self):
-        super().__init__()
-        self._state: list = []
-        self._weights: list[BlockWeights | None] = []
-
-    def clear(self) -> None:
-        """Forget all that is known of the blocks."""
-        super().clear()
-        self._state, self._weights = [], []
-
-    def prepare(self, blocks: nn.ModuleList, like: torch.Tensor) -> None:
-        """Refresh the stacks of blocks, this one and those of their attention, for inputs `like` this."""
-        if self._state_of(blocks, like) == self._state:
-            return
-        for block in blocks:
-            block.attn.stack_projections(like)
-        self.refresh([block.adaln for block in blocks], like)
-        self._weights = [BlockWeights.of(block, like) if type(block) is DiTBlock else None for block in blocks]
-        self._state = self._state_of(blocks, like)
-
-    def _state_of(self, blocks: nn.ModuleList, like: torch.Tensor) -> list:
-        # `_modules`, because an attribute of a module that is a module takes thrice the time to look up
-        attentions = [block._modules["attn"] for block in blocks]
-        feeds = [block._modules["ff"] for block in blocks]
-        layers = [block._modules["adaln"] for block in blocks]
-        layers += [attn._modules[name] for attn in attentions for name in ("to_q", "to_k", "to_v")]
-        layers += [attn._modules["to_out"]._modules["0"] for attn in attentions]
-        layers += [feed._modules[name] for feed in feeds for name in ("linear_1", "linear_2")]
-        return [
-            like.dtype,
-            like.device,
-            is_torch_as_it_is(),
-            [(attn.fused_projections, attn.qkv.weight is None) for attn in attentions],
-            [(attn.processor, attn.processor._attention_backend) for attn in attentions],
-            [extras_of(module) for module in (*attentions, *feeds)],
-            *state_of(layers),
-        ]
-
-    def prepared(self, blocks: nn.ModuleList, conditioning: torch.Tensor) -> list[tuple]:
-        """What every block is told beside its input: its modulation (B, 6, 1, D) and weights, or nothing.
-
-        Nothing in training: the gradients of a block's weights are to be ready with that block.
-        """
-        is_eager = not torch.compiler.is_compiling()
-        if is_eager and not torch.is_grad_enabled():
-            self.prepare(blocks, conditioning)
-        if not self.is_ready:
-            return [()] * len(blocks)
-        modulations = _from_one(self(conditioning).unflatten(-1, (len(blocks), 6, 1, -1))).unbind(1)
-        if is_eager and blocks[0]._compiled_call_impl is None and type(blocks[0]) is DiTBlock:
-            return list(zip(modulations, self._weights))
-        return [(modulation,) for modulation in modulations]
-
-
-class StackedBlocksMixin:
-    """A net with `transformer_blocks` and their `ModulationStack`, `adaln`."""
-
-    def _apply(self, fn: Callable, recurse: bool = True) -> nn.Module:
-        self.adaln.clear()  # a net that is moved off a device must leave nothing there
-        return super()._apply(fn, recurse)
+def modulate(hidden_states: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """hidden_states * (1 + scale) + shift, in one pass over the tokens."""
+    return torch.addcmul(shift, hidden_states, 1 + scale)
 
 
 class TimestepEmbedder(nn.Module):

@@ -7,6 +7,8 @@ Shapes:
     latents are (B, C, h * R, w * R); N packed tokens of RefineNet
 """
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -19,15 +21,14 @@ from torch import nn
 from ..grains import average_codes, cells_per_region, check_fine_ratio, check_tied
 from .config_ranges import check_content_model
 from .fallbacks import CompiledMixin, warn_once
-from .grain_layout import GrainLayout, RefineLayout
+from .fused_blocks import BlockWeights, FusedBlocks, FusedBlocksMixin, fused_block
+from .grain_layout import GrainLayout, RefineLayout, can_round
 from .layers import (
     FREQUENCY_SIZE,
     DiTBlock,
     FinalLayer,
     LabelEmbedder,
-    ModulationStack,
     SelfAttention,
-    StackedBlocksMixin,
     TimestepEmbedder,
     check_conditioning,
     init_dit_weights,
@@ -63,18 +64,27 @@ class WindowAttentionProcessor:
     _parallel_config = None
 
     def __call__(self, attn: "WindowAttention", hidden_states: torch.Tensor, layout: RefineLayout) -> torch.Tensor:
-        query, key, value = (x.flatten(0, -3) for x in attn.project(hidden_states))  # (N, A, D / A)
-        query = query * query.shape[-1] ** -0.5
-        lengths = [len(group.arrangement) * group.length for group in layout.groups]
-        attended = []
-        for group, *qkv in zip(layout.groups, query.split(lengths), key.split(lengths), value.split(lengths)):
-            q, k, v = (rearrange(x, "(w l) a d -> w a l d", l=group.length) for x in qkv)
-            bias = attn.relative_position_bias[group.relative_index]  # (P, L, L, A)
-            bias = rearrange(bias, "p i j a -> p a i j").index_select(0, group.arrangement)  # (W, A, L, L)
-            scores = torch.matmul(q, k.transpose(-1, -2)) + bias.to(q.dtype)
-            x = torch.matmul(scores.softmax(dim=-1), v)
-            attended.append(rearrange(x, "w a l d -> (w l) (a d)"))
-        return attn.to_out[0](torch.cat(attended)).view_as(hidden_states)
+        attended = window_attention(*attn.project(hidden_states), attn.relative_position_bias, layout)
+        return attn.to_out[0](attended)
+
+
+def window_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias_table: torch.Tensor, layout: RefineLayout
+) -> torch.Tensor:
+    """Query, key and value of packed tokens, each (N / 4, 4, A, D / A), bias (P, A) -> (N / 4, 4, D)."""
+    *shape, heads, head_dim = query.shape
+    query, key, value = (x.flatten(0, -3) for x in (query, key, value))  # (N, A, D / A)
+    query = query * query.shape[-1] ** -0.5
+    lengths = [len(group.arrangement) * group.length for group in layout.groups]
+    attended = []
+    for group, *qkv in zip(layout.groups, query.split(lengths), key.split(lengths), value.split(lengths)):
+        q, k, v = (rearrange(x, "(w l) a d -> w a l d", l=group.length) for x in qkv)
+        bias = bias_table[group.relative_index]  # (P, L, L, A)
+        bias = rearrange(bias, "p i j a -> p a i j").index_select(0, group.arrangement)  # (W, A, L, L)
+        scores = torch.matmul(q, k.transpose(-1, -2)) + bias.to(q.dtype)
+        x = torch.matmul(scores.softmax(dim=-1), v)
+        attended.append(rearrange(x, "w a l d -> (w l) (a d)"))
+    return torch.cat(attended).view(*shape, heads * head_dim)
 
 
 class WindowAttention(SelfAttention):
@@ -86,6 +96,7 @@ class WindowAttention(SelfAttention):
         side: tokens along a side of a window.
     """
 
+    is_fusible = True
     _default_processor_cls = WindowAttentionProcessor
     _available_processors = [WindowAttentionProcessor]
 
@@ -100,6 +111,8 @@ class WindowAttention(SelfAttention):
 class RefineBlock(DiTBlock):
     """DiT block on packed tokens: the modulation of each token's image, attention inside windows (Eq. 10)."""
 
+    is_fusible = True
+
     def __init__(self, dim: int, heads: int, mlp_ratio: float, side: int):
         super().__init__(dim, heads, mlp_ratio, attn=WindowAttention(dim, heads, side))
 
@@ -109,15 +122,21 @@ class RefineBlock(DiTBlock):
         conditioning: torch.Tensor,
         layout: RefineLayout,
         modulation: torch.Tensor | None = None,
+        weights: BlockWeights | None = None,
     ) -> torch.Tensor:
-        """hidden_states (N / 4, 4, D), conditioning (B, D), modulation (B, 6, 1, D) as in `DiTBlock` -> same shape."""
-        if modulation is None:
-            modulation = self.modulation(conditioning)
+        """hidden_states (N / 4, 4, D), conditioning (B, D) after its SiLU -> (N / 4, 4, D).
+
+        `modulation` and `weights` are what `FusedBlocks` has for this block: then it runs fused.
+        """
         # Looked up once for the four children of a parent, the modulation takes a quarter of the memory.
-        return self.modulated(hidden_states, modulation.index_select(0, layout.images), layout)  # (N / 4, 6, 1, D)
+        if weights is not None:
+            attend = partial(window_attention, bias_table=self.attn.relative_position_bias, layout=layout)
+            return fused_block(hidden_states, modulation.index_select(0, layout.images), weights, attend)
+        modulation = self.adaln(conditioning).index_select(0, layout.images)[:, None]  # (N / 4, 1, 6 * D)
+        return self.modulated(hidden_states, modulation, layout)
 
 
-class RefineNet(StackedBlocksMixin, nn.Module):
+class RefineNet(nn.Module):
     """Corrects the rough noise of finer regions (Eq. 8), with half the patch size of the level before.
 
     Input of a token: its share of the coarser token's up-projection, and an embedding of its patch of [z_t; noise].
@@ -153,7 +172,7 @@ class RefineNet(StackedBlocksMixin, nn.Module):
         self.up_proj = nn.Linear(dim, 4 * dim)
         self.patch_embed = nn.Linear((in_channels + out_channels) * patch_size**2, dim)
         self.transformer_blocks = nn.ModuleList([RefineBlock(dim, heads, mlp_ratio, side) for _ in range(num_layers)])
-        self.adaln = ModulationStack()
+        self.fusion = FusedBlocks()
         self.norm_out = FinalLayer(dim, out_channels * patch_size**2)
 
     def forward(
@@ -190,12 +209,12 @@ class RefineNet(StackedBlocksMixin, nn.Module):
         if layout.rounded and not torch.compiler.is_compiling():
             torch._dynamo.maybe_mark_dynamic(tokens, 0)
 
-        prepared = self.adaln.prepared(self.transformer_blocks, conditioning)
-        for block, known in zip(self.transformer_blocks, prepared):
+        fused = self.fusion.arguments(self.transformer_blocks, conditioning)
+        for block, known in zip(self.transformer_blocks, fused):
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 tokens = self._gradient_checkpointing_func(block, tokens, conditioning, layout)
             else:
-                tokens = block(tokens, conditioning, layout, *known)
+                tokens = block(tokens, conditioning, layout, **known)
 
         shift, scale = (x.index_select(0, layout.images)[:, None] for x in self.norm_out.modulation(conditioning))
         correction = self.norm_out(tokens, shift, scale).flatten(0, 1)  # (N, O * patch ** 2)
@@ -207,7 +226,7 @@ class RefineNet(StackedBlocksMixin, nn.Module):
 
 
 class D2iTContentModel(
-    StackedBlocksMixin, CompiledMixin, StrictModelMixin, AttentionMixin, CacheMixin, SafeAdapterMixin, ConfigMixin
+    FusedBlocksMixin, CompiledMixin, StrictModelMixin, AttentionMixin, CacheMixin, SafeAdapterMixin, ConfigMixin
 ):
     r"""Multi-grained Net, Router and RefineNet: rough noise for every region, corrected where the map is fine.
 
@@ -279,7 +298,7 @@ class D2iTContentModel(
         self.transformer_blocks = nn.ModuleList(
             [DiTBlock(dim, num_attention_heads, mlp_ratio) for _ in range(num_layers)]
         )
-        self.adaln = ModulationStack()
+        self.fusion = FusedBlocks()
         self.norm_out = FinalLayer(dim, self.out_channels * self.patch_size**2)
 
         # Fine-grained Net: one RefineNet for each finer grain
@@ -338,7 +357,7 @@ class D2iTContentModel(
             ValueError: wrong type, dtype, shape or values.
         """
         return GrainLayout.from_grain_map(
-            grain_map, self.config.num_grains, self.config.window_size, self._is_compiled
+            grain_map, self.config.num_grains, self.config.window_size, self._rounds_windows()
         )
 
     def prepare_guided_grain_map(self, grain_map: torch.Tensor, null_fine_ratio: float | None = None) -> GrainLayout:
@@ -355,7 +374,7 @@ class D2iTContentModel(
         if null_fine_ratio is not None:
             check_fine_ratio(null_fine_ratio, name="null_fine_ratio")
         return GrainLayout.for_guidance(
-            grain_map, self.config.num_grains, self.config.window_size, self._is_compiled, null_fine_ratio
+            grain_map, self.config.num_grains, self.config.window_size, self._rounds_windows(), null_fine_ratio
         )
 
     def enable_cache(self, config) -> None:
@@ -372,13 +391,15 @@ class D2iTContentModel(
             )
         super().enable_cache(config)
 
-    def before_graph(self, hidden_states: torch.Tensor, *args, **kwargs) -> None:
-        for net in (self, *self.refine_nets):
-            net.adaln.prepare(net.transformer_blocks, like=hidden_states)
-
-    @property
-    def _is_compiled(self) -> bool:
-        return any(module._compiled_call_impl is not None for module in (self, self.transformer_blocks[0]))
+    def _rounds_windows(self) -> bool:
+        if all(module._compiled_call_impl is None for module in (self, self.transformer_blocks[0])):
+            return False
+        if not can_round(self.config.window_size):
+            warn_once(
+                f"windows of {self.config.window_size} tokens have too many sizes to be rounded: compiled graphs are"
+                " made for some maps anew."
+            )
+        return True
 
     def forward(
         self,
@@ -420,12 +441,12 @@ class D2iTContentModel(
         tokens = residual_stream(tokens, self.residual_dtype)
         tokens = tokens + sincos_positions(height, width, tokens.shape[-1], tokens.device, tokens.dtype)
         tokens = tokens + self.grain_embed(grain_map)
-        prepared = self.adaln.prepared(self.transformer_blocks, conditioning)
-        for block, known in zip(self.transformer_blocks, prepared):
+        fused = self.fusion.arguments(self.transformer_blocks, conditioning)
+        for block, known in zip(self.transformer_blocks, fused):
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 tokens = self._gradient_checkpointing_func(block, tokens, conditioning)
             else:
-                tokens = block(tokens, conditioning, *known)
+                tokens = block(tokens, conditioning, **known)
 
         # 2. Router: noise of every region (Eq. 7); the cells of a coarse code share their mean
         shift, scale = self.norm_out.modulation(conditioning)

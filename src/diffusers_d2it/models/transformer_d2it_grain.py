@@ -18,12 +18,11 @@ from torch import nn
 
 from .config_ranges import check_grain_model
 from .fallbacks import CompiledMixin
+from .fused_blocks import FusedBlocks, FusedBlocksMixin
 from .layers import (
     DiTBlock,
     FinalLayer,
     LabelEmbedder,
-    ModulationStack,
-    StackedBlocksMixin,
     TimestepEmbedder,
     check_conditioning,
     init_dit_weights,
@@ -45,7 +44,7 @@ class D2iTGrainModelOutput(BaseOutput):
 
 
 class D2iTGrainModel(
-    StackedBlocksMixin, CompiledMixin, StrictModelMixin, AttentionMixin, CacheMixin, SafeAdapterMixin, ConfigMixin
+    FusedBlocksMixin, CompiledMixin, StrictModelMixin, AttentionMixin, CacheMixin, SafeAdapterMixin, ConfigMixin
 ):
     r"""A DiT with one token per region that predicts the clean grain map from a noised one.
 
@@ -103,7 +102,7 @@ class D2iTGrainModel(
         self.transformer_blocks = nn.ModuleList(
             [DiTBlock(dim, num_attention_heads, mlp_ratio) for _ in range(num_layers)]
         )
-        self.adaln = ModulationStack()
+        self.fusion = FusedBlocks()
         self.norm_out = FinalLayer(dim, num_grains)
         self.initialize_weights()
 
@@ -153,12 +152,12 @@ class D2iTGrainModel(
         tokens = tokens + sincos_positions(height, width, tokens.shape[-1], tokens.device, tokens.dtype)
 
         # 3. DiT blocks
-        prepared = self.adaln.prepared(self.transformer_blocks, conditioning)
-        for block, known in zip(self.transformer_blocks, prepared):
+        fused = self.fusion.arguments(self.transformer_blocks, conditioning)
+        for block, known in zip(self.transformer_blocks, fused):
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 tokens = self._gradient_checkpointing_func(block, tokens, conditioning)
             else:
-                tokens = block(tokens, conditioning, *known)
+                tokens = block(tokens, conditioning, **known)
 
         # 4. Logits of each grain
         shift, scale = self.norm_out.modulation(conditioning)
@@ -168,9 +167,6 @@ class D2iTGrainModel(
         if not return_dict:
             return (logits,)
         return D2iTGrainModelOutput(logits=logits)
-
-    def before_graph(self, hidden_states: torch.Tensor, *args, **kwargs) -> None:
-        self.adaln.prepare(self.transformer_blocks, like=hidden_states)
 
     def _embed_fine_ratio(self, fine_ratio: torch.Tensor | None, batch_size: int) -> torch.Tensor:
         if fine_ratio is None:

@@ -1,0 +1,246 @@
+# Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
+"""Blocks without the modules around their operators, while images are sampled.
+
+A small batch is bound by the number of operators and by the Python around them, not by arithmetic. So for the time of
+`fused_blocks()` query, key and value are one matrix product, adaLN of all blocks is another, and a block is twelve
+operators. The stacked weights are copies, made when the first forward comes and given back at the end; the layers keep
+theirs, so nothing that holds, saves or trains them notices.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.modules.module import _has_any_global_hook
+
+
+try:
+    from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
+except ImportError:  # nothing is fused where diffusers does not say which attention it would take
+    _AttentionBackendRegistry = None
+
+_MOST_BUILDS = 3  # in one context: where weights come and go at every step, copies would cost more than they save
+
+
+class BlockWeights(NamedTuple):
+    """What a block computes with, all but adaLN."""
+
+    heads: int
+    qkv_weight: torch.Tensor
+    qkv_bias: torch.Tensor
+    out_weight: torch.Tensor
+    out_bias: torch.Tensor
+    up_weight: torch.Tensor
+    up_bias: torch.Tensor
+    down_weight: torch.Tensor
+    down_bias: torch.Tensor
+
+
+def fused_block(tokens: torch.Tensor, modulation: torch.Tensor, w: BlockWeights, attend: Callable) -> torch.Tensor:
+    """A DiT block, operator for operator.
+
+    Args:
+        tokens: (B, N, D).
+        modulation: (B, 6, 1, D): shift, scale (around one) and gate of the attention, then of the feed-forward.
+        w: weights.
+        attend: attention of query, key and value, each (B, N, A, D / A), with the result (B, N, D).
+    """
+    shift_attn, scale_attn, gate_attn, shift_ff, scale_ff, gate_ff = modulation.unbind(1)
+
+    qkv = F.linear(norm_modulate(tokens, shift_attn, scale_attn), w.qkv_weight, w.qkv_bias)  # (B, N, 3 * D)
+    attended = attend(*qkv.unflatten(-1, (3, w.heads, -1)).unbind(-3))
+    tokens = torch.addcmul(tokens, gate_attn, F.linear(attended, w.out_weight, w.out_bias))
+
+    hidden = F.linear(norm_modulate(tokens, shift_ff, scale_ff), w.up_weight, w.up_bias)  # (B, N, 4 * D)
+    fed = F.linear(F.gelu(hidden, approximate="tanh"), w.down_weight, w.down_bias)
+    return torch.addcmul(tokens, gate_ff, fed)
+
+
+def attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """Attention of torch over all tokens: (B, N, A, D / A) each -> (B, N, D)."""
+    attended = F.scaled_dot_product_attention(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
+    return attended.transpose(1, 2).flatten(-2)
+
+
+def norm_modulate(hidden_states: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """LayerNorm(hidden_states) * scale + shift: two passes over the tokens, one where it is compiled."""
+    normed = torch.layer_norm(hidden_states, hidden_states.shape[-1:], eps=1e-6)
+    return torch.addcmul(shift, normed, scale)
+
+
+class FusedBlocks:
+    """The fused weights of the blocks of a net, made when they are first needed between `begin` and `end`.
+
+    Before every forward it is looked whether layers, weights, hooks and processors are what they were. If not, the
+    weights are fused again; where modules do more than their operators (adapters, hooks of caches or offloading,
+    quantised or sharded weights, another attention or dtype), nothing is fused and the modules run.
+    """
+
+    def __init__(self):
+        self._depth = 0
+        self._clear()
+
+    def _clear(self) -> None:
+        self._num_builds = 0
+        self._state: list | None = None
+        self._adaln: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._weights: list[BlockWeights] = []
+
+    def begin(self) -> None:
+        """From here on blocks may be fused."""
+        self._depth += 1
+
+    def end(self) -> None:
+        """Blocks are no longer fused, once for every `begin`; the copies of weights are given back."""
+        self._depth -= 1
+        if self._depth == 0:
+            self._clear()
+
+    @property
+    def is_fused(self) -> bool:
+        """Whether the last forward ran on fused blocks."""
+        return self._adaln is not None
+
+    def arguments(self, blocks: nn.ModuleList, conditioning: torch.Tensor) -> list[dict]:
+        """What every block is called with beside its input: its modulation (B, 6, 1, D) and weights, or nothing.
+
+        Args:
+            blocks: the blocks of the net.
+            conditioning: (B, D), after its SiLU.
+        """
+        # Inside a graph of the whole net nobody could look; and training needs the gradients of the layers.
+        if self._depth and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            self._refresh(blocks, conditioning)
+            if self._adaln is not None:
+                modulations = F.linear(conditioning, *self._adaln).unflatten(-1, (len(blocks), 6, 1, -1))
+                modulations[:, :, 1::3] += 1  # adaLN gives its scales relative to one
+                pairs = zip(modulations.unbind(1), self._weights)
+                return [{"modulation": modulation, "weights": weights} for modulation, weights in pairs]
+        return [{}] * len(blocks)
+
+    def _refresh(self, blocks: nn.ModuleList, like: torch.Tensor) -> None:
+        state = _state_of(blocks, like)
+        if state is not None and state == self._state:
+            return
+        self._state, self._adaln, self._weights = state, None, []
+        if state is None or self._num_builds == _MOST_BUILDS or not _are_plain(blocks, like):
+            return
+        self._num_builds += 1
+        with torch.no_grad():
+            self._adaln = _stacked([block.adaln for block in blocks])
+            for block in blocks:
+                attn, ff = block.attn, block.ff
+                qkv = _stacked([attn.to_q, attn.to_k, attn.to_v])
+                others = [(layer.weight, layer.bias) for layer in (attn.to_out[0], ff.linear_1, ff.linear_2)]
+                self._weights.append(BlockWeights(attn.heads, *qkv, *(tensor for pair in others for tensor in pair)))
+
+
+class FusedBlocksMixin:
+    """A model with nets that have `transformer_blocks` and, as `fusion`, their `FusedBlocks`."""
+
+    @contextmanager
+    def fused_blocks(self) -> Iterator[None]:
+        """Within this context forwards without gradients run on fused blocks, where these are plain.
+
+        `D2iTPipeline` enters it for a sampling call. It takes memory for a copy of the weights of adaLN and of query,
+        key and value, about half of the model. Weights may be replaced inside, and modules; what is written into
+        `weight.data` in place is not seen before the next context.
+        """
+        fusions = [module.fusion for module in self.modules() if "fusion" in vars(module)]
+        for fusion in fusions:
+            fusion.begin()
+        try:
+            yield
+        finally:
+            for fusion in fusions:
+                fusion.end()
+
+
+def _state_of(blocks: nn.ModuleList, like: torch.Tensor) -> list | None:
+    """All that fused weights depend on, in a form that is quick to make and to compare; None for unknown modules."""
+    try:
+        # `_modules`, because an attribute that is a module takes thrice the time to look up
+        attentions = [block._modules["attn"] for block in blocks]
+        feeds = [block._modules["ff"] for block in blocks]
+        layers = [block._modules["adaln"] for block in blocks]
+        layers += [attn._modules[name] for attn in attentions for name in ("to_q", "to_k", "to_v")]
+        layers += [attn._modules["to_out"]._modules["0"] for attn in attentions]
+        layers += [feed._modules[name] for feed in feeds for name in ("linear_1", "linear_2")]
+        weights = [weight for layer in layers for weight in layer._parameters.values()]
+        modules = [*blocks, *attentions, *feeds, *layers]
+        return [
+            (like.dtype, like.device, _is_autocast(like), _is_default_attention_native(), _has_any_global_hook()),
+            [(attn.processor, attn.heads, attn.fused_projections) for attn in attentions],
+            [(attn.processor._attention_backend, attn.processor._parallel_config) for attn in attentions],
+            modules,  # compared by identity
+            [type(module) for module in modules],
+            [_extras_of(module) for module in modules],
+            [weight.data_ptr() for weight in weights],
+            [weight._version for weight in weights],
+        ]
+    except (KeyError, AttributeError, RuntimeError):  # other modules, or weights that lie nowhere
+        return None
+
+
+def _are_plain(blocks: nn.ModuleList, like: torch.Tensor) -> bool:
+    """Whether blocks are no more than their operators, with weights that lie ready where the input `like` does."""
+    return (
+        _is_default_attention_native()
+        and not _is_autocast(like)
+        and not _has_any_global_hook()
+        and all(_is_as_written(block) and _is_as_written(block.attn) and _is_as_written(block.ff) for block in blocks)
+        and all(_has_default_attention(block.attn) for block in blocks)
+        and all(
+            _is_plain_linear(layer, like)
+            for block in blocks
+            for layer in (block.adaln, block.attn.to_q, block.attn.to_k, block.attn.to_v, block.attn.to_out[0])
+            + (block.ff.linear_1, block.ff.linear_2)
+        )
+    )
+
+
+def _is_as_written(module: nn.Module) -> bool:
+    """Whether a module is of a class that `fused_block` writes out, and no subclass, and nothing is hooked to it."""
+    return vars(type(module)).get("is_fusible", False) and not _extras_of(module)
+
+
+def _has_default_attention(attn: nn.Module) -> bool:
+    processor = attn.processor
+    chosen = (processor._attention_backend, processor._parallel_config) != (None, None)
+    return type(processor) is attn._default_processor_cls and not chosen and not attn.fused_projections
+
+
+def _is_default_attention_native() -> bool:
+    """Whether diffusers takes torch's own attention where no backend has been chosen for a module."""
+    return (
+        _AttentionBackendRegistry is not None
+        and _AttentionBackendRegistry.get_active_backend()[0] == AttentionBackendName.NATIVE
+    )
+
+
+def _is_autocast(like: torch.Tensor) -> bool:
+    device = like.device.type
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
+def _is_plain_linear(layer: nn.Module, like: torch.Tensor) -> bool:
+    return (
+        type(layer) is nn.Linear
+        and type(layer.weight) is type(layer.bias) is nn.Parameter
+        and layer.weight.dtype == layer.bias.dtype == like.dtype
+        and layer.weight.device == layer.bias.device == like.device
+        and not _extras_of(layer)
+    )
+
+
+def _extras_of(module: nn.Module) -> object:
+    """What a call of a module does beside its own forward, something that is true: hooks, or another forward."""
+    # Hooks of accelerate and diffusers, which offload or cast weights or keep results, replace it
+    return module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__
+
+
+def _stacked(layers: list[nn.Linear]) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.cat([layer.weight for layer in layers]), torch.cat([layer.bias for layer in layers])
