@@ -172,7 +172,13 @@ def tie_weights(model: Model) -> None:
     model.transformer_blocks[1].adaln.weight = model.transformer_blocks[0].adaln.weight
 
 
-@pytest.mark.parametrize("change", [add_in_place, load_others(False), load_others(True), replace_data, tie_weights])
+def append_a_block(model: Model) -> None:
+    model.transformer_blocks.append(copy.deepcopy(model.transformer_blocks[0]))
+
+
+@pytest.mark.parametrize(
+    "change", [add_in_place, load_others(False), load_others(True), replace_data, tie_weights, append_a_block]
+)
 def test_other_weights_are_fused_anew(model_and_inputs, change):
     model, inputs = model_and_inputs
     with model.fused_blocks():
@@ -218,7 +224,13 @@ def replace_feed_forward(model: Model) -> None:
         def forward(self, hidden_states):
             return -super().forward(hidden_states)
 
-    model.transformer_blocks[0].ff.__class__ = Negated
+    block = model.transformer_blocks[0]
+    block.ff = put_weights(block.ff, Negated(block.adaln.in_features, 4.0))
+
+
+def put_weights(old: Model, new: Model) -> Model:
+    new.load_state_dict(old.state_dict())
+    return new
 
 
 def replace_attention(model: Model) -> None:
@@ -226,7 +238,8 @@ def replace_attention(model: Model) -> None:
         def forward(self, hidden_states):
             return -super().forward(hidden_states)
 
-    model.transformer_blocks[0].attn.__class__ = Negated
+    block = model.transformer_blocks[0]
+    block.attn = put_weights(block.attn, Negated(block.adaln.in_features, block.attn.heads))
 
 
 def leave_out_feed_forward(model: Model) -> None:

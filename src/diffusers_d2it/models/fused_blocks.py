@@ -46,12 +46,12 @@ def fused_block(tokens: torch.Tensor, modulation: torch.Tensor, w: BlockWeights,
         tokens: (B, N, D).
         modulation: (B, 6, 1, D): shift, scale (around one) and gate of the attention, then of the feed-forward.
         w: weights.
-        attend: attention of query, key and value, each (B, N, A, D / A), with the result (B, N, D).
+        attend: attention of query, key and value together, (B, N, 3, A, D / A), with the result (B, N, D).
     """
     shift_attn, scale_attn, gate_attn, shift_ff, scale_ff, gate_ff = modulation.unbind(1)
 
     qkv = F.linear(norm_modulate(tokens, shift_attn, scale_attn), w.qkv_weight, w.qkv_bias)  # (B, N, 3 * D)
-    attended = attend(*qkv.unflatten(-1, (3, w.heads, -1)).unbind(-3))
+    attended = attend(qkv.view(*qkv.shape[:-1], 3, w.heads, -1))
     tokens = torch.addcmul(tokens, gate_attn, F.linear(attended, w.out_weight, w.out_bias))
 
     hidden = F.linear(norm_modulate(tokens, shift_ff, scale_ff), w.up_weight, w.up_bias)  # (B, N, 4 * D)
@@ -59,10 +59,10 @@ def fused_block(tokens: torch.Tensor, modulation: torch.Tensor, w: BlockWeights,
     return torch.addcmul(tokens, gate_ff, fed)
 
 
-def attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """Attention of torch over all tokens: (B, N, A, D / A) each -> (B, N, D)."""
-    attended = F.scaled_dot_product_attention(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
-    return attended.transpose(1, 2).flatten(-2)
+def attention(qkv: torch.Tensor) -> torch.Tensor:
+    """Attention of torch over all tokens: (B, N, 3, A, D / A) -> (B, N, D)."""
+    query, key, value = qkv.transpose(1, 3).unbind(2)  # (B, A, N, D / A)
+    return F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(-2)
 
 
 def norm_modulate(hidden_states: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
@@ -85,7 +85,7 @@ class FusedBlocks:
 
     def _clear(self) -> None:
         self._num_builds = 0
-        self._state: list | None = None
+        self._snapshot: _Snapshot | None = None
         self._adaln: tuple[torch.Tensor, torch.Tensor] | None = None
         self._weights: list[BlockWeights] = []
 
@@ -122,11 +122,10 @@ class FusedBlocks:
         return [{}] * len(blocks)
 
     def _refresh(self, blocks: nn.ModuleList, like: torch.Tensor) -> None:
-        state = _state_of(blocks, like)
-        if state is not None and state == self._state:
+        if self._snapshot is not None and self._snapshot.still_holds(blocks, like):
             return
-        self._state, self._adaln, self._weights = state, None, []
-        if state is None or self._num_builds == _MOST_BUILDS or not _are_plain(blocks, like):
+        self._snapshot, self._adaln, self._weights = None, None, []
+        if self._num_builds == _MOST_BUILDS or not _are_plain(blocks, like):
             return
         self._num_builds += 1
         with torch.no_grad():
@@ -136,6 +135,63 @@ class FusedBlocks:
                 qkv = _stacked([attn.to_q, attn.to_k, attn.to_v])
                 others = [(layer.weight, layer.bias) for layer in (attn.to_out[0], ff.linear_1, ff.linear_2)]
                 self._weights.append(BlockWeights(attn.heads, *qkv, *(tensor for pair in others for tensor in pair)))
+        self._snapshot = _Snapshot(blocks, like)
+
+
+class _Snapshot:
+    """What fused weights depend on, kept in lists that are quick to compare: they are at every forward.
+
+    Args:
+        blocks: blocks that are plain, so that no module of theirs has a hook.
+        like: an input of their layers, for its device and dtype.
+    """
+
+    def __init__(self, blocks: nn.ModuleList, like: torch.Tensor):
+        attentions, feeds = [block.attn for block in blocks], [block.ff for block in blocks]
+        self.blocks, self.attentions = blocks, attentions
+        self.places = [(blocks._modules, name) for name in blocks._modules]
+        self.places += [(block._modules, name) for block in blocks for name in ("attn", "ff", "adaln")]
+        self.places += [(attn._modules, name) for attn in attentions for name in ("to_q", "to_k", "to_v", "to_out")]
+        self.places += [(attn.to_out._modules, "0") for attn in attentions]
+        self.places += [(feed._modules, name) for feed in feeds for name in ("linear_1", "linear_2")]
+        self.modules = self._modules_now()
+        self.hooks = [h for module in self.modules for h in (module._forward_hooks, module._forward_pre_hooks)]
+        self.attributes = [module.__dict__ for module in self.modules]
+        self.parameters = [module._parameters for module in self.modules if module._parameters]
+        self.weights = self._weights_now()
+        self.settings = self._settings_now(like)
+
+    def still_holds(self, blocks: nn.ModuleList, like: torch.Tensor) -> bool:
+        """Whether all is as it was."""
+        try:
+            return (
+                blocks is self.blocks
+                and len(blocks) == len(self.attentions)
+                and self._settings_now(like) == self.settings
+                and self._modules_now() == self.modules  # by identity
+                and not any(self.hooks)
+                and not any("forward" in attributes for attributes in self.attributes)
+                and self._weights_now() == self.weights
+            )
+        except (KeyError, AttributeError, RuntimeError):  # other modules, or weights that lie nowhere
+            return False
+
+    def _settings_now(self, like: torch.Tensor) -> list:
+        processors = [attn.processor for attn in self.attentions]
+        return [
+            (like.dtype, like.device, _is_autocast(like), _is_default_attention_native(), _has_any_global_hook()),
+            processors,
+            [(processor._attention_backend, processor._parallel_config) for processor in processors],
+            [(attn.heads, attn.fused_projections) for attn in self.attentions],
+        ]
+
+    def _modules_now(self) -> list[nn.Module]:
+        return [modules[name] for modules, name in self.places]
+
+    def _weights_now(self) -> list[int]:
+        """Where weights lie, and how often they have been changed there."""
+        weights = [weight for parameters in self.parameters for weight in parameters.values()]
+        return [weight.data_ptr() for weight in weights] + [weight._version for weight in weights]
 
 
 class FusedBlocksMixin:
@@ -159,39 +215,15 @@ class FusedBlocksMixin:
                 fusion.end()
 
 
-def _state_of(blocks: nn.ModuleList, like: torch.Tensor) -> list | None:
-    """All that fused weights depend on, in a form that is quick to make and to compare; None for unknown modules."""
-    try:
-        # `_modules`, because an attribute that is a module takes thrice the time to look up
-        attentions = [block._modules["attn"] for block in blocks]
-        feeds = [block._modules["ff"] for block in blocks]
-        layers = [block._modules["adaln"] for block in blocks]
-        layers += [attn._modules[name] for attn in attentions for name in ("to_q", "to_k", "to_v")]
-        layers += [attn._modules["to_out"]._modules["0"] for attn in attentions]
-        layers += [feed._modules[name] for feed in feeds for name in ("linear_1", "linear_2")]
-        weights = [weight for layer in layers for weight in layer._parameters.values()]
-        modules = [*blocks, *attentions, *feeds, *layers]
-        return [
-            (like.dtype, like.device, _is_autocast(like), _is_default_attention_native(), _has_any_global_hook()),
-            [(attn.processor, attn.heads, attn.fused_projections) for attn in attentions],
-            [(attn.processor._attention_backend, attn.processor._parallel_config) for attn in attentions],
-            modules,  # compared by identity
-            [type(module) for module in modules],
-            [_extras_of(module) for module in modules],
-            [weight.data_ptr() for weight in weights],
-            [weight._version for weight in weights],
-        ]
-    except (KeyError, AttributeError, RuntimeError):  # other modules, or weights that lie nowhere
-        return None
-
-
 def _are_plain(blocks: nn.ModuleList, like: torch.Tensor) -> bool:
     """Whether blocks are no more than their operators, with weights that lie ready where the input `like` does."""
+    if not all(_is_as_written(block) for block in blocks):
+        return False
     return (
         _is_default_attention_native()
         and not _is_autocast(like)
         and not _has_any_global_hook()
-        and all(_is_as_written(block) and _is_as_written(block.attn) and _is_as_written(block.ff) for block in blocks)
+        and all(_is_as_written(block.attn) and _is_as_written(block.ff) for block in blocks)
         and all(_has_default_attention(block.attn) for block in blocks)
         and all(
             _is_plain_linear(layer, like)

@@ -7,8 +7,6 @@ Shapes:
     latents are (B, C, h * R, w * R); N packed tokens of RefineNet
 """
 
-from functools import partial
-
 import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -130,8 +128,12 @@ class RefineBlock(DiTBlock):
         """
         # Looked up once for the four children of a parent, the modulation takes a quarter of the memory.
         if weights is not None:
-            attend = partial(window_attention, bias_table=self.attn.relative_position_bias, layout=layout)
-            return fused_block(hidden_states, modulation.index_select(0, layout.images), weights, attend)
+            return fused_block(
+                hidden_states,
+                modulation.index_select(0, layout.images),
+                weights,
+                lambda qkv: window_attention(*qkv.unbind(-3), self.attn.relative_position_bias, layout),
+            )
         modulation = self.adaln(conditioning).index_select(0, layout.images)[:, None]  # (N / 4, 1, 6 * D)
         return self.modulated(hidden_states, modulation, layout)
 
