@@ -5,6 +5,7 @@ import logging
 
 import pytest
 import torch
+import torch._inductor.config
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from diffusers_d2it import D2iTContentModel
@@ -92,7 +93,7 @@ def test_one_graph_serves_every_map(make_content_model, compiled, num_grains, tr
     counter = CompileCounterWithBackend("aot_eager" if train else "eager")
     (model.compile if compiled == "model" else model.compile_repeated_blocks)(backend=counter, fullgraph=True)
     plain = make_content_model(num_grains, num_layers=1)
-    with torch.set_grad_enabled(train):
+    with torch.set_grad_enabled(train), model.fused_blocks():
         for grain_map in maps(num_grains):
             latents, timesteps, labels = inputs_for(grain_map, model.patch_size)
             output = model(latents, timesteps, model.prepare_grain_map(grain_map), labels).sample
@@ -104,47 +105,34 @@ def test_one_graph_serves_every_map(make_content_model, compiled, num_grains, tr
     assert counter.frame_count == (1 if compiled == "model" else num_grains)
 
 
-@pytest.mark.parametrize("compiled", ["blocks", "model"])
+@pytest.mark.parametrize("compiled", ["blocks", "model", "elsewhere"])
 def test_graphs_see_that_weights_have_been_replaced(make_content_model, compiled):
-    # They read stacked projections, of which they cannot see that the layers have other weights now
+    # Compiled blocks run fused, on copies of which they cannot see that the layers have other weights now
     model, plain = make_content_model(), make_content_model()
-    (model.compile if compiled == "model" else model.compile_repeated_blocks)(backend="eager")
-    grain_map = maps()[5]
-    latents, timesteps, labels = inputs_for(grain_map)
-
-    def outputs() -> list[torch.Tensor]:
-        with torch.no_grad():
-            return [m(latents, timesteps, m.prepare_grain_map(grain_map), labels).sample for m in (model, plain)]
-
-    before, _ = outputs()
-    assert model.adaln.is_ready is False and model.adaln.weight is not None  # gradients are on here
-    for change in (0.05, -0.02):
-        for parameter in (*model.parameters(), *plain.parameters()):
-            parameter.data = parameter.data + change
-        output, expected = outputs()
-        torch.testing.assert_close(output, expected, atol=1e-6, rtol=1e-5)
-        assert not torch.allclose(output, before, atol=1e-3)
-
-
-def test_graphs_made_elsewhere_use_no_stack(make_content_model):
-    model, plain = make_content_model(), make_content_model()
+    if compiled == "blocks":
+        model.compile_repeated_blocks(backend="eager")
+    elif compiled == "model":
+        model.compile(backend="eager")
+    called = torch.compile(model, backend="eager") if compiled == "elsewhere" else model
     grain_map = maps()[5]
     latents, timesteps, labels = inputs_for(grain_map)
     layout = model.prepare_grain_map(grain_map)
-    with torch.no_grad():
-        model(latents, timesteps, layout, labels)
-        compiled = torch.compile(model, backend="eager")
-        compiled(latents, timesteps, layout, labels)
-        for parameter in (*model.parameters(), *plain.parameters()):
-            parameter.data = parameter.data + 0.05
-        output = compiled(latents, timesteps, layout, labels).sample
-        torch.testing.assert_close(output, plain(latents, timesteps, layout, labels).sample, atol=1e-6, rtol=1e-5)
+    with torch.no_grad(), model.fused_blocks():
+        before = called(latents, timesteps, layout, labels).sample
+        assert model.fusion.is_fused == (compiled == "blocks")
+        for change in (0.05, -0.02):
+            for parameter in (*model.parameters(), *plain.parameters()):
+                parameter.data = parameter.data + change
+            output = called(latents, timesteps, layout, labels).sample
+            expected = plain(latents, timesteps, grain_map, labels).sample
+            torch.testing.assert_close(output, expected, atol=1e-6, rtol=1e-5)
+            assert not torch.allclose(output, before, atol=1e-3)
 
 
 def test_a_compiler_gives_the_same_numbers(make_content_model):
     model, plain = make_content_model(), make_content_model()
     model.compile_repeated_blocks(fullgraph=True)
-    with torch.no_grad():
+    with torch.no_grad(), model.fused_blocks():
         for grain_map in maps()[4:7]:
             latents, timesteps, labels = inputs_for(grain_map)
             output = model(latents, timesteps, grain_map, labels).sample
@@ -190,9 +178,8 @@ def test_a_failing_compiler_leaves_the_plain_model(make_content_model, caplog, c
     assert "D2iTContentModel" in message and "no such instruction on this machine" in message
 
 
-def test_a_missing_compiler_leaves_the_plain_blocks(make_grain_model, caplog, monkeypatch):
-    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("no-such-compiler",))
-    monkeypatch.setattr("torch._inductor.config.force_disable_caches", True)
+@torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",), "force_disable_caches": True})
+def test_a_missing_compiler_leaves_the_plain_blocks(make_grain_model, caplog):
     model, plain = make_grain_model(), make_grain_model()
     model.compile_repeated_blocks()
     state = torch.randn(2, 2, 4, 4, generator=torch.Generator().manual_seed(0))
@@ -203,8 +190,8 @@ def test_a_missing_compiler_leaves_the_plain_blocks(make_grain_model, caplog, mo
     assert "compiler" in one_warning(caplog)
 
 
-def test_a_shape_too_many_leaves_the_plain_blocks(make_content_model, caplog, monkeypatch):
-    monkeypatch.setattr("torch._dynamo.config.recompile_limit", 1)
+@torch._dynamo.config.patch(recompile_limit=1)
+def test_a_shape_too_many_leaves_the_plain_blocks(make_content_model, caplog):
     model, plain = make_content_model(), make_content_model()
     model.compile_repeated_blocks(backend="eager", fullgraph=True, dynamic=False)
     for shape in ((1, 4, 4), (2, 4, 6), (3, 6, 4)):
@@ -216,15 +203,36 @@ def test_a_shape_too_many_leaves_the_plain_blocks(make_content_model, caplog, mo
     assert "recompile limit" in one_warning(caplog)
 
 
-def test_errors_of_the_caller_stay_errors(make_content_model):
+@pytest.mark.parametrize("compiled", ["blocks", "model"])
+def test_errors_of_the_caller_stay_errors(make_content_model, compiled, caplog):
     model = make_content_model()
-    model.compile_repeated_blocks(backend="eager")
+    (model.compile if compiled == "model" else model.compile_repeated_blocks)(backend="eager", fullgraph=True)
     grain_map = maps()[5]
     latents, timesteps, labels = inputs_for(grain_map)
+    layout = model.prepare_grain_map(grain_map)
     with pytest.raises(ValueError, match="class_labels"):
-        model(latents, timesteps, grain_map, labels + 100)
+        model(latents, timesteps, layout, labels[:1])
     with pytest.raises(RuntimeError, match="dtype|type"):
-        model(latents.double(), timesteps, grain_map, labels)
+        model(latents.double(), timesteps, layout, labels)
+    assert not [record for record in caplog.records if "uncompiled" in record.getMessage()]
+
+
+def test_a_model_that_came_back_is_as_if_never_compiled(make_content_model):
+    model, grain_map = make_content_model(), maps()[5]
+    model.compile_repeated_blocks(backend=fails)
+    latents, timesteps, labels = inputs_for(grain_map)
+    assert model.prepare_grain_map(grain_map).levels[0].rounded
+    with torch.no_grad():
+        model(latents, timesteps, grain_map, labels)
+    assert not model.prepare_grain_map(grain_map).levels[0].rounded
+
+
+def test_windows_too_large_to_be_rounded_are_named(make_content_model, caplog):
+    model, grain_map = make_content_model(window_size=8), maps()[5]
+    model.compile_repeated_blocks(backend="eager")
+    assert not model.prepare_grain_map(grain_map).levels[0].rounded
+    model.prepare_grain_map(grain_map)
+    assert "windows of 8 tokens" in one_warning(caplog)
 
 
 def test_a_map_on_another_device_is_moved_with_one_warning(make_content_model, caplog):
