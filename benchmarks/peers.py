@@ -167,17 +167,14 @@ def cast(model: nn.Module, device: str, dtype: torch.dtype) -> nn.Module:
 
 
 def compiled(model: nn.Module) -> nn.Module:
-    """A copy, compiled as one graph; ours on a CPU block by block, as a compiler of C++ takes minutes for all of it.
+    """A copy, compiled as one graph.
 
     Where the compiler fails, our models run on uncompiled after a warning. Here that is an error: what is timed must
     be what it is called.
     """
     logging.getLogger(fallbacks.__name__).addFilter(_refuse_fallback)
     model = copy.deepcopy(model)
-    if isinstance(model, D2iTContentModel) and model.device.type == "cpu":
-        model.compile_repeated_blocks()
-    else:
-        model.compile()
+    model.compile()
     return model
 
 

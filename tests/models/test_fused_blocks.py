@@ -3,6 +3,7 @@
 
 import copy
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -91,7 +92,7 @@ def test_nothing_is_left_behind_nor_touched(model_and_inputs):
         with model.fused_blocks():
             run(model, inputs)
             assert list(model.state_dict()) == names
-        assert not is_fused(model) and all(fusion._weights == [] for fusion in fusions(model))
+        assert not any(fusion.is_fused for fusion in fusions(model))
     assert [p.data_ptr() for p in model.parameters()] == weights_at
 
 
@@ -114,10 +115,50 @@ def test_the_context_ends_with_an_error(make_grain_model):
 
 def test_training_inside_runs_on_the_modules(model_and_inputs):
     model, inputs = model_and_inputs
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.05, fused=True)  # changes weights without counting it
     with model.fused_blocks():
-        run(model, inputs)
+        before = run(model, inputs)
         model(**inputs, return_dict=False)[0].square().mean().backward()
-    assert all(p.grad is not None for p in model.transformer_blocks.parameters())
+        assert all(p.grad is not None for p in model.transformer_blocks.parameters())
+        optimizer.step()
+        after = run(model, inputs)
+        assert is_fused(model)
+    assert_close(after, run(model, inputs))
+    assert not torch.allclose(after, before, atol=1e-3)
+
+
+def test_weights_of_inference_mode_are_left_to_the_modules(make_pipeline):
+    with torch.inference_mode():
+        pipe = make_pipeline()
+        with pipe.transformer.fused_blocks():
+            run(pipe.transformer, content_inputs())
+            assert not pipe.transformer.fusion.is_fused
+        assert pipe(3, num_inference_steps=2, output_type="pt").images.isfinite().all()
+
+
+def test_threads_share_a_model(make_grain_model):
+    model, inputs = make_grain_model(num_layers=6), grain_inputs()
+    expected = run(model, inputs)
+    for _ in range(20):
+        with model.fused_blocks(), ThreadPoolExecutor(4) as pool:
+            for output in pool.map(lambda _: run(model, inputs), range(8)):
+                assert_close(output, expected)
+
+
+def test_without_memory_for_copies_the_modules_run(make_grain_model, monkeypatch, caplog):
+    model, inputs = make_grain_model(), grain_inputs()
+    expected = run(model, inputs)
+
+    def out_of_memory(tensors):
+        raise torch.OutOfMemoryError("of the device")
+
+    with model.fused_blocks():
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "cat", out_of_memory)
+            model.fusion._up_to_date(model.transformer_blocks, torch.zeros(3, 32))
+        assert torch.equal(run(model, inputs), expected)
+        assert not is_fused(model)
+    assert "no memory" in caplog.text
 
 
 def test_accelerate_saves_every_weight(make_content_model, tmp_path):
@@ -214,6 +255,18 @@ def replace_the_processor(model: Model) -> None:
     model.transformer_blocks[0].attn.processor = Doubled()
 
 
+def change_the_norm(model: Model) -> None:
+    model.transformer_blocks[0].norm1.eps = 1.0
+
+
+def replace_the_norm(model: Model) -> None:
+    model.transformer_blocks[0].norm2 = torch.nn.RMSNorm(model.transformer_blocks[0].adaln.in_features)
+
+
+def replace_the_processor_by_a_function(model: Model) -> None:
+    model.transformer_blocks[0].attn.processor = lambda attn, hidden_states: attn.to_out[0](hidden_states)
+
+
 def replace_forward(model: Model) -> None:
     ff = model.transformer_blocks[0].ff
     ff.forward = lambda hidden_states: 2 * type(ff).forward(ff, hidden_states)
@@ -251,7 +304,11 @@ def leave_out_feed_forward(model: Model) -> None:
     [
         add_adapter("to_q", "adaln"),
         add_adapter("linear_1", "to_out.0"),
-        *(hook_a_layer(name) for name in ("", "attn", "attn.to_k", "attn.to_out.0", "ff", "ff.linear_2", "adaln")),
+        *(hook_a_layer(name) for name in ("", "norm1", "norm2", "attn", "attn.to_k", "attn.to_out.0", "ff", "adaln")),
+        hook_a_layer("ff.linear_2"),
+        change_the_norm,
+        replace_the_norm,
+        replace_the_processor_by_a_function,
         replace_the_processor,
         replace_forward,
         replace_feed_forward,
@@ -351,3 +408,7 @@ def test_a_copy_has_its_own_weights(make_grain_model):
         changed = run(copied, inputs)
     assert_close(changed, run(copied, inputs))
     assert not torch.allclose(changed, before, atol=1e-3)
+    for parameter in copied.parameters():
+        parameter.data.add_(0.05)  # nothing sees this, and it is in no context that would have to
+    assert not is_fused(copied)
+    assert not torch.allclose(run(copied, inputs), changed, atol=1e-3)

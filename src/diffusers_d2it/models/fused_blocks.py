@@ -3,10 +3,11 @@
 
 A small batch is bound by the number of operators and by the Python around them, not by arithmetic. So for the time of
 `fused_blocks()` query, key and value are one matrix product, adaLN of all blocks is another, and a block is twelve
-operators. The stacked weights are copies, made when the first forward comes and given back at the end; the layers keep
-theirs, so nothing that holds, saves or trains them notices.
+operators. The stacked weights are copies, made when the first forward comes and given back at the end. The layers keep
+theirs, so nothing that holds or saves them notices.
 """
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -16,12 +17,15 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
 
+from .fallbacks import warn_once
+
 
 try:
     from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 except ImportError:  # nothing is fused where diffusers does not say which attention it would take
     _AttentionBackendRegistry = None
 
+_EPS = 1e-6  # of both norms of a block
 _MOST_BUILDS = 3  # in one context: where weights come and go at every step, copies would cost more than they save
 
 
@@ -67,7 +71,7 @@ def attention(qkv: torch.Tensor) -> torch.Tensor:
 
 def norm_modulate(hidden_states: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """LayerNorm(hidden_states) * scale + shift: two passes over the tokens, one where it is compiled."""
-    normed = torch.layer_norm(hidden_states, hidden_states.shape[-1:], eps=1e-6)
+    normed = torch.layer_norm(hidden_states, hidden_states.shape[-1:], eps=_EPS)
     return torch.addcmul(shift, normed, scale)
 
 
@@ -76,33 +80,35 @@ class FusedBlocks:
 
     Before every forward it is looked whether layers, weights, hooks and processors are what they were. If not, the
     weights are fused again; where modules do more than their operators (adapters, hooks of caches or offloading,
-    quantised or sharded weights, another attention or dtype), nothing is fused and the modules run.
+    quantised or sharded weights, another norm, attention or dtype), nothing is fused and the modules run. A forward
+    with gradients, after which weights may be updated, lets go of them too.
     """
 
     def __init__(self):
         self._depth = 0
-        self._clear()
-
-    def _clear(self) -> None:
+        self._lock = threading.Lock()  # pipelines of several threads may share a model
         self._num_builds = 0
-        self._snapshot: _Snapshot | None = None
-        self._adaln: tuple[torch.Tensor, torch.Tensor] | None = None
-        self._weights: list[BlockWeights] = []
+        self._fused: _Fused | None = None
+
+    def __reduce__(self) -> tuple:
+        return FusedBlocks, ()  # a copy of a model is in no context
 
     def begin(self) -> None:
         """From here on blocks may be fused."""
-        self._depth += 1
+        with self._lock:
+            self._depth += 1
 
     def end(self) -> None:
         """Blocks are no longer fused, once for every `begin`; the copies of weights are given back."""
-        self._depth -= 1
-        if self._depth == 0:
-            self._clear()
+        with self._lock:
+            self._depth -= 1
+            if self._depth == 0:
+                self._num_builds, self._fused = 0, None
 
     @property
     def is_fused(self) -> bool:
-        """Whether the last forward ran on fused blocks."""
-        return self._adaln is not None
+        """Whether fused weights are held."""
+        return self._fused is not None
 
     def arguments(self, blocks: nn.ModuleList, conditioning: torch.Tensor) -> list[dict]:
         """What every block is called with beside its input: its modulation (B, 6, 1, D) and weights, or nothing.
@@ -111,31 +117,54 @@ class FusedBlocks:
             blocks: the blocks of the net.
             conditioning: (B, D), after its SiLU.
         """
-        # Inside a graph of the whole net nobody could look; and training needs the gradients of the layers.
-        if self._depth and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            self._refresh(blocks, conditioning)
-            if self._adaln is not None:
-                modulations = F.linear(conditioning, *self._adaln).unflatten(-1, (len(blocks), 6, 1, -1))
-                modulations[:, :, 1::3] += 1  # adaLN gives its scales relative to one
-                pairs = zip(modulations.unbind(1), self._weights)
-                return [{"modulation": modulation, "weights": weights} for modulation, weights in pairs]
-        return [{}] * len(blocks)
+        fused = None
+        if not torch.compiler.is_compiling():  # inside a graph of the whole net nobody could look
+            if torch.is_grad_enabled():
+                self._fused = None
+            elif self._depth:
+                fused = self._up_to_date(blocks, conditioning)
+        if fused is None:
+            return [{}] * len(blocks)
+        modulations = F.linear(conditioning, *fused.adaln).unflatten(-1, (len(blocks), 6, 1, -1))
+        modulations[:, :, 1::3] += 1  # adaLN gives its scales relative to one
+        pairs = zip(modulations.unbind(1), fused.weights, strict=True)
+        return [{"modulation": modulation, "weights": weights} for modulation, weights in pairs]
 
-    def _refresh(self, blocks: nn.ModuleList, like: torch.Tensor) -> None:
-        if self._snapshot is not None and self._snapshot.still_holds(blocks, like):
-            return
-        self._snapshot, self._adaln, self._weights = None, None, []
-        if self._num_builds == _MOST_BUILDS or not _are_plain(blocks, like):
-            return
-        self._num_builds += 1
-        with torch.no_grad():
-            self._adaln = _stacked([block.adaln for block in blocks])
-            for block in blocks:
-                attn, ff = block.attn, block.ff
-                qkv = _stacked([attn.to_q, attn.to_k, attn.to_v])
-                others = [(layer.weight, layer.bias) for layer in (attn.to_out[0], ff.linear_1, ff.linear_2)]
-                self._weights.append(BlockWeights(attn.heads, *qkv, *(tensor for pair in others for tensor in pair)))
-        self._snapshot = _Snapshot(blocks, like)
+    def _up_to_date(self, blocks: nn.ModuleList, like: torch.Tensor) -> "_Fused | None":
+        fused = self._fused
+        if fused is not None and fused.snapshot.still_holds(blocks, like):
+            return fused
+        with self._lock:
+            self._fused = None
+            if self._depth == 0 or self._num_builds == _MOST_BUILDS or not _are_plain(blocks, like):
+                return None
+            self._num_builds += 1
+            try:
+                self._fused = _Fused.of(blocks, like)
+            except torch.OutOfMemoryError:
+                self._num_builds = _MOST_BUILDS
+                warn_once("There is no memory for fused copies of weights: blocks run as modules.")
+            return self._fused
+
+
+class _Fused(NamedTuple):
+    """Fused weights of all blocks, and what they depend on."""
+
+    snapshot: "_Snapshot"
+    adaln: tuple[torch.Tensor, torch.Tensor]
+    weights: list[BlockWeights]
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, blocks: nn.ModuleList, like: torch.Tensor) -> "_Fused":
+        snapshot = _Snapshot(blocks, like)
+        weights = []
+        for block in blocks:
+            attn, ff = block.attn, block.ff
+            qkv = _stacked([attn.to_q, attn.to_k, attn.to_v])
+            others = [(layer.weight, layer.bias) for layer in (attn.to_out[0], ff.linear_1, ff.linear_2)]
+            weights.append(BlockWeights(attn.heads, *qkv, *(tensor for pair in others for tensor in pair)))
+        return cls(snapshot, _stacked([block.adaln for block in blocks]), weights)
 
 
 class _Snapshot:
@@ -149,16 +178,21 @@ class _Snapshot:
     def __init__(self, blocks: nn.ModuleList, like: torch.Tensor):
         attentions, feeds = [block.attn for block in blocks], [block.ff for block in blocks]
         self.blocks, self.attentions = blocks, attentions
+        self.norms = [norm for block in blocks for norm in (block.norm1, block.norm2)]
         self.places = [(blocks._modules, name) for name in blocks._modules]
-        self.places += [(block._modules, name) for block in blocks for name in ("attn", "ff", "adaln")]
+        parts = ("norm1", "attn", "norm2", "ff", "adaln")
+        self.places += [(block._modules, name) for block in blocks for name in parts]
         self.places += [(attn._modules, name) for attn in attentions for name in ("to_q", "to_k", "to_v", "to_out")]
         self.places += [(attn.to_out._modules, "0") for attn in attentions]
         self.places += [(feed._modules, name) for feed in feeds for name in ("linear_1", "linear_2")]
         self.modules = self._modules_now()
+        self.types = [type(module) for module in self.modules]
         self.hooks = [h for module in self.modules for h in (module._forward_hooks, module._forward_pre_hooks)]
         self.attributes = [module.__dict__ for module in self.modules]
-        self.parameters = [module._parameters for module in self.modules if module._parameters]
+        self.parameters = [module._parameters for module in self.modules if isinstance(module, nn.Linear)]
         self.weights = self._weights_now()
+        # Held so that no other weight can come to lie where these do
+        self.held = [weight.data for parameters in self.parameters for weight in parameters.values()]
         self.settings = self._settings_now(like)
 
     def still_holds(self, blocks: nn.ModuleList, like: torch.Tensor) -> bool:
@@ -169,6 +203,7 @@ class _Snapshot:
                 and len(blocks) == len(self.attentions)
                 and self._settings_now(like) == self.settings
                 and self._modules_now() == self.modules  # by identity
+                and [type(module) for module in self.modules] == self.types
                 and not any(self.hooks)
                 and not any("forward" in attributes for attributes in self.attributes)
                 and self._weights_now() == self.weights
@@ -183,6 +218,7 @@ class _Snapshot:
             processors,
             [(processor._attention_backend, processor._parallel_config) for processor in processors],
             [(attn.heads, attn.fused_projections) for attn in self.attentions],
+            [norm.eps for norm in self.norms],
         ]
 
     def _modules_now(self) -> list[nn.Module]:
@@ -202,8 +238,8 @@ class FusedBlocksMixin:
         """Within this context forwards without gradients run on fused blocks, where these are plain.
 
         `D2iTPipeline` enters it for a sampling call. It takes memory for a copy of the weights of adaLN and of query,
-        key and value, about half of the model. Weights may be replaced inside, and modules; what is written into
-        `weight.data` in place is not seen before the next context.
+        key and value, about half of the model. Inside, weights and modules may be replaced, hooked and trained; but do
+        not write into `weight.data` in place, as moving averages do and the fusing of LoRA: copies do not follow.
         """
         fusions = [module.fusion for module in self.modules() if "fusion" in vars(module)]
         for fusion in fusions:
@@ -217,32 +253,44 @@ class FusedBlocksMixin:
 
 def _are_plain(blocks: nn.ModuleList, like: torch.Tensor) -> bool:
     """Whether blocks are no more than their operators, with weights that lie ready where the input `like` does."""
-    if not all(_is_as_written(block) for block in blocks):
-        return False
     return (
         _is_default_attention_native()
         and not _is_autocast(like)
         and not _has_any_global_hook()
-        and all(_is_as_written(block.attn) and _is_as_written(block.ff) for block in blocks)
-        and all(_has_default_attention(block.attn) for block in blocks)
-        and all(
-            _is_plain_linear(layer, like)
-            for block in blocks
-            for layer in (block.adaln, block.attn.to_q, block.attn.to_k, block.attn.to_v, block.attn.to_out[0])
-            + (block.ff.linear_1, block.ff.linear_2)
-        )
+        and len(blocks) > 0
+        and all(_is_plain_block(block, like) for block in blocks)
+    )
+
+
+def _is_plain_block(block: nn.Module, like: torch.Tensor) -> bool:
+    if not (_is_as_written(block) and _is_as_written(block.attn) and _is_as_written(block.ff)):
+        return False
+    attn, ff, norms = block.attn, block.ff, (block.norm1, block.norm2)
+    qkv = (attn.to_q, attn.to_k, attn.to_v)
+    layers = (*qkv, attn.to_out[0], ff.linear_1, ff.linear_2, block.adaln)
+    return (
+        _has_default_attention(attn)
+        and all(_is_plain_linear(layer, like) for layer in layers)
+        and len({layer.weight.shape for layer in qkv}) == 1
+        and all(type(norm) is nn.LayerNorm and norm.weight is norm.bias is None for norm in norms)
+        and all(norm.eps == _EPS and norm.normalized_shape == like.shape[-1:] for norm in norms)
+        and not any(_extras_of(norm) for norm in norms)
     )
 
 
 def _is_as_written(module: nn.Module) -> bool:
     """Whether a module is of a class that `fused_block` writes out, and no subclass, and nothing is hooked to it."""
-    return vars(type(module)).get("is_fusible", False) and not _extras_of(module)
+    replaced = any(name in vars(module) for name in ("modulated", "project"))
+    return vars(type(module)).get("is_fusible", False) and not replaced and not _extras_of(module)
 
 
 def _has_default_attention(attn: nn.Module) -> bool:
     processor = attn.processor
-    chosen = (processor._attention_backend, processor._parallel_config) != (None, None)
-    return type(processor) is attn._default_processor_cls and not chosen and not attn.fused_projections
+    return (
+        type(processor) is attn._default_processor_cls
+        and (processor._attention_backend, processor._parallel_config) == (None, None)
+        and not attn.fused_projections
+    )
 
 
 def _is_default_attention_native() -> bool:
@@ -264,6 +312,7 @@ def _is_plain_linear(layer: nn.Module, like: torch.Tensor) -> bool:
         and type(layer.weight) is type(layer.bias) is nn.Parameter
         and layer.weight.dtype == layer.bias.dtype == like.dtype
         and layer.weight.device == layer.bias.device == like.device
+        and not layer.weight.is_inference()  # such weights do not count their changes
         and not _extras_of(layer)
     )
 
