@@ -110,7 +110,7 @@ class FusedBlocks:
         """Whether fused weights are held."""
         return self._fused is not None
 
-    def arguments(self, blocks: nn.ModuleList, conditioning: torch.Tensor) -> list[dict]:
+    def arguments(self, blocks: nn.ModuleList, conditioning: torch.Tensor) -> list[tuple]:
         """What every block is called with beside its input: its modulation (B, 6, 1, D) and weights, or nothing.
 
         Args:
@@ -124,11 +124,10 @@ class FusedBlocks:
             elif self._depth:
                 fused = self._up_to_date(blocks, conditioning)
         if fused is None:
-            return [{}] * len(blocks)
+            return [()] * len(blocks)
         modulations = F.linear(conditioning, *fused.adaln).unflatten(-1, (len(blocks), 6, 1, -1))
         modulations[:, :, 1::3] += 1  # adaLN gives its scales relative to one
-        pairs = zip(modulations.unbind(1), fused.weights, strict=True)
-        return [{"modulation": modulation, "weights": weights} for modulation, weights in pairs]
+        return list(zip(modulations.unbind(1), fused.weights, strict=True))
 
     def _up_to_date(self, blocks: nn.ModuleList, like: torch.Tensor) -> "_Fused | None":
         fused = self._fused
@@ -189,10 +188,15 @@ class _Snapshot:
         self.types = [type(module) for module in self.modules]
         self.hooks = [h for module in self.modules for h in (module._forward_hooks, module._forward_pre_hooks)]
         self.attributes = [module.__dict__ for module in self.modules]
-        self.parameters = [module._parameters for module in self.modules if isinstance(module, nn.Linear)]
+        stacked = [block.adaln for block in blocks]
+        stacked += [layer for attn in attentions for layer in (attn.to_q, attn.to_k, attn.to_v)]
+        self.copied = [layer._parameters for layer in stacked]
+        used = [attn.to_out[0] for attn in attentions]
+        used += [layer for feed in feeds for layer in (feed.linear_1, feed.linear_2)]
+        self.used = [layer._parameters for layer in used]
         self.weights = self._weights_now()
         # Held so that no other weight can come to lie where these do
-        self.held = [weight.data for parameters in self.parameters for weight in parameters.values()]
+        self.held = [weight.data for layer in (*stacked, *used) for weight in layer.parameters()]
         self.settings = self._settings_now(like)
 
     def still_holds(self, blocks: nn.ModuleList, like: torch.Tensor) -> bool:
@@ -205,7 +209,7 @@ class _Snapshot:
                 and self._modules_now() == self.modules  # by identity
                 and [type(module) for module in self.modules] == self.types
                 and not any(self.hooks)
-                and not any("forward" in attributes for attributes in self.attributes)
+                and not ["forward" for attributes in self.attributes if "forward" in attributes]
                 and self._weights_now() == self.weights
             )
         except (KeyError, AttributeError, RuntimeError):  # other modules, or weights that lie nowhere
@@ -225,9 +229,10 @@ class _Snapshot:
         return [modules[name] for modules, name in self.places]
 
     def _weights_now(self) -> list[int]:
-        """Where weights lie, and how often they have been changed there."""
-        weights = [weight for parameters in self.parameters for weight in parameters.values()]
-        return [weight.data_ptr() for weight in weights] + [weight._version for weight in weights]
+        """Where weights lie, and how often those that were copied have been changed there."""
+        copied = [weight for parameters in self.copied for weight in parameters.values()]
+        used = [weight.data_ptr() for parameters in self.used for weight in parameters.values()]
+        return [weight.data_ptr() for weight in copied] + [weight._version for weight in copied] + used
 
 
 class FusedBlocksMixin:

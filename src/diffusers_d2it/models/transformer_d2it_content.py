@@ -216,7 +216,7 @@ class RefineNet(nn.Module):
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 tokens = self._gradient_checkpointing_func(block, tokens, conditioning, layout)
             else:
-                tokens = block(tokens, conditioning, layout, **known)
+                tokens = block(tokens, conditioning, layout, *known)
 
         shift, scale = (x.index_select(0, layout.images)[:, None] for x in self.norm_out.modulation(conditioning))
         correction = self.norm_out(tokens, shift, scale).flatten(0, 1)  # (N, O * patch ** 2)
@@ -448,7 +448,7 @@ class D2iTContentModel(
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 tokens = self._gradient_checkpointing_func(block, tokens, conditioning)
             else:
-                tokens = block(tokens, conditioning, **known)
+                tokens = block(tokens, conditioning, *known)
 
         # 2. Router: noise of every region (Eq. 7); the cells of a coarse code share their mean
         shift, scale = self.norm_out.modulation(conditioning)

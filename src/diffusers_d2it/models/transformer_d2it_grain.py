@@ -157,7 +157,7 @@ class D2iTGrainModel(
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 tokens = self._gradient_checkpointing_func(block, tokens, conditioning)
             else:
-                tokens = block(tokens, conditioning, **known)
+                tokens = block(tokens, conditioning, *known)
 
         # 4. Logits of each grain
         shift, scale = self.norm_out.modulation(conditioning)
