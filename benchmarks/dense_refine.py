@@ -19,7 +19,8 @@ from einops import rearrange, repeat
 
 from diffusers_d2it.grains import grain_map_to_cells
 from diffusers_d2it.models.layers import modulate, residual_stream
-from diffusers_d2it.models.transformer_d2it_content import RefineBlock, RefineNet, WindowAttention
+from diffusers_d2it.models.transformer_d2it_content import RefineNet
+from diffusers_d2it.models.window_attention import RefineBlock, WindowAttention
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from dense_refine import global_window_mask, masked_global_attention
 from torch import nn
 
 from diffusers_d2it.models.grain_layout import GrainLayout
-from diffusers_d2it.models.transformer_d2it_content import WindowAttention
+from diffusers_d2it.models.window_attention import WindowAttention
 from diffusers_d2it.presets import load_preset
 
 

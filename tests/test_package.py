@@ -64,6 +64,7 @@ LAYERS = [
     ("models.fallbacks",),
     ("models.fused_blocks",),
     ("models.layers", "models.grain_layout", "models.loading", "models.tiling", "models.discriminator"),
+    ("models.window_attention",),
     ("models.autoencoder_kl_dynamic", "models.transformer_d2it_grain", "models.transformer_d2it_content"),
     ("training.gate", "training.states", "training.smoke", "training.stopping", "conversion.files"),
     ("training.averaging",),
