@@ -295,6 +295,22 @@ def replace_attention(model: Model) -> None:
     block.attn = put_weights(block.attn, Negated(block.adaln.in_features, block.attn.heads))
 
 
+def test_weights_of_a_class_of_their_own_are_left_to_the_modules(make_grain_model):
+    # As quantised and sharded ones are: what they do in a product is their own business
+    class Packed(torch.nn.Parameter):
+        pass
+
+    model, inputs = make_grain_model(), grain_inputs()
+    with model.fused_blocks():
+        before = run(model, inputs)
+        layer = model.transformer_blocks[0].ff.linear_1
+        layer.weight = Packed(2 * layer.weight.detach())
+        after = run(model, inputs)
+        assert not is_fused(model)
+    assert torch.equal(after, run(model, inputs))
+    assert not torch.allclose(after, before, atol=1e-4)
+
+
 def leave_out_feed_forward(model: Model) -> None:
     model.transformer_blocks[0].ff = torch.nn.Identity()
 

@@ -70,7 +70,7 @@ def attention(qkv: torch.Tensor) -> torch.Tensor:
 
 
 def norm_modulate(hidden_states: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """LayerNorm(hidden_states) * scale + shift: two passes over the tokens, one where it is compiled."""
+    """LayerNorm(hidden_states) * scale + shift, in two operators."""
     normed = torch.layer_norm(hidden_states, hidden_states.shape[-1:], eps=_EPS)
     return torch.addcmul(shift, normed, scale)
 
