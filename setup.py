@@ -13,7 +13,9 @@ extras = {
     # torchvision breaks transformers and diffusers where it was built for another torch: nobody gets it unasked.
     "lpips": ["lpips>=0.1.4", "torchvision"],
     "demo": ["gradio>=5"],
-    "metrics": ["torch-fidelity>=0.3"],
+    # matplotlib draws the plots of the reports. Features of Inception need torch-fidelity besides.
+    "metrics": ["torchmetrics>=1.4", "matplotlib>=3.8"],
+    "inception": ["torch-fidelity>=0.3"],  # brings torchvision
     "docs": ["mkdocs-material>=9.5", "mkdocstrings[python]>=0.26"],
     "quality": ["ruff>=0.9"],
     # torchsde serves one scheduler, scikit-image brings photographs, peft LoRA, markdown-it-py reads model cards.
@@ -27,7 +29,7 @@ extras = {
         "psutil",
     ],
 }
-extras["test"] += extras["training"]
+extras["test"] += extras["training"] + extras["metrics"]
 extras["dev"] = extras["test"] + extras["quality"]
 
 setup(
@@ -54,6 +56,7 @@ setup(
         "scipy>=1.11",
         "numpy>=1.26",
         "pillow>=10.1",
+        "tqdm>=4.64",
         "filelock>=3.12",
         "fsspec>=2023.6",
     ],

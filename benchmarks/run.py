@@ -32,6 +32,7 @@ BENCHMARKS = (
     "between_steps",
     "entropy",
     "pipeline_overhead",
+    "sampling_overhead",
     "loading",
     "training_step",
     "step_savers",

@@ -1,0 +1,196 @@
+# Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
+r"""Draw a set of samples, for a metric: any number of images, over any number of processes.
+
+    accelerate launch examples/sample_d2it.py --checkpoint runs/d2it/pipeline --num_images 50000 --batch_size 64 \
+        --guidance_scale 1.5 --output_dir samples
+
+--output_dir gets 000000.png and so on, or one images.npz (`arr_0`, uint8 NHWC), or both, and protocol.json, which says
+how they were drawn. What is promised:
+
+- Image i follows from the flags and from i: its noise has a seed of its own, and so has its class if classes are
+  random. In a larger set it is the same. Balanced classes take turns: with N images of K classes the first N modulo K
+  classes have one image more.
+- Batches are of consecutive images, so the number of processes changes no bit, on one kind of machine with as many
+  threads. Another --batch_size changes what floating point does to them: on a CPU, in float32, one value in ten
+  thousand, by one level of 255.
+- Killed at any moment, the same command goes on, and the set becomes what it would have been. Damaged images are
+  drawn again. A folder with samples of another protocol is refused.
+"""
+
+import argparse
+import os
+from dataclasses import replace
+from datetime import timedelta
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
+from tqdm.auto import tqdm
+
+from diffusers_d2it import D2iTPipeline, bundled_checkpoint, list_samplers, load_sampler
+from diffusers_d2it.class_labels import class_ids
+from diffusers_d2it.grains import fine_share
+from diffusers_d2it.models.config_checks import check_ranges
+from diffusers_d2it.pipeline_checks import SAMPLING_RANGES
+from diffusers_d2it.reference_maps import ReferenceMaps
+from diffusers_d2it.sample_folder import FORMATS, SampleFolder
+from diffusers_d2it.sample_sets import LABEL_SCHEMES, SamplePlan, describe_checkpoint, describe_scheduler
+
+
+def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", default=bundled_checkpoint(), help="folder or Hub name of a pipeline")
+    parser.add_argument("--output_dir", required=True, help="a new folder, or that of an interrupted run")
+    parser.add_argument("--num_images", type=int, required=True, help="size of the set")
+    parser.add_argument("--batch_size", type=int, default=32, help="images drawn at once by a process")
+    parser.add_argument("--format", choices=FORMATS, default="png", help="PNGs, one .npz, or both")
+    parser.add_argument("--seed", type=int, default=0, help="another one draws another set")
+    parser.add_argument("--labels", choices=LABEL_SCHEMES, help="classes in turns (default), or at random")
+    parser.add_argument("--class_labels", nargs="+", help="names or ids of classes; default: all of the checkpoint")
+    parser.add_argument("--scheduler", choices=list_samplers(), help="a fast sampler; default: that of the checkpoint")
+    parser.add_argument("--num_inference_steps", type=int, default=50, help="denoising steps")
+    parser.add_argument("--guidance_scale", type=float, help="classifier-free guidance, 1 is without; default: 4")
+    parser.add_argument(
+        "--guidance_interval",
+        type=float,
+        nargs=2,
+        metavar=("START", "STOP"),
+        help="guided part of the steps; default: 0 1",
+    )
+    parser.add_argument("--guidance_power", type=float, help="power-cosine schedule of the scale; default: constant")
+    parser.add_argument(
+        "--grain_source",
+        choices=["predicted", "true", "random", "coarse", "fine"],
+        default="predicted",
+        help="grain maps: of the grain model, of photographs (--reference_data), of random regions, or uniform",
+    )
+    parser.add_argument("--fine_ratio", type=float, help="share of fine regions; default: as the checkpoint has it")
+    parser.add_argument("--grain_num_inference_steps", type=int, help="steps of the grain model; default: 10")
+    parser.add_argument("--grain_guidance_scale", type=float, help="guidance of the grain model; default: 1")
+    parser.add_argument(
+        "--reference_data", help="photographs for --grain_source true: a folder, file or Hub name as in training"
+    )
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of the models")
+    return parser.parse_args(arguments)
+
+
+def load_pipeline(args: argparse.Namespace, device: torch.device) -> tuple[D2iTPipeline, str]:
+    """The pipeline, and the folder where its files lie."""
+    folder = args.checkpoint if os.path.isdir(args.checkpoint) else D2iTPipeline.download(args.checkpoint)
+    pipe = D2iTPipeline.from_pretrained(folder, dtype=getattr(torch, args.dtype)).to(device)
+    pipe.set_progress_bar_config(disable=True)
+    if args.scheduler is not None:
+        pipe.scheduler = load_sampler(args.scheduler, pipe.scheduler)
+    return pipe, folder
+
+
+def check_flags(args: argparse.Namespace, pipe: D2iTPipeline) -> None:
+    """Raise a ValueError that names a flag which the checkpoint or another flag leaves without a meaning."""
+    source = args.grain_source
+    unmet = []  # flags, and what they would need
+    if pipe.transformer.config.num_classes is None:
+        of_classes = ["labels", "class_labels", "guidance_scale", "guidance_interval", "guidance_power"]
+        unmet.append(([*of_classes, "grain_guidance_scale"], "a model with classes: this checkpoint is unconditional"))
+    if source != "predicted":
+        unmet.append((["grain_num_inference_steps", "grain_guidance_scale"], "--grain_source predicted"))
+    if source in ("coarse", "fine"):
+        unmet.append((["fine_ratio"], "--grain_source predicted, true or random"))
+    if source != "true":
+        unmet.append((["reference_data"], "--grain_source true"))
+    for flags, need in unmet:
+        given = [flag for flag in flags if getattr(args, flag) is not None]
+        if given:
+            raise ValueError(f"--{given[0]} needs {need}.")
+    if source == "true" and args.reference_data is None:
+        raise ValueError("--grain_source true needs --reference_data, photographs to take the maps from.")
+    if source == "predicted" and pipe.grain_model is None:
+        raise ValueError("--grain_source predicted needs a grain model, and this checkpoint has none: pass another.")
+
+
+def find_classes(args: argparse.Namespace, pipe: D2iTPipeline) -> tuple[int, ...] | None:
+    """Ids of the classes; numbers among --class_labels are ids. None for an unconditional model."""
+    num_classes = pipe.transformer.config.num_classes
+    if num_classes is None:
+        return None
+    words = args.class_labels or list(pipe.id2label or range(num_classes))
+    words = [int(word) if str(word).isdecimal() else word for word in words]
+    return tuple(class_ids(words, num_classes, pipe.id2label))
+
+
+def pipeline_settings(args: argparse.Namespace) -> dict:
+    """What every call of the pipeline is given."""
+    defaults = {"guidance_scale": 4.0, "guidance_interval": (0.0, 1.0), "guidance_power": None}
+    defaults |= {"grain_num_inference_steps": 10, "grain_guidance_scale": 1.0}
+    given = {name: value for name in defaults if (value := getattr(args, name)) is not None}
+    settings = {"num_inference_steps": args.num_inference_steps, "fine_ratio": args.fine_ratio} | defaults | given
+    check_ranges(settings, SAMPLING_RANGES)
+    start, stop = settings["guidance_interval"]
+    if start > stop:
+        raise ValueError(f"--guidance_interval must be START and STOP with START <= STOP, got {start} {stop}.")
+    return settings
+
+
+def describe(args: argparse.Namespace, folder: str, pipe: D2iTPipeline, plan: SamplePlan, settings: dict) -> dict:
+    """The part of the protocol that says what the images are."""
+    guidance = None
+    if plan.classes is not None:
+        guidance = {name: settings[f"guidance_{name}"] for name in ("scale", "interval", "power")}
+    grain_maps = {"source": args.grain_source, "fine_ratio": args.fine_ratio}
+    if args.grain_source == "predicted":
+        grain_maps |= {
+            "scheduler": describe_scheduler(pipe.grain_scheduler),
+            "num_inference_steps": settings["grain_num_inference_steps"],
+            "guidance_scale": None if guidance is None else settings["grain_guidance_scale"],
+        }
+    return {
+        "checkpoint": describe_checkpoint(folder, pipe),
+        "resolution": [pipe.transformer.config.sample_size * pipe.vae.downsample_factor] * 2,
+        "dtype": args.dtype,
+        **plan.describe(),
+        "scheduler": describe_scheduler(pipe.scheduler),
+        "num_inference_steps": settings["num_inference_steps"],
+        "guidance": guidance,
+        "grain_maps": grain_maps,
+    }
+
+
+def main(args: argparse.Namespace) -> None:
+    # Processes wait at the end for the slowest one, as long as it takes.
+    accelerator = Accelerator(
+        mixed_precision="no", kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=7))]
+    )
+    # The same bits again after an interruption, and full float32 where it is asked for.
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.deterministic = True
+
+    plan = SamplePlan(args.num_images, args.batch_size, args.seed, scheme=args.labels or LABEL_SCHEMES[0])
+    settings = pipeline_settings(args)
+    pipe, folder = load_pipeline(args, accelerator.device)
+    check_flags(args, pipe)
+    plan = replace(plan, classes=find_classes(args, pipe))
+    sampling = describe(args, folder, pipe, plan, settings)
+    size = sampling["resolution"]
+    grain_map = None if args.grain_source == "predicted" else args.grain_source
+    if args.grain_source == "true":
+        true_maps = ReferenceMaps(args.reference_data, pipe, plan, size[0], settings.pop("fine_ratio"))
+        sampling["grain_maps"]["reference_data"] = true_maps.describe()
+
+    with SampleFolder(args.output_dir, plan, sampling, size, args.format, accelerator, args.checkpoint) as samples:
+        accelerator.print(f"{args.output_dir}: {samples.num_missing} of {plan.num_images} images are to be drawn")
+        for batch in tqdm(samples.batches, desc="batches", disable=not accelerator.is_main_process):
+            output = pipe(
+                plan.labels(batch),
+                num_images_per_prompt=len(batch) if plan.classes is None else 1,
+                grain_map=true_maps(batch) if args.grain_source == "true" else grain_map,
+                generator=plan.generators(batch),
+                output_type="pt",
+                **settings,
+            )
+            samples.write(batch, output.images, fine_share(output.grain_maps, pipe.transformer.config.num_grains))
+        protocol = samples.finish()
+    share = protocol["mean_fine_share"]
+    accelerator.print(f"{args.output_dir}: {plan.num_images} images, mean fine share of their grain maps {share:.3f}")
+
+
+if __name__ == "__main__":
+    main(parse_args())

@@ -1,0 +1,316 @@
+# Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
+"""Sets of samples by the script: the same whoever draws them and however often they are interrupted."""
+
+import json
+import os
+import re
+import signal
+import socket
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDPMScheduler
+from PIL import Image
+from script_runs import TWO_PROCESSES, call, run
+
+from diffusers_d2it import D2iTPipeline, load_sampler
+from diffusers_d2it.sample_folder import SampleFolder
+
+
+SCRIPT = "sample_d2it.py"
+NAMES = {4: "astronaut", 1: "cat", 7: "coffee"}  # as three of the class folders of photographs are called
+
+
+@pytest.fixture(scope="module")
+def checkpoint(make_pipeline, tmp_path_factory) -> Path:
+    """A tiny pipeline of 32-pixel images and three named classes."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    make_pipeline(id2label=NAMES).save_pretrained(folder)
+    return folder
+
+
+def flags(checkpoint: Path, output: Path, **changed) -> list:
+    values = {"checkpoint": checkpoint, "output_dir": output, "num_images": 10, "batch_size": 4}
+    values |= {"num_inference_steps": 2} | changed
+    return [word for name, value in values.items() for word in (f"--{name}", *np.atleast_1d(value))]
+
+
+def draw(checkpoint: Path, output: Path, **changed) -> dict:
+    """Run the script in this process; the protocol."""
+    call(SCRIPT, *flags(checkpoint, output, **changed))
+    return json.loads((output / "protocol.json").read_text())
+
+
+def pngs(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.glob("*.png"))}
+
+
+def pixels(folder: Path) -> np.ndarray:
+    return np.stack([np.asarray(Image.open(path)).astype(int) for path in sorted(folder.glob("*.png"))])
+
+
+def texts(folder: Path) -> list[dict[str, str]]:
+    return [Image.open(path).text for path in sorted(folder.glob("*.png"))]
+
+
+@pytest.fixture(scope="module")
+def drawn(checkpoint, tmp_path_factory) -> tuple[Path, dict]:
+    """A set, and its protocol."""
+    folder = tmp_path_factory.mktemp("drawn") / "set"
+    return folder, draw(checkpoint, folder)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The same set
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_an_image_is_what_its_protocol_says(checkpoint, drawn):
+    folder, protocol = drawn
+    sampling = protocol["sampling"]
+    pipe = D2iTPipeline.from_pretrained(checkpoint)
+    for i, (image, text) in enumerate(zip(pixels(folder), texts(folder), strict=True)):
+        label = sampling["labels"]["classes"][i % 3]
+        seed = (sampling["noise_seeds"]["first"] + i) % 2**32
+        output = pipe(label, num_inference_steps=2, generator=torch.Generator().manual_seed(seed))
+        assert np.abs(image - np.asarray(output.images[0])).max() <= 1
+        assert text == {"class_label": str(label), "fine_share": str(output.grain_maps.float().mean().item())}
+    assert sampling["labels"]["classes"] == [1, 4, 7]
+
+
+def test_two_processes_draw_the_same_files(checkpoint, drawn, tmp_path):
+    output = tmp_path / "two"
+    result = run(SCRIPT, *flags(checkpoint, output, format="both"), launch=TWO_PROCESSES, ACCELERATE_USE_CPU="true")
+    assert pngs(output) == pngs(drawn[0])
+    assert result.stdout.count("10 of 10 images are to be drawn") == 1
+    assert np.array_equal(np.load(output / "images.npz")["arr_0"], pixels(output))
+    protocol = json.loads((output / "protocol.json").read_text())
+    assert protocol["run"]["num_processes"] == 2 and protocol["run"]["num_drawn"] == 10
+    for part in ("complete", "sampling", "environment", "mean_fine_share"):
+        assert protocol[part] == drawn[1][part]
+
+
+def draw_with_two_processes(checkpoint: Path, output: Path) -> list[list]:
+    """What each of two processes draws, the first image of each batch; or the error with which it ends.
+
+    Without accelerate's launcher, which would end a process when the other one has failed.
+    """
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        environment = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(server.getsockname()[1])}
+    notes = [output.with_name(f"{output.name}-{rank}.json") for rank in range(2)]
+    children = []
+    for rank in range(2):
+        children.append(os.fork())
+        if children[-1]:
+            continue
+        write, said = SampleFolder.write, []
+
+        def noted(samples: SampleFolder, batch: range, *images, write=write, said=said) -> None:
+            said.append(batch.start)
+            write(samples, batch, *images)
+
+        SampleFolder.write = noted
+        os.environ |= environment | {"RANK": str(rank), "LOCAL_RANK": str(rank), "ACCELERATE_USE_CPU": "true"}
+        sys.stdout = sys.stderr = open(os.devnull, "w")
+        try:
+            call(SCRIPT, *flags(checkpoint, output))
+        except ValueError as error:
+            said = [str(error)]
+        notes[rank].write_text(json.dumps(said))
+        os._exit(0)
+    for child in children:
+        os.waitpid(child, 0)
+    return [json.loads(path.read_text()) for path in notes]
+
+
+def test_two_processes_share_what_is_missing(checkpoint, drawn, tmp_path):
+    output = tmp_path / "set"
+    assert draw_with_two_processes(checkpoint, output) == [[0, 8], [4]]
+    assert pngs(output) == pngs(drawn[0])
+    for name in ("000005.png", "000006.png"):
+        (output / name).unlink()
+    (output / "000008.png").write_bytes(b"")
+    assert draw_with_two_processes(checkpoint, output) == [[4], [8]]
+    assert pngs(output) == pngs(drawn[0])
+    assert json.loads((output / "protocol.json").read_text())["run"]["num_drawn"] == 3
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 16])
+def test_another_batch_size_changes_at_most_the_last_bit(checkpoint, drawn, batch_size, tmp_path):
+    protocol = draw(checkpoint, tmp_path, batch_size=batch_size)
+    assert np.abs(pixels(tmp_path) - pixels(drawn[0])).max() <= 1
+    assert protocol["mean_fine_share"] == drawn[1]["mean_fine_share"]
+
+
+def test_a_set_goes_on_where_it_was_killed(checkpoint, drawn, tmp_path):
+    output = tmp_path / "set"
+    pid = os.fork()
+    if pid == 0:
+        write = SampleFolder.write
+
+        def killed_at_the_last_batch(samples: SampleFolder, batch: range, *images) -> None:
+            if batch.start == 8:
+                samples._pending.popleft().result()
+                os.kill(os.getpid(), signal.SIGKILL)
+            write(samples, batch, *images)
+
+        SampleFolder.write = killed_at_the_last_batch
+        sys.stdout = sys.stderr = open(os.devnull, "w")
+        call(SCRIPT, *flags(checkpoint, output))
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+    written = pngs(output)
+    assert 0 < len(written) < 10 and list(output.glob(".staging-*"))
+    assert json.loads((output / "protocol.json").read_text())["complete"] is False
+
+    protocol = draw(checkpoint, output)
+    assert pngs(output) == pngs(drawn[0]) and not list(output.glob(".staging-*"))
+    assert protocol["complete"] and protocol["run"]["num_drawn"] == 10 - len(written)
+
+
+def test_a_moved_checkpoint_goes_on_and_another_is_refused(checkpoint, drawn, make_pipeline, tmp_path):
+    call(SCRIPT, *flags(checkpoint, tmp_path / "set"))
+    before = pngs(tmp_path / "set")
+    make_pipeline(id2label=NAMES).save_pretrained(tmp_path / "moved")
+    draw(tmp_path / "moved", tmp_path / "set")
+    pipe = make_pipeline(id2label=NAMES)
+    with torch.no_grad():
+        next(pipe.transformer.parameters()).add_(1e-3)
+    pipe.save_pretrained(tmp_path / "trained")
+    with pytest.raises(ValueError, match='another protocol: sampling.checkpoint.weights_sha256.transformer "[^;]*$'):
+        draw(tmp_path / "trained", tmp_path / "set")
+    with pytest.raises(
+        ValueError, match="sampling.num_inference_steps 2, not 3; sampling.guidance.scale 4.0, not 1.5"
+    ):
+        draw(checkpoint, tmp_path / "set", num_inference_steps=3, guidance_scale=1.5)
+    assert pngs(tmp_path / "set") == before == pngs(drawn[0])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is drawn
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_random_labels_and_chosen_classes(checkpoint, tmp_path):
+    chosen = {"labels": "random", "class_labels": ["coffee", "4"], "num_images": 12}
+    protocol = draw(checkpoint, tmp_path, **chosen, format="both", num_inference_steps=1)
+    labels = [text["class_label"] for text in texts(tmp_path)]
+    assert protocol["sampling"]["labels"]["classes"] == [7, 4] and protocol["sampling"]["labels"]["scheme"] == "random"
+    assert set(labels) == {"4", "7"} and labels != ["7", "4"] * 6 and Counter(labels)["4"] in range(2, 11)
+
+
+def test_maps_of_photographs_are_those_of_the_class(checkpoint, folder, tmp_path):
+    protocol = draw(checkpoint, tmp_path, grain_source="true", reference_data=folder, fine_ratio=0.4)
+    pipe = D2iTPipeline.from_pretrained(checkpoint)
+    shares = {}
+    for label, name in NAMES.items():
+        (path,) = (folder / name).iterdir()
+        photograph = Image.open(path).convert("RGB").resize((32, 32), Image.Resampling.BICUBIC)
+        shares[str(label)] = pipe.grain_map_from_image(photograph, fine_ratio=0.4).float().mean().item()
+    assert len(set(shares.values())) > 1
+    for text in texts(tmp_path):
+        assert float(text["fine_share"]) == shares[text["class_label"]]
+    described = protocol["sampling"]["grain_maps"]
+    assert described["source"] == "true" and described["fine_ratio"] == 0.4
+    assert described["reference_data"]["photographs"] == "photos, split train, 32x32"
+
+
+@pytest.mark.parametrize(
+    "changed, shares",
+    [
+        ({"grain_source": "coarse"}, {"0.0"}),
+        ({"grain_source": "fine"}, {"1.0"}),
+        ({"grain_source": "random", "fine_ratio": 1}, {"1.0"}),
+        ({"fine_ratio": 0.25}, {"0.25"}),
+    ],
+)
+def test_maps_of_other_sources(checkpoint, changed, shares, tmp_path):
+    protocol = draw(checkpoint, tmp_path, num_images=3, num_inference_steps=1, **changed)
+    assert {text["fine_share"] for text in texts(tmp_path)} == shares
+    assert protocol["mean_fine_share"] == float(*shares)
+    assert protocol["sampling"]["grain_maps"]["source"] == changed.get("grain_source", "predicted")
+
+
+def test_a_fast_sampler_and_half_precision(checkpoint, drawn, tmp_path):
+    protocol = draw(checkpoint, tmp_path, scheduler="unipc", dtype="bfloat16", guidance_interval=[0.2, 0.8])
+    sampling = protocol["sampling"]
+    scheduler = load_sampler("unipc", D2iTPipeline.from_pretrained(checkpoint).scheduler)
+    assert sampling["scheduler"]["class"] == "UniPCMultistepScheduler"
+    assert sampling["scheduler"]["config"]["solver_order"] == scheduler.config.solver_order
+    assert sampling["dtype"] == "bfloat16" and sampling["guidance"] == {
+        "scale": 4.0,
+        "interval": [0.2, 0.8],
+        "power": None,
+    }
+    assert sampling["checkpoint"] == drawn[1]["sampling"]["checkpoint"]
+    assert np.abs(pixels(tmp_path) - pixels(drawn[0])).max() > 1
+
+
+def test_an_unconditional_model_with_a_scheduler_that_draws_noise(make_pipeline, tmp_path):
+    make_pipeline(num_classes=None, scheduler=DDPMScheduler(clip_sample=False)).save_pretrained(tmp_path / "pipe")
+    for batch_size in (2, 5):
+        protocol = draw(tmp_path / "pipe", tmp_path / str(batch_size), num_images=5, batch_size=batch_size)
+    assert protocol["sampling"]["labels"] is None and protocol["sampling"]["guidance"] is None
+    assert [set(text) for text in texts(tmp_path / "2")] == [{"fine_share"}] * 5
+    assert np.abs(pixels(tmp_path / "2") - pixels(tmp_path / "5")).max() <= 1
+    assert len(np.unique(pixels(tmp_path / "2").reshape(5, -1), axis=0)) == 5
+    with pytest.raises(ValueError, match="--guidance_scale needs a model with classes: this checkpoint is uncond"):
+        draw(tmp_path / "pipe", tmp_path / "set", guidance_scale=2)
+    with pytest.raises(ValueError, match="--labels needs a model with classes"):
+        draw(tmp_path / "pipe", tmp_path / "set", labels="balanced")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is refused
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "changed, message",
+    [
+        ({"num_images": 0}, "--num_images must be"),
+        ({"batch_size": 0}, "--batch_size must be at least 1, got 0"),
+        ({"seed": -3}, "--seed must be at least 0, got -3"),
+        ({"class_labels": ["coffe"]}, "`class_labels`: unknown class name 'coffe'. Close names: 'coffee'"),
+        ({"class_labels": ["5"]}, "`class_labels`: unknown class id 5"),
+        ({"class_labels": ["cat", "1"]}, "--class_labels must name classes, each once"),
+        ({"num_inference_steps": 0}, "`num_inference_steps` must"),
+        ({"guidance_interval": [0.5, 0.2]}, "--guidance_interval must be START and STOP"),
+        ({"fine_ratio": 1.5}, "`fine_ratio` must"),
+        ({"grain_source": "true"}, "--grain_source true needs --reference_data"),
+        ({"reference_data": "photos"}, "--reference_data needs --grain_source true"),
+        ({"grain_source": "fine", "fine_ratio": 0.5}, "--fine_ratio needs --grain_source predicted, true or random"),
+        ({"grain_source": "random", "grain_num_inference_steps": 5}, "--grain_num_inference_steps needs --grain_sou"),
+    ],
+)
+def test_flags_that_make_no_sense_are_refused_and_nothing_is_written(checkpoint, changed, message, tmp_path):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        draw(checkpoint, tmp_path / "set", **changed)
+    assert not (tmp_path / "set").exists()
+
+
+def test_photographs_that_do_not_fit_are_refused(checkpoint, folder, make_pipeline, tmp_path):
+    make_pipeline(id2label={0: "astronaut", 3: "zebra"}, grain_model=None, grain_scheduler=None).save_pretrained(
+        tmp_path / "pipe"
+    )
+    true = {"grain_source": "true", "reference_data": folder}
+    with pytest.raises(ValueError, match=r"--reference_data .* no photograph of class 3 \(zebra\)"):
+        draw(tmp_path / "pipe", tmp_path / "set", **true)
+    with pytest.raises(ValueError, match="--reference_data .* has no classes, and the samples have"):
+        draw(checkpoint, tmp_path / "set", **true | {"reference_data": folder / "cat"})
+    with pytest.raises(ValueError, match="--reference_data .*nowhere.* cannot be read"):
+        draw(checkpoint, tmp_path / "set", **true | {"reference_data": tmp_path / "nowhere"})
+    with pytest.raises(ValueError, match="--grain_source predicted needs a grain model"):
+        draw(tmp_path / "pipe", tmp_path / "set")
+    draw(tmp_path / "pipe", tmp_path / "set", **true, class_labels="astronaut", num_images=1)
+
+
+def test_all_processes_end_when_the_folder_is_refused(checkpoint, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    for said in draw_with_two_processes(checkpoint, tmp_path):
+        assert "holds no samples but notes.txt" in said[0]
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
