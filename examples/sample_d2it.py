@@ -25,6 +25,7 @@ from datetime import timedelta
 import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
+from diffusers import DDPMScheduler
 from tqdm.auto import tqdm
 
 from diffusers_d2it import D2iTPipeline, bundled_checkpoint, list_samplers, load_sampler
@@ -47,7 +48,11 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="another one draws another set")
     parser.add_argument("--labels", choices=LABEL_SCHEMES, help="classes in turns (default), or at random")
     parser.add_argument("--class_labels", nargs="+", help="names or ids of classes; default: all of the checkpoint")
-    parser.add_argument("--scheduler", choices=list_samplers(), help="a fast sampler; default: that of the checkpoint")
+    parser.add_argument(
+        "--scheduler",
+        choices=[*list_samplers(), "ddpm"],
+        help="a fast sampler, or ancestral sampling (DiT's figures: 250 steps of it); default: that of the checkpoint",
+    )
     parser.add_argument("--num_inference_steps", type=int, default=50, help="denoising steps")
     parser.add_argument("--guidance_scale", type=float, help="classifier-free guidance, 1 is without; default: 4")
     parser.add_argument(
@@ -79,9 +84,20 @@ def load_pipeline(args: argparse.Namespace, device: torch.device) -> tuple[D2iTP
     folder = args.checkpoint if os.path.isdir(args.checkpoint) else D2iTPipeline.download(args.checkpoint)
     pipe = D2iTPipeline.from_pretrained(folder, dtype=getattr(torch, args.dtype)).to(device)
     pipe.set_progress_bar_config(disable=True)
-    if args.scheduler is not None:
+    if args.scheduler == "ddpm":
+        pipe.scheduler = ancestral_sampler(pipe)
+    elif args.scheduler is not None:
         pipe.scheduler = load_sampler(args.scheduler, pipe.scheduler)
     return pipe, folder
+
+
+def ancestral_sampler(pipe: D2iTPipeline) -> DDPMScheduler:
+    """DDPM's sampler on the noise schedule of the checkpoint, with the variance of a model that predicts one."""
+    if "beta_schedule" not in pipe.scheduler.config:
+        raise ValueError("--scheduler ddpm needs a model of diffusion, and this checkpoint is one of flow matching.")
+    learned = pipe.transformer.out_channels > pipe.transformer.config.in_channels
+    settings = {"variance_type": "learned_range" if learned else "fixed_small", "clip_sample": False}
+    return DDPMScheduler.from_config(pipe.scheduler.config, timestep_spacing="trailing", **settings)
 
 
 def check_flags(args: argparse.Namespace, pipe: D2iTPipeline) -> None:

@@ -250,6 +250,18 @@ def test_a_fast_sampler_and_half_precision(checkpoint, drawn, tmp_path):
     assert np.abs(pixels(tmp_path) - pixels(drawn[0])).max() > 1
 
 
+@pytest.mark.parametrize("out_channels, variance", [(None, "fixed_small"), (8, "learned_range")])
+def test_ancestral_sampling_draws_with_the_variance_of_the_model(
+    make_pipeline, make_content_model, out_channels, variance, tmp_path
+):
+    pipe = make_pipeline(transformer=make_content_model(out_channels=out_channels))
+    pipe.save_pretrained(tmp_path / "checkpoint")
+    protocol = draw(tmp_path / "checkpoint", tmp_path / "set", num_images=2, scheduler="ddpm")
+    scheduler = protocol["sampling"]["scheduler"]
+    assert (scheduler["class"], scheduler["config"]["variance_type"]) == ("DDPMScheduler", variance)
+    assert scheduler["config"]["beta_end"] == 2e-2
+
+
 def test_an_unconditional_model_with_a_scheduler_that_draws_noise(make_pipeline, tmp_path):
     make_pipeline(num_classes=None, scheduler=DDPMScheduler(clip_sample=False)).save_pretrained(tmp_path / "pipe")
     for batch_size in (2, 5):
