@@ -38,6 +38,7 @@ BENCHMARKS = (
     "step_savers",
     "scaling",
     "decoding",
+    "frechet",
 )
 CPU_ONLY = ("training_step", "loading")
 OPTIONS = {"training_step": ["--threads", "2"]}  # loading beside computing

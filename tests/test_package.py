@@ -67,6 +67,8 @@ LAYERS = [
     ("models.window_attention",),
     ("models.autoencoder_kl_dynamic", "models.transformer_d2it_grain", "models.transformer_d2it_content"),
     ("training.gate", "training.states", "training.smoke", "training.stopping", "conversion.files"),
+    ("metrics.frechet", "metrics.feature_bank"),
+    ("metrics.statistics", "metrics.scores"),
     ("training.averaging", "npz_images", "sample_sets"),
     ("training.checkpoints",),
     ("training.output_folder",),
