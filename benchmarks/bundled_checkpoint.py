@@ -14,25 +14,21 @@
 
 import argparse
 import json
-import random
 import time
 from pathlib import Path
 
-import datasets
 import torch
 import torch.nn.functional as F
 from common import describe_machine
-from torch import nn
+from reproduction.classifier import BATCH, accuracy, class_targets, load_split, trained_classifier
 
 from diffusers_d2it import D2iTPipeline, bundled_checkpoint
-from diffusers_d2it.data.images import to_pixels
 from diffusers_d2it.grains import fine_share
 from diffusers_d2it.losses import grain_loss
-from diffusers_d2it.training.reconstruction import psnr
+from diffusers_d2it.metrics.reconstruction import psnr
 
 
 RATIOS = (0.0, 0.3, 0.5, 0.7, 1.0)
-BATCH = 100
 
 
 def parse_args() -> argparse.Namespace:
@@ -46,16 +42,9 @@ def parse_args() -> argparse.Namespace:
         "--guidance_scales", type=float, nargs="+", default=[1.0, 2.5, 4.0], help="scales to sample at"
     )
     parser.add_argument("--classifier_epochs", type=int, default=12, help="passes over the training images")
-    parser.add_argument("--classifier", help="file that keeps the classifier between runs")
+    parser.add_argument("--classifier", type=Path, help="file that keeps the classifier between runs")
     parser.add_argument("--seed", type=int, default=0, help="of the classifier and the samples")
     return parser.parse_args()
-
-
-def load_split(path: str, split: str, resolution: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pixels (N, 3, R, R) in [-1, 1] and labels (N,) of a split."""
-    images = datasets.load_dataset(path, split=split)
-    pixels = torch.stack([to_pixels(row["image"], resolution) for row in images])
-    return pixels, torch.tensor(images["label"])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -108,72 +97,13 @@ def grain_cross_entropy(pipe: D2iTPipeline, train: tuple, validation: tuple, see
     return result
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Classifier
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-class Classifier(nn.Sequential):
-    """Four strided residual stages; about 0.7M parameters."""
-
-    def __init__(self, num_classes: int, width: int = 32):
-        layers = [nn.Conv2d(3, width, 3, stride=2, padding=1), nn.BatchNorm2d(width), nn.ReLU()]
-        for _ in range(3):
-            layers += [ResidualBlock(width), nn.Conv2d(width, min(2 * width, 128), 3, stride=2, padding=1)]
-            width = min(2 * width, 128)
-            layers += [nn.BatchNorm2d(width), nn.ReLU()]
-        layers += [ResidualBlock(width), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.2)]
-        super().__init__(*layers, nn.Linear(width, num_classes))
-
-
-class ResidualBlock(nn.Module):
-    def __init__(self, width: int):
-        super().__init__()
-        self.body = nn.Sequential(nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.relu(x + self.body(x))
-
-
-def train_classifier(pixels: torch.Tensor, targets: torch.Tensor, num_classes: int, epochs: int) -> Classifier:
-    """AdamW with one cycle of the learning rate; images flipped and shifted by up to 8 pixels."""
-    model = Classifier(num_classes).train()
-    batch = 64
-    steps = epochs * (len(pixels) // batch)
-    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=3e-3, total_steps=steps)
-    for step in range(steps):
-        if step % (len(pixels) // batch) == 0:
-            order = torch.randperm(len(pixels))
-        chosen = order[(step * batch) % (len(pixels) // batch * batch) :][:batch]
-        x = F.pad(pixels[chosen], (8, 8, 8, 8), mode="reflect")
-        top, left = random.randrange(17), random.randrange(17)
-        x = x[..., top : top + pixels.shape[-2], left : left + pixels.shape[-1]]
-        flip = torch.rand(len(x)) < 0.5
-        x = torch.where(flip[:, None, None, None], x.flip(-1), x)
-        loss = F.cross_entropy(model(x), targets[chosen], label_smoothing=0.1)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-    return model.eval()
-
-
-@torch.no_grad()
-def accuracy(model: Classifier, pixels: torch.Tensor, targets: torch.Tensor) -> float:
-    predicted = torch.cat([model(batch).argmax(dim=1) for batch in pixels.split(BATCH)])
-    return (predicted == targets).float().mean().item()
-
-
 def main(args: argparse.Namespace) -> None:
-    random.seed(args.seed)
     torch.manual_seed(args.seed)
     pipe = D2iTPipeline.from_pretrained(args.checkpoint)
     pipe.set_progress_bar_config(disable=True)
     resolution = pipe.vae.config.sample_size
     train, validation = (load_split(args.data, split, resolution) for split in ("train", "validation"))
     classes = sorted(pipe.id2label)
-    index = {label: i for i, label in enumerate(classes)}
     result = {
         "machine": describe_machine("cpu"),
         "protocol": {key: value for key, value in vars(args).items() if key not in ("data", "checkpoint", "output")}
@@ -183,20 +113,13 @@ def main(args: argparse.Namespace) -> None:
     }
     print(json.dumps(result, indent=2), flush=True)
 
-    targets = [torch.tensor([index[label] for label in labels.tolist()]) for _, labels in (train, validation)]
-    if args.classifier is not None and Path(args.classifier).exists():
-        classifier = Classifier(len(classes))
-        classifier.load_state_dict(torch.load(args.classifier, weights_only=True))
-        classifier.eval()
-    else:
-        classifier = train_classifier(train[0], targets[0], len(classes), args.classifier_epochs)
-        if args.classifier is not None:
-            torch.save(classifier.state_dict(), args.classifier)
+    targets = class_targets(validation[1], classes)
+    classifier = trained_classifier(args.classifier, train, classes, args.classifier_epochs, args.seed)
     chance = 1 / len(classes)
-    result["classifier"] = {"accuracy_on_real_validation": accuracy(classifier, validation[0], targets[1])}
+    result["classifier"] = {"accuracy_on_real_validation": accuracy(classifier, validation[0], targets)}
     with torch.no_grad():
         decoded = [pipe.vae(batch).sample.clamp(-1, 1) for batch in validation[0].split(BATCH)]
-    result["classifier"]["accuracy_on_reconstructions"] = accuracy(classifier, torch.cat(decoded), targets[1])
+    result["classifier"]["accuracy_on_reconstructions"] = accuracy(classifier, torch.cat(decoded), targets)
     result["classifier"]["chance"] = chance
 
     labels = [label for label in classes for _ in range(args.samples_per_class)]
@@ -214,7 +137,7 @@ def main(args: argparse.Namespace) -> None:
                 ).images
             )
         seconds = (time.perf_counter() - start) / len(labels)
-        share = accuracy(classifier, 2 * torch.cat(images) - 1, torch.tensor([index[label] for label in labels]))
+        share = accuracy(classifier, 2 * torch.cat(images) - 1, class_targets(torch.tensor(labels), classes))
         result["classifier"][f"samples_labelled_correctly_at_guidance_{scale:g}"] = share
         result["classifier"][f"seconds_per_sample_at_guidance_{scale:g}"] = round(seconds, 4)
         print(json.dumps(result["classifier"], indent=2), flush=True)

@@ -40,7 +40,7 @@ BENCHMARKS = (
     "decoding",
     "frechet",
 )
-CPU_ONLY = ("training_step", "loading")
+CPU_ONLY = ("training_step", "loading", "frechet")
 OPTIONS = {"training_step": ["--threads", "2"]}  # loading beside computing
 DEVICES = {"cpu": "CPU", "cuda": "GPU"}
 

@@ -30,13 +30,14 @@ from diffusers_d2it.data.loaders import batches_from, first_batches, make_datase
 from diffusers_d2it.data.sources import add_data_arguments, load_images
 from diffusers_d2it.hub import add_hub_arguments, check_hub_arguments, publish
 from diffusers_d2it.losses import adaptive_weight, adversarial_loss, dvae_loss, hinge_loss
+from diffusers_d2it.metrics.features import FeatureExtractor, load_features
+from diffusers_d2it.metrics.reconstruction import check_torchmetrics, reconstruction_scores
 from diffusers_d2it.models.discriminator import PatchDiscriminator
 from diffusers_d2it.training.arguments import add_training_arguments, make_accelerator, make_parser
 from diffusers_d2it.training.averaging import WeightAverage, use_ema
 from diffusers_d2it.training.checkpoints import Checkpoints, find_checkpoint
 from diffusers_d2it.training.measures import count_entropy, measure_latents
 from diffusers_d2it.training.perceptual import load_perceptual_loss
-from diffusers_d2it.training.reconstruction import check_torchmetrics, make_fid, reconstruction_scores
 from diffusers_d2it.training.smoke import SmokeTest
 from diffusers_d2it.training.states import is_sharded
 from diffusers_d2it.training.steps import StepLog, draw_fine_ratio, grain_signals
@@ -140,13 +141,16 @@ def measure_scale(vae: DynamicAutoencoderKL, batches: Iterable[torch.Tensor], se
 
 
 def score(
-    vae: DynamicAutoencoderKL, batches: Iterable[torch.Tensor], fid: torch.nn.Module | None, args: argparse.Namespace
+    vae: DynamicAutoencoderKL,
+    batches: Iterable[torch.Tensor],
+    features: FeatureExtractor | None,
+    args: argparse.Namespace,
 ) -> dict[str, dict]:
     """Figures of reconstructions with their protocol, for the model card."""
-    scores = reconstruction_scores(vae, tqdm(batches, desc="reconstructions"), fid=fid)
+    scores = reconstruction_scores(vae, tqdm(batches, desc="reconstructions"), features=features)
     protocol = (
         f"mode of the posterior at the default fine ratio (fine share {scores['fine_share']:.3f}), the averaged"
-        f" weights, {scores['num_images']} of the training images, {args.resolution}x{args.resolution}, torchmetrics"
+        f" weights, {scores['num_images']} of the training images, {args.resolution}x{args.resolution}, in 8 bits"
     )
     names = {"psnr": "PSNR in dB", "ssim": "SSIM", "rfid": f"rFID with features of {args.fid_model}"}
     return {
@@ -170,7 +174,7 @@ def main(args: argparse.Namespace) -> None:
     if args.perceptual_weight > 0:
         perceptual = load_perceptual_loss().to(accelerator.device)
     check_torchmetrics()  # what is missing is missed now
-    fid = None if args.fid_model is None else make_fid(args.fid_model)
+    features = None if args.fid_model is None else load_features(args.fid_model)
 
     # 1. Data and thresholds
     source = load_images(args).shuffled(args.seed)  # the first images are then a fair sample
@@ -305,7 +309,7 @@ def main(args: argparse.Namespace) -> None:
         folder = os.path.join(args.output_dir, "vae")
         vae.save_pretrained(folder)
         print(f"{folder}: the autoencoder after {step} steps")
-        figures = score(vae, measured(), fid, args)
+        figures = score(vae, measured(), features, args)
         if bad_images.summary():
             print(bad_images.summary())
     accelerator.wait_for_everyone()

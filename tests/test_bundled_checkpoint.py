@@ -10,7 +10,7 @@ import torch
 from diffusers_d2it import D2iTPipeline, bundled_checkpoint
 from diffusers_d2it.grains import grain_map_from_entropy, tie
 from diffusers_d2it.losses import grain_loss
-from diffusers_d2it.training.reconstruction import psnr
+from diffusers_d2it.metrics.reconstruction import psnr
 
 
 @pytest.fixture(scope="module")

@@ -25,9 +25,10 @@ with warnings.catch_warnings(record=True) as caught:
     from diffusers import DDIMScheduler
 
     from diffusers_d2it import D2iTContentModel, D2iTPipeline, bundled_checkpoint
+    from diffusers_d2it.metrics.features import load_features
+    from diffusers_d2it.metrics.reconstruction import check_torchmetrics
     from diffusers_d2it.training.arguments import check_training_arguments
     from diffusers_d2it.training.perceptual import load_perceptual_loss
-    from diffusers_d2it.training.reconstruction import check_torchmetrics, make_fid
 
     def draw() -> str:
         """The SHA-256 of a picture, drawn by what the loader of diffusers loads."""
@@ -54,7 +55,7 @@ with warnings.catch_warnings(record=True) as caught:
         "onnxruntime": lambda: diffusers.OnnxRuntimeModel(),
         "peft": lambda: content_model().add_adapter(None),
         "tensorboard": lambda: train_with_tracker("tensorboard"),
-        "torch_fidelity": lambda: make_fid("inception"),
+        "torch_fidelity": lambda: load_features("inception"),
         "torchmetrics": check_torchmetrics,
         "torchsde": lambda: diffusers.DPMSolverSDEScheduler(),
         "wandb": lambda: train_with_tracker("wandb"),

@@ -9,8 +9,7 @@ from transformers import Dinov2Config, Dinov2Model, ViTConfig, ViTModel
 
 from diffusers_d2it.grains import tie
 from diffusers_d2it.training.alignment import Alignment
-from diffusers_d2it.training.reconstruction import make_fid
-from diffusers_d2it.training.vision_features import PooledFeatures, VisionFeatures
+from diffusers_d2it.training.vision_features import VisionFeatures
 
 
 @pytest.fixture(params=["dinov2", "vit"])
@@ -85,14 +84,3 @@ def test_what_cannot_be_aligned_is_named(tmp_path, make_content_model):
         Alignment(make_content_model(), layer=3, feature_width=16)
     with pytest.raises(ValueError, match="no vision model could be loaded from .*nowhere"):
         VisionFeatures(str(tmp_path / "nowhere"))
-
-
-def test_features_for_an_rfid(vision_model, photos):
-    features = PooledFeatures(vision_model)
-    assert features.num_features == 16
-    assert features((photos + 1) / 2).shape == (8, 16)
-    torch.testing.assert_close(features((photos + 1) / 2), VisionFeatures(vision_model)(photos).mean(dim=1))
-    fid = make_fid(vision_model)
-    fid.update((photos + 1) / 2, real=True)
-    fid.update((photos + 1) / 2, real=False)
-    assert fid.compute().item() == pytest.approx(0, abs=1e-4)

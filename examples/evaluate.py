@@ -1,0 +1,129 @@
+# Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
+r"""Measure samples or an autoencoder, and write the figures with the protocol they were measured by.
+
+    accelerate launch examples/evaluate.py --samples samples --reference imagenet --split validation --resolution 256 \
+        --metrics fid sfid is precision recall --output results.json
+
+Samples against real images: fid, sfid, is, precision, recall, kid. Pairs of images, in the same order: psnr, ssim,
+lpips, rfid. Either side is a folder of images or an .npz with `arr_0`, uint8 NHWC. The reference may also be a data
+set, which is resized to --resolution, or an .npz of statistics, mu and sigma, such as ADM's or those written by
+
+    accelerate launch examples/evaluate.py --reference imagenet --resolution 256 --save_statistics imagenet-256.npz
+
+An autoencoder is measured on the reference, by psnr, ssim, lpips or rfid:
+
+    accelerate launch examples/evaluate.py --reconstruction runs/dvae/vae --fine_ratio 0.5 --reference imagenet \
+        --split validation --resolution 256 --metrics psnr ssim rfid --output reconstruction.json
+
+--features is inception, whose weights are downloaded or given by --weights; a folder or Hub name of a vision
+transformer, facebook/dinov2-large for FD-DINOv2; or module:callable, which returns any network from images
+(B, 3, H, W) in [-1, 1] to features (B, D). compare.py compares two files of results, if they were measured alike.
+"""
+
+import argparse
+import os
+import sys
+from datetime import timedelta
+
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
+
+from diffusers_d2it import DynamicAutoencoderKL
+from diffusers_d2it.metrics.evaluation import METRICS, evaluate
+from diffusers_d2it.metrics.features import load_features
+from diffusers_d2it.metrics.image_sets import ImageSet, open_images
+from diffusers_d2it.metrics.pairs import evaluate_pairs, evaluate_reconstructions
+from diffusers_d2it.metrics.reconstruction import PAIR_METRICS
+from diffusers_d2it.metrics.references import open_reference, save_statistics
+from diffusers_d2it.metrics.results import save_results
+
+
+def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    task = parser.add_mutually_exclusive_group(required=True)
+    task.add_argument("--samples", help="folder of images, or .npz: from sample_d2it.py or from elsewhere")
+    task.add_argument("--reconstruction", metavar="CHECKPOINT", help="a pipeline, or a DynamicAutoencoderKL")
+    task.add_argument("--save_statistics", metavar="FILE", help="write statistics of --reference to this .npz")
+    parser.add_argument("--reference", help="folder, .npz of images or statistics, or data set; 'is' needs none")
+    parser.add_argument("--resolution", type=int, help="the reference is a data set, resized and cropped to this side")
+    parser.add_argument("--split", default="train", help="of a data set")
+    parser.add_argument("--image_column", help="of a data set; default: the only one that holds images")
+    parser.add_argument("--metrics", nargs="+", choices=[*METRICS, *PAIR_METRICS], default=[], metavar="METRIC")
+    parser.add_argument("--features", default="inception", help="inception, a vision transformer, or module:callable")
+    parser.add_argument("--weights", help="file of Inception's weights; default: downloaded")
+    parser.add_argument("--fine_ratio", type=float, help="with --reconstruction; default: that of the checkpoint")
+    parser.add_argument("--kid_subset_size", type=int, default=1000, help="images of each set in a subset of kid")
+    parser.add_argument("--seed", type=int, default=0, help="of the subsets of kid")
+    parser.add_argument("--batch_size", type=int, default=64, help="images of a batch and process")
+    parser.add_argument("--dataloader_num_workers", type=int, default=0, help="processes that decode images")
+    parser.add_argument("--output", help="JSON file for the results")
+    args = parser.parse_args(arguments)
+    if args.save_statistics is None and not (args.metrics and args.output):
+        parser.error("pass --metrics and --output")
+    if args.save_statistics is not None and (args.metrics or args.output):
+        parser.error("--save_statistics computes no metrics: pass neither --metrics nor --output")
+    if args.reference is None and args.metrics != ["is"]:
+        parser.error("--reference is needed, but for the metric 'is' alone")
+    if args.reconstruction is None and args.fine_ratio is not None:
+        parser.error("--fine_ratio belongs to --reconstruction")
+    if args.reconstruction is not None and not set(args.metrics) <= set(PAIR_METRICS):
+        parser.error(f"--reconstruction is measured by {', '.join(PAIR_METRICS)}")
+    for path in (args.output, args.save_statistics):
+        if path is not None and os.path.exists(path):
+            parser.error(f"{path} exists: remove it, or name another file")
+    return args
+
+
+def load_autoencoder(path: str) -> DynamicAutoencoderKL:
+    """The autoencoder of a pipeline's folder, or one by itself."""
+    subfolder = "vae" if os.path.isdir(os.path.join(path, "vae")) else None
+    return DynamicAutoencoderKL.from_pretrained(path, subfolder=subfolder).eval()
+
+
+def main(args: argparse.Namespace) -> None:
+    # The others wait while the main process compares the features of all images
+    accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=3))])
+    reading = {
+        "batch_size": args.batch_size,
+        "accelerator": accelerator,
+        "num_workers": args.dataloader_num_workers,
+    }
+    features = reference = None
+    if args.save_statistics or not set(args.metrics) <= {"psnr", "ssim", "lpips"}:
+        sys.path.append(os.getcwd())  # where the module of --features module:callable may lie
+        with accelerator.main_process_first():  # which downloads
+            features = load_features(args.features, args.weights)
+    if args.reference is not None:
+        with accelerator.main_process_first():
+            reference = open_reference(args.reference, args.resolution, args.split, args.image_column)
+    of_sets = [metric for metric in args.metrics if metric in METRICS]
+    of_pairs = [metric for metric in args.metrics if metric in PAIR_METRICS]
+    if not isinstance(reference, ImageSet) and (of_pairs or args.save_statistics):
+        raise ValueError(f"--reference {args.reference} holds statistics, expected images.")
+
+    if args.save_statistics:
+        save_statistics(args.save_statistics, reference, features, **reading)
+        accelerator.print(f"{args.save_statistics}: {features.name}, {len(reference)} images of {reference.name}")
+        return
+    results = []
+    if args.reconstruction is not None:
+        vae = load_autoencoder(args.reconstruction)
+        results += evaluate_reconstructions(vae, reference, of_pairs, features, fine_ratio=args.fine_ratio, **reading)
+    else:
+        samples = open_images(args.samples)
+        if of_sets:
+            kid = {"seed": args.seed, "kid_subset_size": args.kid_subset_size}
+            results += evaluate(samples, reference, of_sets, features, **kid, **reading)
+        if of_pairs:
+            results += evaluate_pairs(samples, reference, of_pairs, features, **reading)
+
+    if accelerator.is_main_process:
+        save_results(args.output, results)
+        for result in results:
+            deviation = "" if result.deviation is None else f" +- {result.deviation:.6g}"
+            print(f"{result.metric:>24}  {result.value:.6g}{deviation}")
+        print(f"{args.output}: {len(results)} figures with their protocol")
+
+
+if __name__ == "__main__":
+    main(parse_args())
