@@ -79,8 +79,14 @@ LAYERS = [
     ("data.folders", "data.latent_cache"),
     ("data.sources",),
     ("data.loaders", "data.latent_cache_writer", "reference_maps"),
+    ("metrics.vision_models", "metrics.perceptual", "metrics.image_sets", "metrics.results"),
+    ("metrics.features",),
+    ("metrics.collecting",),
+    ("metrics.references", "metrics.reconstruction"),
+    ("metrics.evaluation",),
+    ("metrics.pairs",),
     ("training.steps", "training.perceptual", "training.vision_features"),
-    ("training.arguments", "training.alignment", "training.measures", "training.reconstruction"),
+    ("training.arguments", "training.alignment", "training.measures"),
     ("training.training_data",),
     ("tied_scheduler",),
     ("grain_sampling", "pipeline_checks", "pipeline_loading"),
@@ -88,6 +94,9 @@ LAYERS = [
     ("hub",),
     ("pipeline_hub",),
     ("pipeline_d2it",),
+    ("metrics.map_sources", "metrics.grain_maps"),
+    ("metrics.report_scores",),
+    ("metrics.report_inputs", "metrics.budget", "metrics.grain_report"),
 ]
 
 

@@ -1,0 +1,122 @@
+# Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
+"""What is compared, and at which size: the arms of the study and its presets, each once."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from diffusers_d2it import load_preset
+
+
+CONFIGS = Path(__file__).parents[2] / "examples" / "configs"
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A content model that is trained as examples/train_d2it.py does, but for what is named here.
+
+    Args:
+        fine_ratio: share of fine regions over the data set; 1 is a plain VAE, 0 one of the largest factor.
+        refine_share: share of the layers that are RefineNet's: 0 leaves RefineNet out.
+        grain_weights: loss weights of a coarse and a fine cell; 1/4 and 1 are Eq. 11.
+        tied_noise: whether a coarse code has one draw of noise, or one for each of its cells.
+    """
+
+    fine_ratio: float = 0.5
+    refine_share: float = 1 / 6
+    grain_weights: tuple[float, float] = (0.25, 1.0)
+    tied_noise: bool = True
+
+
+ARMS = {
+    "dit": Arm(fine_ratio=1.0, refine_share=0, grain_weights=(1.0, 1.0)),
+    "d2it": Arm(),
+    "router": Arm(refine_share=0, grain_weights=(1.0, 1.0)),
+    "grain-loss": Arm(refine_share=0),
+    "refine-1-2": Arm(refine_share=1 / 3),
+    "ratio-0": Arm(fine_ratio=0.0, refine_share=0),  # nothing to refine
+    "ratio-0.3": Arm(fine_ratio=0.3),
+    "ratio-0.7": Arm(fine_ratio=0.7),
+    "ratio-1": Arm(fine_ratio=1.0),
+    "equal-weights": Arm(grain_weights=(1.0, 1.0)),
+    "independent-noise": Arm(tied_noise=False),
+}
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Size of the study.
+
+    Args:
+        resolution: side of the images in pixels.
+        grain_preset: of the grain model.
+        grain_steps: steps it is trained for.
+        num_layers: of backbone and RefineNet together.
+        num_attention_heads: of `head_dim` each.
+        head_dim: width of a head.
+        batch_size: images of a step.
+        steps: of every arm at equal steps, and of d2it at equal seconds.
+        learning_rate: of AdamW, constant after `warmup`, so that a shorter run is the beginning of a longer one.
+        warmup: steps.
+        ema_decay: of the average that is sampled from.
+        mixed_precision: of the training.
+        seeds: runs of every arm.
+        num_samples: images behind a Frechet distance.
+        sampling_steps: of UniPC.
+        classifier_epochs: passes over the training images.
+        timed_steps: of every arm, interleaved, behind the equal seconds.
+    """
+
+    resolution: int
+    grain_preset: str
+    grain_steps: int
+    num_layers: int
+    num_attention_heads: int
+    head_dim: int
+    batch_size: int
+    steps: int
+    learning_rate: float
+    warmup: int
+    ema_decay: float
+    num_samples: int
+    mixed_precision: str = "no"
+    seeds: tuple[int, ...] = (0, 1, 2)
+    sampling_steps: int = 20
+    classifier_epochs: int = 12
+    timed_steps: int = 20
+
+
+PRESETS = {
+    # A few seconds on photographs of any kind: that the scripts run
+    "smoke": Preset(
+        resolution=32, grain_preset="grain-tiny", grain_steps=2,
+        num_layers=3, num_attention_heads=1, head_dim=16, batch_size=4, steps=4, learning_rate=1e-3, warmup=0,
+        ema_decay=0.5, num_samples=8, seeds=(0,), sampling_steps=2, classifier_epochs=1,
+        timed_steps=1,
+    ),
+    # Two cores, in the background
+    "small": Preset(
+        resolution=32, grain_preset=str(CONFIGS / "grain-64.json"), grain_steps=1000,
+        num_layers=6, num_attention_heads=2, head_dim=32, batch_size=32, steps=3000, learning_rate=2e-3, warmup=100,
+        ema_decay=0.998, num_samples=500,
+    ),
+    # One GPU; width and layers of content-b's blocks
+    "gpu": Preset(
+        resolution=64, grain_preset="grain-s", grain_steps=10_000,
+        num_layers=12, num_attention_heads=12, head_dim=64, batch_size=256, steps=20_000, learning_rate=2e-4,
+        warmup=500, ema_decay=0.999, num_samples=10_000, mixed_precision="bf16",
+    ),
+}  # fmt: skip
+
+
+def model_config(arm: Arm, preset: Preset) -> dict:
+    """Configuration of an arm's content model.
+
+    A model without RefineNet has one that is never called: the configuration knows no 0.
+    """
+    num_refine_layers = round(preset.num_layers * arm.refine_share)
+    return load_preset("content-tiny") | {
+        "num_layers": preset.num_layers - num_refine_layers,
+        "num_refine_layers": max(1, num_refine_layers),
+        "num_attention_heads": preset.num_attention_heads,
+        "attention_head_dim": preset.head_dim,
+    }

@@ -1,0 +1,50 @@
+# Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
+"""Figure 6 of arXiv:2504.09454: how fast DiT and D2iT converge, over steps and over seconds.
+
+python benchmarks/reproduction/figure_6.py --data tiny-imagenet-20 --work_dir runs/reproduction
+"""
+
+from plots import plot_curves
+from report import parse, protocol, spread, verdict
+from scoring import Scorer, score_all
+from study import Study, write_json
+
+
+CURVES = {"DiT": ("dit", "fine"), "D2iT": ("d2it", "predicted")}
+
+
+def main() -> None:
+    args = parse(__doc__)
+    scorer = Scorer(Study(args))
+    study, seeds = scorer.study, scorer.study.preset.seeds
+    jobs = {
+        (label, steps, seed): (arm, seed, steps, source)
+        for label, (arm, source) in CURVES.items()
+        for steps in study.checkpoints(arm)
+        for seed in seeds
+    }
+    scores = score_all(scorer, args, list(jobs.values()))
+    curves = {}
+    for label, (arm, _) in CURVES.items():
+        curves[label] = [
+            {
+                "steps": steps,
+                "seconds": steps * study.step_seconds[arm],
+                "frechet_distance": [scores[jobs[label, steps, seed]]["frechet_distance"] for seed in seeds],
+            }
+            for steps in study.checkpoints(arm)
+        ]
+    dit = {point["steps"]: point["frechet_distance"] for point in curves["DiT"]}
+    print("| steps | DiT | D2iT | D2iT is ahead |\n|---|---|---|---|")
+    judged = []
+    for point in curves["D2iT"]:
+        other, own = dit[point["steps"]], point["frechet_distance"]
+        judged.append({"claim": f"D2iT is ahead after {point['steps']} steps", "verdict": verdict(own, other)})
+        print(f"| {point['steps']} | {spread(other)} | {spread(own)} | {judged[-1]['verdict']} |")
+    result = {"protocol": protocol(scorer, args), "curves": curves, "claims": judged}
+    write_json(args.output_dir / f"figure_6-{args.preset}.json", result)
+    plot_curves(args.output_dir / f"figure_6-{args.preset}.png", curves)
+
+
+if __name__ == "__main__":
+    main()

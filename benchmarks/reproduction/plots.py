@@ -1,0 +1,46 @@
+# Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
+"""The plots of docs/reproduction.md: means over the seeds, and the range from the lowest to the highest of them."""
+
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def plot_ratios(path: Path, ratios: Sequence[float], reconstructions: Sequence[dict], table: dict[str, dict]) -> None:
+    """Reconstruction and generation over the fine ratio."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.5), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    left.plot(ratios, [row["frechet_distance"] for row in reconstructions], "o-", color="black")
+    left.set(title="reconstruction", xlabel="fine ratio", ylabel="Fréchet distance")
+    for budget, label in (("equal_steps", "equal steps"), ("equal_seconds", "equal seconds")):
+        _draw(right, ratios, [row[budget]["frechet_distance"] for row in table.values()], label)
+    right.set(title="generation", xlabel="fine ratio", ylabel="Fréchet distance")
+    right.legend()
+    _save(figure, path)
+
+
+def plot_curves(path: Path, curves: dict[str, list[dict]]) -> None:
+    """Fréchet distance over training steps, and over seconds of training."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.5), layout="constrained")
+    for axes, unit in zip(figure.subplots(1, 2), ("steps", "seconds")):
+        for label, points in curves.items():
+            _draw(axes, [point[unit] for point in points], [point["frechet_distance"] for point in points], label)
+        axes.set(xlabel=f"{unit} of training", ylabel="Fréchet distance", yscale="log")
+        axes.legend()
+    _save(figure, path)
+
+
+def _draw(axes, positions: Sequence[float], values: Sequence[Sequence[float]], label: str) -> None:
+    (line,) = axes.plot(positions, [statistics.mean(of_seeds) for of_seeds in values], "o-", label=label)
+    axes.fill_between(positions, *zip(*((min(v), max(v)) for v in values)), color=line.get_color(), alpha=0.2)
+
+
+def _save(figure, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f"{path.stem}.part.png")
+    figure.savefig(aside, dpi=100)
+    aside.replace(path)

@@ -1,0 +1,182 @@
+# Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
+"""From scores to what may be said: tables with their spread, claims with a verdict, one JSON file a script."""
+
+import argparse
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import diffusers
+import torch
+from arms import ARMS, PRESETS
+from scoring import Scorer, score_all
+from study import Study, make_parser, write_json
+
+import diffusers_d2it
+
+
+RESULTS = Path(__file__).parent / "results"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of a table.
+
+    Args:
+        label: what it shows.
+        arm: of `ARMS`.
+        source: of the maps that are sampled with.
+        paper: what the paper has there, None for nothing.
+    """
+
+    label: str
+    arm: str
+    source: str = "predicted"
+    paper: float | None = None
+
+
+@dataclass(frozen=True)
+class Claim:
+    """That one row has a lower Frechet distance than another.
+
+    Args:
+        text: the claim, in words.
+        better: label of the row that should be lower.
+        worse: label of the other one.
+    """
+
+    text: str
+    better: str
+    worse: str
+
+
+def parse(description: str) -> argparse.Namespace:
+    """Flags of a script of the study."""
+    parser = make_parser(description)
+    parser.add_argument("--output_dir", type=Path, default=RESULTS, help="folder of the result")
+    return parser.parse_args()
+
+
+def verdict(better: Sequence[float], worse: Sequence[float]) -> str:
+    """What pairs of distances, one a seed, say of the claim that the first ones are lower.
+
+    "holds" or "does not hold" needs three seeds at least that all have the same sign, and a mean difference of more
+    than twice its standard error; all else "cannot be told".
+    """
+    differences = [high - low for low, high in zip(better, worse, strict=True)]
+    mean = statistics.mean(differences)
+    if len(differences) < 3 or len({difference > 0 for difference in differences}) > 1:
+        return "cannot be told"
+    if abs(mean) <= 2 * statistics.stdev(differences) / len(differences) ** 0.5:
+        return "cannot be told"
+    return "holds" if mean > 0 else "does not hold"
+
+
+def score_rows(scorer: Scorer, args: argparse.Namespace, rows: Sequence[Row]) -> dict[str, dict]:
+    """Scores of all rows at equal steps and at equal seconds, a number for every seed."""
+    study, preset = scorer.study, scorer.study.preset
+    budgets = {
+        "equal_steps": {row.label: preset.steps for row in rows},
+        "equal_seconds": {row.label: study.steps_at_equal_seconds(row.arm) for row in rows},
+    }
+    jobs = {
+        (budget, row.label, seed): (row.arm, seed, steps[row.label], row.source)
+        for budget, steps in budgets.items()
+        for row in rows
+        for seed in preset.seeds
+    }
+    scores = score_all(scorer, args, list(jobs.values()))
+    table = {}
+    for row in rows:
+        table[row.label] = asdict(row) | {"milliseconds_of_a_step": 1000 * study.step_seconds[row.arm]}
+        for budget, steps in budgets.items():
+            found = [scores[jobs[budget, row.label, seed]] for seed in preset.seeds]
+            table[row.label][budget] = {"steps": steps[row.label]} | {
+                key: [one[key] for one in found] for key in ("frechet_distance", "labelled_correctly", "noise_error")
+            }
+    return table
+
+
+def judge(claims: Sequence[Claim], table: dict[str, dict]) -> list[dict]:
+    """Every claim with its verdict at equal steps and at equal seconds."""
+    judged = []
+    for claim in claims:
+        entry = {"claim": claim.text}
+        for budget in ("equal_steps", "equal_seconds"):
+            better, worse = (table[label][budget]["frechet_distance"] for label in (claim.better, claim.worse))
+            difference = statistics.mean(worse) - statistics.mean(better)
+            entry[budget] = {"verdict": verdict(better, worse), "difference": difference}
+        judged.append(entry)
+    return judged
+
+
+def protocol(scorer: Scorer, args: argparse.Namespace) -> dict:
+    """What the figures of a run depend on."""
+    return {
+        "data": Path(args.data).name,
+        "preset": {"name": args.preset} | asdict(PRESETS[args.preset]),
+        "arms": {name: asdict(arm) for name, arm in ARMS.items()},
+        "autoencoder": {key: scorer.study.vae.config[key] for key in ("downsample_factors", "latent_channels")},
+        "features": {
+            "name": "pooled features of classifier.py, trained on the training images",
+            "sha256": scorer.features.digest,
+            "accuracy_on_real_validation_images": scorer.labelled_correctly(*scorer.validation),
+        },
+        "reference": f"{len(scorer.photographs[0])} training images",
+        "samples": f"{scorer.study.preset.num_samples}, every class as often, no guidance, UniPC",
+        "frechet_distance_of_the_validation_images": scorer.distance(scorer.validation[0]),
+        "device": args.device,
+        "versions": {
+            "torch": torch.__version__,
+            "diffusers": diffusers.__version__,
+            "diffusers_d2it": diffusers_d2it.__version__,
+        },
+    }
+
+
+def spread(values: Sequence[float], digits: int = 2) -> str:
+    """Mean and standard deviation over the seeds."""
+    mean = f"{statistics.mean(values):.{digits}f}"
+    return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
+
+
+def print_table(table: dict[str, dict]) -> None:
+    """As Markdown."""
+    print("| | paper | equal steps | equal seconds (steps) | ms a step | labelled correctly | noise error |")
+    print("|---|---|---|---|---|---|---|")
+    for label, row in table.items():
+        steps, seconds = row["equal_steps"], row["equal_seconds"]
+        print(
+            f"| {label} | {'' if row['paper'] is None else row['paper']} | {spread(steps['frechet_distance'])} |"
+            f" {spread(seconds['frechet_distance'])} ({seconds['steps']}) | {row['milliseconds_of_a_step']:.0f} |"
+            f" {100 * statistics.mean(steps['labelled_correctly']):.1f} % | {_noise_errors(steps['noise_error'])} |"
+        )
+
+
+def _noise_errors(of_seeds: list[list[float | None]]) -> str:
+    """Coarse / fine."""
+    of_grains = list(zip(*of_seeds))
+    return " / ".join("" if None in values else spread(values, digits=4) for values in of_grains)
+
+
+def print_claims(judged: list[dict]) -> None:
+    """As Markdown; a positive difference speaks for the claim."""
+    print("\n| claim | at equal steps | at equal seconds |\n|---|---|---|")
+    for entry in judged:
+        cells = [f"{entry[b]['verdict']} ({entry[b]['difference']:+.2f})" for b in ("equal_steps", "equal_seconds")]
+        print(f"| {entry['claim']} | {' | '.join(cells)} |")
+
+
+def run(name: str, description: str, rows: Sequence[Row], claims: Sequence[Claim]) -> None:
+    """All of a script that compares rows: train what is missing, score, judge, print, write."""
+    args = parse(description)
+    scorer = Scorer(Study(args))
+    table = score_rows(scorer, args, rows)
+    judged = judge(claims, table)
+    print_table(table)
+    print_claims(judged)
+    write_json(
+        args.output_dir / f"{name}-{args.preset}.json",
+        {"protocol": protocol(scorer, args), "rows": table, "claims": judged},
+    )

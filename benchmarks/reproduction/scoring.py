@@ -1,0 +1,238 @@
+# Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
+"""How good a trained run is: the Frechet distance of its samples to the training photographs, in named features.
+
+The samples of any two runs have the same labels, the same noise and, where maps are not what is compared, the same
+maps. Features are those of the classifier of classifier.py, trained on the same photographs.
+"""
+
+import json
+import math
+import statistics
+from argparse import Namespace
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack, contextmanager
+from functools import cache, cached_property
+from multiprocessing import get_context
+from unittest.mock import patch
+
+import torch
+from arms import ARMS
+from classifier import Classifier, accuracy, class_targets, load_split, trained_classifier
+from study import Study, write_json
+from train_arm import untied
+
+from diffusers_d2it import D2iTContentModel, D2iTPipeline, load_sampler, pipeline_d2it, tied_scheduler
+from diffusers_d2it.grains import average_codes
+from diffusers_d2it.metrics.features import FeatureExtractor, module_features
+from diffusers_d2it.metrics.frechet import frechet_distance
+from diffusers_d2it.metrics.grain_report import denoising_error_by_grain
+from diffusers_d2it.metrics.map_sources import Sampling, draw_grain_maps, sample_images
+from diffusers_d2it.metrics.statistics import FeatureStatistics
+from diffusers_d2it.models import transformer_d2it_content
+
+
+BATCH = 50
+SEED = 0  # of labels, maps and noise: the same for all runs
+
+
+class Scorer:
+    """Scores the runs of a study.
+
+    Args:
+        study: the study.
+    """
+
+    def __init__(self, study: Study):
+        self.study = study
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Photographs and features
+    # -----------------------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def photographs(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Training images, uint8 (N, 3, R, R), and labels (N,)."""
+        pixels, labels = load_split(self.study.data, "train", self.study.preset.resolution)
+        return to_uint8(pixels), labels
+
+    @cached_property
+    def validation(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Images that nothing was trained on."""
+        pixels, labels = load_split(self.study.data, "validation", self.study.preset.resolution)
+        return to_uint8(pixels), labels
+
+    @cached_property
+    def classes(self) -> list[int]:
+        """Labels of the photographs, in the order of the classifier's logits."""
+        return self.photographs[1].unique().tolist()
+
+    @cached_property
+    def classifier(self) -> Classifier:
+        """Trained on the training images, kept in the work folder."""
+        images, labels = self.photographs
+        train = images.to(self.study.device).float() / 127.5 - 1, labels
+        file = self.study.work_dir / "classifier.pt"
+        return trained_classifier(file, train, self.classes, self.study.preset.classifier_epochs, seed=0)
+
+    @cached_property
+    def features(self) -> FeatureExtractor:
+        """The classifier's pooled features, 128 of them."""
+        return module_features(self.classifier.features, "classifier").to(self.study.device)
+
+    def statistics(self, images: torch.Tensor) -> FeatureStatistics:
+        """Mean and covariance of the features of uint8 images (N, 3, R, R)."""
+        found = None
+        for batch in images.split(BATCH):
+            pool = self.features(batch.to(self.study.device))["pool"]
+            found = found or FeatureStatistics(pool.shape[1])
+            found.update(pool.cpu())
+        return found
+
+    @cached_property
+    def reference(self) -> FeatureStatistics:
+        """Of the training images."""
+        return self.statistics(self.photographs[0])
+
+    def distance(self, images: torch.Tensor, reference: FeatureStatistics | None = None) -> float:
+        """Frechet distance of uint8 images to the training images, or to others."""
+        found, reference = self.statistics(images), reference or self.reference
+        return frechet_distance(found.mean, found.covariance, reference.mean, reference.covariance)
+
+    def labelled_correctly(self, images: torch.Tensor, labels: torch.Tensor) -> float:
+        """Share of uint8 images that the classifier gives their label."""
+        device, classifier = self.study.device, self.classifier.to(self.study.device)
+        pixels = images.to(device).float() / 127.5 - 1
+        return accuracy(classifier, pixels, class_targets(labels, self.classes).to(device))
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Samples
+    # -----------------------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def sampling(self) -> Sampling:
+        """Without guidance, as in the paper's ablations."""
+        return Sampling(self.study.preset.sampling_steps, guidance_scale=1.0, batch_size=BATCH, seed=SEED)
+
+    @cached_property
+    def labels(self) -> torch.Tensor:
+        """Of the samples: every class as often, to one."""
+        classes = torch.tensor(self.classes)
+        return classes.repeat(-(-self.study.preset.num_samples // len(classes)))[: self.study.preset.num_samples]
+
+    @cached_property
+    def models(self) -> torch.Tensor:
+        """For every sample the number of a photograph of its class, whose map is a true one."""
+        generator = torch.Generator().manual_seed(SEED)
+        of_class = {label: (self.photographs[1] == label).nonzero().flatten() for label in self.classes}
+        chosen = [torch.randint(len(of_class[label]), (), generator=generator) for label in self.labels.tolist()]
+        return torch.stack([of_class[label][i] for label, i in zip(self.labels.tolist(), chosen)])
+
+    def true_maps(self, images: torch.Tensor, fine_ratio: float) -> torch.Tensor:
+        """Maps of uint8 images, at a ratio of the data set."""
+        maps = [self.pipeline.grain_map_from_image(part / 255, fine_ratio).cpu() for part in images.split(BATCH)]
+        return torch.cat(maps)
+
+    @cached_property
+    def pipeline(self) -> D2iTPipeline:
+        """Autoencoder and grain model of all runs; the content model is exchanged."""
+        folder = self.study.train("d2it", self.study.preset.seeds[0]) / "pipeline"
+        pipe = D2iTPipeline.from_pretrained(folder).to(self.study.device)
+        pipe.set_progress_bar_config(disable=True)
+        pipe.scheduler = load_sampler("unipc", pipe.scheduler)
+        return pipe
+
+    @cache  # noqa: B019  lives as long as the study
+    def maps(self, source: str, fine_ratio: float) -> torch.Tensor:
+        """Maps of one of `MAP_SOURCES` for the samples."""
+        true = self.true_maps(self.photographs[0][self.models], fine_ratio)
+        return draw_grain_maps(self.pipeline, source, true, self.labels, self.sampling)
+
+    def load(self, arm: str, seed: int, steps: int) -> None:
+        """Put the content model of a run after some steps into the pipeline."""
+        folder = self.study.train(arm, seed) / f"checkpoint-{steps}"
+        transformer = D2iTContentModel.from_pretrained(folder, subfolder="model_ema").to(self.study.device)
+        self.pipeline.register_modules(transformer=transformer)
+
+    def samples(self, arm: str, source: str) -> torch.Tensor:
+        """Images of the loaded model, drawn for maps of a source, uint8 (N, 3, R, R)."""
+        maps = self.maps(source.removesuffix(", untied"), ARMS[arm].fine_ratio)
+        with untied_sampling() if source.endswith(", untied") else ExitStack():
+            return sample_images(self.pipeline, maps, self.labels, self.sampling)
+
+    def noise_error(self, arm: str) -> list[float | None]:
+        """Mean squared error of the loaded model's prediction on the cells of each grain, on validation images.
+
+        The maps are those of the images at the arm's fine ratio, the noise is tied and the same for all arms: arms of
+        one ratio can be compared, those of different ratios cannot.
+        """
+        images, labels = self.validation
+        maps = self.true_maps(images, ARMS[arm].fine_ratio)
+        errors = denoising_error_by_grain(self.pipeline, images, maps, labels, self.sampling)
+        means = [statistics.mean(of_grain) for of_grain in zip(*errors.values())]
+        return [None if math.isnan(mean) else mean for mean in means]
+
+    def score(self, arm: str, seed: int, steps: int, source: str) -> dict:
+        """All figures of a run, kept in the work folder."""
+        file = self.study.work_dir / "scores" / f"{arm}-{seed}-{steps}-{source.replace(', ', '-')}.json"
+        if not file.exists():
+            self.load(arm, seed, steps)
+            images = self.samples(arm, source)
+            score = {"frechet_distance": self.distance(images)}
+            score["labelled_correctly"] = self.labelled_correctly(images, self.labels)
+            score["noise_error"] = self.noise_error(arm)
+            write_json(file, score)
+        return json.loads(file.read_text())
+
+
+@contextmanager
+def untied_sampling():
+    """Sample as if no code were tied: every cell goes its own way, and codes are averaged before they are decoded."""
+    decode = D2iTPipeline.decode_latents
+    with ExitStack() as stack:
+        stack.enter_context(patch.object(tied_scheduler, "tie", untied))
+        for module in (pipeline_d2it, transformer_d2it_content):
+            stack.enter_context(patch.object(module, "check_tied", lambda *arguments: None))
+        prepare = D2iTPipeline.prepare_grain_map
+        maps = []
+
+        def remembered(*arguments, **options):
+            maps.append(prepare(*arguments, **options))
+            return maps[-1]
+
+        def averaged(pipe, latents, output_type="pil"):
+            return decode(pipe, average_codes(latents, maps.pop(), 0), output_type)
+
+        stack.enter_context(patch.object(D2iTPipeline, "prepare_grain_map", remembered))
+        stack.enter_context(patch.object(D2iTPipeline, "decode_latents", averaged))
+        yield
+
+
+def to_uint8(pixels: torch.Tensor) -> torch.Tensor:
+    """[-1, 1] to the 8 bits of a file."""
+    return ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Many scores
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@cache
+def _scorer_of_process(arguments: tuple) -> Scorer:
+    return Scorer(Study(Namespace(**dict(arguments))))
+
+
+def _score(arguments: tuple, job: tuple) -> dict:
+    return _scorer_of_process(arguments).score(*job)
+
+
+def score_all(scorer: Scorer, args, jobs: list[tuple[str, int, int, str]]) -> dict[tuple, dict]:
+    """Scores of (arm, seed, steps, map source), `--jobs` processes at a time; trains what is missing first."""
+    jobs = list(dict.fromkeys(jobs))
+    scorer.study.train_all(list(dict.fromkeys(arm for arm, *_ in jobs)))
+    _ = scorer.classifier  # trained once, not by each process
+    if args.jobs == 1:
+        return {job: scorer.score(*job) for job in jobs}
+    arguments = tuple(sorted(vars(args).items()))
+    with ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn")) as pool:
+        return dict(zip(jobs, pool.map(_score, [arguments] * len(jobs), jobs)))

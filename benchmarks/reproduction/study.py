@@ -1,0 +1,199 @@
+# Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
+"""The runs behind every claim: trained once each, resumed where they were interrupted, scored from their checkpoints.
+
+    python benchmarks/reproduction/study.py --data tiny-imagenet-20 --work_dir runs/reproduction --jobs 2
+
+trains everything. Each claim's own script (table_3.py ...) trains what it needs and is not there yet. All that is
+written lies in the work folder: latent cache, classifier, runs/<arm>-<seed>, scores.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from arms import ARMS, PRESETS, model_config
+from step_times import measure_step_times
+
+from diffusers_d2it import DynamicAutoencoderKL, bundled_checkpoint
+from diffusers_d2it.data.latent_cache import LatentCache
+
+
+HERE = Path(__file__).parent
+EXAMPLES = HERE.parents[1] / "examples"
+
+
+class Study:
+    """All runs of one preset on one data set.
+
+    Args:
+        args: of `make_parser`.
+    """
+
+    def __init__(self, args: argparse.Namespace):
+        self.data = args.data
+        self.preset = PRESETS[args.preset]
+        self.work_dir = args.work_dir
+        self.device = torch.device(args.device)
+        self.source = args.vae
+        self.jobs = args.jobs
+        self.work_dir.mkdir(parents=True, exist_ok=True)
+        torch.set_num_threads(1 if self.device.type == "cpu" else torch.get_num_threads())
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # What all arms share
+    # -----------------------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def vae_folder(self) -> Path:
+        """The autoencoder, its thresholds counted on the training images at the resolution of the study."""
+        folder, aside = self.work_dir / "vae", self.work_dir / "vae.part"
+        if not folder.exists():
+            vae = DynamicAutoencoderKL.from_pretrained(self.source)
+            vae.register_to_config(sample_size=self.preset.resolution, _name_or_path=None)
+            vae.save_pretrained(aside)
+            self._call(EXAMPLES / "calibrate_dvae.py", *self._data_flags, "--vae", aside)
+            aside.rename(folder)
+        return folder
+
+    @cached_property
+    def vae(self) -> DynamicAutoencoderKL:
+        """The autoencoder of all arms."""
+        return DynamicAutoencoderKL.from_pretrained(self.vae_folder).requires_grad_(False).eval().to(self.device)
+
+    @cached_property
+    def cache(self) -> Path:
+        """The latent cache of the training images."""
+        folder = self.work_dir / "cache"
+        flags = ["--num_classes", 1000, "--vae", self.vae_folder, "--output_dir", folder]
+        self._call(EXAMPLES / "cache_latents.py", *self._data_flags, *flags)
+        return folder
+
+    @cached_property
+    def grain_folder(self) -> Path:
+        """The grain model, trained on the maps of the training images, that draws the predicted maps of all arms."""
+        folder, preset = self.work_dir / "grain", self.preset
+        if not (folder / f"checkpoint-{preset.grain_steps}").exists():
+            flags = ["--preset", preset.grain_preset, "--max_train_steps", preset.grain_steps, "--output_dir", folder]
+            flags += ["--lr_scheduler", "cosine", *self._training_flags(folder, seed=0)]
+            self._call(EXAMPLES / "train_grain.py", *flags)
+        return folder
+
+    @property
+    def _data_flags(self) -> list:
+        return ["--dataset_name", self.data, "--resolution", self.preset.resolution]
+
+    def _training_flags(self, folder: Path, seed: int) -> list:
+        """What trainings of both models have in common, and whether there is a checkpoint to go on from."""
+        preset = self.preset
+        if folder.exists() and not any(folder.glob("checkpoint-*")):
+            shutil.rmtree(folder)  # of a run that was interrupted before there was anything to continue
+        flags = ["--latent_cache", self.cache, "--vae", self.vae_folder, "--resolution", preset.resolution]
+        flags += ["--train_batch_size", preset.batch_size, "--learning_rate", preset.learning_rate]
+        flags += ["--lr_warmup_steps", preset.warmup, "--ema_decay", preset.ema_decay]
+        flags += ["--mixed_precision", preset.mixed_precision, "--report_to", "none", "--seed", seed]
+        flags += ["--checkpointing_steps", self._steps_between_checkpoints]
+        return flags + (["--resume_from_checkpoint", "latest"] if folder.exists() else [])
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # The arms
+    # -----------------------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def step_seconds(self) -> dict[str, float]:
+        """Seconds of a training step of every arm, measured once."""
+        path = self.work_dir / "step_seconds.json"
+        if not path.exists():
+            cache = LatentCache(self.cache, self.vae, seed=0)
+            write_json(path, measure_step_times(cache, self.vae, self.preset, self.device))
+        return json.loads(path.read_text())
+
+    def steps_at_equal_seconds(self, arm: str) -> int:
+        """Steps that an arm takes while d2it takes those of the preset."""
+        return max(1, round(self.preset.steps * self.step_seconds["d2it"] / self.step_seconds[arm]))
+
+    def checkpoints(self, arm: str) -> list[int]:
+        """Steps after which the weights of an arm are kept: four on the way, at equal steps, and at equal seconds."""
+        every = self._steps_between_checkpoints
+        last = max(self.preset.steps, self.steps_at_equal_seconds(arm))
+        return sorted({*range(every, last + 1, every), self.preset.steps, self.steps_at_equal_seconds(arm)})
+
+    @property
+    def _steps_between_checkpoints(self) -> int:
+        return max(1, self.preset.steps // 4)
+
+    def train(self, arm: str, seed: int) -> Path:
+        """The folder of a trained run, with a checkpoint at each of its steps."""
+        folder = self.work_dir / "runs" / f"{arm}-{seed}"
+        for steps in sorted({self.preset.steps, self.steps_at_equal_seconds(arm)}):
+            if not (folder / f"checkpoint-{steps}").exists():
+                self._call(HERE / "train_arm.py", *self._flags(arm, seed, steps, folder))
+        return folder
+
+    def train_all(self, arms: list[str]) -> None:
+        """Train these arms for every seed, `jobs` at a time: the first seed of all of them comes first."""
+        _ = self.step_seconds, self.grain_folder  # while nothing else runs
+        runs = [(arm, seed) for seed in self.preset.seeds for arm in arms]
+        if self.jobs == 1:
+            for run in runs:
+                self.train(*run)
+            return
+        with ThreadPoolExecutor(self.jobs) as pool:  # of threads that wait for processes
+            list(pool.map(self.train, *zip(*runs)))
+
+    def _flags(self, arm: str, seed: int, steps: int, folder: Path) -> list:
+        ablated, config = ARMS[arm], self.work_dir / f"{arm}.json"
+        write_json(config, model_config(ablated, self.preset))
+        flags = ["--without_refine_net"] if ablated.refine_share == 0 else []
+        flags += [] if ablated.tied_noise else ["--independent_noise"]
+        flags += ["--grain", self.grain_folder, "--preset", config, "--max_train_steps", steps, "--output_dir", folder]
+        flags += ["--fine_ratio", ablated.fine_ratio, "--grain_weights", *ablated.grain_weights]
+        return flags + self._training_flags(folder, seed)
+
+    def _call(self, script: Path, *flags) -> None:
+        """Run a script to its end, its output in a file of the work folder.
+
+        Raises:
+            RuntimeError: it failed; the message ends with what it said last.
+        """
+        threads = {"OMP_NUM_THREADS": "1"} if self.device.type == "cpu" else {}
+        result = subprocess.run(
+            [sys.executable, script, *map(str, flags)], env=os.environ | threads, capture_output=True, text=True
+        )
+        if result.returncode:
+            raise RuntimeError(f"{script.name} {' '.join(map(str, flags))}\n{result.stdout}{result.stderr[-3000:]}")
+
+
+def write_json(path: Path, values: dict) -> None:
+    """Write values aside and rename, so that what is interrupted leaves no half of a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f"{path.name}.{os.getpid()}.part")
+    aside.write_text(json.dumps(values, indent=2) + "\n")
+    aside.replace(path)
+
+
+def make_parser(description: str) -> argparse.ArgumentParser:
+    """What every script of the study takes."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True, help="folder with splits train and validation, columns image, label")
+    parser.add_argument("--work_dir", type=Path, required=True, help="cache, runs and scores are kept here")
+    parser.add_argument("--preset", choices=PRESETS, default="small", help="size of the study")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--jobs", type=int, default=1, help="processes at a time, of one thread each on a CPU")
+    parser.add_argument("--vae", default=f"{bundled_checkpoint()}/vae", help="folder of the autoencoder of all arms")
+    return parser
+
+
+def main() -> None:
+    study = Study(make_parser(__doc__).parse_args())
+    study.train_all(list(ARMS))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,126 @@
+# Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
+"""The study of benchmarks/reproduction: every script in its smallest preset, on photographs, and what it concludes."""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import datasets
+import PIL.Image
+import pytest
+import torch
+from photographs import load_photographs
+from script_runs import call
+
+from diffusers_d2it import D2iTContentModel
+from diffusers_d2it.grains import tie
+
+
+REPRODUCTION = Path(__file__).parents[2] / "benchmarks" / "reproduction"
+CLASSES = (1, 107)  # of the bundled checkpoint
+SCRIPTS = ("table_3", "table_4", "table_5", "figure_5", "figure_6", "loss_and_noise")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def reproduction():
+    """The modules of the folder, importable by their names as its scripts import them."""
+    before = set(sys.modules)
+    sys.path.insert(0, str(REPRODUCTION))
+    yield
+    sys.path.remove(str(REPRODUCTION))
+    for name in set(sys.modules) - before:
+        if str(REPRODUCTION) in str(getattr(sys.modules[name], "__file__", "")):
+            del sys.modules[name]
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory) -> Path:
+    """A data set of two classes with the splits train and validation: crops of photographs."""
+    folder = tmp_path_factory.mktemp("photographs")
+    pixels = ((load_photographs(128) + 1) * 127.5).round().to(torch.uint8)
+    crops = [pixels[:, :, y : y + 64, x : x + 64] for y in range(0, 64, 9) for x in range(0, 64, 16)]
+    images = [PIL.Image.fromarray(crop.permute(1, 2, 0).numpy()) for part in crops for crop in part]
+    labels = [CLASSES[i % 2] for i in range(len(images))]
+    for split, chosen in (("train", slice(0, 128)), ("validation", slice(128, 160))):
+        rows = {"image": images[chosen], "label": labels[chosen]}
+        features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+        datasets.Dataset.from_dict(rows, features=features).to_parquet(folder / f"{split}.parquet")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def work_dir(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("study")
+
+
+@pytest.fixture
+def in_this_process(monkeypatch):
+    """Training runs of the study without the start of a process for each."""
+    study = importlib.import_module("study")
+    monkeypatch.setattr(study.Study, "_call", lambda self, script, *flags: call(str(script), *flags))
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_each_script_in_its_smallest_preset(script, photographs, work_dir, tmp_path, in_this_process, monkeypatch):
+    flags = ["--data", photographs, "--work_dir", work_dir, "--preset", "smoke", "--output_dir", tmp_path]
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", *map(str, flags)])
+    module = importlib.import_module(script)
+    if hasattr(module, "main"):
+        module.main()
+    else:
+        importlib.import_module("report").run(script, module.__doc__, module.ROWS, module.CLAIMS)
+    result = json.loads((tmp_path / f"{script}-smoke.json").read_text())
+    assert result["protocol"]["preset"]["name"] == "smoke"
+    assert result["claims"]
+    tables = result["rows"].values() if "rows" in result else ()
+    distances = [row[budget]["frechet_distance"] for row in tables for budget in ("equal_steps", "equal_seconds")]
+    distances += [point["frechet_distance"] for curve in result.get("curves", {}).values() for point in curve]
+    assert distances and all(value > 0 for of_seeds in distances for value in of_seeds)
+
+
+def test_verdicts():
+    verdict = importlib.import_module("report").verdict
+    assert verdict([1.0, 1.1, 1.2], [2.0, 2.2, 2.1]) == "holds"
+    assert verdict([2.0, 2.2, 2.1], [1.0, 1.1, 1.2]) == "does not hold"
+    assert verdict([1.0, 1.1, 1.2], [2.0, 1.0, 2.1]) == "cannot be told"  # one seed says otherwise
+    assert verdict([1.0, 1.0, 1.0], [1.01, 1.01, 9.0]) == "cannot be told"  # and here one alone says so
+    assert verdict([1.0, 1.1], [2.0, 2.2]) == "cannot be told"  # two are too few
+
+
+def test_a_model_without_refine_net_is_the_rough_prediction(make_content_model):
+    """Loaded from its weights as any other model, it predicts what it did in training."""
+    train_arm = importlib.import_module("train_arm")
+    model = make_content_model()
+    for net in model.refine_nets:
+        torch.nn.init.zeros_(net.norm_out.proj_out.weight)
+        torch.nn.init.zeros_(net.norm_out.proj_out.bias)
+    whole = D2iTContentModel(**{k: v for k, v in model.config.items() if not k.startswith("_")}).eval()
+    whole.load_state_dict(model.state_dict())
+    rough = train_arm.without_refine_net(model)
+    grain_map = (torch.rand(2, 4, 4) < 0.5).long()
+    latents = tie(torch.randn(2, model.config.in_channels, 8, 8), grain_map)
+    inputs = latents, torch.tensor([10, 900]), grain_map, torch.tensor([0, 1])
+    torch.testing.assert_close(rough(*inputs).sample, whole(*inputs).sample)
+    rough(*inputs).sample.sum().backward()
+    assert all(parameter.grad is None for parameter in rough.refine_nets.parameters())
+
+
+def test_samples_that_are_not_tied(make_pipeline):
+    """Every cell goes its own way in the loop, the decoder still gets one value for a code, and the patch ends."""
+    scoring = importlib.import_module("scoring")
+    pipe = make_pipeline()
+    inputs = {"class_labels": [1], "grain_map": "coarse", "num_inference_steps": 2, "guidance_scale": 1.0}
+    seen = []
+
+    def keep(pipe, step, timestep, tensors):
+        seen.append(tensors["latents"])
+        return tensors
+
+    with scoring.untied_sampling():
+        images = pipe(**inputs, callback_on_step_end=keep, generator=torch.manual_seed(0), output_type="latent").images
+    coarse = torch.zeros(1, 4, 4, dtype=torch.int64)
+    assert not torch.equal(seen[0], tie(seen[0], coarse))
+    assert torch.equal(images, tie(images, coarse))
+    pipe(**inputs, callback_on_step_end=keep, generator=torch.manual_seed(0))
+    assert torch.equal(seen[-1], tie(seen[-1], coarse))
