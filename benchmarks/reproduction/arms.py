@@ -18,7 +18,8 @@ class Arm:
         fine_ratio: share of fine regions over the data set; 1 is a plain VAE, 0 one of the largest factor.
         refine_share: share of the layers that are RefineNet's: 0 leaves RefineNet out.
         grain_weights: loss weights of a coarse and a fine cell; 1/4 and 1 are Eq. 11.
-        tied_noise: whether a coarse code has one draw of noise, or one for each of its cells.
+        tied_noise: whether a coarse code is one value with one draw of noise, or its cells are noised and predicted
+            each on its own.
     """
 
     fine_ratio: float = 0.5
@@ -89,7 +90,7 @@ PRESETS = {
     # A few seconds on photographs of any kind: that the scripts run
     "smoke": Preset(
         resolution=32, grain_preset="grain-tiny", grain_steps=2,
-        num_layers=3, num_attention_heads=1, head_dim=16, batch_size=4, steps=4, learning_rate=1e-3, warmup=0,
+        num_layers=6, num_attention_heads=1, head_dim=16, batch_size=4, steps=4, learning_rate=1e-3, warmup=0,
         ema_decay=0.5, num_samples=8, seeds=(0,), sampling_steps=2, classifier_epochs=1,
         timed_steps=1,
     ),
@@ -97,12 +98,12 @@ PRESETS = {
     "small": Preset(
         resolution=32, grain_preset=str(CONFIGS / "grain-64.json"), grain_steps=1000,
         num_layers=6, num_attention_heads=2, head_dim=32, batch_size=32, steps=3000, learning_rate=2e-3, warmup=100,
-        ema_decay=0.998, num_samples=500,
+        ema_decay=0.998, num_samples=1000,
     ),
     # One GPU; width and layers of content-b's blocks
     "gpu": Preset(
         resolution=64, grain_preset="grain-s", grain_steps=10_000,
-        num_layers=12, num_attention_heads=12, head_dim=64, batch_size=256, steps=20_000, learning_rate=2e-4,
+        num_layers=12, num_attention_heads=12, head_dim=64, batch_size=256, steps=5000, learning_rate=2e-4,
         warmup=500, ema_decay=0.999, num_samples=10_000, mixed_precision="bf16",
     ),
 }  # fmt: skip
@@ -113,7 +114,7 @@ def model_config(arm: Arm, preset: Preset) -> dict:
 
     A model without RefineNet has one that is never called: the configuration knows no 0.
     """
-    num_refine_layers = round(preset.num_layers * arm.refine_share)
+    num_refine_layers = round(preset.num_layers * arm.refine_share)  # of 6 or 12 layers, as those of the paper
     return load_preset("content-tiny") | {
         "num_layers": preset.num_layers - num_refine_layers,
         "num_refine_layers": max(1, num_refine_layers),

@@ -1,8 +1,9 @@
 # Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
 """How good a trained run is: the Frechet distance of its samples to the training photographs, in named features.
 
-The samples of any two runs have the same labels, the same noise and, where maps are not what is compared, the same
-maps. Features are those of the classifier of classifier.py, trained on the same photographs.
+The samples of two arms with one seed have the same labels, the same noise and, where maps are not what is compared,
+the same maps; another seed has others. Features are those of the classifier of classifier.py, trained on the same
+photographs, or those of --features. True maps are those of validation images, which are not in the reference.
 """
 
 import json
@@ -10,7 +11,7 @@ import math
 import statistics
 from argparse import Namespace
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import cache, cached_property
 from multiprocessing import get_context
 from unittest.mock import patch
@@ -18,21 +19,28 @@ from unittest.mock import patch
 import torch
 from arms import ARMS
 from classifier import Classifier, accuracy, class_targets, load_split, trained_classifier
+from diffusers import DDIMScheduler
 from study import Study, write_json
-from train_arm import untied
+from train_arm import as_it_is, independent_cells
 
-from diffusers_d2it import D2iTContentModel, D2iTPipeline, load_sampler, pipeline_d2it, tied_scheduler
+from diffusers_d2it import (
+    D2iTContentModel,
+    D2iTGrainModel,
+    D2iTPipeline,
+    load_sampler,
+    pipeline_d2it,
+    tied_scheduler,
+)
 from diffusers_d2it.grains import average_codes
-from diffusers_d2it.metrics.features import FeatureExtractor, module_features
+from diffusers_d2it.metrics.features import FeatureExtractor, load_features, module_features
 from diffusers_d2it.metrics.frechet import frechet_distance
 from diffusers_d2it.metrics.grain_report import denoising_error_by_grain
 from diffusers_d2it.metrics.map_sources import Sampling, draw_grain_maps, sample_images
 from diffusers_d2it.metrics.statistics import FeatureStatistics
-from diffusers_d2it.models import transformer_d2it_content
+from diffusers_d2it.objectives import make_objective
 
 
 BATCH = 50
-SEED = 0  # of labels, maps and noise: the same for all runs
 
 
 class Scorer:
@@ -76,7 +84,9 @@ class Scorer:
 
     @cached_property
     def features(self) -> FeatureExtractor:
-        """The classifier's pooled features, 128 of them."""
+        """The classifier's pooled features, 128 of them, or those asked for."""
+        if self.study.features is not None:
+            return load_features(self.study.features, self.study.weights).to(self.study.device)
         return module_features(self.classifier.features, "classifier").to(self.study.device)
 
     def statistics(self, images: torch.Tensor) -> FeatureStatistics:
@@ -98,6 +108,21 @@ class Scorer:
         found, reference = self.statistics(images), reference or self.reference
         return frechet_distance(found.mean, found.covariance, reference.mean, reference.covariance)
 
+    @cache  # noqa: B019  lives as long as the script
+    def reconstructions(self, split: str, fine_ratio: float) -> torch.Tensor:
+        """Images of a split through the autoencoder at a ratio of the data set, uint8."""
+        vae, parts = self.study.vae, []
+        for batch in (self.photographs if split == "train" else self.validation)[0].split(BATCH):
+            pixels = batch.to(self.study.device).float() / 127.5 - 1
+            with torch.no_grad():
+                parts.append(to_uint8(vae.decode(vae.encode(pixels, fine_ratio=fine_ratio).latent_dist.mode()).sample))
+        return torch.cat(parts).cpu()
+
+    @cache  # noqa: B019
+    def reconstructed_reference(self, fine_ratio: float) -> FeatureStatistics:
+        """Of the training images through the autoencoder: what a perfect content model would draw."""
+        return self.statistics(self.reconstructions("train", fine_ratio))
+
     def labelled_correctly(self, images: torch.Tensor, labels: torch.Tensor) -> float:
         """Share of uint8 images that the classifier gives their label."""
         device, classifier = self.study.device, self.classifier.to(self.study.device)
@@ -108,10 +133,9 @@ class Scorer:
     # Samples
     # -----------------------------------------------------------------------------------------------------------------
 
-    @cached_property
-    def sampling(self) -> Sampling:
+    def sampling(self, seed: int) -> Sampling:
         """Without guidance, as in the paper's ablations."""
-        return Sampling(self.study.preset.sampling_steps, guidance_scale=1.0, batch_size=BATCH, seed=SEED)
+        return Sampling(self.study.preset.sampling_steps, guidance_scale=1.0, batch_size=BATCH, seed=seed)
 
     @cached_property
     def labels(self) -> torch.Tensor:
@@ -119,13 +143,17 @@ class Scorer:
         classes = torch.tensor(self.classes)
         return classes.repeat(-(-self.study.preset.num_samples // len(classes)))[: self.study.preset.num_samples]
 
-    @cached_property
-    def models(self) -> torch.Tensor:
-        """For every sample the number of a photograph of its class, whose map is a true one."""
-        generator = torch.Generator().manual_seed(SEED)
-        of_class = {label: (self.photographs[1] == label).nonzero().flatten() for label in self.classes}
-        chosen = [torch.randint(len(of_class[label]), (), generator=generator) for label in self.labels.tolist()]
-        return torch.stack([of_class[label][i] for label, i in zip(self.labels.tolist(), chosen)])
+    @cache  # noqa: B019
+    def chosen(self, seed: int) -> torch.Tensor:
+        """For every sample the number of a validation image of its class, each as often as any other, to one."""
+        generator = torch.Generator().manual_seed(seed)
+        chosen = torch.zeros_like(self.labels)
+        for label in self.classes:
+            images, samples = ((labels == label).nonzero().flatten() for labels in (self.validation[1], self.labels))
+            rounds = -(-len(samples) // len(images))
+            order = torch.cat([images[torch.randperm(len(images), generator=generator)] for _ in range(rounds)])
+            chosen[samples] = order[: len(samples)]
+        return chosen
 
     def true_maps(self, images: torch.Tensor, fine_ratio: float) -> torch.Tensor:
         """Maps of uint8 images, at a ratio of the data set."""
@@ -134,18 +162,29 @@ class Scorer:
 
     @cached_property
     def pipeline(self) -> D2iTPipeline:
-        """Autoencoder and grain model of all runs; the content model is exchanged."""
-        folder = self.study.train("d2it", self.study.preset.seeds[0]) / "pipeline"
-        pipe = D2iTPipeline.from_pretrained(folder).to(self.study.device)
+        """The autoencoder of all runs; content and grain models are exchanged."""
+        run = self.study.train("d2it", self.study.preset.seeds[0])
+        folder, grain = run / f"checkpoint-{self.study.preset.steps}", self.study.grain_folder(0.5)
+        pipe = D2iTPipeline(
+            vae=self.study.vae,
+            grain_model=D2iTGrainModel.from_pretrained(grain, subfolder="grain_model"),
+            transformer=D2iTContentModel.from_pretrained(folder, subfolder="model_ema"),
+            scheduler=load_sampler("unipc", make_objective("epsilon", None, False).sampling_scheduler()),
+            grain_scheduler=DDIMScheduler.from_pretrained(grain, subfolder="grain_scheduler"),
+        )
         pipe.set_progress_bar_config(disable=True)
-        pipe.scheduler = load_sampler("unipc", pipe.scheduler)
-        return pipe
+        return pipe.to(self.study.device)
 
-    @cache  # noqa: B019  lives as long as the study
-    def maps(self, source: str, fine_ratio: float) -> torch.Tensor:
-        """Maps of one of `MAP_SOURCES` for the samples."""
-        true = self.true_maps(self.photographs[0][self.models], fine_ratio)
-        return draw_grain_maps(self.pipeline, source, true, self.labels, self.sampling)
+    @cache  # noqa: B019
+    def maps(self, source: str, fine_ratio: float, seed: int) -> torch.Tensor:
+        """Maps of one of `MAP_SOURCES` for the samples, at a ratio of the data set."""
+        if fine_ratio in (0.0, 1.0):
+            source = "coarse" if fine_ratio == 0 else "fine"
+        elif source == "predicted":
+            model = D2iTGrainModel.from_pretrained(self.study.grain_folder(fine_ratio), subfolder="grain_model")
+            self.pipeline.register_modules(grain_model=model.to(self.study.device))
+        true = self.true_maps(self.validation[0][self.chosen(seed)], fine_ratio)
+        return draw_grain_maps(self.pipeline, source, true, self.labels, self.sampling(seed))
 
     def load(self, arm: str, seed: int, steps: int) -> None:
         """Put the content model of a run after some steps into the pipeline."""
@@ -153,31 +192,33 @@ class Scorer:
         transformer = D2iTContentModel.from_pretrained(folder, subfolder="model_ema").to(self.study.device)
         self.pipeline.register_modules(transformer=transformer)
 
-    def samples(self, arm: str, source: str) -> torch.Tensor:
+    def samples(self, arm: str, seed: int, source: str) -> torch.Tensor:
         """Images of the loaded model, drawn for maps of a source, uint8 (N, 3, R, R)."""
-        maps = self.maps(source.removesuffix(", untied"), ARMS[arm].fine_ratio)
-        with untied_sampling() if source.endswith(", untied") else ExitStack():
-            return sample_images(self.pipeline, maps, self.labels, self.sampling)
+        maps = self.maps(source, ARMS[arm].fine_ratio, seed)
+        with nullcontext() if ARMS[arm].tied_noise else untied_sampling():
+            return sample_images(self.pipeline, maps, self.labels, self.sampling(seed))
 
     def noise_error(self, arm: str) -> list[float | None]:
         """Mean squared error of the loaded model's prediction on the cells of each grain, on validation images.
 
         The maps are those of the images at the arm's fine ratio, the noise is tied and the same for all arms: arms of
-        one ratio can be compared, those of different ratios cannot.
+        one ratio can be compared, those of different ratios cannot, nor those that were not trained on tied noise.
         """
         images, labels = self.validation
         maps = self.true_maps(images, ARMS[arm].fine_ratio)
-        errors = denoising_error_by_grain(self.pipeline, images, maps, labels, self.sampling)
+        errors = denoising_error_by_grain(self.pipeline, images, maps, labels, self.sampling(0))
         means = [statistics.mean(of_grain) for of_grain in zip(*errors.values())]
-        return [None if math.isnan(mean) else mean for mean in means]
+        return [None if math.isnan(mean) or not ARMS[arm].tied_noise else mean for mean in means]
 
     def score(self, arm: str, seed: int, steps: int, source: str) -> dict:
         """All figures of a run, kept in the work folder."""
-        file = self.study.work_dir / "scores" / f"{arm}-{seed}-{steps}-{source.replace(', ', '-')}.json"
+        file = self.study.work_dir / "scores" / f"{arm}-{seed}-{steps}-{source}.json"
         if not file.exists():
             self.load(arm, seed, steps)
-            images = self.samples(arm, source)
+            images = self.samples(arm, seed, source)
             score = {"frechet_distance": self.distance(images)}
+            reconstructed = self.reconstructed_reference(ARMS[arm].fine_ratio)
+            score["distance_to_reconstructions"] = self.distance(images, reconstructed)
             score["labelled_correctly"] = self.labelled_correctly(images, self.labels)
             score["noise_error"] = self.noise_error(arm)
             write_json(file, score)
@@ -187,21 +228,18 @@ class Scorer:
 @contextmanager
 def untied_sampling():
     """Sample as if no code were tied: every cell goes its own way, and codes are averaged before they are decoded."""
-    decode = D2iTPipeline.decode_latents
-    with ExitStack() as stack:
-        stack.enter_context(patch.object(tied_scheduler, "tie", untied))
-        for module in (pipeline_d2it, transformer_d2it_content):
-            stack.enter_context(patch.object(module, "check_tied", lambda *arguments: None))
-        prepare = D2iTPipeline.prepare_grain_map
-        maps = []
+    prepare, decode, maps = D2iTPipeline.prepare_grain_map, D2iTPipeline.decode_latents, []
 
-        def remembered(*arguments, **options):
-            maps.append(prepare(*arguments, **options))
-            return maps[-1]
+    def remembered(*arguments, **options):
+        maps.append(prepare(*arguments, **options))
+        return maps[-1]
 
-        def averaged(pipe, latents, output_type="pil"):
-            return decode(pipe, average_codes(latents, maps.pop(), 0), output_type)
+    def averaged(pipe, latents, output_type="pil"):
+        return decode(pipe, average_codes(latents, maps.pop(), 0), output_type)
 
+    with independent_cells(), ExitStack() as stack:
+        stack.enter_context(patch.object(tied_scheduler, "tie", as_it_is))
+        stack.enter_context(patch.object(pipeline_d2it, "check_tied", lambda *arguments: None))
         stack.enter_context(patch.object(D2iTPipeline, "prepare_grain_map", remembered))
         stack.enter_context(patch.object(D2iTPipeline, "decode_latents", averaged))
         yield
@@ -230,6 +268,9 @@ def score_all(scorer: Scorer, args, jobs: list[tuple[str, int, int, str]]) -> di
     """Scores of (arm, seed, steps, map source), `--jobs` processes at a time; trains what is missing first."""
     jobs = list(dict.fromkeys(jobs))
     scorer.study.train_all(list(dict.fromkeys(arm for arm, *_ in jobs)))
+    for arm, *_, source in jobs:
+        if source == "predicted" and 0 < ARMS[arm].fine_ratio < 1:
+            scorer.study.grain_folder(ARMS[arm].fine_ratio)
     _ = scorer.classifier  # trained once, not by each process
     if args.jobs == 1:
         return {job: scorer.score(*job) for job in jobs}

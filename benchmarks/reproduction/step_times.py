@@ -1,8 +1,9 @@
 # Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
 """Seconds of a training step of every arm, interleaved in one process: what equal seconds are counted with.
 
-A step is forward, loss, backward, clipping, AdamW, with the maps of photographs at the arm's fine ratio. Reading the
-batch and the average of the weights are the same for all arms and left out.
+A step is forward, loss, backward, clipping, AdamW, with the maps of photographs at the arm's fine ratio. What else a
+training does, reading the batch and averaging the weights, is left out: as it takes every arm as long, arms with short
+steps get a few per cent more of them than their share.
 """
 
 import statistics

@@ -14,15 +14,18 @@ import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property
+from dataclasses import asdict
+from functools import cache, cached_property
 from pathlib import Path
 
 import torch
 from arms import ARMS, PRESETS, model_config
+from filelock import FileLock, Timeout
 from step_times import measure_step_times
 
 from diffusers_d2it import DynamicAutoencoderKL, bundled_checkpoint
 from diffusers_d2it.data.latent_cache import LatentCache
+from diffusers_d2it.metrics.features import weights_digest
 
 
 HERE = Path(__file__).parent
@@ -43,8 +46,30 @@ class Study:
         self.device = torch.device(args.device)
         self.source = args.vae
         self.jobs = args.jobs
-        self.work_dir.mkdir(parents=True, exist_ok=True)
+        self.features, self.weights = args.features, args.weights
+        self._check_work_dir(args.preset)
         torch.set_num_threads(1 if self.device.type == "cpu" else torch.get_num_threads())
+
+    def _check_work_dir(self, preset: str) -> None:
+        """Note what the study is of in its work folder, and refuse a folder of another one.
+
+        Raises:
+            ValueError: a field differs; it is named.
+        """
+        arms = {name: asdict(arm) for name, arm in ARMS.items()}
+        identity = {"preset": {"name": preset} | asdict(self.preset), "arms": arms, "data": str(self.data)}
+        identity |= {"vae": weights_digest(DynamicAutoencoderKL.from_pretrained(self.source))}
+        identity |= {"device": self.device.type, "features": self.features, "weights": self.weights}
+        identity = json.loads(json.dumps(identity))
+        path = self.work_dir / "study.json"
+        if not path.exists():
+            write_json(path, identity)
+        found = json.loads(path.read_text())
+        wrong = [
+            f"{key} ({found.get(key)}, not {value})" for key, value in identity.items() if found.get(key) != value
+        ]
+        if wrong:
+            raise ValueError(f"--work_dir {self.work_dir} holds another study; these differ: {'; '.join(wrong)}.")
 
     # -----------------------------------------------------------------------------------------------------------------
     # What all arms share
@@ -68,20 +93,20 @@ class Study:
         return DynamicAutoencoderKL.from_pretrained(self.vae_folder).requires_grad_(False).eval().to(self.device)
 
     @cached_property
-    def cache(self) -> Path:
+    def latent_cache(self) -> Path:
         """The latent cache of the training images."""
         folder = self.work_dir / "cache"
         flags = ["--num_classes", 1000, "--vae", self.vae_folder, "--output_dir", folder]
         self._call(EXAMPLES / "cache_latents.py", *self._data_flags, *flags)
         return folder
 
-    @cached_property
-    def grain_folder(self) -> Path:
-        """The grain model, trained on the maps of the training images, that draws the predicted maps of all arms."""
-        folder, preset = self.work_dir / "grain", self.preset
-        if not (folder / f"checkpoint-{preset.grain_steps}").exists():
+    @cache  # noqa: B019  lives as long as the script
+    def grain_folder(self, fine_ratio: float) -> Path:
+        """The grain model that draws the predicted maps of a ratio, trained on the maps of the training images."""
+        folder, preset = self.work_dir / f"grain-{fine_ratio:g}", self.preset
+        if not (folder / "grain_scheduler").exists():  # which is written last
             flags = ["--preset", preset.grain_preset, "--max_train_steps", preset.grain_steps, "--output_dir", folder]
-            flags += ["--lr_scheduler", "cosine", *self._training_flags(folder, seed=0)]
+            flags += ["--lr_scheduler", "cosine", "--fine_ratio", fine_ratio, *self._training_flags(folder, seed=0)]
             self._call(EXAMPLES / "train_grain.py", *flags)
         return folder
 
@@ -94,7 +119,7 @@ class Study:
         preset = self.preset
         if folder.exists() and not any(folder.glob("checkpoint-*")):
             shutil.rmtree(folder)  # of a run that was interrupted before there was anything to continue
-        flags = ["--latent_cache", self.cache, "--vae", self.vae_folder, "--resolution", preset.resolution]
+        flags = ["--latent_cache", self.latent_cache, "--vae", self.vae_folder, "--resolution", preset.resolution]
         flags += ["--train_batch_size", preset.batch_size, "--learning_rate", preset.learning_rate]
         flags += ["--lr_warmup_steps", preset.warmup, "--ema_decay", preset.ema_decay]
         flags += ["--mixed_precision", preset.mixed_precision, "--report_to", "none", "--seed", seed]
@@ -110,7 +135,7 @@ class Study:
         """Seconds of a training step of every arm, measured once."""
         path = self.work_dir / "step_seconds.json"
         if not path.exists():
-            cache = LatentCache(self.cache, self.vae, seed=0)
+            cache = LatentCache(self.latent_cache, self.vae, seed=0)
             write_json(path, measure_step_times(cache, self.vae, self.preset, self.device))
         return json.loads(path.read_text())
 
@@ -119,7 +144,7 @@ class Study:
         return max(1, round(self.preset.steps * self.step_seconds["d2it"] / self.step_seconds[arm]))
 
     def checkpoints(self, arm: str) -> list[int]:
-        """Steps after which the weights of an arm are kept: four on the way, at equal steps, and at equal seconds."""
+        """Steps after which the weights of an arm are kept: regularly, at equal steps, and at equal seconds."""
         every = self._steps_between_checkpoints
         last = max(self.preset.steps, self.steps_at_equal_seconds(arm))
         return sorted({*range(every, last + 1, every), self.preset.steps, self.steps_at_equal_seconds(arm)})
@@ -138,7 +163,9 @@ class Study:
 
     def train_all(self, arms: list[str]) -> None:
         """Train these arms for every seed, `jobs` at a time: the first seed of all of them comes first."""
-        _ = self.step_seconds, self.grain_folder  # while nothing else runs
+        _ = self.latent_cache, self.step_seconds, self.grain_folder(0.5)  # while nothing else runs
+        for arm in arms:
+            write_json(self.work_dir / f"{arm}.json", model_config(ARMS[arm], self.preset))
         runs = [(arm, seed) for seed in self.preset.seeds for arm in arms]
         if self.jobs == 1:
             for run in runs:
@@ -149,10 +176,18 @@ class Study:
 
     def _flags(self, arm: str, seed: int, steps: int, folder: Path) -> list:
         ablated, config = ARMS[arm], self.work_dir / f"{arm}.json"
-        write_json(config, model_config(ablated, self.preset))
         flags = ["--without_refine_net"] if ablated.refine_share == 0 else []
         flags += [] if ablated.tied_noise else ["--independent_noise"]
-        flags += ["--grain", self.grain_folder, "--preset", config, "--max_train_steps", steps, "--output_dir", folder]
+        flags += [
+            "--grain",
+            self.grain_folder(0.5),
+            "--preset",
+            config,
+            "--max_train_steps",
+            steps,
+            "--output_dir",
+            folder,
+        ]
         flags += ["--fine_ratio", ablated.fine_ratio, "--grain_weights", *ablated.grain_weights]
         return flags + self._training_flags(folder, seed)
 
@@ -162,9 +197,9 @@ class Study:
         Raises:
             RuntimeError: it failed; the message ends with what it said last.
         """
-        threads = {"OMP_NUM_THREADS": "1"} if self.device.type == "cpu" else {}
+        cpu = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"} if self.device.type == "cpu" else {}
         result = subprocess.run(
-            [sys.executable, script, *map(str, flags)], env=os.environ | threads, capture_output=True, text=True
+            [sys.executable, script, *map(str, flags)], env=os.environ | cpu, capture_output=True, text=True
         )
         if result.returncode:
             raise RuntimeError(f"{script.name} {' '.join(map(str, flags))}\n{result.stdout}{result.stderr[-3000:]}")
@@ -186,13 +221,31 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--preset", choices=PRESETS, default="small", help="size of the study")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--jobs", type=int, default=1, help="processes at a time, of one thread each on a CPU")
+    parser.add_argument("--features", help="of examples/evaluate.py, such as inception; default: the classifier")
+    parser.add_argument("--weights", help="with --features inception: file of its weights")
     parser.add_argument("--vae", default=f"{bundled_checkpoint()}/vae", help="folder of the autoencoder of all arms")
     return parser
 
 
+def lock_work_dir(args: argparse.Namespace) -> FileLock:
+    """Keep other scripts of the study out of the work folder until this one ends.
+
+    Raises:
+        ValueError: another one works there.
+    """
+    args.work_dir.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(args.work_dir / ".lock")
+    try:
+        lock.acquire(timeout=1)
+    except Timeout:
+        raise ValueError(f"--work_dir {args.work_dir}: another script of the study is working there.") from None
+    return lock
+
+
 def main() -> None:
-    study = Study(make_parser(__doc__).parse_args())
-    study.train_all(list(ARMS))
+    args = make_parser(__doc__).parse_args()
+    with lock_work_dir(args):
+        Study(args).train_all(list(ARMS))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ Nothing of the script is repeated here: names that it looks up are replaced in i
 
 import argparse
 import importlib.util
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from types import ModuleType
 from unittest.mock import patch
@@ -40,9 +40,18 @@ def without_refine_net(model: D2iTContentModel) -> D2iTContentModel:
     return model
 
 
-def untied(tensor: torch.Tensor, grain_map: torch.Tensor) -> torch.Tensor:
-    """`grains.tie`, left out."""
+def as_it_is(tensor: torch.Tensor, grain_map: torch.Tensor, grain: int = 0) -> torch.Tensor:
+    """`grains.tie` and `grains.average_codes`, left out."""
     return tensor
+
+
+@contextmanager
+def independent_cells():
+    """Every cell of a coarse code has a prediction of its own, and may have a value of its own."""
+    with ExitStack() as stack:
+        stack.enter_context(patch.object(transformer_d2it_content, "check_tied", lambda *arguments: None))
+        stack.enter_context(patch.object(transformer_d2it_content, "average_codes", as_it_is))
+        yield
 
 
 def load_script() -> ModuleType:
@@ -56,7 +65,7 @@ def load_script() -> ModuleType:
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--without_refine_net", action="store_true", help="the rough noise is the prediction")
-    parser.add_argument("--independent_noise", action="store_true", help="a draw of noise for each cell")
+    parser.add_argument("--independent_noise", action="store_true", help="noise and a prediction for each cell")
     args, args.flags = parser.parse_known_args()
     return args
 
@@ -67,10 +76,9 @@ def main(args: argparse.Namespace) -> None:
     if args.without_refine_net:
         make_model = script.make_model
         script.make_model = lambda *arguments: without_refine_net(make_model(*arguments))
-    with ExitStack() as stack:
-        if args.independent_noise:
-            script.tie = untied
-            stack.enter_context(patch.object(transformer_d2it_content, "check_tied", lambda *arguments: None))
+    if args.independent_noise:
+        script.tie = as_it_is
+    with independent_cells() if args.independent_noise else nullcontext():
         script.main(script.parse_args(args.flags))
 
 

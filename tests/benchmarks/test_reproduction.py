@@ -85,7 +85,30 @@ def test_verdicts():
     assert verdict([2.0, 2.2, 2.1], [1.0, 1.1, 1.2]) == "does not hold"
     assert verdict([1.0, 1.1, 1.2], [2.0, 1.0, 2.1]) == "cannot be told"  # one seed says otherwise
     assert verdict([1.0, 1.0, 1.0], [1.01, 1.01, 9.0]) == "cannot be told"  # and here one alone says so
-    assert verdict([1.0, 1.1], [2.0, 2.2]) == "cannot be told"  # two are too few
+    # Three of the same sign, their mean at three standard errors: the 95 % interval of three needs 4.3
+    assert verdict([0.0, 0.0, 0.0], [1.0, 2.0, 0.7]) == "cannot be told"
+    assert verdict([1.0], [2.0]) == "cannot be told"
+
+
+def test_verdicts_about_equal_things_are_rarely_told():
+    verdict = importlib.import_module("report").verdict
+    generator = torch.Generator().manual_seed(0)
+    pairs = torch.randn(2000, 2, 3, generator=generator).tolist()
+    told = sum(verdict(better, worse) != "cannot be told" for better, worse in pairs)
+    assert 0.03 < told / len(pairs) < 0.07
+
+
+def test_a_work_folder_of_another_study_is_refused(photographs, tmp_path):
+    study = importlib.import_module("study")
+    flags = ["--data", str(photographs), "--work_dir", str(tmp_path), "--preset"]
+    parser = study.make_parser("")
+    study.Study(parser.parse_args([*flags, "smoke"]))
+    study.Study(parser.parse_args([*flags, "smoke"]))
+    with pytest.raises(ValueError, match="holds another study; these differ: preset"):
+        study.Study(parser.parse_args([*flags, "small"]))
+    with study.lock_work_dir(parser.parse_args([*flags, "smoke"])):
+        with pytest.raises(ValueError, match="another script of the study is working there"):
+            study.lock_work_dir(parser.parse_args([*flags, "smoke"]))
 
 
 def test_a_model_without_refine_net_is_the_rough_prediction(make_content_model):
