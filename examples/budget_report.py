@@ -27,6 +27,7 @@ from diffusers_d2it.metrics.budget import (
     describe_machine,
     plot_budget,
 )
+from diffusers_d2it.metrics.collecting import compute_exactly
 from diffusers_d2it.metrics.report_inputs import (
     add_report_arguments,
     check_report_arguments,
@@ -56,6 +57,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
+    compute_exactly()
     check_report_arguments(args)
     check_ratios(args.fine_ratios, name="--fine_ratios")
     check_matplotlib()

@@ -29,6 +29,7 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 
 from diffusers_d2it import DynamicAutoencoderKL
+from diffusers_d2it.metrics.collecting import compute_exactly
 from diffusers_d2it.metrics.evaluation import METRICS, evaluate
 from diffusers_d2it.metrics.features import load_features
 from diffusers_d2it.metrics.image_sets import ImageSet, open_images
@@ -81,6 +82,7 @@ def load_autoencoder(path: str) -> DynamicAutoencoderKL:
 
 
 def main(args: argparse.Namespace) -> None:
+    compute_exactly()
     # The others wait while the main process compares the features of all images
     accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=3))])
     reading = {
@@ -111,11 +113,13 @@ def main(args: argparse.Namespace) -> None:
         results += evaluate_reconstructions(vae, reference, of_pairs, features, fine_ratio=args.fine_ratio, **reading)
     else:
         samples = open_images(args.samples)
+        of_pairs = of_pairs and evaluate_pairs(
+            samples, reference, of_pairs, features, **reading
+        )  # the quicker to fail
         if of_sets:
             kid = {"seed": args.seed, "kid_subset_size": args.kid_subset_size}
             results += evaluate(samples, reference, of_sets, features, **kid, **reading)
-        if of_pairs:
-            results += evaluate_pairs(samples, reference, of_pairs, features, **reading)
+        results += of_pairs
 
     if accelerator.is_main_process:
         save_results(args.output, results)

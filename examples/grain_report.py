@@ -22,6 +22,7 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 
 from diffusers_d2it.data.bad_images import BadImages
+from diffusers_d2it.metrics.collecting import compute_exactly
 from diffusers_d2it.metrics.grain_report import grain_diagnostics, maps_of_sources, report_text, table_5
 from diffusers_d2it.metrics.report_inputs import (
     add_report_arguments,
@@ -47,6 +48,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
+    compute_exactly()
     check_report_arguments(args)
     # The others wait while the main process compares features
     accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=3))])

@@ -19,6 +19,8 @@ from diffusers_d2it.metrics.features import weights_digest
 
 
 RESULTS = Path(__file__).parent / "results"
+# By which a claim is judged; 1 where less is better
+MEASURES = {"frechet_distance": 1, "distance_to_reconstructions": 1, "labelled_correctly": -1}
 
 
 @dataclass(frozen=True)
@@ -40,11 +42,11 @@ class Row:
 
 @dataclass(frozen=True)
 class Claim:
-    """That one row has a lower Frechet distance than another.
+    """That one row is better than another.
 
     Args:
         text: the claim, in words.
-        better: label of the row that should be lower.
+        better: label of the row that should be better.
         worse: label of the other one.
     """
 
@@ -102,16 +104,17 @@ def score_rows(scorer: Scorer, args: argparse.Namespace, rows: Sequence[Row]) ->
 
 
 def judge(claims: Sequence[Claim], table: dict[str, dict]) -> list[dict]:
-    """Every claim with its verdict at equal steps and at equal seconds."""
+    """Every claim with its verdicts at equal steps and at equal seconds; differences speak for it if positive."""
     judged = []
     for claim in claims:
         entry = {"claim": claim.text}
         for budget in ("equal_steps", "equal_seconds"):
             better, worse = (table[label][budget] for label in (claim.better, claim.worse))
-            distances = better["frechet_distance"], worse["frechet_distance"]
-            difference = statistics.mean(distances[1]) - statistics.mean(distances[0])
-            labels = verdict(worse["labelled_correctly"], better["labelled_correctly"])  # more is better
-            entry[budget] = {"verdict": verdict(*distances), "difference": difference, "verdict_by_labels": labels}
+            entry[budget] = {}
+            for measure, sign in MEASURES.items():
+                low, high = ([sign * value for value in row[measure]] for row in (better, worse))
+                difference = statistics.mean(high) - statistics.mean(low)
+                entry[budget][measure] = {"verdict": verdict(low, high), "difference": difference}
         judged.append(entry)
     return judged
 
@@ -170,11 +173,14 @@ def _noise_errors(of_seeds: list[list[float | None]]) -> str:
 
 
 def print_claims(judged: list[dict]) -> None:
-    """As Markdown; a positive difference speaks for the claim."""
+    """As Markdown, by Frechet distance / by distance to reconstructions / by labels."""
     print("\n| claim | at equal steps | at equal seconds |\n|---|---|---|")
     for entry in judged:
-        budgets = entry["equal_steps"], entry["equal_seconds"]
-        cells = [f"{b['verdict']} ({b['difference']:+.2f}); labels: {b['verdict_by_labels']}" for b in budgets]
+        cells = []
+        for budget in (entry["equal_steps"], entry["equal_seconds"]):
+            distance, *others = (budget[measure] for measure in MEASURES)
+            verdicts = [f"{distance['verdict']} ({distance['difference']:+.2f})", *(one["verdict"] for one in others)]
+            cells.append(" / ".join(verdicts))
         print(f"| {entry['claim']} | {' | '.join(cells)} |")
 
 

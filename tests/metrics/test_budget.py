@@ -174,7 +174,7 @@ def test_reconstruction_at_a_ratio_is_that_of_the_autoencoder(make_pipeline, ima
 
 def test_table(rows):
     lines = budget_table(rows, [{"metric": "fd_conv", "value": 0.125}]).splitlines()
-    assert lines[0] == "| fine ratio | fd_conv | PSNR, dB | tokens | GMAC | s / image | ms / step |"
+    assert lines[0] == "| fine ratio | fd_conv | PSNR, dB | tokens | GMAC / forward | s / image | ms / step |"
     assert lines[3].startswith("| 0.3 | ") and " | 16 + 20 | " in lines[3]
     assert lines[-1] == "| real images | 0.125 |  |  |  |  |  |"
     assert {line.count("|") for line in lines} == {8}

@@ -143,9 +143,9 @@ def test_each_image_is_given_to_the_network_once(samples, reference):
 def test_protocol_tells_how_a_figure_was_measured(samples, reference, features):
     found = scores(samples, reference, features)
     protocol = found["kd_small"].protocol
-    assert protocol["features"] == {
-        "name": "small", "digest": features.digest, "preprocessing": "not resized, scaled to [-1, 1]"
-    }  # fmt: skip
+    assert protocol["features"] == features.describe()
+    assert protocol["features"]["digest"] == features.digest
+    assert protocol["features"]["preprocessing"] == "not resized, scaled to [-1, 1]"
     assert protocol["samples"]["num_images"] == 60 and protocol["samples"]["resolution"] == [32, 32]
     assert protocol["reference"]["name"] == "reference" and len(protocol["reference"]["digest"]) == 64
     assert protocol["settings"] == {"num_subsets": 100, "subset_size": 20, "seed": 0}

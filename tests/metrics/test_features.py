@@ -159,14 +159,14 @@ def test_what_a_command_line_names_is_loaded_or_refused():
 # ---------------------------------------------------------------------------------------------------------------------
 
 needs_fidelity = pytest.mark.skipif(
-    not (find_spec("torch_fidelity") and find_spec("torchvision")), reason="needs the extra metrics"
+    not (find_spec("torch_fidelity") and find_spec("torchvision")), reason="needs the extra inception"
 )
 
 
 @pytest.mark.skipif(find_spec("torch_fidelity") is not None, reason="torch-fidelity is installed")
 def test_without_torch_fidelity_the_way_to_get_it_is_told():
     with pytest.raises(
-        ValueError, match=r'Inception network needs .*torch_fidelity: `pip install "diffusers-d2it\[metr'
+        ValueError, match=r'Inception network needs .*torch_fidelity: `pip install "diffusers-d2it\[incep'
     ):
         load_features("inception")
 
@@ -270,3 +270,17 @@ def test_figures_are_those_of_torch_fidelity(inception_weights):
     for one, key in zip(found, keys):
         assert one.value == pytest.approx(theirs[key], rel=1e-3), one.metric
     assert found[0].value > 0.01
+
+
+def test_networks_of_equal_weights_are_told_apart():
+    """Pooling has no weights, and changes every feature."""
+    networks = [
+        torch.nn.Sequential(
+            torch.nn.Conv2d(3, 4, 3), pooling, torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten()
+        ).eval()
+        for pooling in (torch.nn.AvgPool2d(3), torch.nn.MaxPool2d(3))
+    ]
+    networks[1].load_state_dict(networks[0].state_dict())
+    one, other = (module_features(network, "net") for network in networks)
+    assert one.digest == other.digest and one.describe() != other.describe()
+    assert one.describe() == module_features(networks[0], "net").describe()

@@ -179,10 +179,10 @@ def test_images_that_cannot_be_used_are_named_ten_of_them(folder, num_workers):
         "more/small.png": encode(photo(0, 32)),
     }
     write_folder(folder, bad | {"more/empty.png": b""})
-    with pytest.raises(ValueError, match="12 of the 24 images of images cannot be used: 0x.png") as error:
+    with pytest.raises(ValueError, match="10 of the 24 images of images cannot be used: 0x.png") as error:
         read_all(open_images(folder), num_workers=num_workers)
     assert "cut.jpg: image file is truncated" in str(error.value)
-    assert "more/small.png" not in str(error.value) and "and 2 more" in str(error.value)
+    assert "more/small.png" not in str(error.value) and "and perhaps more after them" in str(error.value)
     for name in list(bad)[:10]:
         (folder / name).unlink()
     with pytest.raises(
@@ -209,7 +209,7 @@ def test_paths_without_images_are_refused(tmp_path, npz):
         open_images(tmp_path / "empty")
     with pytest.raises(ValueError, match="empty cannot be opened as a data set: .* holds no files"):
         open_images(tmp_path / "empty", resolution=32)
-    with pytest.raises(ValueError, match="nowhere does not exist, or is a data set on the Hub: .* needs `resolution`"):
+    with pytest.raises(ValueError, match="nowhere does not exist. If it is a data set .* needs `resolution`"):
         open_images(tmp_path / "nowhere")
     (tmp_path / "notes.txt").write_text("")
     with pytest.raises(ValueError, match="notes.txt is a file: expected a folder of images, an .npz, or a data set"):

@@ -352,7 +352,7 @@ print(json.dumps(found))
 """
 
 
-@pytest.mark.skipif(not (find_spec("torch_fidelity") and find_spec("torchvision")), reason="needs the extra metrics")
+@pytest.mark.skipif(not (find_spec("torch_fidelity") and find_spec("torchvision")), reason="needs the extra inception")
 def test_agrees_with_torch_fidelity(tmp_path):
     real, fake = draw(400, num_features=32), 0.9 * draw(303, seed=1, num_features=32) + 0.1
     for name, features in (("real", real), ("fake", fake)):

@@ -311,7 +311,7 @@ def describe_machine(accelerator: Accelerator) -> dict[str, str | int]:
 def budget_table(rows: list[dict], real: list[dict]) -> str:
     """The rows of `budget` as a Markdown table, under them the `score` of real images in the place of samples."""
     names = [result["metric"] for result in real]
-    header = ["fine ratio", *names, "PSNR, dB", "tokens", "GMAC", "s / image", "ms / step"]
+    header = ["fine ratio", *names, "PSNR, dB", "tokens", "GMAC / forward", "s / image", "ms / step"]
     lines = [header, ["---:"] * len(header)]
     for row in rows:
         step = row["seconds_per_step"]

@@ -117,17 +117,23 @@ def place_of(accelerator: Accelerator | None) -> tuple[int, int]:
     return (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
 
 
+def compute_exactly() -> None:
+    """Keep convolutions in float32 on a GPU, and their order the same: figures must not depend on the batch size."""
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.deterministic = True
+
+
 def on_main_process(accelerator: Accelerator | None, function: Callable[[], T]) -> T:
-    """Call a function in the main process; all processes get what it returns, or its ValueError."""
+    """Call a function in the main process; all processes get what it returns, or its ValueError or OSError."""
     if accelerator is None or accelerator.num_processes == 1:
         return function()
     outcome: list = [None]
     if accelerator.is_main_process:
         try:
             outcome = [function()]
-        except ValueError as error:
+        except (ValueError, OSError) as error:  # which would leave the others waiting
             outcome = [error]
     [outcome] = broadcast_object_list(outcome)
-    if isinstance(outcome, ValueError):
+    if isinstance(outcome, ValueError | OSError):
         raise outcome
     return outcome

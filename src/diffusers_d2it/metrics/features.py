@@ -216,6 +216,10 @@ class ModuleFeatures(FeatureExtractor):
         self.module = module
         self.name = name
 
+    def describe(self) -> dict[str, str]:
+        """As of every `FeatureExtractor`, and "layers": weights alone do not tell one network from another."""
+        return super().describe() | {"layers": hashlib.sha256(repr(self.module).encode()).hexdigest()}
+
     def extract(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
         output = self.module(images.float() / 127.5 - 1)
         output = output if isinstance(output, dict) else {"pool": output}

@@ -45,6 +45,7 @@ from .map_sources import (
     to_pixels,
     true_grain_maps,
 )
+from .reconstruction import to_uint8
 from .report_scores import read_once, score
 
 
@@ -163,7 +164,8 @@ def grain_diagnostics(
         accelerator: joins the processes.
 
     Returns:
-        "fine_ratio_error" of predicted against true maps; "coherence" of both; "grain_model_accuracy" by timestep;
+        "fine_ratio_error" of predicted against true maps; "map_accuracy" of each predicted map against the true one of
+        its class that stands at its place; "coherence" of both; "grain_model_accuracy" by timestep;
         "error_by_grain": the mean squared error of the content model by timestep and grain, "denoising", and
         "reconstruction_psnr_db" by grain, each with one value for a grain, coarsest first.
 
@@ -174,6 +176,7 @@ def grain_diagnostics(
     common = (labels, sampling, timesteps, accelerator)
     return {
         "fine_ratio_error": fine_ratio_error(maps["predicted"], maps["true"], num_grains),
+        "map_accuracy": map_accuracy(maps["predicted"], maps["true"], num_grains),
         "coherence": {name: spatial_coherence(maps[name], num_grains) for name in ("predicted", "true")},
         "grain_model_accuracy": grain_model_accuracy(pipe, maps["true"], *common),
         "error_by_grain": {
@@ -316,8 +319,8 @@ def reconstruction_psnr_by_grain(
     @torch.no_grad()
     def errors(numbers: slice) -> torch.Tensor:
         pixels, grain_map = to_pixels(pipe, images[numbers]), grain_maps[numbers].to(pipe._execution_device)
-        reconstruction = pipe.vae.decode(pipe.vae.encode(pixels, grain_map).latent_dist.mode()).sample
-        return region_means((reconstruction.float().clamp(-1, 1) - pixels.float()).square(), grain_map)
+        decoded = to_uint8(pipe.vae.decode(pipe.vae.encode(pixels, grain_map).latent_dist.mode()).sample)
+        return region_means((decoded.float() / 127.5 - 1 - pixels.float()).square(), grain_map)
 
     of_regions = torch.zeros(grain_maps.shape, dtype=torch.float64)
     of_regions = over_images(errors, of_regions, batch_size, accelerator)
@@ -373,6 +376,8 @@ def report_text(rows: list[dict], real: list[dict], diagnostics: dict) -> str:
         "map of the image: share of regions whose grain, by the entropy of the image, is that of the map asked for",
         f"fine share of an image: predicted {share['fine_share']:.3f} +- {share['std']:.3f}, true"
         f" {share['fine_share_real']:.3f} +- {share['std_real']:.3f}, Wasserstein distance {share['wasserstein']:.3f}",
+        f"predicted maps against true ones of the same class: accuracy {diagnostics['map_accuracy']['accuracy']:.3f},"
+        f" chance {diagnostics['map_accuracy']['chance']:.3f}",
         f"coherence: predicted {coherence['predicted']['coherence']:.3f}, true {coherence['true']['coherence']:.3f}",
         "accuracy of the grain model on noised true maps: "
         + ", ".join(

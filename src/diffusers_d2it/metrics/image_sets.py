@@ -141,8 +141,10 @@ def open_images(
         return _open_folder(path)
     if os.path.isfile(path) and not path.lower().endswith(_DATA_SETS):
         raise ValueError(f"{path} is a file: expected a folder of images, an .npz, or a data set.")
-    found = "is a data set" if os.path.isfile(path) else "does not exist, or is a data set on the Hub"
-    raise ValueError(f"{path} {found}: a data set needs `resolution` (--resolution), to which it is resized.")
+    hint = "a data set needs `resolution` (--resolution), to which it is resized."
+    if os.path.isfile(path):
+        raise ValueError(f"{path} is a data set: {hint}")
+    raise ValueError(f"{path} does not exist. If it is a data set on the Hub: {hint}")
 
 
 class PixelDigest:
@@ -200,17 +202,18 @@ class _DecodedSet(ImageSet):
         return torch.stack([self._check_size(self._decode(index)) for index in range(start, stop)])
 
     def raise_unusable(self, start: int) -> None:
-        named, number = [], 0
+        named = []
         for index in range(start, self.num_images):
             try:
                 self._check_size(self._decode(index))
             except UnusableImageError as error:
-                number += 1
-                if number <= _MAX_NAMED:
-                    named.append(f"{printable(self._name_of(index))}: {error}")
-        more = f"; and {number - _MAX_NAMED} more" if number > _MAX_NAMED else ""
+                named.append(f"{printable(self._name_of(index))}: {error}")
+            if len(named) == _MAX_NAMED:  # the rest of a large set would take hours
+                named.append("and perhaps more after them")
+                break
+        number = min(len(named), _MAX_NAMED)
         raise ValueError(
-            f"{number} of the {self.num_images} images of {self.name} cannot be used: {'; '.join(named)}{more}."
+            f"{number} of the {self.num_images} images of {self.name} cannot be used: {'; '.join(named)}."
         )
 
 

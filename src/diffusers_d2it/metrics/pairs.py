@@ -117,6 +117,7 @@ def evaluate_reconstructions(
         "checkpoint": {"weights": weights_digest(vae), "config": digest(config)},
         "fine_ratio": ratios[-1] if fine_ratio is None else fine_ratio,
         "latents": "mode of the posterior",
+        "dtype": str(vae.dtype).removeprefix("torch."),
     }
     return [*scorer.results(samples), Result("fine_share", fine.item() / len(reference), scorer.protocol(samples))]
 

@@ -27,9 +27,11 @@ def open_reference(
         resolution, split, image_column: of `open_images`.
 
     Raises:
-        ValueError: from `open_images`.
+        ValueError: statistics are asked to be resized; or from `open_images`.
     """
     if Path(path).suffix.lower() == ".npz" and "mu.npy" in _members(path):
+        if resolution is not None or image_column is not None:
+            raise ValueError(f"{path} holds statistics: `resolution` and `image_column` are of data sets.")
         return Path(path)
     return open_images(path, resolution, split, image_column)
 
@@ -163,6 +165,8 @@ class Reference:
                 )
         if self._protocol:
             _check_size(self._protocol["images"]["resolution"], samples, str(self.path))
+        elif self.images is None and "arr_0.npy" in _members(self.path):  # the images of ADM's statistics tell theirs
+            _check_size(open_images(self.path).size, samples, str(self.path))
 
 
 def _check_size(size: Sequence[int], samples: ImageSet, name: str) -> None:
