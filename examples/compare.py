@@ -53,13 +53,13 @@ def main(args: argparse.Namespace) -> None:
         print("\n".join(refusals), file=sys.stderr)
         sys.exit(2)
     print("\n".join(lines))
-    for path, ours in ((args.a, a), (args.b, b)):
-        if any("checkpoint" not in result.protocol["samples"] for result in ours.values()):
-            print(f"{path} does not say how its samples were drawn: they had no protocol.json")
     for path, ours, theirs in ((args.a, a, b), (args.b, b, a)):
         alone = [metric for metric in ours if metric not in theirs]
         if alone:
             print(f"only in {path}: {', '.join(alone)}")
+    for path, ours in ((args.a, a), (args.b, b)):
+        if any("checkpoint" not in result.protocol["samples"] for result in ours.values()):
+            print(f"{path} does not say how its samples were drawn: they had no protocol.json")
 
 
 if __name__ == "__main__":

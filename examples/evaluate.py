@@ -113,13 +113,13 @@ def main(args: argparse.Namespace) -> None:
         results += evaluate_reconstructions(vae, reference, of_pairs, features, fine_ratio=args.fine_ratio, **reading)
     else:
         samples = open_images(args.samples)
-        of_pairs = of_pairs and evaluate_pairs(
-            samples, reference, of_pairs, features, **reading
-        )  # the quicker to fail
+        pairs = []
+        if of_pairs:  # before the sets, which take longer to find that something is missing
+            pairs = evaluate_pairs(samples, reference, of_pairs, features, **reading)
         if of_sets:
             kid = {"seed": args.seed, "kid_subset_size": args.kid_subset_size}
             results += evaluate(samples, reference, of_sets, features, **kid, **reading)
-        results += of_pairs
+        results += pairs
 
     if accelerator.is_main_process:
         save_results(args.output, results)
