@@ -2,12 +2,8 @@
 """What is compared, and at which size: the arms of the study and its presets, each once."""
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from diffusers_d2it import load_preset
-
-
-CONFIGS = Path(__file__).parents[2] / "examples" / "configs"
 
 
 @dataclass(frozen=True)
@@ -49,7 +45,7 @@ class Preset:
 
     Args:
         resolution: side of the images in pixels.
-        grain_preset: of the grain model.
+        grain_preset: of the grain model: a preset, or a file of examples/configs.
         grain_steps: steps it is trained for.
         num_layers: of backbone and RefineNet together.
         num_attention_heads: of `head_dim` each.
@@ -96,7 +92,7 @@ PRESETS = {
     ),
     # Two cores, in the background
     "small": Preset(
-        resolution=32, grain_preset=str(CONFIGS / "grain-64.json"), grain_steps=1000,
+        resolution=32, grain_preset="grain-64.json", grain_steps=1000,
         num_layers=6, num_attention_heads=2, head_dim=32, batch_size=32, steps=3000, learning_rate=2e-3, warmup=100,
         ema_decay=0.998, num_samples=1000,
     ),

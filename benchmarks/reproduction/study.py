@@ -105,7 +105,9 @@ class Study:
         """The grain model that draws the predicted maps of a ratio, trained on the maps of the training images."""
         folder, preset = self.work_dir / f"grain-{fine_ratio:g}", self.preset
         if not (folder / "grain_scheduler").exists():  # which is written last
-            flags = ["--preset", preset.grain_preset, "--max_train_steps", preset.grain_steps, "--output_dir", folder]
+            config = EXAMPLES / "configs" / preset.grain_preset
+            flags = ["--preset", config if config.is_file() else preset.grain_preset, "--output_dir", folder]
+            flags += ["--max_train_steps", preset.grain_steps]
             flags += ["--lr_scheduler", "cosine", "--fine_ratio", fine_ratio, *self._training_flags(folder, seed=0)]
             self._call(EXAMPLES / "train_grain.py", *flags)
         return folder
