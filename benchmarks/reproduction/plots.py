@@ -29,7 +29,7 @@ def plot_curves(path: Path, curves: dict[str, list[dict]]) -> None:
     for axes, unit in zip(figure.subplots(1, 2), ("steps", "seconds")):
         for label, points in curves.items():
             _draw(axes, [point[unit] for point in points], [point["frechet_distance"] for point in points], label)
-        axes.set(xlabel=f"{unit} of training", ylabel="Fréchet distance", yscale="log")
+        axes.set(xlabel=f"{unit} of training", ylabel="Fréchet distance")
         axes.legend()
     _save(figure, path)
 
