@@ -100,7 +100,12 @@ def draw_with_two_processes(checkpoint: Path, output: Path) -> list[list]:
     Without accelerate's launcher, which would end a process when the other one has failed.
     """
     with socket.create_server(("127.0.0.1", 0)) as server:
-        environment = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(server.getsockname()[1])}
+        environment = {
+            "OMP_NUM_THREADS": "1",
+            "WORLD_SIZE": "2",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(server.getsockname()[1]),
+        }
     notes = [output.with_name(f"{output.name}-{rank}.json") for rank in range(2)]
     children = []
     for rank in range(2):
