@@ -88,7 +88,8 @@ def test_score_does_not_depend_on_batches_or_their_order():
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # that it keeps all features, that one split has no deviation
 def test_score_agrees_with_torchmetrics():
-    inception = pytest.importorskip("torchmetrics.image.inception")
+    from torchmetrics.image import inception
+
     logits = 3 * draw(200).double()
     metric = inception.InceptionScore(torch.nn.Flatten(), splits=1).set_dtype(torch.float64)
     metric.inception.to(torch.float64)
@@ -186,7 +187,8 @@ def test_kernel_distance_of_known_distributions():
 
 
 def test_kernel_distance_agrees_with_torchmetrics():
-    kid = pytest.importorskip("torchmetrics.image.kid")
+    from torchmetrics.image import kid
+
     a, b = draw(300).double(), draw(300, seed=1).double() * 1.2 + 0.1
     mean, _ = kernel_distance(a, b, subset_size=300, num_subsets=2)
     assert mean == pytest.approx(kid.poly_mmd(a, b).item(), rel=1e-9)

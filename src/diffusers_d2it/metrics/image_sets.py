@@ -93,7 +93,7 @@ class ImageSet(ABC):
 
     def raise_unusable(self, start: int) -> None:
         """Raise a ValueError that names the images from `start` on that cannot be used."""
-        raise NotImplementedError(f"{type(self).__name__} holds no files that could be unusable.")
+        raise ValueError(f"an image of {self.name} cannot be used.")
 
     def describe(self) -> dict:
         """What a protocol says of the set, but for the digest of its pixels."""
@@ -185,12 +185,13 @@ class PixelDigest:
 class _DecodedSet(ImageSet):
     """Images that are decoded one by one."""
 
+    @abstractmethod
     def _decode(self, index: int) -> torch.Tensor:
         """One image, uint8 (3, H, W); an UnusableImageError if it cannot be used."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _name_of(self, index: int) -> str:
-        raise NotImplementedError
+        """Of its file or row."""
 
     def _check_size(self, image: torch.Tensor) -> torch.Tensor:
         height, width = image.shape[1:]
