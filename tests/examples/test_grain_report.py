@@ -54,19 +54,20 @@ def test_report_is_printed(flags, tmp_path, capsys):
 
 
 def test_two_processes_find_what_one_does(flags, report, tmp_path):
-    script = Path(__file__).parent / "two_reports.py"
     paths = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
     environment = {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": paths}
-    result = run(script, tmp_path, *flags, launch=TWO_PROCESSES, **environment)
-    assert result.stdout.count("2 processes") == 4 and result.stdout.count("| real images |") == 2
+    of_budget = ["--fine_ratios", 0, 0.5, "--output_dir", tmp_path]
+    for script, own in (("grain_report.py", ["--output", tmp_path / "report.json"]), ("budget_report.py", of_budget)):
+        result = run(script, *flags, *own, launch=TWO_PROCESSES, **environment)
+        assert result.stdout.count("| real images |") == 1  # the main process alone prints
     written = ["budget.json", "budget.md", "budget.png", "report.json"]
     assert sorted(path.name for path in tmp_path.iterdir()) == written
     assert_close(read_json(tmp_path / "report.json"), report)
 
     call("budget_report.py", *flags, "--fine_ratios", 0, 0.5, "--output_dir", tmp_path / "alone")
     alone, together = (read_json(path / "budget.json") for path in (tmp_path / "alone", tmp_path))
+    assert [budget["protocol"].pop("machine")["num_processes"] for budget in (alone, together)] == [1, 2]
     for budget in (alone, together):
-        assert budget["protocol"].pop("machine")
         assert all(row.pop("seconds_per_image") + row.pop("seconds_per_step") > 0 for row in budget["ratios"])
     assert_close(together, alone)
 
