@@ -36,6 +36,7 @@ from diffusers_d2it.metrics.features import FeatureExtractor, load_features, mod
 from diffusers_d2it.metrics.frechet import frechet_distance
 from diffusers_d2it.metrics.grain_report import denoising_error_by_grain
 from diffusers_d2it.metrics.map_sources import Sampling, draw_grain_maps, sample_images
+from diffusers_d2it.metrics.reconstruction import to_uint8
 from diffusers_d2it.metrics.statistics import FeatureStatistics
 from diffusers_d2it.objectives import make_objective
 
@@ -243,11 +244,6 @@ def untied_sampling():
         stack.enter_context(patch.object(D2iTPipeline, "prepare_grain_map", remembered))
         stack.enter_context(patch.object(D2iTPipeline, "decode_latents", averaged))
         yield
-
-
-def to_uint8(pixels: torch.Tensor) -> torch.Tensor:
-    """[-1, 1] to the 8 bits of a file."""
-    return ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
