@@ -23,9 +23,9 @@ from common import describe_machine
 from reproduction.classifier import BATCH, accuracy, class_targets, load_split, trained_classifier
 
 from diffusers_d2it import D2iTPipeline, bundled_checkpoint
+from diffusers_d2it.evaluation.reconstruction import psnr
 from diffusers_d2it.grains import fine_share
 from diffusers_d2it.losses import grain_loss
-from diffusers_d2it.metrics.reconstruction import psnr
 
 
 RATIOS = (0.0, 0.3, 0.5, 0.7, 1.0)

@@ -29,7 +29,7 @@ TIME = """
 import json, sys, time, warnings
 import numpy as np
 from scipy import linalg
-from diffusers_d2it.metrics.frechet import frechet_distance
+from diffusers_d2it.evaluation.frechet import frechet_distance
 def moments(num_images, seed, num_features):
     generator = np.random.default_rng(seed)
     features = generator.normal(size=(num_images, num_features)) * np.logspace(0, -3, num_features)
@@ -64,9 +64,9 @@ REMEMBER = """
 import sys
 from pathlib import Path
 import torch
-from diffusers_d2it.metrics.feature_bank import FeatureBank
-from diffusers_d2it.metrics.scores import precision_recall
-from diffusers_d2it.metrics.statistics import FeatureStatistics
+from diffusers_d2it.evaluation.feature_bank import FeatureBank
+from diffusers_d2it.evaluation.scores import precision_recall
+from diffusers_d2it.evaluation.statistics import FeatureStatistics
 def status(key):
     lines = Path("/proc/self/status").read_text().splitlines()
     return int(next(line.split()[1] for line in lines if line.startswith(key + ":")))

@@ -16,8 +16,8 @@ from original_dit import CHANNELS, LAYER_NORM_EPS, PATCH_SIZE, DiTShape, Origina
 from torch import nn
 
 from diffusers_d2it import D2iTContentModel
+from diffusers_d2it.grain_layout import GrainLayout
 from diffusers_d2it.models import fallbacks
-from diffusers_d2it.models.grain_layout import GrainLayout
 
 
 XL = DiTShape(num_layers=28, heads=16, head_dim=72, sample_size=32)  # DiT-XL/2 at 256x256 pixels

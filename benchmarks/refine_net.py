@@ -16,8 +16,8 @@ from common import Claim, load_photographs, parse_args, real_grain_maps, report,
 from dense_refine import DenseLayout, dense_refine
 from torch import nn
 
+from diffusers_d2it.grain_layout import GrainLayout
 from diffusers_d2it.grains import fine_share, grain_map_to_cells, tie
-from diffusers_d2it.models.grain_layout import GrainLayout
 from diffusers_d2it.models.transformer_d2it_content import RefineNet
 from diffusers_d2it.presets import load_preset
 

@@ -24,7 +24,7 @@ from common import Claim, Timing, clock_of, parse_args, report
 from pipeline_overhead import BUNDLED, DECODER, DENOISER, GRAINS, MOST_TURNS, Stopwatch, build_pipeline
 
 from diffusers_d2it import D2iTContentModel, D2iTPipeline, DynamicAutoencoderKL, bundled_checkpoint
-from diffusers_d2it.sample_folder import SampleFolder
+from diffusers_d2it.sampling.folder import SampleFolder
 
 
 SCRIPT = Path(__file__).parent.parent / "examples" / "sample_d2it.py"

@@ -17,9 +17,9 @@ from photo_maps import maps_of_shares, photograph_entropies
 from torch import nn
 
 from diffusers_d2it import D2iTContentModel
+from diffusers_d2it.grain_layout import GrainLayout
 from diffusers_d2it.grains import tie
 from diffusers_d2it.losses import multi_grained_loss
-from diffusers_d2it.models.grain_layout import GrainLayout
 from diffusers_d2it.models.transformer_d2it_content import RefineNet
 from diffusers_d2it.objectives import DiffusionObjective
 from diffusers_d2it.training.averaging import WeightAverage

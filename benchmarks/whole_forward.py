@@ -22,8 +22,8 @@ from peers import cast, check_equal, randomized
 from torch import nn
 
 from diffusers_d2it import D2iTContentModel, load_preset
+from diffusers_d2it.grain_layout import RefineLayout
 from diffusers_d2it.grains import fine_share, tie
-from diffusers_d2it.models.grain_layout import RefineLayout
 from diffusers_d2it.models.transformer_d2it_content import RefineNet
 
 

@@ -14,7 +14,7 @@ from common import Claim, parse_args, report, time_sides
 from dense_refine import global_window_mask, masked_global_attention
 from torch import nn
 
-from diffusers_d2it.models.grain_layout import GrainLayout
+from diffusers_d2it.grain_layout import GrainLayout
 from diffusers_d2it.models.window_attention import WindowAttention
 from diffusers_d2it.presets import load_preset
 

@@ -18,7 +18,7 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 
 from diffusers_d2it.data.bad_images import BadImages
-from diffusers_d2it.metrics.budget import (
+from diffusers_d2it.evaluation.budget import (
     RATIOS,
     budget,
     budget_table,
@@ -27,8 +27,8 @@ from diffusers_d2it.metrics.budget import (
     describe_machine,
     plot_budget,
 )
-from diffusers_d2it.metrics.collecting import compute_exactly
-from diffusers_d2it.metrics.report_inputs import (
+from diffusers_d2it.evaluation.collecting import compute_exactly
+from diffusers_d2it.evaluation.report_inputs import (
     add_report_arguments,
     check_report_arguments,
     finite,
@@ -38,7 +38,7 @@ from diffusers_d2it.metrics.report_inputs import (
     sampling_of,
     score_real_images,
 )
-from diffusers_d2it.saving import write_durably, write_text_durably
+from diffusers_d2it.files.folders import write_durably, write_text_durably
 
 
 FILES = ("budget.json", "budget.md", "budget.png")

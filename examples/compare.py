@@ -11,7 +11,7 @@ anything else, each field is named with both values, nothing is compared, and th
 import argparse
 import sys
 
-from diffusers_d2it.metrics.results import Result, compare, load_results
+from diffusers_d2it.evaluation.results import Result, compare, load_results
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:

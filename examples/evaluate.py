@@ -29,14 +29,14 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 
 from diffusers_d2it import DynamicAutoencoderKL
-from diffusers_d2it.metrics.collecting import compute_exactly
-from diffusers_d2it.metrics.evaluation import METRICS, evaluate
-from diffusers_d2it.metrics.features import load_features
-from diffusers_d2it.metrics.image_sets import ImageSet, open_images
-from diffusers_d2it.metrics.pairs import evaluate_pairs, evaluate_reconstructions
-from diffusers_d2it.metrics.reconstruction import PAIR_METRICS
-from diffusers_d2it.metrics.references import open_reference, save_statistics
-from diffusers_d2it.metrics.results import save_results
+from diffusers_d2it.evaluation.collecting import compute_exactly
+from diffusers_d2it.evaluation.evaluation import METRICS, evaluate
+from diffusers_d2it.evaluation.features import load_features
+from diffusers_d2it.evaluation.image_sets import ImageSet, open_images
+from diffusers_d2it.evaluation.pairs import evaluate_pairs, evaluate_reconstructions
+from diffusers_d2it.evaluation.reconstruction import PAIR_METRICS
+from diffusers_d2it.evaluation.references import open_reference, save_statistics
+from diffusers_d2it.evaluation.results import save_results
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:

@@ -22,9 +22,9 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 
 from diffusers_d2it.data.bad_images import BadImages
-from diffusers_d2it.metrics.collecting import compute_exactly
-from diffusers_d2it.metrics.grain_report import grain_diagnostics, maps_of_sources, report_text, table_5
-from diffusers_d2it.metrics.report_inputs import (
+from diffusers_d2it.evaluation.collecting import compute_exactly
+from diffusers_d2it.evaluation.grain_report import grain_diagnostics, maps_of_sources, report_text, table_5
+from diffusers_d2it.evaluation.report_inputs import (
     add_report_arguments,
     check_report_arguments,
     finite,
@@ -34,7 +34,7 @@ from diffusers_d2it.metrics.report_inputs import (
     sampling_of,
     score_real_images,
 )
-from diffusers_d2it.saving import write_text_durably
+from diffusers_d2it.files.folders import write_text_durably
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:

@@ -29,13 +29,13 @@ from diffusers import DDPMScheduler
 from tqdm.auto import tqdm
 
 from diffusers_d2it import D2iTPipeline, bundled_checkpoint, list_samplers, load_sampler
-from diffusers_d2it.class_labels import class_ids
 from diffusers_d2it.grains import fine_share
-from diffusers_d2it.models.config_checks import check_ranges
-from diffusers_d2it.pipeline_checks import SAMPLING_RANGES
-from diffusers_d2it.reference_maps import ReferenceMaps
-from diffusers_d2it.sample_folder import FORMATS, SampleFolder
-from diffusers_d2it.sample_sets import LABEL_SCHEMES, SamplePlan, describe_checkpoint, describe_scheduler
+from diffusers_d2it.limits import check_ranges
+from diffusers_d2it.pipelines.checks import SAMPLING_RANGES
+from diffusers_d2it.pipelines.labels import class_ids
+from diffusers_d2it.sampling.folder import FORMATS, SampleFolder
+from diffusers_d2it.sampling.reference_maps import ReferenceMaps
+from diffusers_d2it.sampling.sets import LABEL_SCHEMES, SamplePlan, describe_checkpoint, describe_scheduler
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:

@@ -30,9 +30,9 @@ from diffusers_d2it import (
 from diffusers_d2it.data.bad_images import BadImages
 from diffusers_d2it.data.latent_cache import read_codes
 from diffusers_d2it.data.loaders import batches_from, make_loader, step_generator
-from diffusers_d2it.data.sources import add_class_arguments, add_data_arguments
+from diffusers_d2it.data.source import add_class_arguments, add_data_arguments
 from diffusers_d2it.grains import grain_map_from_entropy, tie
-from diffusers_d2it.hub import add_hub_arguments, check_hub_arguments, publish
+from diffusers_d2it.hub.push import add_hub_arguments, check_hub_arguments, publish
 from diffusers_d2it.losses import multi_grained_loss, variance_loss
 from diffusers_d2it.objectives import OBJECTIVES, DiffusionObjective, FlowMatchingObjective, make_objective
 from diffusers_d2it.training.alignment import Alignment

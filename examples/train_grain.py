@@ -25,12 +25,12 @@ from diffusers_d2it import D2iTGrainModel, load_preset, visualize_grain_map
 from diffusers_d2it.data.bad_images import BadImages
 from diffusers_d2it.data.latent_cache import read_entropy
 from diffusers_d2it.data.loaders import batches_from, make_loader, step_generator
-from diffusers_d2it.data.sources import add_class_arguments, add_data_arguments
-from diffusers_d2it.grain_sampling import sample_grain_map
+from diffusers_d2it.data.source import add_class_arguments, add_data_arguments
+from diffusers_d2it.files.folders import save_folder
 from diffusers_d2it.grains import fine_share, grain_map_from_entropy
-from diffusers_d2it.hub import add_hub_arguments, check_hub_arguments, publish
+from diffusers_d2it.hub.push import add_hub_arguments, check_hub_arguments, publish
 from diffusers_d2it.losses import grain_loss
-from diffusers_d2it.saving import save_folder
+from diffusers_d2it.pipelines.grain_maps import sample_grain_map
 from diffusers_d2it.training.arguments import (
     add_second_stage_arguments,
     add_training_arguments,

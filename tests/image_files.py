@@ -12,7 +12,7 @@ import numpy as np
 import PIL.Image
 from photographs import load_photographs
 
-from diffusers_d2it.data.sources import ImageSource, add_class_arguments, add_data_arguments, load_images
+from diffusers_d2it.data.source import ImageSource, add_class_arguments, add_data_arguments, load_images
 
 
 def photo(i: int = 0, resolution: int = 64) -> PIL.Image.Image:

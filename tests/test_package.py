@@ -6,6 +6,8 @@ import json
 import os
 import subprocess
 import sys
+from graphlib import TopologicalSorter
+from importlib import import_module
 from pathlib import Path
 
 import diffusers
@@ -54,50 +56,8 @@ def test_importing_the_package_loads_no_extra():
     assert result.stdout.strip() == "[]", result.stdout + result.stderr
 
 
-# Who may import whom: each module may import those that stand before it.
-LAYERS = [
-    ("grains", "saving", "broken_packages"),
-    ("diffusers_import",),
-    ("visualization", "presets", "registration", "losses", "objectives", "calibration", "class_labels", "escaping"),
-    ("models.config_checks",),
-    ("models.config_ranges", "models.weight_files", "models.sources"),
-    ("models.fallbacks",),
-    ("models.fused_blocks",),
-    ("models.layers", "models.grain_layout", "models.loading", "models.tiling", "models.discriminator"),
-    ("models.window_attention",),
-    ("models.autoencoder_kl_dynamic", "models.transformer_d2it_grain", "models.transformer_d2it_content"),
-    ("training.gate", "training.states", "training.smoke", "training.stopping", "conversion.files"),
-    ("metrics.frechet", "metrics.feature_bank"),
-    ("metrics.statistics", "metrics.scores"),
-    ("training.averaging", "npz_images", "sample_sets"),
-    ("training.checkpoints",),
-    ("training.output_folder",),
-    ("sample_folder",),
-    ("conversion.report",),
-    ("conversion.autoencoder_kl", "conversion.dit"),
-    ("data.images", "data.bad_images", "data.columns", "data.latent_cache_files"),
-    ("data.folders", "data.latent_cache"),
-    ("data.sources",),
-    ("data.loaders", "data.latent_cache_writer", "reference_maps"),
-    ("metrics.vision_models", "metrics.perceptual", "metrics.image_sets", "metrics.results"),
-    ("metrics.features",),
-    ("metrics.collecting",),
-    ("metrics.references", "metrics.reconstruction"),
-    ("metrics.evaluation",),
-    ("metrics.pairs",),
-    ("training.steps", "training.perceptual", "training.vision_features"),
-    ("training.arguments", "training.alignment", "training.measures"),
-    ("training.training_data",),
-    ("tied_scheduler",),
-    ("grain_sampling", "pipeline_checks", "pipeline_loading"),
-    ("model_card",),
-    ("hub",),
-    ("pipeline_hub",),
-    ("pipeline_d2it",),
-    ("metrics.map_sources", "metrics.grain_maps"),
-    ("metrics.report_scores",),
-    ("metrics.report_inputs", "metrics.budget", "metrics.grain_report"),
-]
+# Who may import whom: a folder may import those that stand before it; the first is the roof, what lies in none.
+FOLDERS = ["", "files", "models", "hub", "pipelines", "data", "conversion", "sampling", "evaluation", "training"]
 
 
 def imported_modules(path: Path) -> set[str]:
@@ -115,17 +75,37 @@ def imported_modules(path: Path) -> set[str]:
     return found
 
 
+def folder_of(module: str) -> str:
+    return module.split(".")[0] if module.split(".")[0] in FOLDERS else ""
+
+
+def source_files() -> dict[str, Path]:
+    """The files by their modules, dotted names below the package; that of the package itself is the front door."""
+    files = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in ROOT.rglob("*.py")}
+    del files["__init__"]
+    return files
+
+
 def test_imports_go_one_way():
-    rank = {module: i for i, layer in enumerate(LAYERS) for module in layer}
-    files = [path for path in ROOT.rglob("*.py") if path.name != "__init__.py"]
-    assert {".".join(path.relative_to(ROOT).with_suffix("").parts) for path in files} == set(rank)
-    for path in files:
-        module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
-        for imported in imported_modules(path):
-            assert imported in rank, f"{module} imports {imported}: use a relative import of a known module"
-            assert rank[imported] < rank[module], f"{module} must not import {imported}"
-    losses = imported_modules(ROOT / "losses.py")
-    assert losses == {"grains"}
+    imports = {module: imported_modules(path) for module, path in source_files().items()}
+    for module, imported in imports.items():
+        ours, theirs = FOLDERS.index(folder_of(module)), [FOLDERS.index(folder_of(name)) for name in imported]
+        late = [name for name, rank in zip(imported, theirs) if rank > ours]
+        assert not late, f"{module} must not import {late}"
+
+
+def test_no_folder_imports_in_a_circle():
+    imports = {module.removesuffix(".__init__"): imported_modules(path) for module, path in source_files().items()}
+    within = {
+        module: {name for name in names if folder_of(name) == folder_of(module)} for module, names in imports.items()
+    }
+    TopologicalSorter(within).prepare()  # raises a CycleError
+
+
+def test_every_folder_says_what_it_is_for():
+    for folder in FOLDERS[1:]:
+        package = import_module(f"diffusers_d2it.{folder}")
+        assert package.__doc__ and package.__all__ and all(hasattr(package, name) for name in package.__all__), folder
 
 
 def test_internals_of_diffusers_that_registration_relies_on():

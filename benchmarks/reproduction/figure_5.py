@@ -13,7 +13,7 @@ from report import Claim, Row, judge, parse, print_claims, print_table, protocol
 from scoring import Scorer
 from study import Study, lock_work_dir, write_json
 
-from diffusers_d2it.metrics.reconstruction import psnr
+from diffusers_d2it.evaluation.reconstruction import psnr
 
 
 RATIOS = (0.0, 0.3, 0.5, 0.7, 1.0)

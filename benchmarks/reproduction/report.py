@@ -15,7 +15,7 @@ from scoring import Scorer, score_all
 from study import Study, lock_work_dir, make_parser, write_json
 
 import diffusers_d2it
-from diffusers_d2it.metrics.features import weights_digest
+from diffusers_d2it.evaluation.features import weights_digest
 
 
 RESULTS = Path(__file__).parent / "results"

@@ -28,17 +28,16 @@ from diffusers_d2it import (
     D2iTGrainModel,
     D2iTPipeline,
     load_sampler,
-    pipeline_d2it,
-    tied_scheduler,
 )
+from diffusers_d2it.evaluation.features import FeatureExtractor, load_features, module_features
+from diffusers_d2it.evaluation.frechet import frechet_distance
+from diffusers_d2it.evaluation.grain_report import denoising_error_by_grain
+from diffusers_d2it.evaluation.map_sources import Sampling, draw_grain_maps, sample_images
+from diffusers_d2it.evaluation.reconstruction import to_uint8
+from diffusers_d2it.evaluation.statistics import FeatureStatistics
 from diffusers_d2it.grains import average_codes
-from diffusers_d2it.metrics.features import FeatureExtractor, load_features, module_features
-from diffusers_d2it.metrics.frechet import frechet_distance
-from diffusers_d2it.metrics.grain_report import denoising_error_by_grain
-from diffusers_d2it.metrics.map_sources import Sampling, draw_grain_maps, sample_images
-from diffusers_d2it.metrics.reconstruction import to_uint8
-from diffusers_d2it.metrics.statistics import FeatureStatistics
 from diffusers_d2it.objectives import make_objective
+from diffusers_d2it.pipelines import pipeline_d2it, tied_scheduler
 
 
 BATCH = 50

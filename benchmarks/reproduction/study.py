@@ -25,7 +25,7 @@ from step_times import measure_step_times
 
 from diffusers_d2it import DynamicAutoencoderKL, bundled_checkpoint
 from diffusers_d2it.data.latent_cache import LatentCache
-from diffusers_d2it.metrics.features import weights_digest
+from diffusers_d2it.evaluation.features import weights_digest
 
 
 HERE = Path(__file__).parent

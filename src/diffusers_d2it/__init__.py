@@ -13,7 +13,7 @@ from .models.autoencoder_kl_dynamic import DynamicAutoencoderKL
 from .models.layers import DiTBlock
 from .models.transformer_d2it_content import D2iTContentModel
 from .models.transformer_d2it_grain import D2iTGrainModel
-from .pipeline_d2it import D2iTPipeline, D2iTPipelineOutput
+from .pipelines.pipeline_d2it import D2iTPipeline, D2iTPipelineOutput
 from .presets import bundled_checkpoint, list_presets, list_samplers, load_preset, load_sampler
 from .registration import register
 from .visualization import visualize_grain_map

@@ -24,7 +24,7 @@ from diffusers_d2it.data.loaders import (
     make_dataset,
     make_loader,
 )
-from diffusers_d2it.data.sources import load_images
+from diffusers_d2it.data.source import load_images
 from diffusers_d2it.training.measures import count_entropy
 
 

@@ -13,7 +13,7 @@ import pytest
 from image_files import arguments, encode, load, photo, write_folder, write_tar
 
 from diffusers_d2it.data.images import decode_image
-from diffusers_d2it.data.sources import describe_source, load_images
+from diffusers_d2it.data.source import describe_source, load_images
 
 
 STREAMED = pytest.mark.parametrize("streaming", [[], ["--streaming"]], ids=["map", "stream"])

@@ -13,7 +13,7 @@ from PIL import Image
 from script_runs import EXAMPLES, TWO_PROCESSES, call, load_script, run
 
 from diffusers_d2it import bundled_checkpoint
-from diffusers_d2it.metrics.results import compare, differences, load_results
+from diffusers_d2it.evaluation.results import compare, differences, load_results
 
 
 NETWORK = ["--features", "metric_inputs:small_network"]

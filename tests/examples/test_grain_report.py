@@ -8,7 +8,7 @@ import pytest
 from reports import FLAGS, read_json, save_checkpoint
 from script_runs import TWO_PROCESSES, call, run
 
-from diffusers_d2it.metrics.results import Result, differences
+from diffusers_d2it.evaluation.results import Result, differences
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:fd_small_network. there are no more images")

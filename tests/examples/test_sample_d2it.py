@@ -18,7 +18,7 @@ from PIL import Image
 from script_runs import TWO_PROCESSES, call, run
 
 from diffusers_d2it import D2iTPipeline, load_sampler
-from diffusers_d2it.sample_folder import SampleFolder
+from diffusers_d2it.sampling.folder import SampleFolder
 
 
 SCRIPT = "sample_d2it.py"

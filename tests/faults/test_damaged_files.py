@@ -13,7 +13,7 @@ from ways_of_saving import SaveCache, SaveCheckpoint, SaveModel, SavePipeline
 
 from diffusers_d2it import D2iTGrainModel, D2iTPipeline
 from diffusers_d2it.data.latent_cache import LatentCache
-from diffusers_d2it.saving import MANIFEST
+from diffusers_d2it.files.folders import MANIFEST
 from diffusers_d2it.training.checkpoints import find_checkpoint
 
 

@@ -7,7 +7,6 @@ import random
 import signal
 import subprocess
 import time
-from argparse import Namespace
 from functools import partial
 from pathlib import Path
 
@@ -15,8 +14,8 @@ import pytest
 from safetensors import safe_open
 from training_runs import STEPS, Inputs, batches_seen, loss_curve, train
 
-from diffusers_d2it.saving import verify
-from diffusers_d2it.training.output_folder import lock_output_dir
+from diffusers_d2it.files import lock
+from diffusers_d2it.files.folders import verify
 
 
 SCRIPTS = ["train_grain.py", "train_d2it.py", "train_dvae.py"]
@@ -93,31 +92,30 @@ def test_a_run_resumed_again_and_again_equals_an_undisturbed_one(
 
 def test_a_second_job_in_the_folder_is_refused(tmp_path, fault):
     count = fault("second job in the folder of a run: refused within 5 s, and let in when the first is killed")
-    flags = Namespace(output_dir=str(tmp_path), resume_from_checkpoint="latest")
     read, write = os.pipe()
     first = os.fork()
     if first == 0:
         try:
-            lock = lock_output_dir(flags)
-            os.write(write, b"locked" if lock.is_locked else b"")
-            signal.pause()
+            with lock(tmp_path):
+                os.write(write, b"locked")
+                signal.pause()
         finally:
             os._exit(1)
     try:
         assert os.read(read, 6) == b"locked"
         start = time.monotonic()
         try:
-            lock_output_dir(flags)
+            lock(tmp_path)
         except ValueError as error:
-            count.tried(error, silent="another run is working" not in str(error) or time.monotonic() - start > 5)
+            count.tried(error, silent=str(tmp_path) not in str(error) or time.monotonic() - start > 5)
         else:
             count.tried("both work there", silent=True)
     finally:
         os.kill(first, signal.SIGKILL)
         os.waitpid(first, 0)
     (tmp_path / ".staging-checkpoint-3-01234567").mkdir()  # left by the one that was killed
-    lock_output_dir(flags).release()
-    count.tried("afterwards", lost=[path.name for path in tmp_path.iterdir()] != [".lock"])
+    lock(tmp_path).close()
+    count.tried("afterwards", lost=[path.name for path in tmp_path.iterdir()] != [])
 
 
 @pytest.mark.parametrize("number, exit_code", [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGUSR1, 143)])

@@ -12,7 +12,7 @@ import pytest
 from script_runs import TWO_PROCESSES
 from training_runs import Inputs
 
-from diffusers_d2it.saving import verify
+from diffusers_d2it.files.folders import verify
 from diffusers_d2it.training.checkpoints import found_checkpoints
 
 

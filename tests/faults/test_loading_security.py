@@ -195,7 +195,12 @@ def test_a_checkpoint_to_be_converted_runs_no_code(planted, canary, tmp_path, fa
 
 def hostile_indices(index: dict) -> Iterator[tuple[str, dict]]:
     """What a model_index.json may not say, with the key that must be named."""
-    foreign = [["planted_module", "Model"], ["os", "system"], ["diffusers_d2it.hub", "HfApi"], ["builtins", "eval"]]
+    foreign = [
+        ["planted_module", "Model"],
+        ["os", "system"],
+        ["diffusers_d2it.hub.push", "HfApi"],
+        ["builtins", "eval"],
+    ]
     foreign += [["diffusers", "StableDiffusionPipeline"], ["transformers", "CLIPTextModel"], ["", ""], ["diffusers"]]
     foreign += ["diffusers_d2it", 3, {}, [1, 2], ["diffusers_d2it", None], [None, "Model"], ["diffusers", ["DDIM"]]]
     for key in ("vae", "grain_model", "transformer", "scheduler", "grain_scheduler"):

@@ -12,8 +12,8 @@ from ways_of_saving import SaveCheckpoint
 
 from diffusers_d2it.data.bad_images import BadImages
 from diffusers_d2it.data.loaders import ImageDataset
-from diffusers_d2it.model_card import make_model_card
-from diffusers_d2it.saving import digest, save_folder, verify
+from diffusers_d2it.files.folders import digest, save_folder, verify
+from diffusers_d2it.hub.card import make_model_card
 
 
 EVIL = "\x1b[31mred\x1b[0m\u202eabc"

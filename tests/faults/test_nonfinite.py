@@ -11,7 +11,7 @@ import pytest
 from safetensors.torch import load_file
 from training_runs import STEPS, Inputs, train
 
-from diffusers_d2it.saving import verify
+from diffusers_d2it.files.folders import verify
 from diffusers_d2it.training.checkpoints import found_checkpoints
 
 

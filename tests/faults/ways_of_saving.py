@@ -15,17 +15,17 @@ from accelerate import Accelerator
 from PIL import Image
 
 from diffusers_d2it import D2iTGrainModel, D2iTPipeline, DynamicAutoencoderKL
-from diffusers_d2it.conversion.report import ConversionReport, save_converted
+from diffusers_d2it.conversion.transfer import ConversionReport, save_converted
 from diffusers_d2it.data.latent_cache import LatentCache
 from diffusers_d2it.data.latent_cache_files import LatentCachePlan, describe_vae
 from diffusers_d2it.data.latent_cache_writer import EncodedRows, LatentCacheWriter
-from diffusers_d2it.hub import write_card
-from diffusers_d2it.model_card import make_model_card
-from diffusers_d2it.saving import write_text_durably
+from diffusers_d2it.files import lock
+from diffusers_d2it.files.folders import write_text_durably
+from diffusers_d2it.hub.card import make_model_card
+from diffusers_d2it.hub.push import write_card
 from diffusers_d2it.training.averaging import WeightAverage
 from diffusers_d2it.training.checkpoints import Checkpoints, find_checkpoint
 from diffusers_d2it.training.gate import GatedAccelerator
-from diffusers_d2it.training.output_folder import lock_output_dir
 
 
 class Mixed(AssertionError):
@@ -148,7 +148,7 @@ class SaveCheckpoint(Way):
         self.checkpoints.save(version)
 
     def start_again(self):
-        lock_output_dir(self._flags("latest")).release()
+        lock(self._flags("latest").output_dir).close()
 
     def saved(self):
         with warnings.catch_warnings():

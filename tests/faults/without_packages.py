@@ -25,8 +25,8 @@ with warnings.catch_warnings(record=True) as caught:
     from diffusers import DDIMScheduler
 
     from diffusers_d2it import D2iTContentModel, D2iTPipeline, bundled_checkpoint
-    from diffusers_d2it.metrics.features import load_features
-    from diffusers_d2it.metrics.reconstruction import check_torchmetrics
+    from diffusers_d2it.evaluation.features import load_features
+    from diffusers_d2it.evaluation.reconstruction import check_torchmetrics
     from diffusers_d2it.training.arguments import check_training_arguments
     from diffusers_d2it.training.perceptual import load_perceptual_loss
 

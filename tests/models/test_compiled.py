@@ -9,9 +9,9 @@ import torch._inductor.config
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from diffusers_d2it import D2iTContentModel
+from diffusers_d2it.grain_layout import GrainLayout
 from diffusers_d2it.grains import tie
 from diffusers_d2it.models import fallbacks
-from diffusers_d2it.models.grain_layout import GrainLayout
 
 
 @pytest.fixture(autouse=True)

@@ -12,10 +12,9 @@ from diffusers import AutoModel
 from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
 
-from diffusers_d2it import D2iTContentModel, D2iTGrainModel, D2iTPipeline, DynamicAutoencoderKL, load_preset
-from diffusers_d2it.models import config_checks
-from diffusers_d2it.models.config_ranges import AUTOENCODER, CONTENT_MODEL, GRAIN_MODEL
-from diffusers_d2it.saving import is_sealed, verify
+from diffusers_d2it import D2iTContentModel, D2iTGrainModel, D2iTPipeline, DynamicAutoencoderKL, limits, load_preset
+from diffusers_d2it.files.folders import is_sealed, verify
+from diffusers_d2it.models.configs import AUTOENCODER, CONTENT_MODEL, GRAIN_MODEL
 
 
 CLASSES = {DynamicAutoencoderKL: AUTOENCODER, D2iTGrainModel: GRAIN_MODEL, D2iTContentModel: CONTENT_MODEL}
@@ -100,9 +99,9 @@ def test_what_is_out_of_the_ordinary_is_still_in_range(cls, config):
 def test_the_size_that_is_checked_is_about_that_of_the_model(monkeypatch, cls, name):
     with torch.device("meta"):
         size = cls(**load_preset(name)).num_parameters()
-        monkeypatch.setattr(config_checks, "MAX_PARAMETERS", size * 1.25)
+        monkeypatch.setattr(limits, "MAX_PARAMETERS", size * 1.25)
         cls(**load_preset(name))
-        monkeypatch.setattr(config_checks, "MAX_PARAMETERS", size / 1.25)
+        monkeypatch.setattr(limits, "MAX_PARAMETERS", size / 1.25)
         with pytest.raises(ValueError, match="ask for about"):
             cls(**load_preset(name))
 

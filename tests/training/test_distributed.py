@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from script_runs import EXAMPLES, LAUNCH, run
 from sharded_checkpoints import NUM_STEPS, SmallRun
 
-from diffusers_d2it.saving import verify
+from diffusers_d2it.files.folders import verify
 from diffusers_d2it.training.gate import GatedAccelerator
 
 

@@ -14,7 +14,7 @@ in the `ConversionReport`: a weight that has no place, or that is missing, is an
 
 from .autoencoder_kl import convert_autoencoder_kl
 from .dit import convert_diffusers_dit, convert_dit_checkpoint
-from .report import ConversionReport
+from .transfer import ConversionReport
 
 
 __all__ = ["ConversionReport", "convert_autoencoder_kl", "convert_diffusers_dit", "convert_dit_checkpoint"]

@@ -11,7 +11,7 @@ from torch import nn
 from ..models.autoencoder_kl_dynamic import DynamicAutoencoderKL
 from ..presets import load_preset
 from .files import check_config, read_folder
-from .report import ConversionReport, Transfer
+from .transfer import ConversionReport, Transfer
 
 
 # What diffusers called these layers until 2023, and many public files still do

@@ -11,7 +11,7 @@ from diffusers import DiTTransformer2DModel
 from ..models.layers import sincos_positions
 from ..models.transformer_d2it_content import D2iTContentModel
 from .files import check_config, read_checkpoint, read_folder
-from .report import ConversionReport, Transfer
+from .transfer import ConversionReport, Transfer
 
 
 _HEAD_WIDTHS = {384: 64, 768: 64, 1024: 64, 1152: 72}  # DiT-S, B, L, XL: the width of a head is not in the weights

@@ -11,8 +11,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from ..models.config_checks import shown
-from ..models.weight_files import read_checked_json, read_header, read_index
+from ..files.weights import read_checked_json, read_header, read_index
+from ..words import shown
 
 
 def read_checkpoint(path: Path) -> tuple[dict[str, torch.Tensor], str]:

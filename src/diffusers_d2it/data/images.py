@@ -56,6 +56,12 @@ def decode_image(encoded: dict) -> PIL.Image.Image:
         raise UnusableImageError(f"{error or type(error).__name__}") from error
 
 
+def check_resolution(resolution: int, region_size: int) -> None:
+    """Raise a ValueError unless --resolution is a multiple of the region size."""
+    if resolution < 1 or resolution % region_size:
+        raise ValueError(f"--resolution must be a multiple of {region_size}, the region size, got {resolution}.")
+
+
 def check_size(size: tuple[int, int], resolution: int) -> None:
     """Raise an UnusableImageError if the shorter side is less than half the resolution: more blur than image."""
     if 2 * min(size) < resolution:

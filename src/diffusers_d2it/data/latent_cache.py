@@ -15,8 +15,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch.utils.data import Dataset
 
+from ..files.folders import check_sha256, check_size
 from ..models.autoencoder_kl_dynamic import DynamicAutoencoderKL
-from ..saving import check_sha256, check_size
 from .latent_cache_files import (
     LatentCachePlan,
     describe_vae,

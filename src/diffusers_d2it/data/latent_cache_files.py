@@ -23,9 +23,9 @@ from pathlib import Path
 
 import torch
 
+from ..files.folders import digest, file_sha256, read_json
 from ..grains import NUM_BINS, SIGMA
 from ..models.autoencoder_kl_dynamic import DynamicAutoencoderKL
-from ..saving import digest, file_sha256, read_json
 
 
 VERSION = 1

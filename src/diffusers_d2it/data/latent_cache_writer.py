@@ -17,8 +17,8 @@ from safetensors.torch import save_file
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
+from ..files.folders import STAGING, check_sha256, check_size, file_sha256, sweep, write_durably, write_text_durably
 from ..models.autoencoder_kl_dynamic import DynamicAutoencoderKL
-from ..saving import STAGING, check_sha256, check_size, file_sha256, sweep, write_durably, write_text_durably
 from .images import UnusableImageError, decode_image, to_pixels
 from .latent_cache_files import (
     INDEX,
@@ -32,7 +32,7 @@ from .latent_cache_files import (
     shard_metadata,
     shard_path,
 )
-from .sources import ImageSource
+from .source import ImageSource
 
 
 _LOCK_SECONDS = 10  # workers of a killed run hold its lock until they notice, at most 5 seconds

@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_in
 
 from .bad_images import BadImages
 from .images import UnusableImageError, check_size, decode_image, to_pixels
-from .sources import ImageSource, Row
+from .source import ImageSource, Row
 
 
 MAX_UNUSABLE = 1000  # so many in a row, and the images are not what they should be

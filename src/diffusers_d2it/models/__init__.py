@@ -1,0 +1,10 @@
+# Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
+"""The three networks of D2iT, as `ModelMixin`s of diffusers that load what was saved or nothing."""
+
+from .autoencoder_kl_dynamic import DynamicAutoencoderKL
+from .layers import DiTBlock
+from .transformer_d2it_content import D2iTContentModel
+from .transformer_d2it_grain import D2iTGrainModel
+
+
+__all__ = ["D2iTContentModel", "D2iTGrainModel", "DiTBlock", "DynamicAutoencoderKL"]

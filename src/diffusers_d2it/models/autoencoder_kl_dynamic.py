@@ -33,9 +33,9 @@ from ..grains import (
     region_entropy,
     tie,
 )
-from .config_ranges import check_autoencoder
+from .configs import check_autoencoder
 from .fallbacks import CompiledMixin
-from .loading import StrictModelMixin
+from .strict import StrictModelMixin
 from .tiling import blend_tiles, tile_starts
 
 

@@ -16,11 +16,11 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from einops import rearrange
 from torch import nn
 
+from ..grain_layout import GrainLayout, RefineLayout, can_round
 from ..grains import average_codes, cells_per_region, check_fine_ratio, check_tied
-from .config_ranges import check_content_model
+from .configs import check_content_model
 from .fallbacks import CompiledMixin, warn_once
 from .fused_blocks import FusedBlocks, FusedBlocksMixin
-from .grain_layout import GrainLayout, RefineLayout, can_round
 from .layers import (
     FREQUENCY_SIZE,
     DiTBlock,
@@ -32,7 +32,7 @@ from .layers import (
     residual_stream,
     sincos_positions,
 )
-from .loading import SafeAdapterMixin, StrictModelMixin
+from .strict import SafeAdapterMixin, StrictModelMixin
 from .window_attention import RefineBlock
 
 

@@ -16,7 +16,7 @@ from diffusers.utils import BaseOutput
 from einops import rearrange
 from torch import nn
 
-from .config_ranges import check_grain_model
+from .configs import check_grain_model
 from .fallbacks import CompiledMixin
 from .fused_blocks import FusedBlocks, FusedBlocksMixin
 from .layers import (
@@ -29,7 +29,7 @@ from .layers import (
     residual_stream,
     sincos_positions,
 )
-from .loading import SafeAdapterMixin, StrictModelMixin
+from .strict import SafeAdapterMixin, StrictModelMixin
 
 
 @dataclass

@@ -9,8 +9,8 @@ import torch
 from einops import rearrange
 from torch import nn
 
+from ..grain_layout import RefineLayout
 from .fused_blocks import BlockWeights, fused_block
-from .grain_layout import RefineLayout
 from .layers import DiTBlock, SelfAttention
 
 

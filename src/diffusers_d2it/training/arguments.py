@@ -14,8 +14,9 @@ from accelerate.utils import (
 )
 
 from ..broken_packages import import_optional
+from ..files import lock
 from .gate import GatedAccelerator
-from .output_folder import check_output_dir, lock_output_dir
+from .output_folder import check_output_dir
 
 
 def make_parser(description: str) -> argparse.ArgumentParser:
@@ -111,7 +112,7 @@ def make_accelerator(args: argparse.Namespace) -> GatedAccelerator:
     )
     accelerator.wait_for_everyone()  # only now may a process write into the output folder that another one checks
     if accelerator.is_main_process:
-        accelerator.output_lock = lock_output_dir(args)  # until the process ends
+        accelerator.output_lock = lock(args.output_dir)  # until the process ends
     accelerator.wait_for_everyone()
     return accelerator
 

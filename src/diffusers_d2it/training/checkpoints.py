@@ -27,7 +27,7 @@ from diffusers import ModelMixin
 from safetensors.torch import load_file, save_file
 from torch.optim.lr_scheduler import LRScheduler
 
-from ..saving import read_json, remove_folder, replace_folder, seal, staging_folder, verify
+from ..files.folders import read_json, remove_folder, replace_folder, seal, staging_folder, verify
 from .averaging import WeightAverage
 from .gate import GatedAccelerator
 from .states import (

@@ -12,7 +12,7 @@ from ..calibration import EntropyCalibration
 from ..data.bad_images import BadImages
 from ..data.images import to_pixels
 from ..data.loaders import usable_images
-from ..data.sources import ImageSource
+from ..data.source import ImageSource
 from ..grains import grain_map_to_cells, split
 from ..models.autoencoder_kl_dynamic import DynamicAutoencoderKL
 

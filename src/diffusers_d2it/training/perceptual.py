@@ -3,7 +3,7 @@
 
 import torch
 
-from ..metrics.perceptual import load_lpips
+from ..evaluation.perceptual import load_lpips
 
 
 def load_perceptual_loss() -> torch.nn.Module:

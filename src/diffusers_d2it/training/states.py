@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from ..escaping import printable
+from ..words import printable
 
 
 def is_sharded(module: torch.nn.Module) -> bool:

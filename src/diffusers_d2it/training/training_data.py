@@ -9,10 +9,11 @@ from pathlib import Path
 from accelerate import Accelerator
 
 from ..data.bad_images import BadImages
+from ..data.images import check_resolution
 from ..data.latent_cache import LatentCache
 from ..data.latent_cache_files import describe_vae
 from ..data.loaders import ImageDataset, ImageStream, make_dataset
-from ..data.sources import load_images
+from ..data.source import load_images
 from ..models.autoencoder_kl_dynamic import DynamicAutoencoderKL
 
 
@@ -85,9 +86,3 @@ def load_autoencoder(path: str, resolution: int) -> DynamicAutoencoderKL:
     vae = DynamicAutoencoderKL.from_pretrained(path).requires_grad_(False).eval()
     check_resolution(resolution, vae.region_size)
     return vae
-
-
-def check_resolution(resolution: int, region_size: int) -> None:
-    """Raise a ValueError unless --resolution is a multiple of the region size."""
-    if resolution < 1 or resolution % region_size:
-        raise ValueError(f"--resolution must be a multiple of {region_size}, the region size, got {resolution}.")

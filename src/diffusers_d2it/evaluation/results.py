@@ -1,0 +1,124 @@
+# Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
+"""Figures with the protocol they were measured by, in files, and what may be compared with what."""
+
+import json
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from ..files.folders import read_json, write_text_durably
+from ..words import shorten
+
+
+# What stands in a protocol for the reader: names say little, versions and devices decide about last digits, and the
+# pixels of samples differ wherever the checkpoint does.
+_NOTES = ("samples.name", "samples.digest", "samples.environment", "reference.name", "versions")
+_MISSING = "not stated"
+
+
+@dataclass(frozen=True)
+class Result:
+    """A figure and its protocol.
+
+    Args:
+        metric: "fid", "psnr", "fd_dinov2", ...
+        value: the figure.
+        protocol: how it was measured, as values of JSON.
+        deviation: its standard deviation over the splits or subsets that it is the mean of, if it is one.
+
+    Raises:
+        ValueError: the value is NaN, or the protocol holds what JSON does not.
+    """
+
+    metric: str
+    value: float
+    protocol: dict
+    deviation: float | None = None
+
+    def __post_init__(self):
+        if math.isnan(self.value):
+            raise ValueError(f"`value` of {self.metric!r} must be a number, got NaN.")
+        try:
+            # As it will be read from a file: a tuple is a list there, and the two must not differ
+            object.__setattr__(self, "protocol", json.loads(json.dumps(self.protocol)))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"`protocol` of {self.metric!r} must hold values of JSON: {error}.") from error
+
+
+def save_results(path: str | os.PathLike, results: Sequence[Result]) -> None:
+    """Write results into a JSON file, whole or not at all."""
+    text = json.dumps({"results": [asdict(result) for result in results]}, indent=2)
+    write_text_durably(Path(path).absolute(), text + "\n")
+
+
+def load_results(path: str | os.PathLike) -> list[Result]:
+    """Read what `save_results` has written.
+
+    Raises:
+        ValueError: the file is missing, damaged, or holds something else.
+    """
+    stored = read_json(Path(path)).get("results")
+    try:
+        return [Result(**one) for one in stored]
+    except TypeError as error:
+        raise ValueError(f'{path} holds no results: {{"results": [...]}} with metric, value, protocol.') from error
+
+
+def differences(a: Result, b: Result, varying: Sequence[str] = ()) -> dict[str, tuple]:
+    """The fields of two protocols that differ, by their dotted names, with both values.
+
+    Args:
+        a: a result.
+        b: another one.
+        varying: dotted names of fields that may differ, with all that they hold. Names, versions, and the pixels of
+            the samples always may.
+
+    Returns:
+        Such as {"samples.num_inference_steps": (50, 250)}; a field that one of them lacks is "not stated".
+    """
+    fields_a, fields_b = (_flat({"metric": one.metric, **one.protocol}) for one in (a, b))
+    allowed = (*_NOTES, *varying)
+    return {
+        name: (fields_a.get(name, _MISSING), fields_b.get(name, _MISSING))
+        for name in dict.fromkeys([*fields_a, *fields_b])
+        if fields_a.get(name, _MISSING) != fields_b.get(name, _MISSING)
+        and not any(name == one or name.startswith(f"{one}.") for one in allowed)
+    }
+
+
+def compare(a: Result, b: Result, varying: Sequence[str] = ("samples.checkpoint",)) -> float:
+    """How much higher b is than a, if the two were measured alike.
+
+    Args:
+        a: a result.
+        b: another one.
+        varying: as in `differences`; by default only the checkpoint.
+
+    Returns:
+        b.value - a.value.
+
+    Raises:
+        ValueError: the protocols differ; each field is named, with both values.
+    """
+    found = differences(a, b, varying)
+    if found:
+        fields = "; ".join(f"{name}: {_shown(one)} and {_shown(other)}" for name, (one, other) in found.items())
+        raise ValueError(f"{a.metric} and {b.metric} were not measured alike: {fields}.")
+    return b.value - a.value
+
+
+def _flat(values: dict, prefix: str = "") -> dict:
+    """Nested dictionaries as one, keys joined by dots."""
+    flat = {}
+    for key, value in values.items():
+        if isinstance(value, dict) and value:
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _shown(value: object) -> str:
+    return value if value == _MISSING else shorten(json.dumps(value))

@@ -1,0 +1,35 @@
+# Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
+"""How anything is written and read: whole or absent, sealed, by one process at a time, and never any code."""
+
+from .folders import (
+    is_sealed,
+    lock,
+    read_json,
+    remove_folder,
+    replace_folder,
+    save_folder,
+    seal,
+    staging_folder,
+    sweep,
+    verify,
+    write_durably,
+    write_text_durably,
+)
+from .processes import on_main_process
+
+
+__all__ = [
+    "is_sealed",
+    "lock",
+    "on_main_process",
+    "read_json",
+    "remove_folder",
+    "replace_folder",
+    "save_folder",
+    "seal",
+    "staging_folder",
+    "sweep",
+    "verify",
+    "write_durably",
+    "write_text_durably",
+]

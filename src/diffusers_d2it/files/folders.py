@@ -1,0 +1,406 @@
+# Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
+"""How anything is saved: written aside, forced to the disk, sealed by a manifest, and only then put in its place.
+
+A folder that was saved here is sealed by `manifest.json`: size and SHA-256 of each of its files, those in sub-folders
+included. Files that are not listed are not looked at, so a card or a note may be put beside what was saved.
+
+A new folder appears by one rename. One that exists keeps what else is in it, so its files are replaced one by one; the
+manifest that says what they will be, and where the new ones lie until then, is written first. Killed before that, the
+folder holds the old files, killed after it, `settle` finishes what is left: at no time are old and new ones mixed
+unnoticed.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+
+try:
+    import fcntl
+except ImportError:  # Windows has neither these locks nor a sync of folders
+    fcntl = None
+
+
+MANIFEST = "manifest.json"
+STAGING = ".staging-"
+TRASH = ".trash-"
+OLD = ".old-"
+
+_VERSION = 1
+_ID_LENGTH = 8
+_SHARD = re.compile(r"-\d{5}-of-\d{5}(?=\.)")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Folders
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def save_folder(folder: str | os.PathLike, save: Callable[[str], object]) -> None:
+    """Let `save(path)` fill a folder aside, and put it in its place whole or not at all.
+
+    A folder that exists keeps the files that `save` does not write, except shards of weights that it writes anew:
+    another number of shards, or none, replaces all of them.
+
+    Args:
+        folder: what is to be saved; its parent is made if need be.
+        save: called once, with the path of an empty folder on the same disk.
+
+    Raises:
+        OSError: the disk is full or failed. What was in the folder is still there.
+        ValueError: the folder is a file, or another process is saving to it.
+    """
+    folder = Path(folder).absolute()
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} must be a folder, or nothing yet: it is a file.")
+    if not folder.is_dir():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        sweep(folder.parent, f"{folder.name}-")
+        with staging_folder(folder) as staging:
+            save(str(staging))
+            seal(staging)
+            replace_folder(staging, folder)
+        return
+    settle(folder)
+    with _owned(folder) as free:
+        if not free:
+            raise ValueError(f"another process is saving to {folder}.")
+        sweep(folder)
+        # Inside: a folder that exists may be a disk of its own, and nothing can be renamed across its edge
+        with staging_folder(folder / "files") as staging:
+            save(str(staging))
+            seal(staging)
+        _commit_inside(staging, folder)
+
+
+def seal(folder: Path) -> None:
+    """Force every file of a folder to the disk, and write the manifest that lists them, last.
+
+    Files get the modes of any new file of this user: safetensors makes them readable by their owner alone.
+    """
+    mode = folder.stat().st_mode & 0o666  # the folder is new and follows the umask
+    files = {}
+    for path in _files_of(folder):
+        path.chmod(mode)
+        with path.open("rb+") as file:
+            os.fsync(file.fileno())
+        files[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+    for path in sorted(folder.rglob("*"), reverse=True):
+        if path.is_dir():
+            fsync_folder(path)
+    _write_manifest(folder, {"version": _VERSION, "files": files})
+
+
+def is_sealed(folder: str | os.PathLike) -> bool:
+    """Whether a folder has a manifest, so that `verify` can tell whether it is whole."""
+    return Path(folder, MANIFEST).is_file()
+
+
+def verify(folder: str | os.PathLike) -> None:
+    """Check a sealed folder against its manifest; a save into it that was interrupted is finished first.
+
+    Raises:
+        ValueError: there is no manifest, it is damaged, or a file is missing or damaged; the file is named.
+    """
+    folder = Path(folder)
+    settle(folder)
+    for name, record in _read_manifest(folder)["files"].items():
+        check_size(folder / name, record["bytes"])
+        check_sha256(folder / name, record["sha256"])
+
+
+def lock(folder: str | os.PathLike, *, wait: float = 4.0) -> ExitStack:
+    """Keep other runs out of a folder, which is made if need be, and clear up after one that was killed.
+
+    The lock is the one that also guards a save: of the folder itself, held by the operating system, which lets go of
+    it when the process ends, however it ends.
+
+    Args:
+        folder: where this run works.
+        wait: seconds to try for: the workers of a run that was just killed hold its lock until they notice.
+
+    Returns:
+        What holds the lock: a context, or to be closed; kept, it holds until the process ends.
+
+    Raises:
+        ValueError: the folder is a file, or another run works in it.
+    """
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} must be a folder, or nothing yet: it is a file.")
+    folder.mkdir(parents=True, exist_ok=True)
+    end = time.monotonic() + wait
+    while True:
+        with ExitStack() as stack:
+            if stack.enter_context(_owned(folder)):
+                sweep(folder)
+                return stack.pop_all()
+        if time.monotonic() > end:
+            raise ValueError(f"another run is working in {folder}.")
+        time.sleep(0.05)
+
+
+def settle(folder: str | os.PathLike) -> None:
+    """Finish a save into a folder that existed, if the process that saved was killed in the middle of it.
+
+    Raises:
+        ValueError: the manifest is damaged.
+        OSError: the folder cannot be written.
+    """
+    folder = Path(folder)
+    if not is_sealed(folder):
+        return
+    manifest = _read_manifest(folder)
+    if "pending" not in manifest:
+        return
+    with _owned(folder) as dead:
+        if dead:
+            _move_pending(folder / manifest["pending"], folder, manifest)
+
+
+def sweep(folder: Path, name: str = "") -> None:
+    """Clear up after killed processes that saved in a folder; what a living one works on stays.
+
+    What was half-written or half-removed goes, what was to be replaced comes back unless the new one is there.
+
+    Args:
+        folder: where they worked.
+        name: only what was to become a file or folder of this name, with a hyphen behind it; all by default.
+    """
+    for path in sorted(folder.glob(f"{OLD}{name}*")):
+        current = path.with_name(path.name[len(OLD) : -_ID_LENGTH - 1])
+        if not current.exists():
+            path.rename(current)
+    for prefix in (STAGING, TRASH, OLD):
+        for path in sorted(folder.glob(f"{prefix}{name}*")):
+            with _owned(path) as dead:
+                if dead:
+                    shutil.rmtree(path)
+
+
+def replace_folder(staging: Path, folder: Path) -> None:
+    """Put a sealed folder in the place of one beside it, which may be there or not; `sweep` finishes it if killed."""
+    old = _aside(folder, OLD)
+    replaced = folder.exists()
+    if replaced:
+        folder.rename(old)
+    staging.rename(folder)
+    fsync_folder(folder.parent)
+    if replaced:
+        shutil.rmtree(old)
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder so that it is at no time there in part under its name."""
+    trash = _aside(folder, TRASH)
+    folder.rename(trash)
+    shutil.rmtree(trash)
+
+
+@contextmanager
+def staging_folder(path: Path) -> Iterator[Path]:
+    """A new folder beside `path`, locked as long as this process works in it, removed if that fails."""
+    staging = _aside(path, STAGING)
+    staging.mkdir()
+    with _owned(staging):
+        try:
+            yield staging
+        except BaseException:
+            shutil.rmtree(staging, ignore_errors=True)  # the error that led here is the one to be seen
+            raise
+
+
+def _aside(path: Path, prefix: str) -> Path:
+    return path.with_name(f"{prefix}{path.name}-{uuid.uuid4().hex[:_ID_LENGTH]}")
+
+
+@contextmanager
+def _owned(folder: Path) -> Iterator[bool]:
+    """Lock a folder; False if another process holds it. The lock of a process ends with it, however it ends."""
+    if fcntl is None or not folder.is_dir():
+        yield True
+        return
+    file = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.EAGAIN, errno.EACCES):  # EAGAIN: held; else no locks on this disk
+                raise
+            yield False
+        else:
+            yield True
+    finally:
+        os.close(file)
+
+
+def _commit_inside(staging: Path, folder: Path) -> None:
+    """Replace the files of a folder by those of a sealed staging folder inside it."""
+    new = _read_manifest(staging)["files"]
+    series = {_series(name) for name in new}
+    old = _read_manifest(folder)["files"] if is_sealed(folder) else {}
+    kept = {name: record for name, record in old.items() if name not in new and _series(name) not in series}
+    around = [path.relative_to(folder).as_posix() for path in _neighbours(folder, new)]
+    manifest = {
+        "version": _VERSION,
+        "files": {**kept, **new},
+        "pending": staging.name,
+        # Of a sub-folder that was saved by itself before, the manifest does not hold any more
+        "stale": [name for name in around if name not in new and (_series(name) in series or _is_nested(name))],
+    }
+    _write_manifest(folder, manifest)  # from here on the new files count
+    _move_pending(staging, folder, manifest)
+
+
+def _move_pending(staging: Path, folder: Path, manifest: dict) -> None:
+    for name in manifest["files"]:
+        if (staging / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (staging / name).replace(folder / name)
+    for name in manifest["stale"]:
+        (folder / name).unlink(missing_ok=True)
+    for parent in {(folder / name).parent for name in manifest["files"]}:
+        fsync_folder(parent)
+    _write_manifest(folder, {key: manifest[key] for key in ("version", "files")})
+    shutil.rmtree(staging, ignore_errors=True)
+
+
+def _is_nested(name: str) -> bool:
+    return name.endswith(f"/{MANIFEST}")
+
+
+def _series(name: str) -> object:
+    """Equal for files of one set of weights: whole, in shards, or the index of the shards; variants differ."""
+    if ".safetensors" not in name:
+        return name
+    return frozenset(_SHARD.sub("", name).split(".")) - {"index", "json"}
+
+
+def _neighbours(folder: Path, names: dict) -> Iterator[Path]:
+    """Files in the folders where these names are or will be."""
+    for parent in sorted({(folder / name).parent for name in names}):
+        if parent.is_dir():
+            yield from (path for path in sorted(parent.iterdir()) if path.is_file())
+
+
+def _files_of(folder: Path) -> Iterator[Path]:
+    """All files of a folder and its sub-folders."""
+    for path in sorted(folder.rglob("*")):
+        if path.is_symlink():
+            raise ValueError(f"{path} is a link: a folder is sealed with what it holds, not with what lies elsewhere.")
+        if path.is_file():
+            yield path
+
+
+def _write_manifest(folder: Path, manifest: dict) -> None:
+    text = json.dumps({**manifest, "sha256": digest(manifest)}, indent=2) + "\n"
+    write_text_durably(folder / MANIFEST, text)
+
+
+def _read_manifest(folder: Path) -> dict:
+    path = folder / MANIFEST
+    manifest = read_json(path)
+    if manifest.pop("sha256", None) != digest(manifest):
+        raise ValueError(f"{path} is damaged: its contents do not have the SHA-256 that it states.")
+    if manifest.get("version") != _VERSION:
+        raise ValueError(f"{path} must be of version {_VERSION}, got {manifest.get('version')!r}.")
+    files = manifest.get("files")
+    if not isinstance(files, dict) or any(record.keys() != {"bytes", "sha256"} for record in files.values()):
+        raise ValueError(f"{path} is damaged: it does not list files with their sizes and hashes.")
+    for name in [*files, *manifest.get("stale", ()), manifest.get("pending", MANIFEST)]:
+        if os.path.isabs(name) or ".." in Path(name).parts or not name.isprintable():
+            raise ValueError(f"{path} must name files of its folder, got {name!r}.")
+    return manifest
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def write_durably(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write(staged)` write a file aside, force it to the disk and put it at `path`.
+
+    Raises:
+        OSError: the disk is full or failed. What was at `path` is still there.
+    """
+    sweep(path.parent, f"{path.name}-")
+    with staging_folder(path) as staging:
+        staged = staging / path.name
+        write(staged)
+        staged.chmod(staging.stat().st_mode & 0o666)
+        with staged.open("rb+") as file:
+            os.fsync(file.fileno())
+        staged.replace(path)
+        staging.rmdir()
+    fsync_folder(path.parent)
+
+
+def write_text_durably(path: Path, text: str) -> None:
+    """`write_durably` of a text."""
+    write_durably(path, lambda staged: staged.write_text(text, encoding="utf-8"))
+
+
+def fsync_folder(folder: Path) -> None:
+    """Force the names in a folder to the disk."""
+    if os.name == "nt":
+        return
+    file = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)
+
+
+def read_json(path: Path) -> dict:
+    """Read a JSON file that holds an object.
+
+    Raises:
+        ValueError: it is missing, or is something else.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path} is missing.")
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or brackets without end
+        raise ValueError(f"{path} is damaged, it is not JSON: {error}") from None
+    if not isinstance(stored, dict):
+        raise ValueError(f"{path} is damaged: it holds {type(stored).__name__} instead of a JSON object.")
+    return stored
+
+
+def check_size(path: Path, num_bytes: int) -> None:
+    """Raise a ValueError unless a file is there and has its size."""
+    if not path.is_file():
+        raise ValueError(f"{path} is missing.")
+    if path.stat().st_size != num_bytes:
+        raise ValueError(f"{path} is damaged: it has {path.stat().st_size} bytes instead of {num_bytes}.")
+
+
+def check_sha256(path: Path, sha256: str) -> None:
+    """Raise a ValueError unless a file has its SHA-256."""
+    found = file_sha256(path)
+    if found != sha256:
+        raise ValueError(f"{path} is damaged or another file: its SHA-256 is {found} instead of {sha256}.")
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file, a piece at a time."""
+    digest, piece = hashlib.sha256(), memoryview(bytearray(2**18))
+    with path.open("rb", buffering=0) as file:
+        while length := file.readinto(piece):
+            digest.update(piece[:length])
+    return digest.hexdigest()
+
+
+def digest(values: dict) -> str:
+    """SHA-256 of JSON values, whatever the order of their keys."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()

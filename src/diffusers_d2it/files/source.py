@@ -1,0 +1,157 @@
+# Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
+"""Where something is loaded from: a folder, or one commit of a repository of the Hub. No URL, no code, no pickle."""
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import resolve_revision, snapshot_download
+from huggingface_hub.errors import HFValidationError, RevisionResolutionError
+from huggingface_hub.utils import validate_repo_id
+
+from ..words import shown
+
+
+# Arguments of diffusers that lead to code or pickled weights, and the only values of theirs that do not
+_HARMLESS = {
+    "custom_pipeline": (None,),
+    "custom_revision": (None,),
+    "trust_remote_code": (None, False),
+    "load_connected_pipeline": (None, False),
+    "use_safetensors": (None, True),
+    "use_onnx": (None, False),
+    "use_flashpack": (None, False),
+    "provider": (None,),
+    "sess_options": (None,),
+    "provider_options": (None,),
+}
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:[/:]")  # not the C:/ of a drive
+_VARIANT = re.compile(r"\w+(-\w+)*", re.ASCII)
+
+
+def refuse_code(arguments: dict[str, Any]) -> None:
+    """Refuse arguments of `from_pretrained` that would run code, or read weights that can hold code.
+
+    Raises:
+        ValueError: such an argument was given; it is named.
+    """
+    for name, harmless in _HARMLESS.items():
+        if name in arguments and arguments[name] not in harmless:
+            raise ValueError(
+                f"`{name}` must be {' or '.join(map(str, harmless))}, got {shown(arguments[name])}: only safetensors"
+                " and JSON are read, no code is run, and pickled weights can hold code."
+            )
+
+
+def check_source(name: str | os.PathLike, subfolder: str | None, variant: str | None) -> None:
+    """Refuse what is neither a folder nor a name on the Hub, and names that leave their folder.
+
+    Raises:
+        ValueError: `name` is a URL, a file, or neither a folder nor a name; `subfolder` leads out; `variant` is no
+            word.
+    """
+    if not isinstance(name, (str, os.PathLike)):
+        raise ValueError(f"`pretrained_model_name_or_path` must be a folder or a name on the Hub, got {shown(name)}.")
+    text = os.fspath(name)
+    if _URL.match(text):
+        raise ValueError(
+            f"`pretrained_model_name_or_path` must be a folder or a name on the Hub, got {shown(text)}: nothing is"
+            " loaded from a URL."
+        )
+    if os.path.isfile(text):
+        raise ValueError(
+            f"`pretrained_model_name_or_path` must be a folder or a name on the Hub, got the file {text}."
+        )
+    if not os.path.isdir(text):
+        try:
+            validate_repo_id(text)
+        except HFValidationError as error:
+            raise ValueError(f"{shown(text)} is neither a folder nor a name on the Hub: {error}") from None
+    if subfolder is not None:
+        parts = re.split(r"[/\\]", str(subfolder))
+        if os.path.isabs(subfolder) or ".." in parts or _URL.match(str(subfolder)):
+            raise ValueError(f"`subfolder` must be a folder inside, got {shown(subfolder)}.")
+    if variant is not None and not (isinstance(variant, str) and _VARIANT.fullmatch(variant)):
+        raise ValueError(f"`variant` must be a word such as 'fp16', got {shown(variant)}.")
+
+
+def pin(name: str, arguments: dict[str, Any]) -> dict[str, Any]:
+    """The arguments about the Hub among those of `from_pretrained`, with the one commit that serves the whole load.
+
+    A branch may move between two downloads. With local_files_only or HF_HUB_OFFLINE nothing is asked: the commit is
+    the one that was seen last.
+
+    Args:
+        name: of a repository.
+        arguments: cache_dir, force_download, local_files_only, revision and token are taken.
+
+    Raises:
+        OSError, ValueError: there is no such repository or revision, or none is known and the Hub cannot be reached.
+    """
+    found = {key: arguments.get(key) for key in ("cache_dir", "token")}
+    local = bool(arguments.get("local_files_only"))
+    try:
+        revision = resolve_revision(name, revision=arguments.get("revision"), local_files_only=local, **found)
+    except RevisionResolutionError as error:
+        raise OSError(f"{shown(name)} is no folder, and as a name on the Hub it is not known: {error}") from error
+    return {
+        **found,
+        "force_download": bool(arguments.get("force_download")),
+        "local_files_only": local,
+        "revision": revision.resolved,  # the SHA: as a string the object is the name of the branch
+    }
+
+
+def download_model(name: str, subfolder: str | None, variant: str | None, arguments: dict[str, Any]) -> Path:
+    """Download what a model of one variant is made of, at one commit, and return its folder in the cache.
+
+    Raises:
+        OSError, ValueError: as for `pin`, or files are missing from the cache and the Hub cannot be reached.
+    """
+    inside = "" if subfolder is None else f"{subfolder.strip('/')}/"
+    stem = "diffusion_pytorch_model"
+    names = ["config.json", index_name(variant), weights_name(variant)]
+    if variant is None:
+        names += [f"{stem}-?????-of-?????.safetensors"]
+    else:
+        names += [f"{stem}.{variant}-?????-of-?????.safetensors", f"{stem}-?????-of-?????.{variant}.safetensors"]
+    folder = snapshot_download(name, allow_patterns=[f"{inside}{name}" for name in names], **pin(name, arguments))
+    return Path(folder, subfolder or "")
+
+
+def forget_origin(file: Path) -> None:
+    """Remove from a saved configuration where on this machine it was loaded from; a name of the Hub stays."""
+    config = json.loads(file.read_text(encoding="utf-8"))
+    origin = config.get("_name_or_path")
+    if origin is None:
+        return
+    try:
+        validate_repo_id(origin)
+    except HFValidationError:
+        is_name = False
+    else:
+        is_name = not os.path.exists(origin)
+    if not is_name:
+        del config["_name_or_path"]
+        file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def weights_name(variant: str | None) -> str:
+    """Name of the file of the weights of a model that is not in shards."""
+    return f"diffusion_pytorch_model{'' if variant is None else f'.{variant}'}.safetensors"
+
+
+def index_name(variant: str | None) -> str:
+    """Name of the index of the weights of a model in shards."""
+    return f"diffusion_pytorch_model.safetensors.index{'' if variant is None else f'.{variant}'}.json"
+
+
+def model_files(variant: str | None) -> re.Pattern:
+    """Names of all files that a model of one variant may consist of."""
+    infix = "" if variant is None else re.escape(f".{variant}")
+    shard = r"-\d{5}-of-\d{5}"
+    names = [f"{infix}({shard})?", f"{shard}{infix}"]
+    weights = "|".join(rf"diffusion_pytorch_model{name}\.safetensors" for name in names)
+    return re.compile(rf"config\.json|{weights}|{re.escape(index_name(variant))}")

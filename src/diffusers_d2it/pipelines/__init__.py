@@ -1,0 +1,9 @@
+# Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
+"""From a class label to an image and its grain map, by any scheduler of diffusers, every code kept one value."""
+
+from .grain_maps import sample_grain_map
+from .pipeline_d2it import D2iTPipeline, D2iTPipelineOutput
+from .tied_scheduler import TiedScheduler
+
+
+__all__ = ["D2iTPipeline", "D2iTPipelineOutput", "TiedScheduler", "sample_grain_map"]

@@ -1,0 +1,164 @@
+# Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
+"""What D2iTPipeline checks before it begins: do the components fit, do the arguments fit them and one another?"""
+
+import numpy as np
+import torch
+from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler
+from diffusers.schedulers import KarrasDiffusionSchedulers
+from diffusers.utils import logging
+
+from ..grains import check_grain_map
+from ..limits import Items, Number, Optional, Text, Whole
+from ..models.autoencoder_kl_dynamic import DynamicAutoencoderKL
+from ..models.transformer_d2it_content import D2iTContentModel
+from ..models.transformer_d2it_grain import D2iTGrainModel
+from ..words import shown
+from .tied_scheduler import reads_variance
+
+
+logger = logging.get_logger(__name__)
+
+FLOW_MATCHING_SCHEDULERS = (FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler)
+
+
+def check_components(
+    vae: DynamicAutoencoderKL,
+    grain_model: D2iTGrainModel | None,
+    transformer: D2iTContentModel,
+    scheduler: KarrasDiffusionSchedulers,
+    grain_scheduler: KarrasDiffusionSchedulers | None,
+    id2label: dict[int, str] | None,
+) -> None:
+    """Raise a ValueError that names the two components that do not fit one another."""
+    pairs = [
+        (
+            "transformer.in_channels",
+            transformer.config.in_channels,
+            "vae.latent_channels",
+            vae.config.latent_channels,
+        ),
+        ("transformer.num_grains", transformer.config.num_grains, "the grains of the vae", vae.num_grains),
+    ]
+    if grain_model is not None:
+        grain, content = grain_model.config, transformer.config
+        pairs += [
+            ("grain_model.num_grains", grain.num_grains, "transformer.num_grains", content.num_grains),
+            ("grain_model.num_classes", grain.num_classes, "transformer.num_classes", content.num_classes),
+        ]
+    for left, left_value, right, right_value in pairs:
+        if left_value != right_value:
+            raise ValueError(f"components do not fit: {left} is {left_value}, {right} is {right_value}.")
+    if (grain_model is None) != (grain_scheduler is None):
+        raise ValueError("components do not fit: `grain_model` and `grain_scheduler` go together, one is None.")
+    if grain_scheduler is not None and grain_scheduler.config.prediction_type != "sample":
+        raise ValueError(
+            "components do not fit: `grain_scheduler` needs prediction_type 'sample', got"
+            f" {grain_scheduler.config.prediction_type!r}."
+        )
+    config = scheduler.config
+    if not hasattr(scheduler, "init_noise_sigma") and not isinstance(scheduler, FLOW_MATCHING_SCHEDULERS):
+        raise ValueError(
+            "components do not fit: `scheduler` must be one of KarrasDiffusionSchedulers or of flow matching, got"
+            f" {type(scheduler).__name__}."
+        )
+    if config.get("clip_sample") or config.get("thresholding"):
+        logger.warning(
+            "`scheduler` limits samples to [-1, 1], which is meant for pixels and spoils latents: make it with"
+            " clip_sample=False and thresholding=False."
+        )
+    if reads_variance(scheduler) and not isinstance(scheduler, DDPMScheduler):
+        raise ValueError(
+            f"components do not fit: `scheduler` {type(scheduler).__name__} with variance_type"
+            f" {config.variance_type!r} cuts predictions to three channels: make it with variance_type=None."
+        )
+    if reads_variance(scheduler) and transformer.out_channels != 2 * transformer.config.in_channels:
+        raise ValueError(
+            f"components do not fit: `scheduler` has variance_type {config.variance_type!r}, the transformer"
+            " predicts no variance."
+        )
+    num_classes = transformer.config.num_classes
+    beyond = [id for id in id2label or {} if num_classes is None or not 0 <= id < num_classes]
+    if beyond:
+        raise ValueError(f"components do not fit: `id2label` names {beyond}, the model has {num_classes} classes.")
+
+
+SAMPLING_RANGES = {
+    "num_images_per_prompt": Whole(1, 10_000),
+    "num_inference_steps": Whole(1, 1_000_000),
+    "guidance_scale": Number(-1e6, 1e6),
+    "guidance_interval": Items(Number(0, 1), 2, 2),
+    "guidance_power": Optional(Number(1e-6, 1e6)),
+    "null_fine_ratio": Optional(Number(0, 1)),
+    "fine_ratio": Optional(Number(0, 1)),
+    "grain_num_inference_steps": Whole(1, 1_000_000),
+    "grain_guidance_scale": Number(-1e6, 1e6),
+    "callback_on_step_end_tensor_inputs": Items(Text(100), 0, 100),
+}
+_LONGEST_SIDE = 16_384  # pixels
+
+
+def check_given_map(grain_map: torch.Tensor | np.ndarray, batch_size: int, num_grains: int) -> None:
+    """Raise a ValueError unless a map is int64 of shape (h, w), (1, h, w) or (B, h, w) with grains of the model."""
+    if not isinstance(grain_map, (torch.Tensor, np.ndarray)):
+        raise ValueError(f"`grain_map` must be a tensor, an array or a name, got {type(grain_map).__name__}.")
+    if grain_map.dtype not in (torch.int64, np.int64):
+        raise ValueError(f"`grain_map` must be int64, got {grain_map.dtype}.")
+    if grain_map.ndim not in (2, 3) or (grain_map.ndim == 3 and len(grain_map) not in (1, batch_size)):
+        raise ValueError(
+            f"`grain_map` must have shape (h, w), (1, h, w) or ({batch_size}, h, w), got {tuple(grain_map.shape)}."
+        )
+    grain_map = torch.as_tensor(grain_map)
+    check_grain_map(grain_map if grain_map.ndim == 3 else grain_map[None], num_grains)
+
+
+def check_latents(latents: torch.Tensor, batch_size: int, transformer: D2iTContentModel) -> None:
+    """Raise a ValueError unless starting noise is finite, float32, and of a shape that the model reads."""
+    channels = transformer.config.in_channels
+    cells = transformer.patch_size
+    if not isinstance(latents, torch.Tensor) or latents.dtype != torch.float32:
+        kind = latents.dtype if isinstance(latents, torch.Tensor) else type(latents).__name__
+        raise ValueError(f"`latents` must be a float32 tensor, got {kind}.")
+    if latents.ndim != 4 or latents.shape[:2] != (batch_size, channels) or any(s % cells for s in latents.shape[2:]):
+        raise ValueError(
+            f"`latents` must have shape ({batch_size}, {channels}, h, w) with h and w multiples of {cells}, got"
+            f" {tuple(latents.shape)}."
+        )
+    if not latents.isfinite().all():
+        raise ValueError("`latents` hold values that are not finite.")
+
+
+def map_size(
+    grain_map: torch.Tensor | np.ndarray | str | None,
+    latents: torch.Tensor | None,
+    height: int | None,
+    width: int | None,
+    vae: DynamicAutoencoderKL,
+    transformer: D2iTContentModel,
+) -> tuple[int, int]:
+    """Sides (h, w) of the grain map: from the map, the latents, the size asked for, or that of training.
+
+    Raises:
+        ValueError: they contradict one another, or the size is no multiple of a region.
+    """
+    cells = transformer.patch_size
+    region = vae.region_size
+    sizes = {}
+    if grain_map is not None and not isinstance(grain_map, str):
+        sizes["grain_map"] = tuple(grain_map.shape[-2:])
+    if latents is not None:
+        sizes["latents"] = tuple(side // cells for side in latents.shape[-2:])
+    if height is not None or width is not None:
+        default = transformer.config.sample_size * vae.downsample_factor
+        sides = (default if height is None else height, default if width is None else width)
+        if any(type(side) is not int or not region <= side <= _LONGEST_SIDE or side % region for side in sides):
+            raise ValueError(
+                f"`height` and `width` must be positive multiples of the region size {region}, at most"
+                f" {_LONGEST_SIDE}, got {shown(sides[0])} and {shown(sides[1])}."
+            )
+        sizes["height and width"] = tuple(side // region for side in sides)
+    if not sizes:
+        return (transformer.config.sample_size // cells,) * 2
+    if len(set(sizes.values())) > 1:
+        described = ", ".join(f"{name} {size[0]}x{size[1]}" for name, size in sizes.items())
+        raise ValueError(f"arguments ask for maps of different sizes: {described} regions.")
+    return next(iter(sizes.values()))

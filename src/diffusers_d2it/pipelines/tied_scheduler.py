@@ -1,0 +1,149 @@
+# Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
+"""A diffusers scheduler that keeps the codes of a grain map tied: the only way the pipeline takes a step."""
+
+import inspect
+
+import numpy as np
+import torch
+from diffusers import DDPMScheduler, EDMEulerScheduler
+
+from ..grains import tie
+
+
+class TiedScheduler:
+    """Steps of any scheduler of diffusers' Karras group, or of flow matching, over latents with grains.
+
+    Schedulers act on single cells and draw independent noise for each; a coarse code must stay one value. Every sample
+    that leaves this class has been tied, so a loop written with it cannot forget to (without the tie the cells of a
+    code drift apart without bound).
+
+        steps = TiedScheduler(scheduler, grain_map, num_inference_steps=25, device=device, generator=generator)
+        latents = steps.prior(noise)
+        for t in steps.timesteps:
+            model_input, timestep = steps.model_input(latents, t)
+            noise_prediction = model(model_input, timestep, grain_map).sample
+            latents = steps.step(noise_prediction, t, latents)
+
+    `timesteps` stay on the CPU, where schedulers look up their coefficients; what the network reads lies on the device
+    from the start. So no step waits for the device.
+
+    Args:
+        scheduler: the scheduler; its timesteps are set here.
+        grain_map: (B, h, w) int64.
+        num_inference_steps: number of steps.
+        device: where the latents are.
+        generator: for schedulers that draw noise.
+    """
+
+    def __init__(
+        self,
+        scheduler,
+        grain_map: torch.Tensor,
+        num_inference_steps: int,
+        device: torch.device | str = "cpu",
+        generator: torch.Generator | list[torch.Generator] | None = None,
+    ):
+        self.scheduler = scheduler
+        self.grain_map = grain_map
+        self._edm = _EDMPreconditioning(scheduler) if isinstance(scheduler, EDMEulerScheduler) else None
+        self.timesteps = set_timesteps(scheduler, num_inference_steps)
+        network_timesteps = self.timesteps if self._edm is None else self._edm.timesteps(self.timesteps)
+        if network_timesteps.is_floating_point():
+            network_timesteps = network_timesteps.float()  # not every device has float64
+        self._on_device = dict(zip(map(float, self.timesteps), network_timesteps.to(device)))
+        self._step_kwargs = step_generator_kwargs(scheduler, generator)
+
+    def prior(self, noise: torch.Tensor) -> torch.Tensor:
+        """The first sample, from standard normal noise (B, C, H, W)."""
+        # Schedulers of flow matching start from the noise itself and read the sample as it is.
+        return tie(noise, self.grain_map) * getattr(self.scheduler, "init_noise_sigma", 1.0)
+
+    def model_input(self, latents: torch.Tensor, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the network reads at step `t` of `timesteps`: its input, as it was trained on, and its timestep."""
+        scaled = latents
+        if hasattr(self.scheduler, "scale_model_input"):
+            scaled = self.scheduler.scale_model_input(latents, t)
+        if self._edm is not None:
+            scaled = self._edm.model_input(latents, t)
+        return scaled, self._on_device[float(t)]
+
+    def step(self, model_output: torch.Tensor, t: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+        """The next sample, tied."""
+        if self._edm is not None:
+            model_output = self._edm.model_output(model_output, t, latents)
+        previous = self.scheduler.step(model_output, t, latents, return_dict=False, **self._step_kwargs)[0]
+        return tie(previous.to(latents.dtype), self.grain_map)
+
+    def tie(self, latents: torch.Tensor) -> torch.Tensor:
+        """Tie a sample that something else, such as a callback, has changed."""
+        return tie(latents, self.grain_map)
+
+
+def set_timesteps(scheduler, num_inference_steps: int) -> torch.Tensor:
+    """Set the timesteps of a scheduler, on the CPU.
+
+    With timesteps on an accelerator many schedulers read a coefficient back from it at every step, and stall it.
+    """
+    scheduler.set_timesteps(num_inference_steps, device="cpu")
+    return scheduler.timesteps
+
+
+def step_generator_kwargs(scheduler, generator: torch.Generator | list[torch.Generator] | None) -> dict:
+    """What `scheduler.step` takes so that its noise comes from `generator`; call it after `set_timesteps`.
+
+    DPMSolverSDEScheduler alone draws its noise from seeds that it holds itself: they are drawn from the generator.
+    """
+    if hasattr(scheduler, "noise_sampler_seed"):
+        generators = generator if isinstance(generator, list) else [generator]
+        seeds = [
+            scheduler.config.noise_sampler_seed
+            if one is None
+            else int(torch.randint(2**31, (), generator=one, device=one.device))
+            for one in generators
+        ]
+        scheduler.noise_sampler_seed = seeds if isinstance(generator, list) else seeds[0]
+    accepted = inspect.signature(scheduler.step).parameters
+    return {"generator": generator} if "generator" in accepted else {}
+
+
+def reads_variance(scheduler) -> bool:
+    """Whether `scheduler.step` expects the network's variance beside its prediction."""
+    # A config made from another scheduler's keeps entries that this one does not know.
+    known = inspect.signature(type(scheduler).__init__).parameters
+    return "variance_type" in known and scheduler.config.variance_type in ("learned", "learned_range")
+
+
+class _EDMPreconditioning:
+    """Lets a network trained to predict noise on a discrete schedule stand where EDMEulerScheduler expects EDM's F.
+
+    Karras et al., arXiv:2206.00364, Table 1: the scheduler forms D = c_skip x + c_out F, the network gives
+    D = x - sigma eps; the network's input is x / sqrt(1 + sigma^2), at the training step that has this sigma.
+    """
+
+    def __init__(self, scheduler: EDMEulerScheduler):
+        if scheduler.config.prediction_type != "epsilon":
+            raise ValueError(
+                "EDMEulerScheduler works here with prediction_type 'epsilon', got"
+                f" {scheduler.config.prediction_type!r}."
+            )
+        # from_config keeps the betas of the scheduler it was made from; the paper's are the default (sec. 4.1).
+        betas = {"beta_start": 1e-4, "beta_end": 2e-2, "beta_schedule": "linear"}
+        betas = {key: scheduler.config.get(key, value) for key, value in betas.items()}
+        cumulative = DDPMScheduler(**betas).alphas_cumprod
+        self.log_sigmas = ((1 - cumulative) / cumulative).sqrt().log().numpy()
+        self.sigma_data = scheduler.config.sigma_data
+
+    def timesteps(self, timesteps: torch.Tensor) -> torch.Tensor:
+        log_sigmas = 4 * timesteps.double().numpy()  # the scheduler's timesteps are log(sigma) / 4
+        steps = np.interp(log_sigmas, self.log_sigmas, np.arange(len(self.log_sigmas)))
+        return torch.from_numpy(steps).float()
+
+    def model_input(self, latents: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return latents * (1 + np.exp(8 * t.item())) ** -0.5
+
+    def model_output(self, noise: torch.Tensor, t: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+        sigma = np.exp(4 * t.item())
+        variance = sigma**2 + self.sigma_data**2
+        c_skip, c_out = self.sigma_data**2 / variance, sigma * self.sigma_data / variance**0.5
+        denoised = latents - sigma * noise
+        return (denoised - c_skip * latents) / c_out

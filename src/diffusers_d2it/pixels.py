@@ -1,0 +1,14 @@
+# Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
+"""The one place where pixels of models, in [-1, 1], and those of files, 0 to 255, become one another."""
+
+import torch
+
+
+def to_uint8(pixels: torch.Tensor) -> torch.Tensor:
+    """Pixels in [-1, 1], of any shape, as uint8: the nearest level; what lies outside goes to the ends."""
+    return ((pixels.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def from_uint8(pixels: torch.Tensor) -> torch.Tensor:
+    """uint8 pixels of any shape as float32 in [-1, 1], the inverse of `to_uint8`."""
+    return pixels.float() / 127.5 - 1

@@ -1,0 +1,327 @@
+# Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
+"""A folder of samples that many processes fill, and that is filled on after an interruption.
+
+    protocol.json     what the images are; written first, and again when all of them are there
+    000000.png ...    the images; in each of them stand its class and the fine share of its grain map
+    images.npz        all of them as one file, if it is asked for: `arr_0`, uint8 (N, H, W, 3)
+
+Everything is written aside and renamed, and the images that are there are checked before others are drawn.
+"""
+
+import json
+import math
+import os
+import shutil
+import time
+import warnings
+from collections import deque
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from tqdm.auto import tqdm
+
+from ..files.folders import STAGING, lock, staging_folder, write_text_durably
+from ..files.processes import on_main_process
+from ..words import differences, listed
+from .npz import NpzImages, NpzWriter
+from .sets import PROTOCOL, SamplePlan, new_protocol, read_protocol
+
+
+NPZ = "images.npz"
+FORMATS = ("png", "npz", "both")
+
+_THREADS = 4  # that encode and decode PNGs, which needs no interpreter
+_COMPRESSION = 1  # of zlib: a third of the time of its default for 7 % more bytes, on a photograph
+_LABEL, _FINE_SHARE = "class_label", "fine_share"  # as they are called in a PNG
+_END = b"\0\0\0\0IEND\xae\x42\x60\x82"  # of every PNG
+
+
+class DamagedSampleError(ValueError):
+    """A sample is cut off or damaged: it must be drawn again."""
+
+
+class SampleFolder:
+    """Keeps a set of samples: says which are missing, writes them, and completes the protocol.
+
+        with SampleFolder(output_dir, plan, sampling, (256, 256), "png", accelerator, checkpoint) as samples:
+            for batch in samples.batches:
+                images, fine_shares = draw(batch)
+                samples.write(batch, images, fine_shares)
+            protocol = samples.finish()
+
+    All processes call it alike. What goes wrong in the folder is raised in all of them.
+
+    Args:
+        path: a new or empty folder, or one that was begun with the same protocol.
+        plan: the images.
+        sampling: the part of the protocol that says what they are.
+        size: (height, width) of the images in pixels.
+        format: "png", "npz", or "both"; with "npz" the PNGs are removed when the .npz is there.
+        accelerator: its processes share the batches; each must see the folder.
+        checkpoint: what the user calls it, for the protocol.
+
+    Attributes:
+        batches: numbers of the images of each batch that this process has to draw. A batch of which some images are
+            there is drawn whole, so that the others become what they would have been.
+        num_missing: images that are to be drawn, by all processes.
+
+    Raises:
+        ValueError: the format is unknown. On entering: the folder is a file or holds something else, samples of
+            another protocol (each field that differs is named), PNGs of another origin, or PNGs that an earlier run
+            was to keep and this one would remove; or another run works in it.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        plan: SamplePlan,
+        sampling: Mapping[str, Any],
+        size: tuple[int, int],
+        format: str,
+        accelerator: Accelerator,
+        checkpoint: str,
+    ):
+        if format not in FORMATS:
+            raise ValueError(f"--format must be {', '.join(FORMATS)}, got {format!r}.")
+        self.path = Path(path)
+        self.plan = plan
+        self.size = tuple(size)
+        self.format = format
+        self.accelerator = accelerator
+        self.protocol = new_protocol(sampling, accelerator.device, checkpoint)
+        self.batches: list[range] = []
+        self._digits = max(6, len(str(plan.num_images - 1)))
+        self._missing: set[int] = set()
+        self._pending: deque[Future] = deque()
+        self._stack = ExitStack()
+
+    @property
+    def num_missing(self) -> int:
+        return len(self._missing)
+
+    def image_path(self, image: int) -> Path:
+        """Where an image lies."""
+        return self.path / f"{image:0{self._digits}d}.png"
+
+    def __enter__(self) -> "SampleFolder":
+        with self._stack as stack:
+            self.protocol, present, self._packed = on_main_process(self.accelerator, self._open)
+            if not self._packed:
+                self._missing = set(range(self.plan.num_images)) - set(present) | self._damaged(present)
+            on_main_process(self.accelerator, self._begin)
+            needed = [batch for batch in self.plan.batches() if not self._missing.isdisjoint(batch)]
+            # Shares of what is missing: none has all the work that is left
+            self.batches = needed[self.accelerator.process_index :: self.accelerator.num_processes]
+            self._staging = stack.enter_context(staging_folder(self.path / "images"))
+            stack.callback(shutil.rmtree, self._staging, ignore_errors=True)
+            self._pool = ThreadPoolExecutor(_THREADS)
+            stack.callback(self._pool.shutdown, cancel_futures=True)
+            self._stack = stack.pop_all()
+        self._start = time.perf_counter()
+        return self
+
+    def __exit__(self, *error) -> None:
+        self._stack.close()
+
+    def write(self, batch: range, images: torch.Tensor, fine_shares: torch.Tensor) -> None:
+        """Hand over a batch; it is written while the next one is drawn. Waits only while two others are unwritten.
+
+        Args:
+            batch: numbers of the images.
+            images: (B, 3, H, W) in [0, 1].
+            fine_shares: of their grain maps, (B,).
+
+        Raises:
+            OSError: the disk is full or failed, perhaps with an image that was handed over before.
+        """
+        pixels = (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu().numpy()
+        for image, rows, share in zip(batch, pixels, fine_shares.tolist(), strict=True):
+            if image in self._missing:
+                while len(self._pending) >= 2 * self.plan.batch_size:
+                    self._pending.popleft().result()
+                self._pending.append(self._pool.submit(self._write_png, image, rows, share))
+
+    def finish(self) -> dict[str, Any]:
+        """Wait for all processes, check the images, write the .npz if there is to be one, and return the protocol.
+
+        Raises:
+            OSError: the disk is full or failed.
+            ValueError: an image is missing or damaged; another run draws it again.
+        """
+        while self._pending:
+            self._pending.popleft().result()
+        self.accelerator.wait_for_everyone()
+        return on_main_process(self.accelerator, self._complete)
+
+    def _write_png(self, image: int, pixels: np.ndarray, fine_share: float) -> None:
+        info = PngInfo()
+        for key, value in self._texts(image, fine_share).items():
+            info.add_text(key, value)
+        path = self.image_path(image)
+        staged = self._staging / path.name
+        Image.fromarray(pixels).save(staged, compress_level=_COMPRESSION, pnginfo=info)
+        staged.replace(path)
+
+    def _read_png(self, image: int, decode: bool) -> tuple[float, np.ndarray | None]:
+        """Fine share and, if asked for, pixels (H, W, 3) of an image; its checksums are checked in any case.
+
+        Raises:
+            DamagedSampleError: it is damaged or missing.
+            ValueError: it is whole, but not this image of this set.
+        """
+        path, pixels = self.image_path(image), None
+        try:
+            with Image.open(path, formats=["PNG"]) as opened:
+                found, mode, size = opened.info, opened.mode, (opened.height, opened.width)
+                opened.verify()
+            with path.open("rb") as file:  # Pillow does not read to the end
+                file.seek(-len(_END), os.SEEK_END)
+                if file.read() != _END:
+                    raise ValueError("its end is missing")
+            if decode:
+                with Image.open(path, formats=["PNG"]) as opened:
+                    pixels = np.asarray(opened)
+        except Exception as error:  # damaged files raise anything
+            raise DamagedSampleError(f"{path.name}: {error or type(error).__name__}") from error
+        share = found.get(_FINE_SHARE)
+        texts = {key: found[key] for key in (_LABEL, _FINE_SHARE) if key in found}
+        if share is None or (mode, size, texts) != ("RGB", self.size, self._texts(image, share)):
+            raise ValueError(
+                f"{path} is not image {image} of these samples, and is not written over: expected"
+                f" {self.size[0]}x{self.size[1]} RGB with {self._texts(image, '...')}, got {size[0]}x{size[1]} {mode}"
+                f" with {texts}."
+            )
+        return float(share), pixels
+
+    def _texts(self, image: int, fine_share: object) -> dict[str, str]:
+        """What a PNG says of itself."""
+        label = self.plan.label(image)
+        return {_FINE_SHARE: str(fine_share)} | ({} if label is None else {_LABEL: str(label)})
+
+    def _damaged(self, present: list[int]) -> set[int]:
+        """Those of the images that are there that cannot be kept; each process looks at its share."""
+        found = []
+        for image in present[self.accelerator.process_index :: self.accelerator.num_processes]:
+            try:
+                self._read_png(image, decode=False)
+            except ValueError as error:
+                found.append((image, str(error), isinstance(error, DamagedSampleError)))
+        found = sorted(gather_object(found))
+        for _, words, is_damaged in found:
+            if not is_damaged:
+                raise ValueError(words)
+        if found and self.accelerator.is_main_process:
+            words = listed(words for _, words, _ in found)
+            warnings.warn(f"{self.path}: damaged, and drawn again: {words}.", stacklevel=3)
+        return {image for image, _, _ in found}
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # The folder, on the main process
+    # -----------------------------------------------------------------------------------------------------------------
+
+    def _open(self) -> tuple[dict[str, Any], list[int], bool]:
+        """Take the folder; its protocol, the images that are there, whole or not, and whether all is done.
+
+        All is done, without any PNG, where a complete .npz is all that is asked for.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise ValueError(f"--output_dir {self.path} is a file, expected a folder or nothing yet.")
+        names = sorted(os.listdir(self.path)) if self.path.is_dir() else []
+        others = [name for name in names if not name.startswith(STAGING)]
+        if others and PROTOCOL not in others:
+            raise ValueError(f"--output_dir {self.path} holds no samples but {listed(others)}: pass another folder.")
+        self._stack.enter_context(lock(self.path))
+
+        names = set(os.listdir(self.path))
+        present = [image for image in range(self.plan.num_images) if self.image_path(image).name in names]
+        if PROTOCOL not in names:
+            return self.protocol, present, False
+        stored = read_protocol(self.path)
+        parts = ("sampling", "environment")
+        differ = differences(*({part: protocol[part] for part in parts} for protocol in (stored, self.protocol)))
+        if differ:
+            if not present and NPZ not in names:  # nothing was drawn by it
+                return self.protocol, present, False
+            raise ValueError(
+                f"--output_dir {self.path} holds samples of another protocol: {'; '.join(differ)}. Repeat the command"
+                " that began it, or pass another folder."
+            )
+        if self.format == "npz" and present and stored["run"].get("format") != "npz":
+            raise ValueError(
+                f"--format npz would remove the PNGs that --output_dir {self.path} keeps: pass --format both."
+            )
+        packed = self.format == "npz" and stored["complete"] and self._npz_is_whole()
+        return stored, present, packed
+
+    def _begin(self) -> None:
+        """Say in the folder what is drawn, unless everything is there."""
+        if self.protocol["complete"] and not self._missing:
+            return
+        run = self.protocol["run"]
+        run["format"] = self.format
+        run["batch_sizes"] = sorted({*run.get("batch_sizes", []), self.plan.batch_size})
+        self._write_protocol(complete=False)
+
+    def _complete(self) -> dict[str, Any]:
+        pack = self.format != "png" and not self._packed and (bool(self._missing) or not self._npz_is_whole())
+        if self._missing or pack or not self.protocol["complete"]:
+            shares = self._check_all(pack)
+            run = self.protocol["run"]
+            run["format"] = self.format
+            if self._missing:
+                seconds = time.perf_counter() - self._start
+                run["num_processes"] = self.accelerator.num_processes
+                run["num_drawn"] = self.num_missing
+                run["seconds"] = round(seconds, 3)
+                run["images_per_second"] = round(self.num_missing / seconds, 3)
+            self.protocol["mean_fine_share"] = math.fsum(shares) / len(shares)
+            self._write_protocol(complete=True)
+        if self.format == "npz":
+            for image in range(self.plan.num_images):
+                self.image_path(image).unlink(missing_ok=True)
+        return self.protocol
+
+    def _check_all(self, pack: bool) -> list[float]:
+        """The fine share of every image; on the way all of them are checked, and packed into an .npz."""
+        shares = []
+        with ExitStack() as stack:
+            if pack:
+                writer = stack.enter_context(NpzWriter(self.path / NPZ, self.plan.num_images, *self.size))
+            for batch in tqdm(self.plan.batches(), desc="packing" if pack else "checking"):
+                try:
+                    read = list(self._pool.map(partial(self._read_png, decode=pack), batch))
+                except DamagedSampleError as error:
+                    raise ValueError(
+                        f"{self.path}: {error}. Repeat the command: it draws this image again."
+                    ) from error
+                shares += [share for share, _ in read]
+                if pack:
+                    writer.write(np.stack([pixels for _, pixels in read]))
+        return shares
+
+    def _npz_is_whole(self) -> bool:
+        """Whether the .npz is there with all images; its checksum is checked."""
+        if not (self.path / NPZ).is_file():
+            return False
+        try:
+            images = NpzImages(self.path / NPZ)
+            for _ in images.iterate(self.plan.batch_size):
+                pass
+        except ValueError as error:
+            warnings.warn(f"written again: {error}", stacklevel=2)
+            return False
+        return (images.num_images, images.height, images.width) == (self.plan.num_images, *self.size)
+
+    def _write_protocol(self, complete: bool) -> None:
+        self.protocol["complete"] = complete
+        write_text_durably(self.path / PROTOCOL, json.dumps(self.protocol, indent=2) + "\n")

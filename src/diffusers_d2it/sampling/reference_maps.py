@@ -1,0 +1,116 @@
+# Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
+"""True grain maps for a set of samples: each takes that of a real photograph of its class."""
+
+import argparse
+import os
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+
+from ..data.images import UnusableImageError, decode_image, to_pixels
+from ..data.source import ImageSource, Row, add_class_arguments, add_data_arguments, load_images
+from ..grains import grain_map_from_entropy
+from ..pipelines.labels import label_ids
+from .sets import SamplePlan
+
+
+_THREADS = 4  # that decode photographs
+
+
+class ReferenceMaps:
+    """Grain maps of photographs by their entropy, as Dynamic Grained Coding makes them in training.
+
+        maps = ReferenceMaps("photos", pipe, plan, resolution=256)
+        pipe(plan.labels(batch), grain_map=maps(batch), generator=plan.generators(batch))
+
+    Image i takes the map of a photograph of its class, drawn with its own seed from all of them, so some photographs
+    are taken several times. Classes are matched by their names, or where they are only numbers by their ids.
+
+    Args:
+        path: folder of photographs by class, .parquet, WebDataset .tar or name on the Hub, as in training.
+        pipe: its autoencoder makes the maps.
+        plan: the images, and their classes.
+        resolution: photographs are resized and cropped to this side in pixels.
+        fine_ratio: share of fine regions over the calibration set; None for the autoencoder's default.
+
+    Raises:
+        ValueError: the photographs cannot be read, have no classes, or none of a class that is needed; or the
+            autoencoder has not been calibrated.
+    """
+
+    def __init__(
+        self, path: str, pipe: DiffusionPipeline, plan: SamplePlan, resolution: int, fine_ratio: float | None = None
+    ):
+        self.vae = pipe.vae
+        self.plan = plan
+        self.resolution = resolution
+        self.thresholds = pipe.vae.thresholds(fine_ratio)
+        self.source = _load(path, resolution, labelled=plan.classes is not None)
+        self._rows: dict[int | None, list[int]] = {}  # of each class
+        self._find_rows(path, pipe.id2label)
+
+    def __call__(self, batch: range) -> torch.Tensor:
+        """The maps of a batch of images, (B, h, w) int64.
+
+        Raises:
+            ValueError: a photograph is damaged or no image; it is named.
+        """
+        rows = []
+        for image in batch:
+            candidates = self._rows[self.plan.label(image)]
+            rows.append(self.source[candidates[self.plan.choice(image, len(candidates))]])
+        with ThreadPoolExecutor(_THREADS) as pool:
+            pixels = torch.stack(list(pool.map(self._decode, rows)))
+        return grain_map_from_entropy(self.vae.region_entropy(pixels.to(self.vae.device)), self.thresholds)
+
+    def describe(self) -> dict[str, Any]:
+        """The part of a protocol that says where the maps come from."""
+        rule = "image i: SeedSequence(seed, spawn_key=(2, i)).generate_state(1, uint64) modulo those of its class"
+        return {"photographs": self.source.description, "fingerprint": self.source.fingerprint, "rule": rule}
+
+    def _find_rows(self, path: str, id2label: dict[int, str] | None) -> None:
+        if self.plan.classes is None:
+            self._rows[None] = list(range(self.source.num_rows))
+            return
+        if self.source.id2label is None:
+            raise ValueError(f"--reference_data {path} has no classes, and the samples have.")
+        ids = {label: _class_id(name, id2label) for label, name in self.source.id2label.items()}
+        for row in range(self.source.num_rows):
+            self._rows.setdefault(ids[self.source[row].label], []).append(row)
+        lacking = [id for id in self.plan.classes if id not in self._rows]
+        if lacking:
+            named = f"{lacking[0]} ({id2label[lacking[0]]})" if id2label else str(lacking[0])
+            raise ValueError(
+                f"--reference_data {path} has no photograph of class {named}, its classes are"
+                f" {', '.join(list(self.source.id2label.values())[:10])}: each class of the samples needs one."
+            )
+
+    def _decode(self, row: Row) -> torch.Tensor:
+        try:
+            return to_pixels(decode_image(row.encoded), self.resolution)
+        except UnusableImageError as error:
+            raise ValueError(f"--reference_data: {row.name} cannot be used: {error}.") from error
+
+
+def _class_id(name: str, id2label: dict[int, str] | None) -> int | None:
+    """The id by which the pipeline knows a class of the photographs; None if it does not."""
+    if id2label is not None:
+        try:
+            return label_ids(name, id2label)[0]
+        except ValueError:
+            pass
+    return int(name) if name.isdecimal() else None
+
+
+def _load(path: str, resolution: int, labelled: bool) -> ImageSource:
+    parser = argparse.ArgumentParser()
+    add_data_arguments(parser)
+    add_class_arguments(parser)
+    flag = "--train_data_dir" if os.path.exists(path) else "--dataset_name"
+    flags = [flag, path, "--resolution", str(resolution), *([] if labelled else ["--unconditional"])]
+    try:
+        return load_images(parser.parse_args(flags))
+    except ValueError as error:
+        raise ValueError(f"--reference_data {path}: {error}") from error

@@ -1,0 +1,204 @@
+# Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
+"""What a set of samples is: the class and the seeds of each image, and the protocol that tells how it was drawn.
+
+All that is decided about image i follows from the seed, i and the classes: neither the number of images nor batches
+nor processes have a part in it, and image i of a larger set is image i of a smaller one.
+
+A protocol (`protocol.json`) is a dictionary of JSON values:
+    version           of this form
+    complete          whether all images are there
+    sampling          all that decides what the images are: checkpoint, classes, seed, scheduler, steps, guidance ...
+    environment       device and versions, which decide about their last bits
+    run               how it went: name of the checkpoint, processes, batch sizes, seconds ...; no part in the images
+                      but by rounding
+    mean_fine_share   of the grain maps of all images, once it is complete
+"""
+
+import json
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline
+
+from ..files.folders import digest, file_sha256, read_json
+from ..files.source import model_files
+from ..words import without_paths
+
+
+PROTOCOL = "protocol.json"
+LABEL_SCHEMES = ("balanced", "random")
+
+_VERSION = 1
+_NOISE, _LABELS, _PHOTOGRAPHS = range(3)  # what a seed is for: they are independent of one another
+_NUM_SEEDS = 2**32  # torch's generator of a CPU reads no more bits of a seed: above, noise would repeat unnoticed
+_LABEL_RULES = {
+    "balanced": "image i has class i modulo K of the K classes: the first N modulo K of them have one image more",
+    "random": "image i has class SeedSequence(seed, spawn_key=(1, i)).generate_state(1, uint64) modulo K",
+}
+
+
+@dataclass(frozen=True)
+class SamplePlan:
+    """The images of a set: which of them are drawn together, their classes and their seeds.
+
+    Args:
+        num_images: N.
+        batch_size: images of a call of the pipeline, consecutive ones.
+        seed: another one draws another set.
+        classes: ids of the classes, in the order in which they take turns; None for an unconditional model.
+        scheme: "balanced" or "random": how images get their classes, independently of each other or in turns. Without
+            classes it means nothing.
+
+    Raises:
+        ValueError: a number is out of range, a class stands there twice, or the scheme is unknown.
+    """
+
+    num_images: int
+    batch_size: int
+    seed: int = 0
+    classes: tuple[int, ...] | None = None
+    scheme: str = "balanced"
+
+    def __post_init__(self) -> None:
+        for name, value, most in (("num_images", self.num_images, _NUM_SEEDS), ("batch_size", self.batch_size, None)):
+            if value < 1 or (most is not None and value > most):
+                limit = "at least 1" if most is None else f"1 to {most}"
+                raise ValueError(f"--{name} must be {limit}, got {value}.")
+        if self.seed < 0:
+            raise ValueError(f"--seed must be at least 0, got {self.seed}.")
+        if self.scheme not in LABEL_SCHEMES:
+            raise ValueError(f"--labels must be {' or '.join(LABEL_SCHEMES)}, got {self.scheme!r}.")
+        if self.classes is not None:
+            twice = sorted({id for id in self.classes if self.classes.count(id) > 1})
+            if twice or not self.classes:
+                raise ValueError(f"--class_labels must name classes, each once, got {list(self.classes)}.")
+
+    def batches(self) -> list[range]:
+        """The numbers of the images of each batch; the last one may have fewer."""
+        starts = range(0, self.num_images, self.batch_size)
+        return [range(start, min(start + self.batch_size, self.num_images)) for start in starts]
+
+    def label(self, image: int) -> int | None:
+        """The class of an image, None for an unconditional model."""
+        if self.classes is None:
+            return None
+        turn = image if self.scheme == "balanced" else _word(self.seed, _LABELS, image)
+        return self.classes[turn % len(self.classes)]
+
+    def labels(self, batch: range) -> list[int] | None:
+        """The classes of a batch, as the pipeline takes them."""
+        return None if self.classes is None else [self.label(image) for image in batch]
+
+    def noise_seed(self, image: int) -> int:
+        """The seed of the noise of an image: no two images of a set have the same."""
+        return (_word(self.seed, _NOISE) + image) % _NUM_SEEDS
+
+    def generators(self, batch: range) -> list[torch.Generator]:
+        """A generator for each image of a batch, on the CPU, so that every device draws the same noise."""
+        return [torch.Generator().manual_seed(self.noise_seed(image)) for image in batch]
+
+    def choice(self, image: int, num_choices: int) -> int:
+        """A number below `num_choices` for an image, uniform: which photograph it takes its grain map from."""
+        return _word(self.seed, _PHOTOGRAPHS, image) % num_choices
+
+    def describe(self) -> dict[str, Any]:
+        """The part of a protocol that the plan decides."""
+        labels = None
+        if self.classes is not None:
+            labels = {"scheme": self.scheme, "rule": _LABEL_RULES[self.scheme], "classes": list(self.classes)}
+        noise = {"first": self.noise_seed(0), "rule": "image i: torch.Generator().manual_seed((first + i) % 2**32)"}
+        return {"num_images": self.num_images, "seed": self.seed, "noise_seeds": noise, "labels": labels}
+
+
+def _word(seed: int, *key: int) -> int:
+    """64 random bits."""
+    return int(np.random.SeedSequence(seed, spawn_key=key).generate_state(1, np.uint64)[0])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The protocol
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def new_protocol(sampling: Mapping[str, Any], device: torch.device, checkpoint: str) -> dict[str, Any]:
+    """The protocol of a set of which nothing has been drawn yet, as it will be read back.
+
+    Args:
+        sampling: all that decides what the images are.
+        device: where they are drawn.
+        checkpoint: what the user calls it; of an absolute path the last part is kept.
+    """
+    protocol = {
+        "version": _VERSION,
+        "complete": False,
+        "sampling": sampling,
+        "environment": {
+            "device": device.type,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "diffusers": diffusers.__version__,
+            "diffusers_d2it": import_module(__package__.partition(".")[0]).__version__,
+        },
+        "run": {"checkpoint": without_paths(checkpoint)},
+    }
+    return json.loads(json.dumps(protocol))
+
+
+def read_protocol(folder: str | Path) -> dict[str, Any]:
+    """The protocol of a folder of samples.
+
+    Raises:
+        ValueError: it is missing, damaged, or of another form.
+    """
+    path = Path(folder) / PROTOCOL
+    protocol = read_json(path)
+    parts = [protocol.get(name) for name in ("sampling", "environment", "run")]
+    if protocol.get("version") != _VERSION or not all(isinstance(part, dict) for part in parts):
+        raise ValueError(
+            f"{path} is no protocol of samples, version {_VERSION}: it holds"
+            f" {', '.join(map(repr, protocol)) or 'nothing'}."
+        )
+    return protocol
+
+
+def describe_checkpoint(folder: str | Path, pipe: DiffusionPipeline) -> dict[str, Any]:
+    """A checkpoint by its contents, wherever it lies.
+
+    Args:
+        folder: where its files lie.
+        pipe: the pipeline that was loaded from there.
+
+    Returns:
+        {"weights_sha256", "configs_sha256"} of each model. For weights in one file it is the SHA-256 of that file, for
+        shards that of their names and hashes.
+    """
+    pattern = model_files(None)
+    weights, configs = {}, {}
+    for component in ("vae", "grain_model", "transformer"):
+        model = getattr(pipe, component)
+        if model is None:
+            continue
+        files = (
+            path for path in sorted(Path(folder, component).glob("*.safetensors")) if pattern.fullmatch(path.name)
+        )
+        hashes = {path.name: file_sha256(path) for path in files}
+        weights[component] = next(iter(hashes.values())) if len(hashes) == 1 else digest(hashes)
+        configs[component] = digest(_public(model.config))
+    return {"weights_sha256": weights, "configs_sha256": configs}
+
+
+def describe_scheduler(scheduler: Any) -> dict[str, Any]:
+    """Class and configuration of a scheduler."""
+    return {"class": type(scheduler).__name__, "config": _public(scheduler.config)}
+
+
+def _public(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration without what diffusers notes about files and versions."""
+    return {key: value for key, value in config.items() if not key.startswith("_")}

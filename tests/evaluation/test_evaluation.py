@@ -1,0 +1,316 @@
+# Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
+"""Metrics of small sets of crops, in the features of a small network. Several processes: examples/test_evaluate.py."""
+
+import math
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from metric_inputs import crops, small_network
+from torch import nn
+
+from diffusers_d2it.evaluation.evaluation import METRICS, evaluate
+from diffusers_d2it.evaluation.features import FeatureExtractor, module_features
+from diffusers_d2it.evaluation.image_sets import ImageSet, open_images
+from diffusers_d2it.evaluation.references import open_reference, save_statistics
+from diffusers_d2it.evaluation.results import compare, differences
+
+
+NAMES = ["fd_small", "sfd_small", "is_small", "precision_small", "recall_small", "kd_small"]  # in the order of METRICS
+
+
+@pytest.fixture(scope="module")
+def features() -> FeatureExtractor:
+    return module_features(small_network(), "small")
+
+
+@pytest.fixture(scope="module")
+def samples() -> ImageSet:
+    return ImageSet.from_tensor(crops(60, seed=0), "samples")
+
+
+@pytest.fixture(scope="module")
+def reference() -> ImageSet:
+    return ImageSet.from_tensor(crops(50, seed=1), "reference")
+
+
+def scores(samples, reference, features, metrics=METRICS, **kwargs) -> dict:
+    """The results by name."""
+    results = evaluate(samples, reference, metrics, features, **{"kid_subset_size": 20, "batch_size": 16} | kwargs)
+    return {result.metric: result for result in results}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Values
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_set_compared_with_itself(samples, features):
+    found = scores(samples, samples, features)
+    assert list(found) == NAMES
+    assert found["fd_small"].value == pytest.approx(0, abs=1e-10)
+    assert found["sfd_small"].value == pytest.approx(0, abs=1e-8)
+    assert found["precision_small"].value == found["recall_small"].value == 1
+    assert abs(found["kd_small"].value) < found["kd_small"].deviation
+
+
+def test_frechet_distance_is_that_of_torchmetrics(samples, reference, features):
+    from torchmetrics.image.fid import FrechetInceptionDistance
+
+    class Pool(nn.Module):
+        num_features = 8
+
+        def forward(self, images):
+            return features(images)["pool"]
+
+    theirs = FrechetInceptionDistance(feature=Pool())
+    theirs.set_dtype(torch.float64)
+    theirs.update(reference.read(0, 50), real=True)
+    theirs.update(samples.read(0, 60), real=False)
+    ours = scores(samples, reference, features, ["fid"])["fd_small"].value
+    assert ours == pytest.approx(theirs.compute().item(), rel=1e-3) and ours > 1e-4
+
+
+def test_known_values(reference):
+    # One feature that is the mean red, so that everything can be done by hand
+    class Red(nn.Module):
+        def forward(self, pixels):
+            red = pixels[:, :1].mean(dim=(2, 3))
+            return {"pool": red, "logits": torch.cat([red, -red], dim=1)}
+
+    features = module_features(Red().eval(), "red")
+    real = crops(50, seed=1)
+    shifted = ImageSet.from_tensor(real // 2 + 127, "shifted")
+    a, b = (features(images)["pool"].double().flatten() for images in (real, shifted.read(0, 50)))
+    found = scores(shifted, reference, features, [metric for metric in METRICS if metric != "sfid"])
+    assert found["fd_red"].value == pytest.approx(
+        ((a.mean() - b.mean()) ** 2 + (a.std() - b.std()) ** 2).item(), rel=1e-6
+    )
+    radii = (a[:, None] - a).abs().sort(dim=1).values[:, 3]
+    inside = ((a[:, None] - b).abs() <= radii[:, None]).any(dim=0)
+    assert found["precision_red"].value == pytest.approx(inside.double().mean().item(), abs=0.021)  # ties may fall
+    assert 0 < found["precision_red"].value < 1
+    assert 1 <= found["is_red"].value <= 2
+    black = ImageSet.from_tensor(torch.zeros(20, 3, 32, 32, dtype=torch.uint8), "black")
+    one = scores(black, reference, features, ["precision", "recall", "is"])
+    assert one["is_red"].value == pytest.approx(1) and one["recall_red"].value < 0.1
+
+
+def test_values_do_not_depend_on_batches_order_or_workers(samples, reference, features):
+    expected = scores(samples, reference, features)
+    for kwargs in ({"batch_size": 1}, {"batch_size": 7}, {"batch_size": 1000}, {"num_workers": 1}):
+        found = scores(samples, reference, features, **kwargs)
+        for name in NAMES:
+            assert found[name].value == pytest.approx(expected[name].value, rel=1e-6), (name, kwargs)
+            assert compare(expected[name], found[name]) == pytest.approx(0, abs=1e-6)
+    order = torch.randperm(60, generator=torch.Generator().manual_seed(0))
+    shuffled = ImageSet.from_tensor(samples.read(0, 60)[order], "shuffled")
+    found = scores(shuffled, reference, features)
+    for name in ("fd_small", "sfd_small", "precision_small", "recall_small"):
+        assert found[name].value == pytest.approx(expected[name].value, rel=1e-6), name
+    assert found["is_small"].value == pytest.approx(expected["is_small"].value, rel=0.05)  # other splits
+    assert found["fd_small"].protocol == expected["fd_small"].protocol | {
+        "samples": expected["fd_small"].protocol["samples"] | {"name": "shuffled"}
+    }
+
+
+def test_kid_depends_on_its_seed_and_says_so(samples, reference, features):
+    a, b = (scores(samples, reference, features, ["kid"], seed=seed)["kd_small"] for seed in (0, 1))
+    assert a.value != b.value and differences(a, b) == {"settings.seed": (0, 1)}
+
+
+def test_each_image_is_given_to_the_network_once(samples, reference):
+    class Counting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.network, self.count = small_network(), 0
+
+        def forward(self, pixels):
+            self.count += len(pixels)
+            return self.network(pixels)
+
+    counting = Counting().eval()
+    scores(samples, reference, module_features(counting, "counting"))
+    assert counting.count == 1 + 60 + 50  # a black one shows what features there are
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Protocols
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_protocol_tells_how_a_figure_was_measured(samples, reference, features):
+    found = scores(samples, reference, features)
+    protocol = found["kd_small"].protocol
+    assert protocol["features"] == features.describe()
+    assert protocol["features"]["digest"] == features.digest
+    assert protocol["features"]["preprocessing"] == "not resized, scaled to [-1, 1]"
+    assert protocol["samples"]["num_images"] == 60 and protocol["samples"]["resolution"] == [32, 32]
+    assert protocol["reference"]["name"] == "reference" and len(protocol["reference"]["digest"]) == 64
+    assert protocol["settings"] == {"num_subsets": 100, "subset_size": 20, "seed": 0}
+    assert {"diffusers_d2it", "torch"} <= set(protocol["versions"])
+    assert "reference" not in found["is_small"].protocol
+    assert scores(samples, None, features, ["is"])["is_small"] == found["is_small"]
+    assert found["is_small"].deviation > 0 and found["fd_small"].deviation is None
+
+
+def test_other_images_or_weights_are_another_protocol(samples, reference, features):
+    a = scores(samples, reference, features, ["fid"])["fd_small"]
+    fewer = ImageSet.from_tensor(samples.read(0, 40), "samples")
+    others = {
+        "reference.digest": (samples, ImageSet.from_tensor(crops(50, seed=2), "reference"), features),
+        "features.digest": (samples, reference, module_features(small_network(1), "small")),
+        "samples.num_images": (fewer, reference, features),
+    }
+    for field, inputs in others.items():
+        b = scores(*inputs, ["fid"])["fd_small"]
+        assert list(differences(a, b)) == [field]
+        with pytest.raises(ValueError, match=f"not measured alike: {field}: "):
+            compare(a, b)
+
+
+def test_a_covariance_without_full_rank_is_said(samples, reference, features):
+    with pytest.warns(UserWarning, match="sfd_small: .* no more images than the 18 features"):
+        few = ImageSet.from_tensor(samples.read(0, 18), "few")
+        found = scores(few, reference, features, ["fid", "sfid"])
+    assert [result.protocol["rank_deficient"] for result in found.values()] == [False, True]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        enough = ImageSet.from_tensor(samples.read(0, 19), "enough")
+        assert not scores(enough, reference, features, ["sfid"])["sfd_small"].protocol["rank_deficient"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Statistics as reference
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def statistics(reference, features, tmp_path_factory):
+    path = tmp_path_factory.mktemp("statistics") / "reference.npz"
+    save_statistics(path, reference, features, batch_size=8)
+    return path
+
+
+def test_saved_statistics_are_as_good_as_the_images(samples, reference, features, statistics):
+    assert open_reference(statistics) == statistics
+    expected = scores(samples, reference, features, ["fid", "sfid"])
+    found = scores(samples, statistics, features, ["fid", "sfid", "is"])
+    for name in expected:
+        assert found[name].value == pytest.approx(expected[name].value, rel=1e-9)
+        assert compare(expected[name], found[name]) == pytest.approx(0, abs=1e-9)  # they were measured alike
+
+
+def test_statistics_of_others_with_images_serve_all_metrics(samples, reference, features, statistics, tmp_path):
+    # As ADM's: mu and sigma of many images, and some images
+    with np.load(statistics) as archive:
+        arrays = {name: archive[name] for name in ("mu", "sigma", "mu_s", "sigma_s")}
+    some = reference.read(0, 30)
+    np.savez(tmp_path / "adm.npz", some.permute(0, 2, 3, 1).numpy(), **arrays)
+    found = scores(samples, open_reference(tmp_path / "adm.npz"), features)
+    expected = scores(samples, reference, features)
+    of_some = scores(samples, ImageSet.from_tensor(some, "some"), features)
+    for name in NAMES:
+        source = of_some if name in ("precision_small", "recall_small", "kd_small") else expected
+        assert found[name].value == pytest.approx(source[name].value, rel=1e-9), name
+    described = found["fd_small"].protocol["reference"]
+    assert described["num_images"] is None and len(described["statistics_sha256"]) == 64
+    assert "reference.statistics_sha256" in differences(found["fd_small"], expected["fd_small"])
+
+
+def test_statistics_that_do_not_fit_are_refused(samples, reference, features, statistics, tmp_path):
+    with pytest.raises(ValueError, match="reference.npz holds statistics, and 'precision', .* compare images"):
+        scores(samples, statistics, features, ["fid", "precision"])
+    other = module_features(small_network(1), "small")
+    with pytest.raises(
+        ValueError, match=r"reference.npz was computed in other features: digest \w+…; of the samples: dig"
+    ):
+        scores(samples, statistics, other, ["fid"])
+    larger = ImageSet.from_tensor(crops(20, seed=0, side=40), "larger")
+    with pytest.raises(ValueError, match="must be of one size, got 40x40 in larger and 32x32 in .*reference.npz"):
+        scores(larger, statistics, features, ["fid"])
+    np.savez(tmp_path / "foreign.npz", mu=np.zeros(5), sigma=np.eye(5))
+    with pytest.raises(ValueError, match="foreign.npz was computed in other features: it has 5, and 'small' has 8"):
+        scores(samples, tmp_path / "foreign.npz", features, ["fid"])
+    with pytest.raises(ValueError, match="foreign.npz has no mu_s and sigma_s"):
+        scores(samples, tmp_path / "foreign.npz", features, ["sfid"])
+    np.savez(tmp_path / "images.npz", samples.read(0, 2).permute(0, 2, 3, 1).numpy())
+    assert isinstance(open_reference(tmp_path / "images.npz"), ImageSet)
+    with pytest.raises(ValueError, match="images.npz must hold the arrays mu and sigma"):
+        scores(samples, tmp_path / "images.npz", features, ["fid"])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is refused
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("metrics", [["fid", "lpips"], ["fid", "fid"], []])
+def test_metrics_are_known_and_each_once(samples, reference, features, metrics):
+    with pytest.raises(ValueError, match="`metrics` must be some of fid, sfid, is, precision, recall, kid, each once"):
+        scores(samples, reference, features, metrics)
+
+
+@pytest.mark.parametrize(
+    "metric, least", [("fid", 2), ("sfid", 2), ("is", 10), ("precision", 4), ("recall", 4), ("kid", 20)]
+)
+def test_too_few_images_are_refused_and_how_many_are_needed_is_said(samples, reference, features, metric, least):
+    few = ImageSet.from_tensor(crops(least - 1, seed=0), "few")
+    message = f"the metric '{metric}' needs at least {least} images.*, got {least - 1} in few"
+    with pytest.raises(ValueError, match=message):
+        scores(few, reference, features, [metric])
+    if metric != "is":
+        with pytest.raises(ValueError, match=message):
+            scores(samples, few, features, [metric])
+    enough = ImageSet.from_tensor(crops(least, seed=0), "enough")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert math.isfinite(scores(enough, enough, features, [metric]).popitem()[1].value)
+
+
+def test_statistics_need_two_images_and_their_ending(features, tmp_path):
+    with pytest.raises(ValueError, match="a covariance needs at least 2 images, got 1 in one"):
+        save_statistics(tmp_path / "one.npz", ImageSet.from_tensor(crops(1, 0), "one"), features)
+    with pytest.raises(ValueError, match="statistics are saved as .npz, got .*statistics.pt"):
+        save_statistics(tmp_path / "statistics.pt", ImageSet.from_tensor(crops(2, 0), "two"), features)
+
+
+def test_metrics_need_features_reference_and_sizes_that_fit(samples, reference):
+    plain = module_features(nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten()).eval(), "plain")
+    with pytest.raises(ValueError, match="'is' needs 'logits', and the features 'plain' have only 'pool'"):
+        scores(samples, reference, plain, ["is"])
+    with pytest.raises(ValueError, match="'sfid' needs 'spatial', and the features 'plain' have only 'pool'"):
+        scores(samples, reference, plain, ["sfid"])
+    with pytest.raises(ValueError, match="`reference` must be images or the path of statistics"):
+        scores(samples, None, plain, ["fid"])
+    larger = ImageSet.from_tensor(crops(20, seed=0, side=40), "larger")
+    with pytest.raises(ValueError, match="must be of one size, got 32x32 in samples and 40x40 in larger"):
+        scores(samples, larger, plain, ["fid"])
+    with pytest.raises(ValueError, match="`kid_subset_size` must be at least 2, got 1"):
+        scores(samples, reference, plain, ["kid"], kid_subset_size=1)
+
+
+def test_images_with_features_that_are_not_finite_are_named(samples, reference):
+    class Broken(nn.Module):
+        def forward(self, pixels):
+            mean = pixels.mean(dim=(2, 3))
+            return torch.where(mean[:, :1] > 0.3, torch.nan, mean)
+
+    with pytest.raises(ValueError, match=r"features must be finite, those of images \d+.* are not"):
+        scores(samples, reference, module_features(Broken().eval(), "broken"), ["fid"])
+
+
+def test_no_features_are_left_on_the_disk(samples, reference, features, tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    scores(samples, reference, features, ["kid"])
+    with pytest.raises(ValueError, match="cannot be used"):
+        bad = tmp_path / "bad"
+        bad.mkdir()
+        from image_files import encode, photo
+
+        (bad / "a.png").write_bytes(encode(photo(0, 32)))
+        for i in range(20):
+            (bad / f"b{i}.png").write_bytes(b"")
+        scores(samples, open_images(bad), features, ["kid"])
+    assert [path.name for path in tmp_path.iterdir()] == ["bad"]

@@ -1,0 +1,175 @@
+# Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
+"""Reconstructions against their originals, image by image."""
+
+from importlib.util import find_spec
+
+import numpy as np
+import pytest
+import skimage.metrics
+import torch
+from metric_inputs import crops, small_network
+
+from diffusers_d2it.evaluation.evaluation import evaluate
+from diffusers_d2it.evaluation.features import module_features
+from diffusers_d2it.evaluation.image_sets import ImageSet
+from diffusers_d2it.evaluation.pairs import evaluate_pairs, evaluate_reconstructions
+from diffusers_d2it.evaluation.reconstruction import reconstruct, reconstruction_scores
+from diffusers_d2it.evaluation.results import compare, differences
+
+
+@pytest.fixture(scope="module")
+def features():
+    return module_features(small_network(), "small")
+
+
+@pytest.fixture(scope="module")
+def originals() -> ImageSet:
+    return ImageSet.from_tensor(crops(20, seed=0), "originals")
+
+
+@pytest.fixture(scope="module")
+def noisy(originals) -> ImageSet:
+    noise = torch.randint(-20, 21, (20, 3, 32, 32), generator=torch.Generator().manual_seed(0))
+    return ImageSet.from_tensor((originals.read(0, 20).int() + noise).clamp(0, 255).to(torch.uint8), "noisy")
+
+
+def scores(samples, reference, metrics, *args, **kwargs) -> dict:
+    return {result.metric: result for result in evaluate_pairs(samples, reference, metrics, *args, **kwargs)}
+
+
+def test_psnr_and_ssim_are_those_of_scikit_image(originals, noisy):
+    found = scores(noisy, originals, ["psnr", "ssim"], batch_size=6)
+    pairs = [[np.moveaxis(images.read(i, i + 1)[0].numpy(), 0, 2) for images in (originals, noisy)] for i in range(20)]
+    psnr = [skimage.metrics.peak_signal_noise_ratio(*pair, data_range=255) for pair in pairs]
+    assert found["psnr"].value == pytest.approx(np.mean(psnr), rel=1e-5)
+    # Edges count here, where scikit-image and torchmetrics continue the images by other rows
+    how = {"data_range": 255, "channel_axis": 2, "gaussian_weights": True, "use_sample_covariance": False}
+    ssim = [skimage.metrics.structural_similarity(*pair, sigma=1.5, full=True, **how)[1].mean() for pair in pairs]
+    assert found["ssim"].value == pytest.approx(np.mean(ssim), abs=1e-3) and found["ssim"].value < 0.95
+
+
+def test_a_perfect_reconstruction(originals, features):
+    found = scores(originals, originals, ["psnr", "ssim", "rfid"], features)
+    assert found["psnr"].value == float("inf") and found["ssim"].value == pytest.approx(1)
+    assert found["rfd_small"].value == pytest.approx(0, abs=1e-10)
+
+
+def test_rfid_is_the_fid_between_both_sets(originals, noisy, features):
+    rfid = scores(noisy, originals, ["rfid"], features, batch_size=3)["rfd_small"]
+    [fid] = evaluate(noisy, originals, ["fid"], features)
+    assert rfid.value == pytest.approx(fid.value, rel=1e-6) and rfid.value > 0
+    assert rfid.protocol["features"] == fid.protocol["features"]
+    assert rfid.protocol["reference"] == fid.protocol["reference"]
+
+
+def test_pairs_are_those_of_one_order_and_batches_do_not_matter(originals, noisy):
+    expected = scores(noisy, originals, ["psnr"])["psnr"].value
+    for batch_size in (1, 7):
+        assert scores(noisy, originals, ["psnr"], batch_size=batch_size)["psnr"].value == pytest.approx(
+            expected, rel=1e-6
+        )
+    turned = ImageSet.from_tensor(noisy.read(0, 20).flip(0), "turned")
+    assert scores(turned, originals, ["psnr"])["psnr"].value < expected - 5
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Autoencoders
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_an_autoencoder_is_scored_by_its_reconstructions(originals, make_vae, features):
+    vae, metrics = make_vae(), ["psnr", "ssim", "rfid"]
+    results = evaluate_reconstructions(vae, originals, metrics, features, fine_ratio=0.5, batch_size=20)
+    found = {result.metric: result for result in results}
+    decoded, shares = reconstruct(vae, originals.read(0, 20), 0.5)
+    expected = scores(ImageSet.from_tensor(decoded, "decoded"), originals, metrics, features)
+    for metric in expected:
+        assert found[metric].value == pytest.approx(expected[metric].value, rel=1e-6)
+        assert found[metric].protocol["reference"] == expected[metric].protocol["reference"]
+    assert found["fine_share"].value == pytest.approx(shares.mean().item())
+
+
+def test_training_scores_an_autoencoder_alike(originals, make_vae, features):
+    vae, pixels = make_vae(), originals.read(0, 20).float() / 127.5 - 1
+    results = evaluate_reconstructions(vae, originals, ["psnr", "ssim", "rfid"], features, fine_ratio=0.5)
+    by_training = reconstruction_scores(vae, [pixels], 0.5, features)
+    assert list(by_training) == ["psnr", "ssim", "rfid", "fine_share", "num_images"]
+    for result, name in zip(results, by_training):
+        assert result.value == pytest.approx(by_training[name], rel=1e-6)
+    in_batches = reconstruction_scores(vae, pixels.split(6), 0.5, features)
+    for name in by_training:  # rounding of the network decides about one value in ten thousand
+        assert in_batches[name] == pytest.approx(by_training[name], rel=1e-3)
+
+
+def test_protocol_of_a_reconstruction(originals, make_vae):
+    def psnr(vae, **kwargs):
+        return evaluate_reconstructions(vae, originals, ["psnr"], **kwargs)[0]
+
+    a = psnr(make_vae(), fine_ratio=0.5)
+    assert a.protocol["samples"]["fine_ratio"] == 0.5 and a.protocol["samples"]["latents"] == "mode of the posterior"
+    assert psnr(make_vae()) == a  # its default
+    with pytest.raises(ValueError, match="samples.fine_ratio: 0.5 and 1.0"):
+        compare(a, psnr(make_vae(), fine_ratio=1.0))
+    other = psnr(make_vae(seed=1), fine_ratio=0.5)
+    assert compare(a, other) == other.value - a.value
+    assert set(differences(a, other)) == {"samples.checkpoint.weights"}
+    # Other thresholds make other maps
+    calibration = make_vae().config.calibration
+    moved = calibration | {"quantiles": [value - 0.5 for value in calibration["quantiles"]]}
+    assert set(differences(a, psnr(make_vae(calibration=moved)))) == {"samples.checkpoint.config"}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is refused
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_what_makes_no_pairs_is_refused(originals, noisy, features):
+    with pytest.raises(
+        ValueError, match="as many images of the same size, got 19 of 32x32 in few and 20 of 32x32 in or"
+    ):
+        scores(ImageSet.from_tensor(noisy.read(0, 19), "few"), originals, ["psnr"])
+    with pytest.raises(ValueError, match="got 20 of 40x40 in large and 20 of 32x32 in originals"):
+        scores(ImageSet.from_tensor(crops(20, 0, side=40), "large"), originals, ["psnr"])
+    for metrics in (["fid"], ["psnr", "psnr"], []):
+        with pytest.raises(ValueError, match="`metrics` must be some of psnr, ssim, lpips, rfid, each once"):
+            scores(noisy, originals, metrics)
+    with pytest.raises(ValueError, match="'rfid' needs `features`"):
+        scores(noisy, originals, ["rfid"])
+    one = ImageSet.from_tensor(crops(1, 0), "one")
+    with pytest.raises(ValueError, match="'rfid' needs at least 2 images, got 1 in one"):
+        scores(one, one, ["rfid"], features)
+
+
+def test_nothing_to_reconstruct_is_refused(make_vae):
+    with pytest.raises(ValueError, match="`batches` must hold images to score, got none"):
+        reconstruction_scores(make_vae(), [])
+
+
+@pytest.mark.skipif(find_spec("lpips") is not None, reason="lpips is installed")
+def test_without_lpips_the_way_to_get_it_is_told(originals, noisy):
+    with pytest.raises(ValueError, match=r"the metric 'lpips' needs the package lpips: `pip install .*\[lpips\]"):
+        scores(noisy, originals, ["lpips"])
+
+
+@pytest.mark.skipif(not (find_spec("lpips") and find_spec("torchvision")), reason="needs the extra lpips")
+def test_lpips_is_that_of_its_package(originals, noisy, tmp_path, monkeypatch):
+    import lpips
+    import torchvision
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    with pytest.raises(ValueError, match="the metric 'lpips' needs the ImageNet weights of AlexNet in .*checkpoints"):
+        monkeypatch.setattr(torch.hub, "download_url_to_file", lambda *args, **kwargs: open("/nowhere/file"))
+        scores(noisy, originals, ["lpips"])
+    (tmp_path / "hub" / "checkpoints").mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(0)
+    alexnet = torchvision.models.alexnet(weights=None)
+    torch.save(alexnet.state_dict(), tmp_path / "hub" / "checkpoints" / "alexnet-owt-7be5be79.pth")
+    larger, noise = crops(6, seed=0, side=64), torch.randint(0, 9, (6, 3, 64, 64), dtype=torch.uint8)
+    sets = [ImageSet.from_tensor(images, "images") for images in ((larger // 2) + noise, larger)]
+    found = scores(*sets, ["lpips"], batch_size=4)["lpips"]
+    pixels = [images.read(0, 6).float() / 127.5 - 1 for images in sets]
+    with torch.no_grad():
+        expected = lpips.LPIPS(net="alex", verbose=False).eval()(*pixels)
+    assert found.value == pytest.approx(expected.mean().item(), rel=1e-5) and found.value > 0
+    assert found.protocol["features"]["name"] == "alex" and len(found.protocol["features"]["digest"]) == 64

@@ -1,0 +1,116 @@
+# Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
+"""Results in files, and what may be compared with what."""
+
+import copy
+import json
+import os
+
+import pytest
+
+from diffusers_d2it.evaluation.results import Result, compare, differences, load_results, save_results
+
+
+PROTOCOL = {
+    "features": {"name": "inception", "digest": "f00"},
+    "samples": {
+        "name": "ours", "num_images": 50_000, "resolution": (256, 256), "digest": "abc", "seed": 0,
+        "checkpoint": {"weights": "123", "config": "456"}, "environment": {"torch": "2.10"},
+    },
+    "reference": {"name": "imagenet", "num_images": 10_000, "digest": "def"},
+    "rank_deficient": False,
+    "versions": {"torch": "2.10"},
+}  # fmt: skip
+
+
+def result(value: float = 5.0, **changes: object) -> Result:
+    """A result; `samples__seed=1` changes a field of its protocol."""
+    protocol = copy.deepcopy(PROTOCOL)
+    for name, field in changes.items():
+        *place, last = name.split("__")
+        part = protocol
+        for key in place:
+            part = part[key]
+        part[last] = field
+    return Result("fid", value, protocol)
+
+
+def test_results_come_back_from_a_file(tmp_path):
+    saved = [
+        result(),
+        Result("kid", 0.25, {"settings": {"seed": 0}}, deviation=0.125),
+        Result("psnr", float("inf"), {}),
+    ]
+    save_results(tmp_path / "results.json", saved)
+    assert load_results(tmp_path / "results.json") == saved
+    assert os.listdir(tmp_path) == ["results.json"]
+
+
+def test_unlike_protocols_are_refused_and_every_field_is_named():
+    a = result()
+    b = result(4.0, samples__seed=1, reference__digest="987", rank_deficient=True, samples__guidance_scale=1.5)
+    with pytest.raises(ValueError, match="fid and fid were not measured alike") as error:
+        compare(a, b)
+    for words in (
+        "samples.seed: 0 and 1",
+        'reference.digest: "def" and "987"',
+        "rank_deficient: false and true",
+        "samples.guidance_scale: not stated and 1.5",
+    ):
+        assert words in str(error.value)
+    assert str(error.value).count(";") == 3
+    assert differences(a, b) == {
+        "samples.seed": (0, 1), "reference.digest": ("def", "987"), "rank_deficient": (False, True),
+        "samples.guidance_scale": ("not stated", 1.5),
+    }  # fmt: skip
+
+
+def test_what_makes_no_difference_to_the_figure_may_differ():
+    other = result(
+        4.0, samples__checkpoint={"weights": "789"}, samples__name="theirs", samples__digest="fed",
+        samples__environment={"torch": "2.11"}, reference__name="val", versions={"torch": "2.11"},
+    )  # fmt: skip
+    assert compare(result(), other) == -1.0
+    with pytest.raises(ValueError, match='samples.checkpoint.weights: "123" and "789"; samples.checkpoint.config'):
+        compare(result(), other, varying=())
+
+
+def test_fields_are_let_off_by_whole_names():
+    a, b = result(), result(6.0, samples__seed=1)
+    assert compare(a, b, varying=["samples.seed"]) == compare(a, b, varying=["samples"]) == 1.0
+    with pytest.raises(ValueError, match="samples.seed: 0 and 1"):
+        compare(a, b, varying=["samples.see", "seed"])
+
+
+def test_another_metric_is_another_protocol():
+    with pytest.raises(ValueError, match='fid and sfid were not measured alike: metric: "fid" and "sfid"'):
+        compare(result(), Result("sfid", 5.0, PROTOCOL))
+
+
+def test_a_result_is_the_same_before_and_after_its_file(tmp_path):
+    fresh = result()  # its protocol has a tuple
+    save_results(tmp_path / "results.json", [fresh])
+    assert compare(fresh, load_results(tmp_path / "results.json")[0]) == 0
+
+
+def test_what_is_no_result_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="`value` of 'fid' must be a number, got NaN"):
+        Result("fid", float("nan"), {})
+    with pytest.raises(ValueError, match="`protocol` of 'fid' must hold values of JSON"):
+        Result("fid", 1.0, {"features": object()})
+    path = tmp_path / "results.json"
+    with pytest.raises(ValueError, match="results.json is missing"):
+        load_results(path)
+    for text in ("{", "[]"):
+        path.write_text(text)
+        with pytest.raises(ValueError, match="results.json is damaged"):
+            load_results(path)
+    for stored in (
+        {},
+        {"results": 3},
+        {"results": [{"metric": "fid"}]},
+        {"results": ["fid"]},
+        {"results": [{"x": 1}]},
+    ):
+        path.write_text(json.dumps(stored))
+        with pytest.raises(ValueError, match="results.json holds no results"):
+            load_results(path)

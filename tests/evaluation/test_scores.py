@@ -1,0 +1,376 @@
+# Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
+"""Inception Score, KID, precision and recall: closed forms, plain references, and other libraries."""
+
+import json
+import math
+import subprocess
+import sys
+from importlib.util import find_spec
+
+import numpy as np
+import pytest
+import torch
+
+from diffusers_d2it.evaluation.feature_bank import FeatureBank
+from diffusers_d2it.evaluation.frechet import frechet_distance
+from diffusers_d2it.evaluation.scores import InceptionScore, kernel_distance, precision_recall
+from diffusers_d2it.evaluation.statistics import FeatureStatistics
+
+
+D = 8
+
+
+def draw(num_images: int, seed: int = 0, num_features: int = D) -> torch.Tensor:
+    return torch.randn(num_images, num_features, generator=torch.Generator().manual_seed(seed))
+
+
+def in_bank(features: torch.Tensor, kind: type[FeatureBank] = FeatureBank) -> FeatureBank:
+    bank = kind(*features.shape)
+    bank.write(features, torch.arange(len(features)))
+    bank.finish()
+    return bank
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Inception Score
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def inception_score(logits: torch.Tensor, num_splits: int = 10, batch_size: int = 7, shuffled: bool = False):
+    score = InceptionScore(len(logits), num_splits)
+    order = torch.randperm(len(logits)) if shuffled else torch.arange(len(logits))
+    for indices in order.split(batch_size):
+        score.update(logits[indices], indices)
+    return score.compute()
+
+
+def test_score_of_uniform_predictions_is_one():
+    assert inception_score(torch.full((40, 5), 3.0)) == (pytest.approx(1, rel=1e-12), pytest.approx(0, abs=1e-12))
+
+
+def test_score_of_certain_predictions_is_the_number_of_classes():
+    # Other classes have a probability of zero, which has no logarithm
+    certain = 2000.0 * torch.eye(5)
+    assert inception_score(certain.repeat(20, 1), num_splits=1) == (pytest.approx(5, rel=1e-12), 0)
+    assert inception_score(certain[:3].repeat(20, 1), num_splits=1) == (pytest.approx(3, rel=1e-12), 0)
+
+
+def test_score_of_two_kinds_of_images():
+    # p = (3/4, 1/4) and (1/4, 3/4), half of each: ln IS = ln 2 - H(1/4)
+    logits = torch.tensor([[math.log(3), 0], [0, math.log(3)]], dtype=torch.float64).repeat(50, 1)
+    entropy = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25))
+    assert inception_score(logits, num_splits=1)[0] == pytest.approx(2 * math.exp(-entropy), rel=1e-12)
+
+
+def test_classes_that_lie_beside_one_another_are_dealt_to_all_splits():
+    logits = 100.0 * torch.eye(5).repeat_interleave(200, dim=0)
+    mean, std = inception_score(logits)
+    assert mean > 4.7 and 0 < std < 0.2  # 1, were the first images the first split
+
+
+def test_splits_of_unlike_sizes_are_cut_where_torch_fidelity_cuts_them():
+    logits = (3 * draw(103)).double()
+    shuffled = logits[torch.from_numpy(np.random.RandomState(2020).permutation(103))]
+    scores = []
+    for i in range(10):
+        p = shuffled[i * 103 // 10 : (i + 1) * 103 // 10].softmax(dim=1)
+        scores.append((p * (p / p.mean(dim=0)).log()).sum(dim=1).mean().exp().item())
+    assert inception_score(logits) == (pytest.approx(np.mean(scores)), pytest.approx(np.std(scores)))
+
+
+def test_score_does_not_depend_on_batches_or_their_order():
+    logits = 3 * draw(103)
+    expected = inception_score(logits, batch_size=103)
+    assert expected[1] > 0.01
+    for batch_size in (1, 10):
+        assert inception_score(logits, batch_size=batch_size, shuffled=True) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # that it keeps all features, that one split has no deviation
+def test_score_agrees_with_torchmetrics():
+    from torchmetrics.image import inception
+
+    logits = 3 * draw(200).double()
+    metric = inception.InceptionScore(torch.nn.Flatten(), splits=1).set_dtype(torch.float64)
+    metric.inception.to(torch.float64)
+    metric.update(logits)
+    assert inception_score(logits, num_splits=1)[0] == pytest.approx(metric.compute()[0].item(), rel=1e-10)
+
+
+def test_scores_merge():
+    logits = 3 * draw(60)
+    parts = [InceptionScore(60) for _ in range(3)]
+    for part, indices in zip(parts, (torch.arange(0, 60, 2), torch.arange(1, 60, 2), torch.arange(0))):
+        part.update(logits[indices], indices)
+    parts[2].merge(parts[0])  # into one that has no image, and so no number of classes
+    parts[2].merge(parts[1])
+    parts[2].merge(InceptionScore(60))
+    assert parts[2].compute() == pytest.approx(inception_score(logits), rel=1e-12)
+    with pytest.raises(ValueError, match="each image must be counted once, these came again: 0, 2, .* .30 in all."):
+        parts[2].merge(parts[0])
+    with pytest.raises(ValueError, match="must be of one set, got 60 images in 10 splits and 60 in 5"):
+        parts[2].merge(InceptionScore(60, 5))
+    other = InceptionScore(60)
+    other.update(draw(1, num_features=3), torch.tensor([0]))
+    with pytest.raises(ValueError, match="as many classes, got 3 and 8"):
+        parts[1].merge(other)
+    assert parts[2].compute() == pytest.approx(inception_score(logits), rel=1e-12)
+
+
+def test_score_refuses():
+    with pytest.raises(ValueError, match="over 10 splits needs at least 10 images, got 9"):
+        InceptionScore(9)
+    with pytest.raises(ValueError, match="`num_splits` must be at least 1, got 0"):
+        InceptionScore(9, 0)
+    score = InceptionScore(20)
+    score.update(draw(18), torch.arange(18))
+    for indices, message in {
+        (3, 18): "these came again: 3",
+        (18, 18): "these came again: 18",
+        (18, 20): r"`indices` must be in \[0, 20\), got 20",
+        (18, -1): r"`indices` must be in \[0, 20\), got -1",
+        (18,): r"`indices` must be \(2,\)",
+        (18.0, 19.0): r"`indices` must be \(B,\), int64, got \(2,\), torch.float32",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            score.update(draw(2), torch.tensor(indices))
+    with pytest.raises(ValueError, match=r"must be \(B, 8\), got \(2, 9\)"):
+        score.update(draw(2, num_features=9), torch.tensor([18, 19]))
+    with pytest.raises(ValueError, match="finite, those of images 19 are not"):
+        score.update(torch.tensor([0.0, -torch.inf])[:, None].repeat(1, D), torch.tensor([18, 19]))
+    with pytest.raises(ValueError, match="of the 20 images must be counted once, missing: 18, 19"):
+        score.compute()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Kernel distance
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def plain_discrepancy(a: np.ndarray, b: np.ndarray) -> float:
+    """The unbiased estimate, pair by pair."""
+
+    def kernel(x: np.ndarray, y: np.ndarray) -> float:
+        return (x @ y / len(x) + 1) ** 3
+
+    n = len(a)
+    within = [kernel(x[i], x[j]) for x in (a, b) for i in range(n) for j in range(n) if i != j]
+    between = [kernel(x, y) for x in a for y in b]
+    return 2 * np.mean(within) - 2 * np.mean(between)
+
+
+def test_kernel_distance_of_one_subset_is_the_plain_sum():
+    a, b = draw(15).double().numpy(), 1.3 * draw(15, seed=1).double().numpy() + 0.2
+    mean, std = kernel_distance(a, b, subset_size=15, num_subsets=1)
+    assert (mean, std) == (pytest.approx(plain_discrepancy(a, b), rel=1e-12), 0)
+
+
+def test_kernel_distance_of_like_sets_is_zero_on_average():
+    distances = [kernel_distance(draw(50, 2 * i), draw(50, 2 * i + 1), 50, 1)[0] for i in range(200)]
+    error = np.std(distances) / np.sqrt(len(distances))
+    assert abs(np.mean(distances)) < 3 * error
+    assert kernel_distance(draw(50), draw(50, 1) + 0.5, 50, 1)[0] > 10 * np.std(distances)
+
+
+def test_kernel_distance_of_known_distributions():
+    # One feature: the mean of (x y + 1)^3 over pairs holds the moments E x, E x^2, E x^3 of either side
+    a, b = draw(20_000, 0, 1), draw(20_000, 1, 1) + 0.5
+    normal, moved = (0, 1, 0), (0.5, 1.25, 0.5**3 + 3 * 0.5)
+
+    def mean_kernel(p: tuple, q: tuple) -> float:
+        return p[2] * q[2] + 3 * p[1] * q[1] + 3 * p[0] * q[0] + 1
+
+    expected = mean_kernel(normal, normal) + mean_kernel(moved, moved) - 2 * mean_kernel(normal, moved)
+    mean, std = kernel_distance(a, b, subset_size=500, num_subsets=200)
+    assert mean == pytest.approx(expected, abs=4 * std / np.sqrt(40))  # 40 subsets have no image in common
+    assert 0 < std < expected
+
+
+def test_kernel_distance_agrees_with_torchmetrics():
+    from torchmetrics.image import kid
+
+    a, b = draw(300).double(), draw(300, seed=1).double() * 1.2 + 0.1
+    mean, _ = kernel_distance(a, b, subset_size=300, num_subsets=2)
+    assert mean == pytest.approx(kid.poly_mmd(a, b).item(), rel=1e-9)
+
+
+def test_kernel_distance_draws_by_its_seed():
+    a, b = draw(90), draw(80, seed=1) + 0.1
+    first = kernel_distance(a, b, 30, 5, seed=3)
+    assert kernel_distance(a, b, 30, 5, seed=3) == first != kernel_distance(a, b, 30, 5, seed=4)
+    with in_bank(a) as bank_a, in_bank(b) as bank_b:
+        assert kernel_distance(bank_a, bank_b, 30, 5, seed=3) == first
+        assert kernel_distance(bank_a, b.numpy(), 30, 5, seed=3) == first
+
+
+class CountingBank(FeatureBank):
+    num_read = 0
+
+    def __getitem__(self, rows) -> torch.Tensor:
+        block = super().__getitem__(rows)
+        self.num_read += len(block)
+        return block
+
+
+def test_kernel_distance_reads_subsets_only():
+    features = draw(5000)
+    with in_bank(features, CountingBank) as bank:
+        kernel_distance(bank, features, 10, 2)
+        assert bank.num_read == 20
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Precision and recall
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def plain_precision_recall(real: torch.Tensor, fake: torch.Tensor, k: int) -> tuple[float, float]:
+    """By all distances at once, each from the difference of two rows."""
+
+    def distances(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return (a.double()[:, None] - b.double()).square().sum(dim=-1)
+
+    def share_inside(points: torch.Tensor, centres: torch.Tensor) -> float:
+        radii = distances(centres, centres).sort(dim=1).values[:, k]  # the first is the centre itself
+        return (distances(points, centres) <= radii).any(dim=1).double().mean().item()
+
+    return share_inside(fake, real), share_inside(real, fake)
+
+
+@pytest.mark.parametrize("block_size", [16, 50, 1000])
+@pytest.mark.parametrize("k", [1, 3])
+def test_precision_and_recall_are_those_of_all_distances(k, block_size):
+    real, fake = draw(120), 0.8 * draw(90, seed=1) + 0.3
+    expected = plain_precision_recall(real, fake, k)
+    assert 0.05 < min(expected) and max(expected) < 0.98
+    assert precision_recall(real, fake, k, block_size) == expected
+    with in_bank(real) as bank_real, in_bank(fake) as bank_fake:
+        assert precision_recall(bank_real, bank_fake, k, block_size) == expected
+    assert precision_recall(real.numpy(), fake.double().numpy(), k, block_size) == expected
+
+
+def test_like_sets_have_all_of_both_and_distant_ones_nothing():
+    real = draw(50)
+    assert precision_recall(real, real.flip(0), block_size=16) == (1, 1)
+    assert precision_recall(real, real + 100, block_size=16) == (0, 0)
+
+
+def test_a_set_that_covers_half():
+    real = torch.cat([draw(60), draw(60, seed=1) + 100])
+    assert precision_recall(real, real[:60]) == (1, 0.5)
+    assert precision_recall(real[:60], real) == (0.5, 1)
+
+
+def test_a_point_is_not_its_own_neighbour():
+    # On a line with gaps of one, the ball of each reaches to the next point and not beyond, ends included
+    real = torch.arange(10.0)[:, None]
+    fake = torch.tensor([[-0.9], [-1.1], [9.9], [10.1]])
+    assert precision_recall(real, fake, k=1)[0] == 0.5
+    assert precision_recall(real, torch.tensor([[-1.0], [10.0], [0.5], [11.1]]), k=1)[0] == 0.75  # balls are closed
+
+
+@pytest.mark.parametrize("block_size", [5, 32, 1000])
+@pytest.mark.parametrize("offset", [0.0, 1e4])
+def test_copies_fill_balls_without_extent(offset, block_size):
+    # Four copies of each image: the third neighbour lies at no distance, where the product of large numbers leaves
+    # something above or below zero
+    images = (draw(30, num_features=300) + offset).double()
+    real = images.repeat(4, 1)
+    assert precision_recall(real, images.repeat(4, 1).flip(0), block_size=block_size) == (1, 1)
+    assert precision_recall(real, images[:13], block_size=block_size)[0] == 1
+    assert precision_recall(real, images + 1e-3, block_size=block_size)[0] == 0
+    assert precision_recall(images[::2].repeat(4, 1), real, block_size=block_size) == (0.5, 1)
+
+
+def test_one_image_over_and_over():
+    assert precision_recall(torch.ones(9, D), torch.ones(7, D)) == (1, 1)
+    assert precision_recall(torch.ones(9, D), torch.zeros(7, D)) == (0, 0)
+
+
+def test_precision_and_recall_far_from_zero():
+    real, fake = draw(80).double() * 1e-3, 0.8e-3 * draw(70, seed=1).double() + 6e-4
+    expected = plain_precision_recall(real, fake, 3)
+    assert 0.05 < min(expected) and max(expected) < 0.98
+    assert precision_recall(real + 1000, fake + 1000, block_size=32) == expected
+
+
+@pytest.mark.parametrize("score", [kernel_distance, precision_recall])
+def test_sets_that_are_refused(score):
+    few = {kernel_distance: "subsets of 1000 needs at least 1000 images, got 3 in `b`"}
+    few[precision_recall] = "precision and recall with k = 3 needs at least 4 images, got 3 in `fake`"
+    whole = draw(1000)
+    hole = whole.clone()
+    hole[700, 1] = torch.nan
+    refused = {
+        few[score]: draw(3),
+        "both sets must have as many features, got 8 and 5": draw(1000, num_features=5),
+        r"must be features \(N, D\), got \(1000, 2, 4\)": whole.view(1000, 2, 4),
+        "must be float32 or float64, got torch.float16": whole.half(),
+        "`(b|fake)`: features must be finite, those of images 700 are not": hole,
+        "overflow": whole.double() * 1e160,
+    }
+    for message, other in refused.items():
+        with pytest.raises(ValueError, match=message):
+            score(whole, other)
+
+
+def test_numbers_that_are_refused():
+    features = draw(10)
+    for arguments in ((1, 1), (5, 0)):
+        with pytest.raises(ValueError, match="`subset_size` must be at least 2 and `num_subsets` at least 1"):
+            kernel_distance(features, features, *arguments)
+    for arguments in ((0,), (3, 0)):
+        with pytest.raises(ValueError, match="`k` and `block_size` must be at least 1"):
+            precision_recall(features, features, *arguments)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# torch-fidelity
+# ---------------------------------------------------------------------------------------------------------------------
+
+# torchvision built for another torch lacks two operators, and importing it fails. Nothing here needs them.
+FIDELITY = """
+import json, sys
+import numpy as np
+import torch
+try:
+    import torchvision
+except RuntimeError:
+    library = torch.library.Library("torchvision", "DEF")
+    for name in ("nms", "qnms"):
+        library.define(name + "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
+from torch_fidelity.metric_isc import isc_features_to_metric
+from torch_fidelity.metric_kid import kid_features_to_metric
+real, fake = (torch.from_numpy(np.load(path)) for path in sys.argv[1:])
+found = fid_statistics_to_metric(*(fid_features_to_statistics(x.double()) for x in (real, fake)), False)
+found |= isc_features_to_metric(fake) | kid_features_to_metric(fake, real, kid_subset_size=100, verbose=False)
+try:
+    from torch_fidelity.metric_prc import prc_features_to_metric
+    found |= prc_features_to_metric(fake, real, verbose=False)
+except ImportError:  # before 0.4
+    pass
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.skipif(not (find_spec("torch_fidelity") and find_spec("torchvision")), reason="needs the extra inception")
+def test_agrees_with_torch_fidelity(tmp_path):
+    real, fake = draw(400, num_features=32), 0.9 * draw(303, seed=1, num_features=32) + 0.1
+    for name, features in (("real", real), ("fake", fake)):
+        np.save(tmp_path / f"{name}.npy", features.numpy())
+    command = [sys.executable, "-c", FIDELITY, str(tmp_path / "real.npy"), str(tmp_path / "fake.npy")]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    theirs = json.loads(result.stdout.splitlines()[-1])
+    sides = [FeatureStatistics(32) for _ in range(2)]
+    for side, features in zip(sides, (real, fake)):
+        side.update(features)
+    distance = frechet_distance(*(moment for side in sides for moment in (side.mean, side.covariance)))
+    kernel = kernel_distance(fake, real, subset_size=100, seed=2020)
+    ours = dict(zip(("inception_score_mean", "inception_score_std"), inception_score(fake)))
+    ours |= dict(zip(("kernel_inception_distance_mean", "kernel_inception_distance_std"), kernel))
+    ours |= dict(zip(("precision", "recall"), precision_recall(real, fake)))
+    ours["frechet_inception_distance"] = distance
+    for name in ours.keys() & theirs.keys():
+        assert ours[name] == pytest.approx(theirs[name], rel=1e-4), name

@@ -1,0 +1,189 @@
+# Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
+"""What a folder holds after it was saved to. Kills and failing disks: tests/faults/test_interrupted_saves.py"""
+
+import json
+import os
+import stat
+from pathlib import Path
+
+import pytest
+
+from diffusers_d2it.files import folders
+from diffusers_d2it.files.folders import MANIFEST, is_sealed, save_folder, settle, sweep, verify, write_text_durably
+
+
+def writer(files: dict[str, str]):
+    """What `save_folder` calls: writes files by relative path."""
+
+    def write(folder: str) -> None:
+        for name, text in files.items():
+            Path(folder, name).parent.mkdir(parents=True, exist_ok=True)
+            Path(folder, name).write_text(text)
+
+    return write
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """Texts of all files but the manifest, by relative path."""
+    paths = (path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
+    return {path.relative_to(folder).as_posix(): path.read_text() for path in paths}
+
+
+@pytest.mark.parametrize("state", ["missing", "empty", "with other files"])
+def test_a_folder_holds_what_was_saved_and_what_was_beside_it(tmp_path, state):
+    folder = tmp_path / "deep" / "model"
+    others = {"notes.txt": "mine", "part/old.txt": "mine"} if state == "with other files" else {}
+    if state != "missing":
+        folder.mkdir(parents=True)
+        writer(others)(folder)
+    files = {"config.json": "{}", "part/weights.safetensors": "1"}
+    save_folder(folder, writer(files))
+    verify(folder)
+    assert contents(folder) == files | others
+    listed = json.loads((folder / MANIFEST).read_text())["files"]
+    assert listed.keys() == files.keys()
+    assert [path.name for path in folder.parent.iterdir()] == ["model"]
+
+
+def test_the_current_directory_and_a_link_can_be_saved_to(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save_folder(".", writer({"a": "1"}))
+    assert Path("a").read_text() == "1"
+    (tmp_path / "elsewhere").mkdir()
+    Path("link").symlink_to("elsewhere", target_is_directory=True)
+    save_folder("link", writer({"b": "2"}))
+    assert Path("link").is_symlink() and contents(tmp_path / "elsewhere") == {"b": "2"}
+
+
+STEM = "diffusion_pytorch_model"
+TWO = {f"{STEM}-0000{i}-of-00002.safetensors": str(i) for i in (1, 2)} | {f"{STEM}.safetensors.index.json": "{}"}
+THREE = {f"{STEM}-0000{i}-of-00003.safetensors": str(i) for i in (1, 2, 3)} | {f"{STEM}.safetensors.index.json": "{}"}
+ONE = {f"{STEM}.safetensors": "1"}
+HALF = {f"{STEM}.fp16-0000{i}-of-00002.safetensors": str(i) for i in (1, 2)}
+HALF |= {f"{STEM}.safetensors.index.fp16.json": "{}"}
+
+
+@pytest.mark.parametrize("old", [ONE, TWO, THREE], ids=["one", "two", "three"])
+@pytest.mark.parametrize("new", [ONE, TWO, THREE], ids=["one", "two", "three"])
+def test_weights_of_an_earlier_save_do_not_stay_beside_the_new_ones(tmp_path, old, new):
+    for files in (HALF, old, new):
+        save_folder(tmp_path, writer(files))
+    assert contents(tmp_path) == HALF | new  # of another variant they do
+    verify(tmp_path)
+    (tmp_path / next(iter(HALF))).write_text("x")
+    with pytest.raises(ValueError, match="fp16-00001-of-00002"):
+        verify(tmp_path)
+
+
+def test_a_part_that_was_saved_by_itself_is_listed_with_the_rest_afterwards(tmp_path):
+    save_folder(tmp_path / "vae", writer({"config.json": "1"}))
+    save_folder(tmp_path, writer({"model_index.json": "{}", "vae/config.json": "2"}))
+    verify(tmp_path)
+    assert not is_sealed(tmp_path / "vae") and (tmp_path / "vae" / "config.json").read_text() == "2"
+
+
+def test_an_error_leaves_what_was_there(tmp_path):
+    save_folder(tmp_path / "model", writer({"a": "1"}))
+
+    def fail(folder: str) -> None:
+        writer({"a": "2", "b": "2"})(folder)
+        raise RuntimeError("in the middle")
+
+    for folder in (tmp_path / "model", tmp_path / "new"):
+        with pytest.raises(RuntimeError, match="in the middle"):
+            save_folder(folder, fail)
+    verify(tmp_path / "model")
+    assert contents(tmp_path) == {"model/a": "1"}
+
+
+def test_every_file_is_forced_to_the_disk_before_it_is_renamed(tmp_path, monkeypatch):
+    """What a kill does not show, a power cut would."""
+    happened = []
+    real = {name: getattr(os, name) for name in ("fsync", "rename", "replace")}
+
+    def fsync(file: int) -> None:
+        happened.append(("fsync", os.fstat(file).st_ino))
+        real["fsync"](file)
+
+    def noted(name: str):
+        def move(source, target, **options) -> None:
+            paths = [Path(source), *Path(source).rglob("*")]
+            happened.append(("rename", {path.stat().st_ino for path in paths if path.is_file() or path.is_dir()}))
+            real[name](source, target, **options)
+            happened.append(("parent", Path(target).parent.stat().st_ino))
+
+        return move
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    for name in ("rename", "replace"):
+        monkeypatch.setattr(os, name, noted(name))
+    files = writer({"config.json": "{}", "part/weights.safetensors": "1"})
+    num_moves = 0
+    for save in (
+        lambda: save_folder(tmp_path / "model", files),
+        lambda: save_folder(tmp_path / "model", files),  # over it
+        lambda: write_text_durably(tmp_path / "calibration.json", "{}"),
+    ):
+        happened.clear()
+        save()
+        for i, (what, moved) in enumerate(happened):
+            if what == "rename":
+                num_moves += 1
+                before = {number for what, number in happened[:i] if what == "fsync"}
+                assert moved <= before, "renamed before it was on the disk"
+                assert ("fsync", happened[i + 1][1]) in happened[i + 1 :], "the new name was not forced to the disk"
+    assert num_moves >= 6
+
+
+def test_modes_follow_the_umask(tmp_path):
+    def write_private(folder: str) -> None:
+        os.close(os.open(Path(folder, "weights.safetensors"), os.O_CREAT | os.O_WRONLY, 0o600))
+
+    before = os.umask(0o022)
+    try:
+        save_folder(tmp_path / "model", write_private)
+    finally:
+        os.umask(before)
+    assert {stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "model").iterdir()} == {0o644}
+    assert stat.S_IMODE((tmp_path / "model").stat().st_mode) == 0o755
+
+
+def test_what_a_living_process_writes_is_not_swept_away(tmp_path):
+    with folders.staging_folder(tmp_path / "model") as mine:
+        (tmp_path / ".staging-model-01234567").mkdir()
+        (tmp_path / ".trash-model-01234567").mkdir()
+        (tmp_path / ".old-other-01234567").mkdir()
+        sweep(tmp_path)
+        assert {path.name for path in tmp_path.iterdir()} == {mine.name, "other"}
+
+
+def test_two_cannot_save_to_one_folder_at_once(tmp_path):
+    save_folder(tmp_path, writer({"a": "1"}))
+
+    def save_again(folder: str) -> None:
+        with pytest.raises(ValueError, match="another process is saving to"):
+            save_folder(tmp_path, writer({"a": "2"}))
+        writer({"a": "3"})(folder)
+
+    save_folder(tmp_path, save_again)
+    assert contents(tmp_path) == {"a": "3"}
+
+
+def test_links_are_not_sealed(tmp_path):
+    with pytest.raises(ValueError, match="passwd is a link"):
+        save_folder(tmp_path / "model", lambda folder: Path(folder, "passwd").symlink_to("/etc/passwd"))
+
+
+@pytest.mark.parametrize("name", ["../x", "/etc/passwd", "a/../../x", "\x1b[31mred"])
+@pytest.mark.parametrize("entry", ["files", "stale", "pending"])
+def test_a_manifest_that_names_what_lies_outside_is_refused(tmp_path, name, entry):
+    manifest = {"version": 1, "files": {}, "stale": [], "pending": ".staging-files-01234567"}
+    manifest[entry] = {"files": {name: {"bytes": 0, "sha256": ""}}, "stale": [name], "pending": name}[entry]
+    (tmp_path / "model").mkdir()
+    (tmp_path / "x").write_text("mine")
+    text = json.dumps({**manifest, "sha256": folders.digest(manifest)})
+    (tmp_path / "model" / MANIFEST).write_text(text)
+    for call in (verify, settle):
+        with pytest.raises(ValueError, match="must name files of its folder"):
+            call(tmp_path / "model")
+    assert (tmp_path / "x").read_text() == "mine"

@@ -1,0 +1,82 @@
+# Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
+"""The checkpoint that comes with the package is whole, small, trained, and described."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from diffusers_d2it import D2iTPipeline, bundled_checkpoint
+from diffusers_d2it.evaluation.reconstruction import psnr
+from diffusers_d2it.grains import grain_map_from_entropy, tie
+from diffusers_d2it.losses import grain_loss
+
+
+@pytest.fixture(scope="module")
+def pipe() -> D2iTPipeline:
+    pipe = D2iTPipeline.from_pretrained(bundled_checkpoint())
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def test_it_is_small_and_has_a_card():
+    folder = Path(bundled_checkpoint())
+    assert sum(path.stat().st_size for path in folder.rglob("*.safetensors")) <= 20 * 2**20
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    assert "D2iTPipeline.from_pretrained(bundled_checkpoint())" in card and "accelerate launch" in card
+
+
+def test_its_files_do_not_say_where_they_were_made():
+    for path in Path(bundled_checkpoint()).rglob("*.json"):
+        assert "_name_or_path" not in json.loads(path.read_text(encoding="utf-8")), path
+
+
+def test_it_draws_the_classes_it_names_and_no_others(pipe):
+    assert len(pipe.id2label) == 20 and pipe.id2label[207] == "golden retriever"
+    output = pipe(class_labels=[207], num_inference_steps=2)
+    assert output.images[0].size == (64, 64) and output.grain_maps.shape == (1, 8, 8)
+    with pytest.raises(ValueError, match="golden retriever"):
+        pipe(class_labels="golden retreiver")
+    with pytest.raises(ValueError, match="unknown class id 208"):
+        pipe(class_labels=208)
+
+
+@torch.no_grad()
+def test_photographs_it_has_not_seen_are_reconstructed_better_with_more_codes(pipe, photos):
+    scores = []
+    for ratio in (0.0, 0.5, 1.0):
+        latents = pipe.vae.encode(photos, fine_ratio=ratio).latent_dist.mode()
+        scores.append(psnr(photos, pipe.vae.decode(latents).sample).mean().item())
+    assert scores[0] + 0.5 < scores[1] < scores[2] - 0.2
+    assert scores[0] > 18
+
+
+@torch.no_grad()
+def test_latents_of_photographs_have_about_unit_variance(pipe, photos):
+    latents = pipe.vae.scale_latents(pipe.vae.encode(photos).latent_dist.mode())
+    assert 0.7 < latents.std().item() < 1.4
+
+
+@torch.no_grad()
+def test_grain_model_restores_real_maps_from_noise(pipe, photos):
+    # ln 2 is what a coin gives; at t = 400 much of the map is still visible
+    grain_map = grain_map_from_entropy(pipe.vae.region_entropy(photos), pipe.vae.thresholds())
+    state = pipe.grain_model.state_from_grain_map(grain_map, 2)
+    noise = torch.randn(state.shape, generator=torch.Generator().manual_seed(0))
+    timesteps = torch.full((len(photos),), 400)
+    noised = pipe.grain_scheduler.add_noise(state, noise, timesteps)
+    no_class = torch.full((len(photos),), pipe.grain_model.config.num_classes)
+    assert grain_loss(pipe.grain_model(noised, timesteps, no_class).logits, grain_map)["loss"] < 0.5
+
+
+@torch.no_grad()
+def test_content_model_predicts_the_noise_of_real_photographs(pipe, photos):
+    encoded = pipe.vae.encode(photos)
+    latents = pipe.vae.scale_latents(encoded.latent_dist.mode())
+    noise = tie(torch.randn(latents.shape, generator=torch.Generator().manual_seed(0)), encoded.grain_map)
+    timesteps = torch.full((len(photos),), 500)
+    noised = pipe.scheduler.add_noise(latents, noise, timesteps)
+    no_class = torch.full((len(photos),), pipe.transformer.config.num_classes)
+    predicted = pipe.transformer(noised, timesteps, encoded.grain_map, no_class).sample
+    assert (predicted - noise).square().mean() < 0.2  # predicting nothing gives 1

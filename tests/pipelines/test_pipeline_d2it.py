@@ -1,0 +1,416 @@
+# Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
+"""D2iTPipeline: what it returns, what it does with its arguments, and what it refuses."""
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from diffusers import DDPMScheduler, EulerAncestralDiscreteScheduler
+
+from diffusers_d2it import D2iTPipeline, visualize_grain_map
+from diffusers_d2it.grains import check_tied, fine_share
+from diffusers_d2it.pipelines.grain_maps import grain_map_from_logits, sample_grain_map
+
+
+def call(pipe: D2iTPipeline, *args, seed: int = 0, **kwargs):
+    defaults = {"num_inference_steps": 3, "grain_num_inference_steps": 3, "output_type": "pt"}
+    return pipe(*args, generator=torch.Generator().manual_seed(seed), **(defaults | kwargs))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Results
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_grains, side", [(2, 32), (3, 64)])
+def test_images_and_maps_have_the_size_of_training(make_pipeline, num_grains, side):
+    output = call(make_pipeline(num_grains), [1, 2])
+    assert output.images.shape == (2, 3, side, side)
+    assert output.grain_maps.shape == (2, 4, 4) and output.grain_maps.dtype == torch.int64
+    assert output.images.min() >= 0 and output.images.max() <= 1
+
+
+def test_label_forms_mean_the_same(make_pipeline):
+    pipe = make_pipeline()
+    images = [call(pipe, label).images for label in (3, [3], "class 3", ["synonym 3"], np.int64(3))]
+    assert all(torch.equal(images[0], other) for other in images[1:])
+
+
+def test_output_types_show_the_same_image(make_pipeline):
+    pipe = make_pipeline()
+    tensor = call(pipe, 1).images[0]
+    array = call(pipe, 1, output_type="np").images[0]
+    picture = call(pipe, 1, output_type="pil").images[0]
+    np.testing.assert_allclose(array, tensor.permute(1, 2, 0).numpy(), atol=1e-6)
+    assert isinstance(picture, PIL.Image.Image)
+    assert np.abs(np.asarray(picture) / 255 - array).max() < 1 / 255
+    latents = call(pipe, 1, output_type="latent").images
+    assert latents.shape == (1, 4, 8, 8)
+    torch.testing.assert_close(pipe.decode_latents(latents, "pt")[0], tensor)
+
+
+def test_tuple_holds_images_and_maps(make_pipeline):
+    pipe = make_pipeline()
+    output = call(pipe, 1)
+    images, grain_maps = call(pipe, 1, return_dict=False)
+    assert torch.equal(images, output.images) and torch.equal(grain_maps, output.grain_maps)
+
+
+def test_same_seed_same_image_other_seed_other_image(make_pipeline):
+    pipe = make_pipeline()
+    assert torch.equal(call(pipe, 1).images, call(pipe, 1).images)
+    assert not torch.allclose(call(pipe, 1).images, call(pipe, 1, seed=1).images)
+
+
+def test_images_per_prompt_repeat_each_label(make_pipeline):
+    pipe = make_pipeline()
+    generators = [torch.Generator().manual_seed(i) for i in range(4)]
+    images = pipe(
+        [1, 2], 2, num_inference_steps=3, grain_num_inference_steps=3, generator=generators, output_type="pt"
+    ).images
+    for i, label in enumerate([1, 1, 2, 2]):
+        torch.testing.assert_close(images[i], call(pipe, label, seed=i).images[0], atol=1e-5, rtol=0)
+
+
+def test_unconditional_model_needs_no_label(make_pipeline):
+    pipe = make_pipeline(num_classes=None)
+    assert call(pipe, num_images_per_prompt=2).images.shape[0] == 2
+
+
+@pytest.mark.parametrize("num_grains, height, width", [(2, 24, 40), (3, 32, 80)])
+def test_sides_need_only_be_multiples_of_a_region(make_pipeline, num_grains, height, width):
+    pipe = make_pipeline(num_grains)
+    output = call(pipe, 1, height=height, width=width)
+    assert output.images.shape[-2:] == (height, width)
+    region = pipe.vae.region_size
+    assert output.grain_maps.shape[-2:] == (height // region, width // region)
+
+
+def test_factors_8_16_32_from_photographs_to_samples(make_pipeline, make_vae, calibrate, load_photos):
+    vae = make_vae(
+        downsample_factors=[8, 16, 32],
+        block_out_channels=[8, 8, 8, 16, 16, 16],
+        decoder_block_out_channels=[8, 8, 8, 16],
+        grain_ratios=[0.3, 0.3, 0.4],
+        calibration=calibrate(32),
+        sample_size=128,
+    )
+    pipe = make_pipeline(3, vae=vae)
+    photos = load_photos(128)
+    encoded = vae.encode(photos)
+    assert sorted(encoded.grain_map.unique().tolist()) == [0, 1, 2]
+    check_tied(encoded.latent_dist.mode(), encoded.grain_map)
+    output = call(pipe, [1, 2], grain_map=encoded.grain_map[:2], output_type="pt")
+    assert output.images.shape == (2, 3, 128, 128)
+
+
+@pytest.mark.parametrize("num_grains", [2, 3])
+@pytest.mark.parametrize("scheduler", [DDPMScheduler, EulerAncestralDiscreteScheduler])
+def test_latents_are_tied_to_the_map(make_pipeline, num_grains, scheduler):
+    pipe = make_pipeline(num_grains)
+    pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
+    output = call(pipe, [1, 2], grain_map="random", output_type="latent")
+    assert len(output.grain_maps.unique()) == num_grains
+    check_tied(output.images, output.grain_maps)
+
+
+def test_learned_variance_reaches_the_scheduler(make_pipeline, make_content_model):
+    # 2C channels: a scheduler that learns the variance reads them all, any other only the noise.
+    pipe = make_pipeline(transformer=make_content_model(out_channels=8))
+    fixed = call(pipe, 1, grain_map="fine", output_type="latent").images
+    pipe.scheduler = DDPMScheduler.from_config(pipe.scheduler.config, variance_type="learned_range")
+    learned = call(pipe, 1, grain_map="fine", output_type="latent").images
+    assert fixed.shape == learned.shape == (1, 4, 8, 8)
+    with torch.no_grad():
+        pipe.transformer.norm_out.proj_out.bias.view(2, 2, 8)[..., 4:] += 3  # more variance
+    assert not torch.equal(learned, call(pipe, 1, grain_map="fine", output_type="latent").images)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Grain maps
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_given_map_is_used_in_every_form(make_pipeline):
+    pipe = make_pipeline()
+    grain_map = torch.tensor([[0, 1, 0, 1]] * 4)
+    outputs = [call(pipe, [1, 2], grain_map=m) for m in (grain_map, grain_map.numpy(), grain_map[None])]
+    outputs.append(call(pipe, [1, 2], grain_map=torch.stack([grain_map, grain_map])))
+    for output in outputs:
+        assert torch.equal(output.grain_maps, grain_map.expand(2, 4, 4))
+        assert torch.equal(output.images, outputs[0].images)
+
+
+def test_named_maps(make_pipeline):
+    pipe = make_pipeline(3)
+    assert call(pipe, 1, grain_map="coarse").grain_maps.eq(0).all()
+    assert call(pipe, 1, grain_map="fine").grain_maps.eq(2).all()
+    share = fine_share(call(pipe, [1] * 64, grain_map="random", fine_ratio=0.25, num_inference_steps=1).grain_maps, 3)
+    assert share.mean().item() == pytest.approx(0.25, abs=0.05)
+
+
+@pytest.mark.parametrize("num_grains", [2, 3])
+@pytest.mark.parametrize("fine_ratio", [0.0, 0.3, 0.5, 1.0])
+def test_fine_ratio_is_met_exactly(make_pipeline, num_grains, fine_ratio):
+    grain_maps = call(make_pipeline(num_grains), [1, 2, 3], fine_ratio=fine_ratio).grain_maps
+    share = fine_share(grain_maps, num_grains)
+    assert torch.equal(share, torch.full((3,), round(16 * fine_ratio) / 16))
+
+
+def test_fine_ratio_trims_the_likeliest_regions(make_grain_model):
+    # Without noise in the network's opinion: fine where it says so, in order of its confidence.
+    logits = torch.zeros(1, 2, 2, 2)
+    logits[0, 1] = torch.tensor([[3.0, -1.0], [2.0, 1.0]])
+    assert grain_map_from_logits(logits, None).tolist() == [[[1, 0], [1, 1]]]
+    assert grain_map_from_logits(logits, 0.25).tolist() == [[[1, 0], [0, 0]]]
+    assert grain_map_from_logits(logits, 0.5).tolist() == [[[1, 0], [1, 0]]]
+    assert grain_map_from_logits(logits, 1.0).tolist() == [[[1, 1], [1, 1]]]
+
+
+def test_grain_guidance_of_one_is_the_conditional_model(make_grain_model, make_pipeline):
+    model, scheduler = make_grain_model(), make_pipeline().grain_scheduler
+    labels = torch.tensor([1, 2])
+
+    def draw(scale, labels):
+        generator = torch.Generator().manual_seed(0)
+        return sample_grain_map(model, scheduler, (8, 8), labels, 2, 5, scale, generator=generator)
+
+    assert torch.equal(draw(1.0, labels), draw(1.0, labels))
+    assert torch.equal(draw(0.0, labels), draw(1.0, torch.full_like(labels, 10)))  # 0: the unconditional model
+
+
+def test_map_from_image_is_that_of_the_autoencoder(make_pipeline, photos):
+    pipe = make_pipeline()
+    expected = pipe.vae.encode(photos, fine_ratio=0.3).grain_map
+    assert torch.equal(pipe.grain_map_from_image((photos + 1) / 2, fine_ratio=0.3), expected)
+    pictures = pipe.image_processor.postprocess(photos, output_type="pil")
+    assert torch.equal(pipe.grain_map_from_image(pictures, fine_ratio=0.3), expected)
+    assert torch.equal(pipe.grain_map_from_image(pictures[0], fine_ratio=0.3), expected[:1])
+    output = call(pipe, [1] * 8, grain_map=expected)
+    assert torch.equal(output.grain_maps, expected)
+
+
+def test_visualize_grain_map_is_at_hand(make_pipeline):
+    pipe = make_pipeline()
+    output = call(pipe, 1, output_type="pil")
+    assert pipe.visualize_grain_map(output.images[0], output.grain_maps[0]).tobytes() == (
+        visualize_grain_map(output.images[0], output.grain_maps[0]).tobytes()
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Guidance and callbacks
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class CountPasses:
+    """Counts the images that pass through a model."""
+
+    def __init__(self, model: torch.nn.Module):
+        self.batches = []
+        model.register_forward_hook(lambda module, args, output: self.batches.append(len(args[0])))
+
+
+def test_guidance_interval_decides_which_steps_take_two_passes(make_pipeline):
+    pipe = make_pipeline()
+    passes = CountPasses(pipe.transformer)
+    call(pipe, 1, num_inference_steps=10, guidance_interval=(0.2, 0.5))
+    assert passes.batches == [1, 1, 2, 2, 2, 1, 1, 1, 1, 1]
+    passes.batches.clear()
+    call(pipe, 1, num_inference_steps=4, guidance_scale=1.0)
+    assert passes.batches == [1, 1, 1, 1]
+
+
+def test_empty_interval_equals_no_guidance(make_pipeline):
+    pipe = make_pipeline()
+    unguided = call(pipe, 1, guidance_scale=1.0).images
+    assert torch.equal(unguided, call(pipe, 1, guidance_scale=4.0, guidance_interval=(0.5, 0.5)).images)
+    assert not torch.allclose(unguided, call(pipe, 1, guidance_scale=4.0).images)
+
+
+def test_guidance_is_linear_between_the_two_predictions(make_pipeline):
+    # One DDIM step is linear in the noise, so the latents are too: w = 0 is unconditional, w = 1 conditional.
+    pipe = make_pipeline()
+
+    def latents(scale):
+        return call(
+            pipe, 1, num_inference_steps=1, guidance_scale=scale, grain_map="fine", output_type="latent"
+        ).images
+
+    null, conditional, guided = latents(0.0), latents(1.0), latents(3.0)
+    torch.testing.assert_close(guided, null + 3 * (conditional - null), atol=1e-2, rtol=1e-3)
+
+
+def test_power_cosine_schedule_rises_from_one_to_the_scale(make_pipeline):
+    pipe = make_pipeline()
+    pipe._guidance_scale = 5.0
+    scales = [pipe._guidance_at(progress, (0.0, 1.0), 2.0) for progress in (0.0, 0.3, 0.6, 0.999)]
+    assert scales[0] == 1.0 and scales[-1] == pytest.approx(5.0, abs=0.01)
+    assert scales == sorted(scales)
+    assert pipe._guidance_at(0.5, (0.0, 1.0), 2.0) < pipe._guidance_at(0.5, (0.0, 1.0), 1.0)  # a power delays it
+
+
+def test_callback_sees_every_step_and_may_change_everything(make_pipeline):
+    pipe = make_pipeline()
+    seen = []
+
+    def stop_guiding(pipe, step, timestep, tensors):
+        seen.append((step, int(timestep), tuple(tensors["latents"].shape)))
+        pipe._guidance_scale = 1.0
+        return {"latents": torch.zeros_like(tensors["latents"])}
+
+    passes = CountPasses(pipe.transformer)
+    output = call(pipe, 1, num_inference_steps=4, callback_on_step_end=stop_guiding, output_type="latent")
+    assert [step for step, _, _ in seen] == [0, 1, 2, 3] and seen[0][1] > seen[-1][1]
+    assert passes.batches == [2, 1, 1, 1]
+    assert not output.images.any()
+
+
+def test_untied_latents_of_a_callback_are_tied_again(make_pipeline):
+    def scatter(pipe, step, timestep, tensors):
+        return {"latents": torch.randn_like(tensors["latents"])}
+
+    output = call(make_pipeline(), 1, grain_map="coarse", callback_on_step_end=scatter, output_type="latent")
+    check_tied(output.images, output.grain_maps)
+
+
+def test_interrupt_ends_denoising(make_pipeline):
+    def interrupt(pipe, step, timestep, tensors):
+        pipe._interrupt = True
+        return {}
+
+    pipe = make_pipeline()
+    passes = CountPasses(pipe.transformer)
+    call(pipe, 1, num_inference_steps=5, callback_on_step_end=interrupt)
+    assert len(passes.batches) == 1
+
+
+def test_latents_fix_the_noise(make_pipeline):
+    pipe = make_pipeline()
+    noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(5))
+    grain_map = torch.tensor([[0, 1], [1, 0]]).repeat(2, 2)
+    first = call(pipe, [1, 2], latents=noise, grain_map=grain_map, seed=0)
+    second = call(pipe, [1, 2], latents=noise, grain_map=grain_map, seed=1)
+    assert torch.equal(first.images, second.images)
+
+
+def test_bf16_pipeline_is_close_to_fp32(make_pipeline):
+    exact = call(make_pipeline(), [1, 2], grain_map="random").images
+    rough = call(make_pipeline().to(torch.bfloat16), [1, 2], grain_map="random").images
+    assert rough.dtype == torch.float32
+    assert (rough - exact).abs().mean() < 0.02
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Bad input
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"class_labels": "clas 3"}, "Close names: 'class 3'"),
+        ({"class_labels": 11}, r"unknown class id 11. Close ids: 9 \(class 9"),
+        ({"class_labels": -1}, "unknown class id -1"),
+        ({"class_labels": [1.0]}, "ids or names"),
+        ({"class_labels": [True]}, "ids or names"),
+        ({"class_labels": []}, "empty"),
+        ({"class_labels": None}, "required"),
+        ({"num_images_per_prompt": 0}, "num_images_per_prompt"),
+        ({"num_inference_steps": 0}, "num_inference_steps"),
+        ({"grain_num_inference_steps": 2.5}, "grain_num_inference_steps"),
+        ({"guidance_interval": (0.8, 0.2)}, "guidance_interval"),
+        ({"guidance_interval": (-0.1, 0.5)}, "guidance_interval"),
+        ({"guidance_interval": (0.0, float("nan"))}, "guidance_interval"),
+        ({"guidance_power": -1.0}, "guidance_power"),
+        ({"null_fine_ratio": 1.1}, "null_fine_ratio"),
+        ({"fine_ratio": 1.5}, "fine_ratio"),
+        ({"fine_ratio": float("nan")}, "fine_ratio"),
+        ({"output_type": "jpg"}, "output_type"),
+        ({"grain_map": "medium"}, "'coarse', 'fine', 'random'"),
+        ({"grain_map": "fine", "fine_ratio": 0.5}, "exclude"),
+        ({"grain_map": torch.zeros(4, 4)}, "int64"),
+        ({"grain_map": np.zeros((4, 4), dtype=np.uint8)}, "int64"),
+        ({"grain_map": [[0, 1], [1, 0]]}, "tensor, an array or a name"),
+        ({"grain_map": torch.full((4, 4), 2)}, "0 .coarsest. to 1"),
+        ({"grain_map": torch.zeros(3, 4, 4, dtype=torch.int64)}, r"\(1, h, w\) or \(2, h, w\)"),
+        ({"grain_map": torch.zeros(4, dtype=torch.int64)}, "shape"),
+        ({"grain_map": torch.zeros(4, 4, dtype=torch.int64), "fine_ratio": 0.5}, "exclude"),
+        ({"grain_map": torch.zeros(4, 4, dtype=torch.int64), "height": 40, "width": 32}, "different sizes"),
+        ({"height": 36, "width": 32}, "multiples of the region size 8"),
+        ({"height": 0}, "multiples of the region size 8"),
+        ({"latents": torch.zeros(1, 4, 8, 8)}, "latents"),
+        ({"latents": torch.zeros(2, 3, 8, 8)}, "latents"),
+        ({"latents": torch.full((2, 4, 8, 8), float("nan"))}, "not finite"),
+        ({"latents": torch.zeros(2, 4, 8, 8), "height": 64, "width": 64}, "different sizes"),
+        ({"generator": [torch.Generator() for _ in range(3)]}, "generator"),
+        ({"callback_on_step_end_tensor_inputs": ["noise"]}, "callback_on_step_end_tensor_inputs"),
+    ],
+)
+def test_bad_argument_is_named(make_pipeline, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        make_pipeline()(**({"class_labels": [1, 2], "num_inference_steps": 2} | arguments))
+
+
+def test_label_of_an_unconditional_model_is_refused(make_pipeline):
+    with pytest.raises(ValueError, match="unconditional"):
+        make_pipeline(num_classes=None)(class_labels=1)
+
+
+def test_only_named_classes_can_be_asked_for(make_pipeline):
+    pipe = make_pipeline(id2label={2: "cat", 5: "dog, hound", 7: "cat"})
+    assert pipe.get_label_ids("hound") == [5]
+    assert pipe.get_label_ids(["dog", "dog, hound"]) == [5, 5]
+    with pytest.raises(ValueError, match="several classes"):
+        pipe.get_label_ids("cat")
+    with pytest.raises(ValueError, match="unknown class id 3"):
+        call(pipe, 3)
+    with pytest.raises(ValueError, match="no `id2label`"):
+        make_pipeline(id2label=None).get_label_ids("cat")
+    assert call(make_pipeline(id2label=None), 3).images.shape[0] == 1  # without names every id of the model is valid
+
+
+def test_images_for_maps_are_checked(make_pipeline, photos):
+    pipe = make_pipeline()
+    with pytest.raises(ValueError, match="multiples of the region size"):
+        pipe.grain_map_from_image(PIL.Image.new("RGB", (60, 64)))
+    with pytest.raises(ValueError, match="multiples of the region size"):
+        pipe.grain_map_from_image(photos[..., :60].clamp(0, 1))
+    with pytest.raises(ValueError, match=r"\[-1, 1\]|\[0, 1\]"):
+        pipe.grain_map_from_image(photos * 3)
+    with pytest.raises(ValueError, match="floating-point"):
+        pipe.grain_map_from_image(np.zeros((1, 64, 64, 3), dtype=np.uint8))
+    with pytest.raises(ValueError, match="fine_ratio"):
+        pipe.grain_map_from_image((photos + 1) / 2, fine_ratio=-0.1)
+
+
+@pytest.mark.parametrize(
+    "components, message",
+    [
+        (lambda vae, grain, content: {"transformer": content(in_channels=3)}, "in_channels"),
+        (lambda vae, grain, content: {"transformer": content(num_grains=3)}, "num_grains"),
+        (lambda vae, grain, content: {"grain_model": grain(num_grains=3)}, "grain_model.num_grains"),
+        (lambda vae, grain, content: {"grain_model": grain(num_classes=7)}, "grain_model.num_classes"),
+        (lambda vae, grain, content: {"grain_scheduler": DDPMScheduler()}, "prediction_type"),
+        (lambda vae, grain, content: {"grain_model": None}, "grain_scheduler"),
+        (lambda vae, grain, content: {"id2label": {10: "beyond"}}, "id2label"),
+    ],
+)
+def test_components_must_fit(make_pipeline, make_vae, make_grain_model, make_content_model, components, message):
+    with pytest.raises(ValueError, match=message):
+        make_pipeline(**components(make_vae, make_grain_model, make_content_model))
+
+
+def test_without_a_grain_model_a_map_is_required(make_pipeline):
+    pipe = make_pipeline(grain_model=None, grain_scheduler=None)
+    assert call(pipe, 1, grain_map="random").images.shape[0] == 1
+    with pytest.raises(ValueError, match="no grain model"):
+        call(pipe, 1)
+
+
+def test_diverged_latents_are_reported(make_pipeline):
+    pipe = make_pipeline()
+    with torch.no_grad():
+        pipe.transformer.norm_out.proj_out.bias.fill_(float("nan"))
+    with pytest.raises(ValueError, match="not finite"):
+        call(pipe, 1)

@@ -1,0 +1,365 @@
+# Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
+"""Sets of samples: who is drawn with which class and seed, the protocol, and the folder that is filled on."""
+
+import hashlib
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
+from diffusers.image_processor import VaeImageProcessor
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from diffusers_d2it import D2iTPipeline
+from diffusers_d2it.files import lock
+from diffusers_d2it.sampling.folder import SampleFolder
+from diffusers_d2it.sampling.npz import NpzImages
+from diffusers_d2it.sampling.sets import (
+    SamplePlan,
+    describe_checkpoint,
+    differences,
+    new_protocol,
+    read_protocol,
+)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The plan
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_balanced_classes_take_turns():
+    plan = SamplePlan(47, 10, classes=(7, 3, 11, 5, 2))
+    assert [plan.label(i) for i in range(6)] == [7, 3, 11, 5, 2, 7]
+    assert Counter(map(plan.label, range(47))) == {7: 10, 3: 10, 11: 9, 5: 9, 2: 9}
+
+
+def test_random_classes_are_uniform_and_independent_of_one_another():
+    plan = SamplePlan(2000, 10, classes=(7, 3, 11, 5), scheme="random")
+    labels = [plan.label(i) for i in range(2000)]
+    assert all(abs(count - 500) < 5 * (2000 * 0.25 * 0.75) ** 0.5 for count in Counter(labels).values())
+    pairs = Counter(zip(labels, labels[1:]))
+    assert len(pairs) == 16 and all(abs(count - 125) < 5 * 125**0.5 for count in pairs.values())
+    other = SamplePlan(2000, 10, seed=1, classes=(7, 3, 11, 5), scheme="random")
+    assert sum(a == other.label(i) for i, a in enumerate(labels)) < 650
+
+
+def test_no_two_images_have_the_same_noise():
+    # The reason for seeds of 32 bits that count up: torch's generator of a CPU does not read the others
+    a, b = (torch.randn(9, generator=torch.Generator().manual_seed(seed)) for seed in (5, 5 + 2**32))
+    assert torch.equal(a, b)
+    plan = SamplePlan(2**32, 64, seed=3)
+    first = plan.noise_seed(0)
+    images = [0, 1, 2, 2**32 - first - 1, 2**32 - first, 2**32 - 1]
+    assert [plan.noise_seed(i) for i in images] == [first, first + 1, first + 2, 2**32 - 1, 0, first - 1]
+    noise = [torch.randn(9, generator=generator) for generator in plan.generators(range(50))]
+    assert len({tuple(one.tolist()) for one in noise}) == 50
+    assert abs(torch.corrcoef(torch.stack(noise)).triu(1).sum() / 1225) < 0.05
+    assert len({SamplePlan(1, 1, seed=seed).noise_seed(0) // 10**6 for seed in range(20)}) > 15
+
+
+@pytest.mark.parametrize("scheme", ["balanced", "random"])
+def test_an_image_is_the_same_in_a_larger_set_and_other_batches(scheme):
+    small = SamplePlan(10, 4, seed=5, classes=(1, 2, 3), scheme=scheme)
+    large = SamplePlan(100, 7, seed=5, classes=(1, 2, 3), scheme=scheme)
+    for i in range(10):
+        assert small.label(i) == large.label(i)
+        assert small.noise_seed(i) == large.noise_seed(i)
+        assert small.choice(i, 1000) == large.choice(i, 1000)
+    assert small.batches() == [range(0, 4), range(4, 8), range(8, 10)]
+    assert small.labels(range(4, 8)) == [small.label(i) for i in range(4, 8)]
+    assert SamplePlan(3, 2).labels(range(2)) is None
+
+
+def test_photographs_are_chosen_uniformly():
+    plan = SamplePlan(2000, 10)
+    counts = Counter(plan.choice(i, 5) for i in range(2000))
+    assert sorted(counts) == list(range(5)) and all(abs(count - 400) < 100 for count in counts.values())
+
+
+@pytest.mark.parametrize(
+    "changed, message",
+    [
+        ({"num_images": 0}, "--num_images must be 1 to 4294967296, got 0"),
+        ({"num_images": 2**32 + 1}, "--num_images must be"),
+        ({"batch_size": 0}, "--batch_size must be at least 1, got 0"),
+        ({"seed": -1}, "--seed must be at least 0, got -1"),
+        ({"scheme": "even"}, "--labels must be balanced or random, got 'even'"),
+        ({"classes": (3, 4, 3)}, r"--class_labels must name classes, each once, got \[3, 4, 3\]"),
+        ({"classes": ()}, "--class_labels must name classes"),
+    ],
+)
+def test_a_plan_that_cannot_be_is_refused(changed, message):
+    with pytest.raises(ValueError, match=message):
+        SamplePlan(**{"num_images": 4, "batch_size": 2} | changed)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The protocol
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_protocol_says_what_the_plan_and_the_machine_are(tmp_path):
+    plan = SamplePlan(5, 2, seed=3, classes=(4, 2))
+    protocol = new_protocol(plan.describe() | {"sides": (1, 2)}, torch.device("cpu"), str(tmp_path / "mine"))
+    assert json.loads(json.dumps(protocol)) == protocol and protocol["complete"] is False
+    sampling = protocol["sampling"]
+    assert (sampling["num_images"], sampling["seed"], sampling["sides"]) == (5, 3, [1, 2])
+    assert sampling["labels"]["classes"] == [4, 2] and sampling["labels"]["scheme"] == "balanced"
+    by_hand = torch.Generator().manual_seed((sampling["noise_seeds"]["first"] + 4) % 2**32)
+    (generator,) = plan.generators(range(4, 5))
+    assert torch.equal(torch.randn(3, generator=by_hand), torch.randn(3, generator=generator))
+    assert protocol["environment"]["device"] == "cpu" and protocol["environment"]["torch"] == torch.__version__
+    assert protocol["run"] == {"checkpoint": "mine"}
+    assert SamplePlan(5, 2).describe()["labels"] is None
+
+
+def test_differences_name_fields_and_values():
+    ours = {"a": {"b": 1, "c": [1, 2]}, "d": None, "e": 5}
+    theirs = {"a": {"b": 2, "c": [1, 2]}, "e": 5, "f": {"g": "x"}}
+    assert differences(ours, theirs) == ["a.b 1, not 2", 'f null, not {"g": "x"}']
+    assert differences(ours, ours) == []
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"version": 2, "sampling": {}, "environment": {}, "run": {}}'])
+def test_another_file_is_no_protocol(text, tmp_path):
+    (tmp_path / "protocol.json").write_text(text)
+    with pytest.raises(ValueError, match="protocol.json is"):
+        read_protocol(tmp_path)
+
+
+def test_a_checkpoint_is_known_by_its_contents(make_pipeline, tmp_path):
+    pipe = make_pipeline()
+    pipe.save_pretrained(tmp_path / "a")
+    described = describe_checkpoint(tmp_path / "a", pipe)
+    file = tmp_path / "a" / "transformer" / "diffusion_pytorch_model.safetensors"
+    assert described["weights_sha256"]["transformer"] == hashlib.sha256(file.read_bytes()).hexdigest()
+    assert (
+        set(described["configs_sha256"]) == set(described["weights_sha256"]) == {"vae", "grain_model", "transformer"}
+    )
+
+    make_pipeline().save_pretrained(tmp_path / "elsewhere")
+    moved = D2iTPipeline.from_pretrained(tmp_path / "elsewhere")
+    assert describe_checkpoint(tmp_path / "elsewhere", moved) == described
+    moved.vae.register_to_config(scaling_factor=0.5)
+    changed = describe_checkpoint(tmp_path / "elsewhere", moved)
+    assert [line.split()[0] for line in differences(described, changed)] == ["configs_sha256.vae"]
+
+    tensors = load_file(file)
+    tensors[next(iter(tensors))].flatten()[0] += 1
+    save_file(tensors, file)
+    changed = describe_checkpoint(tmp_path / "a", pipe)
+    assert [line.split()[0] for line in differences(described, changed)] == ["weights_sha256.transformer"]
+    pipe.grain_model = None
+    assert set(describe_checkpoint(tmp_path / "a", pipe)["weights_sha256"]) == {"vae", "transformer"}
+
+
+def test_shards_are_part_of_a_checkpoint(make_pipeline, tmp_path):
+    pipe = make_pipeline()
+    pipe.save_pretrained(tmp_path)
+    pipe.transformer.save_pretrained(tmp_path / "transformer", max_shard_size="20KB")
+    shards = sorted((tmp_path / "transformer").glob("*.safetensors"))
+    before = describe_checkpoint(tmp_path, pipe)
+    assert len(shards) > 1
+    shards[1].write_bytes(shards[1].read_bytes()[:-1] + b"x")
+    changed = differences(before, describe_checkpoint(tmp_path, pipe))
+    assert [line.split()[0] for line in changed] == ["weights_sha256.transformer"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The folder
+# ---------------------------------------------------------------------------------------------------------------------
+
+SIZE = (16, 24)
+PLAN = SamplePlan(10, 4, classes=(3, 5, 8))
+
+
+@pytest.fixture
+def accelerator() -> Iterator[Accelerator]:
+    yield Accelerator(cpu=True)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+def picture(image: int) -> torch.Tensor:
+    """Image i, (3, H, W) in [0, 1]."""
+    return torch.rand(3, *SIZE, generator=torch.Generator().manual_seed(image))
+
+
+@pytest.fixture
+def fill(accelerator, tmp_path) -> Callable[..., tuple[list[range], dict]]:
+    """fill(format, plan): draw what is missing in tmp_path / "set"; the batches that were, and the protocol."""
+
+    def fill(format: str = "png", plan: SamplePlan = PLAN, stop_after: int | None = None, **sampling):
+        sampling = plan.describe() | sampling
+        with SampleFolder(tmp_path / "set", plan, sampling, SIZE, format, accelerator, "mine") as samples:
+            for batch in samples.batches[:stop_after]:
+                shares = torch.tensor([i / 16 for i in batch])
+                samples.write(batch, torch.stack([picture(i) for i in batch]), shares)
+            return samples.batches, samples.finish()
+
+    return fill
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.suffix in (".png", ".npz")}
+
+
+def test_images_are_those_that_the_pipeline_would_have_made(fill, tmp_path):
+    batches, protocol = fill("both")
+    assert batches == PLAN.batches()
+    expected = VaeImageProcessor.numpy_to_pil(torch.stack([picture(i) for i in range(10)]).permute(0, 2, 3, 1).numpy())
+    packed = np.load(tmp_path / "set" / "images.npz")["arr_0"]
+    for i, image in enumerate(expected):
+        with Image.open(tmp_path / "set" / f"{i:06d}.png") as stored:
+            assert np.array_equal(stored, image) and np.array_equal(packed[i], image)
+            assert stored.text == {"fine_share": str(i / 16), "class_label": str((3, 5, 8)[i % 3])}
+    assert packed.shape == (10, *SIZE, 3)
+    assert protocol == read_protocol(tmp_path / "set") and protocol["complete"] is True
+    assert protocol["mean_fine_share"] == sum(range(10)) / 160
+    run = protocol["run"]
+    assert (run["format"], run["batch_sizes"], run["num_processes"], run["num_drawn"]) == ("both", [4], 1, 10)
+    assert run["seconds"] > 0 and run["images_per_second"] > 0 and run["checkpoint"] == "mine"
+    names = {path.name for path in (tmp_path / "set").iterdir()}
+    assert names == {f"{i:06d}.png" for i in range(10)} | {"images.npz", "protocol.json"}
+
+
+def test_only_missing_and_damaged_images_are_drawn_again(fill, tmp_path):
+    fill("both")
+    folder, before = tmp_path / "set", contents(tmp_path / "set")
+    assert fill("both")[0] == [] and contents(folder) == before
+    protocol = (folder / "protocol.json").read_bytes()
+
+    (folder / "000001.png").unlink()
+    with (folder / "000008.png").open("r+b") as file:
+        file.truncate(300)
+    kept = (folder / "000000.png").stat().st_mtime_ns
+    with pytest.warns(UserWarning, match="damaged, and drawn again: 000008.png"):
+        batches, _ = fill("both")
+    assert batches == [range(0, 4), range(8, 10)]
+    assert contents(folder) == before and (folder / "000000.png").stat().st_mtime_ns == kept
+    assert json.loads((folder / "protocol.json").read_text())["run"]["num_drawn"] == 2
+    assert json.loads(protocol)["sampling"] == read_protocol(folder)["sampling"]
+
+
+def test_cuts_and_flipped_bits_of_an_image_are_noticed(fill, tmp_path):
+    fill()
+    path = tmp_path / "set" / "000002.png"
+    whole = path.read_bytes()
+    damaged = [whole[:length] for length in (*range(0, len(whole), 97), len(whole) - 12, len(whole) - 1)]
+    for position in (*range(0, len(whole), 101), len(whole) - 12, len(whole) - 1):
+        damaged.append(whole[:position] + bytes([whole[position] ^ 4]) + whole[position + 1 :])
+    for data in damaged:
+        path.write_bytes(data)
+        with pytest.warns(UserWarning, match="000002.png"):
+            assert fill()[0] == [range(0, 4)]
+        assert path.read_bytes() == whole
+
+
+def test_a_set_that_was_left_off_is_not_complete_and_goes_on(fill, tmp_path):
+    with pytest.raises(ValueError, match="000004.png: .*Repeat the command"):
+        fill(stop_after=1)
+    assert read_protocol(tmp_path / "set")["complete"] is False
+    other_batches = SamplePlan(10, 3, classes=(3, 5, 8))
+    batches, protocol = fill(plan=other_batches)
+    assert batches == [range(3, 6), range(6, 9), range(9, 10)]
+    assert protocol["complete"] and protocol["run"]["batch_sizes"] == [3, 4] and protocol["run"]["num_drawn"] == 6
+
+
+def test_another_protocol_is_refused_and_its_fields_named(fill, tmp_path):
+    with pytest.raises(ValueError):  # a mistake, and nothing drawn yet
+        fill(steps=500, stop_after=0)
+    fill(steps=50)
+    before = contents(tmp_path / "set")
+    with pytest.raises(ValueError, match="of another protocol: sampling.steps 50, not 20. Repeat the command"):
+        fill(steps=20)
+    with pytest.raises(ValueError, match="sampling.num_images 10, not 9; sampling.labels.classes"):
+        fill(plan=SamplePlan(9, 4, classes=(3, 5)), steps=50)
+    protocol = read_protocol(tmp_path / "set")
+    protocol["environment"]["torch"] = "1.0"
+    (tmp_path / "set" / "protocol.json").write_text(json.dumps(protocol))
+    with pytest.raises(ValueError, match='environment.torch "1.0", not "'):
+        fill(steps=50)
+    assert contents(tmp_path / "set") == before
+
+
+def test_folders_that_hold_something_else_are_left_alone(fill, tmp_path):
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "thesis.tex").write_text("mine")
+    with pytest.raises(ValueError, match="holds no samples but thesis.tex"):
+        fill()
+    assert [path.name for path in (tmp_path / "set").iterdir()] == ["thesis.tex"]
+    (tmp_path / "set" / "thesis.tex").unlink()
+    fill()
+    for pixels in (Image.new("RGB", SIZE[::-1]), Image.open(tmp_path / "set" / "000001.png")):
+        pixels.save(tmp_path / "set" / "000004.png")
+        mine = (tmp_path / "set" / "000004.png").read_bytes()
+        with pytest.raises(ValueError, match="000004.png is not image 4 of these samples, and is not written over"):
+            fill()
+        assert (tmp_path / "set" / "000004.png").read_bytes() == mine
+    (tmp_path / "file").write_text("")
+    os.rename(tmp_path / "set", tmp_path / "old")
+    (tmp_path / "set").write_text("")
+    with pytest.raises(ValueError, match="is a file"):
+        fill()
+
+
+def test_one_run_at_a_time(fill, tmp_path, monkeypatch):
+    fill()
+    (tmp_path / "set" / "000001.png").unlink()
+    with lock(tmp_path / "set"):
+        with pytest.raises(ValueError, match=re.escape(str(tmp_path / "set"))):
+            fill()
+    assert len(fill()[0]) == 1
+
+
+def test_an_npz_alone(fill, tmp_path):
+    folder = tmp_path / "set"
+    fill("npz")
+    assert sorted(contents(folder)) == ["images.npz"]
+    assert np.array_equal(NpzImages(folder / "images.npz").read(3, 4)[0], (picture(3) * 255).round().permute(1, 2, 0))
+    before = contents(folder)
+    assert fill("npz")[0] == [] and contents(folder) == before
+    (folder / "images.npz").write_bytes(before["images.npz"][:-2000])
+    with pytest.warns(UserWarning, match="images.npz is damaged"):
+        assert fill("npz")[0] == PLAN.batches()
+    assert contents(folder) == before
+    assert fill("both")[0] == PLAN.batches()
+    assert len(contents(folder)) == 11 and contents(folder)["images.npz"] == before["images.npz"]
+    with pytest.raises(ValueError, match="--format npz would remove the PNGs .* pass --format both"):
+        fill("npz")
+    assert len(contents(folder)) == 11
+
+
+def test_pngs_can_be_packed_later(fill, tmp_path):
+    drawn = fill("png")[1]["run"]["seconds"]
+    batches, protocol = fill("both")
+    assert batches == [] and "images.npz" in contents(tmp_path / "set")
+    assert protocol["run"]["format"] == "both" and protocol["run"]["seconds"] == drawn
+
+
+def test_a_disk_that_fails_is_noticed(accelerator, tmp_path):
+    with pytest.raises(OSError):
+        with SampleFolder(tmp_path / "set", PLAN, PLAN.describe(), SIZE, "png", accelerator, "mine") as samples:
+            os.rmdir(samples._staging)
+            samples.write(range(0, 4), torch.zeros(4, 3, *SIZE), torch.zeros(4))
+            samples.finish()
+    assert {path.name for path in (tmp_path / "set").iterdir()} == {"protocol.json"}
+    assert read_protocol(tmp_path / "set")["complete"] is False
+
+
+def test_no_more_than_two_batches_wait_to_be_written(accelerator, tmp_path):
+    plan = SamplePlan(60, 3)
+    with SampleFolder(tmp_path / "set", plan, plan.describe(), SIZE, "png", accelerator, "mine") as samples:
+        for batch in samples.batches:
+            samples.write(batch, torch.zeros(len(batch), 3, *SIZE), torch.zeros(len(batch)))
+            assert len(samples._pending) <= 6
+        assert samples.finish()["complete"]
