@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
-SOURCES = src examples tests benchmarks setup.py
+SOURCES = src examples tests benchmarks reproduction setup.py
 
 .PHONY: demo test faults train-tiny style quality bench clean
 

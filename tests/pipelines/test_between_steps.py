@@ -8,7 +8,7 @@ import pytest
 import torch
 
 
-sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 
 from between_steps import (  # noqa: E402
     SCHEDULERS,

@@ -1,7 +1,7 @@
 # Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
 """The runs behind every claim: trained once each, resumed where they were interrupted, scored from their checkpoints.
 
-    python benchmarks/reproduction/study.py --data tiny-imagenet-20 --work_dir runs/reproduction --jobs 2
+    python reproduction/study.py --data tiny-imagenet-20 --work_dir runs/reproduction --jobs 2
 
 trains everything. Each claim's own script (table_3.py ...) trains what it needs and is not there yet. All that is
 written lies in the work folder: latent cache, classifier, runs/<arm>-<seed>, scores.
@@ -29,7 +29,7 @@ from diffusers_d2it.evaluation.features import weights_digest
 
 
 HERE = Path(__file__).parent
-EXAMPLES = HERE.parents[1] / "examples"
+EXAMPLES = HERE.parent / "examples"
 
 
 class Study:

@@ -1,7 +1,7 @@
 # Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
 """Table 3 of arXiv:2504.09454: from DiT to D2iT, one part after the other.
 
-    python benchmarks/reproduction/table_3.py --data tiny-imagenet-20 --work_dir runs/reproduction
+    python reproduction/table_3.py --data tiny-imagenet-20 --work_dir runs/reproduction
 
 All arms have the same width, layers, batches and noise. DiT is the Multi-grained Net alone on latents of which every
 region is fine: the autoencoder is the same for all, so what differs is the grain of its latents.

@@ -1,7 +1,7 @@
 # Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
 """Figure 6 of arXiv:2504.09454: how fast DiT and D2iT converge, over steps and over seconds.
 
-python benchmarks/reproduction/figure_6.py --data tiny-imagenet-20 --work_dir runs/reproduction
+python reproduction/figure_6.py --data tiny-imagenet-20 --work_dir runs/reproduction
 """
 
 from plots import plot_curves

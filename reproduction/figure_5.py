@@ -1,7 +1,7 @@
 # Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
 """Figure 5 of arXiv:2504.09454: reconstruction and generation at fine ratios 0, 0.3, 0.5, 0.7 and 1.
 
-    python benchmarks/reproduction/figure_5.py --data tiny-imagenet-20 --work_dir runs/reproduction
+    python reproduction/figure_5.py --data tiny-imagenet-20 --work_dir runs/reproduction
 
 A content model and a grain model are trained for each ratio. One autoencoder serves all ratios; its reconstructions
 are those of the validation images. At ratio 0 there is nothing to refine, and all layers are the backbone's. Ratios 0

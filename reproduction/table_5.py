@@ -1,7 +1,7 @@
 # Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
 """Table 5 of arXiv:2504.09454: where the grain map comes from.
 
-    python benchmarks/reproduction/table_5.py --data tiny-imagenet-20 --work_dir runs/reproduction
+    python reproduction/table_5.py --data tiny-imagenet-20 --work_dir runs/reproduction
 
 One trained D2iT, the same labels and noise, and maps of photographs, of the grain model, of independent regions with
 the same share, and uniform ones, which the content model has not been trained on.

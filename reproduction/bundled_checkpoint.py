@@ -1,7 +1,7 @@
 # Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
 """What a checkpoint reaches on a labelled set of real images: the figures of its model card.
 
-    python benchmarks/bundled_checkpoint.py --data tiny-imagenet-20 --output benchmarks/results/bundled_checkpoint.json
+    python reproduction/bundled_checkpoint.py --data tiny-imagenet-20
 
 `--data` is a folder that datasets.load_dataset reads, with splits train and validation and columns image and label.
 
@@ -14,18 +14,22 @@
 
 import argparse
 import json
+import sys
 import time
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from common import describe_machine
-from reproduction.classifier import BATCH, accuracy, class_targets, load_split, trained_classifier
+from classifier import BATCH, accuracy, class_targets, load_split, trained_classifier
 
 from diffusers_d2it import D2iTPipeline, bundled_checkpoint
 from diffusers_d2it.evaluation.reconstruction import psnr
 from diffusers_d2it.grains import fine_share
 from diffusers_d2it.losses import grain_loss
+
+
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+from common import describe_machine  # noqa: E402
 
 
 RATIOS = (0.0, 0.3, 0.5, 0.7, 1.0)
@@ -35,7 +39,7 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help="folder with splits train and validation")
     parser.add_argument("--checkpoint", default=bundled_checkpoint(), help="folder of a D2iTPipeline")
-    parser.add_argument("--output", default="benchmarks/results/bundled_checkpoint.json", help="JSON file")
+    parser.add_argument("--output", default="reproduction/results/bundled_checkpoint.json", help="JSON file")
     parser.add_argument("--samples_per_class", type=int, default=25, help="generated images of each class")
     parser.add_argument("--num_inference_steps", type=int, default=50, help="denoising steps")
     parser.add_argument(

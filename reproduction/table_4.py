@@ -1,7 +1,7 @@
 # Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
 """Table 4 of arXiv:2504.09454: how many of the layers should be RefineNet's.
 
-    python benchmarks/reproduction/table_4.py --data tiny-imagenet-20 --work_dir runs/reproduction
+    python reproduction/table_4.py --data tiny-imagenet-20 --work_dir runs/reproduction
 
 The number of layers stays; of twelve in the paper none, two (one to five) or four (one to two) are RefineNet's.
 """

@@ -1,7 +1,7 @@
 # Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
 """Two decisions: the weight of a coarse cell in Eq. 11, and noise that has the grain of its region.
 
-    python benchmarks/reproduction/loss_and_noise.py --data tiny-imagenet-20 --work_dir runs/reproduction
+    python reproduction/loss_and_noise.py --data tiny-imagenet-20 --work_dir runs/reproduction
 
 A coarse code is copied over four cells. Its loss counts a quarter a cell, or as much as that of a fine cell. Its noise
 is one draw; or four, and then every cell has a prediction of its own, goes its own way when samples are drawn, and the

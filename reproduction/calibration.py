@@ -1,7 +1,7 @@
 # Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
 """How far the share of fine regions lies from the ratio asked for, on photographs that the thresholds have not seen.
 
-    python benchmarks/calibration.py --data imagenet-256
+    python reproduction/calibration.py --data imagenet-256
 
 `--data` is a folder that datasets.load_dataset reads, with a split train and a column image. The photographs are
 divided at random, many times: thresholds are counted on one part and tried on the rest. The deviation between two
@@ -30,7 +30,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--data", required=True, help="folder with a split train and a column image")
     parser.add_argument("--resolution", type=int, default=256, help="side of the photographs")
     parser.add_argument("--divisions", type=int, default=200, help="random divisions into two halves")
-    parser.add_argument("--output", default="benchmarks/results/calibration.json", help="JSON file")
+    parser.add_argument("--output", default="reproduction/results/calibration.json", help="JSON file")
     return parser.parse_args()
 
 

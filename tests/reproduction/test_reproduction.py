@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
-"""The study of benchmarks/reproduction: every script in its smallest preset, on photographs, and what it concludes."""
+"""The study of reproduction/: every script in its smallest preset, on photographs, and what it concludes."""
 
 import importlib
 import json
@@ -17,7 +17,7 @@ from diffusers_d2it import D2iTContentModel
 from diffusers_d2it.grains import tie
 
 
-REPRODUCTION = Path(__file__).parents[2] / "benchmarks" / "reproduction"
+REPRODUCTION = Path(__file__).parents[2] / "reproduction"
 CLASSES = (1, 107)  # of the bundled checkpoint
 SCRIPTS = ("table_3", "table_4", "table_5", "figure_5", "figure_6", "loss_and_noise")
 

@@ -1,7 +1,7 @@
 # Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
 """examples/train_d2it.py, with what an ablation takes away.
 
-    python benchmarks/reproduction/train_arm.py --without_refine_net --latent_cache runs/cache ...
+    python reproduction/train_arm.py --without_refine_net --latent_cache runs/cache ...
 
 All other flags are those of train_d2it.py.
 
@@ -21,7 +21,7 @@ from diffusers_d2it import D2iTContentModel
 from diffusers_d2it.models import transformer_d2it_content
 
 
-SCRIPT = Path(__file__).parents[2] / "examples" / "train_d2it.py"
+SCRIPT = Path(__file__).parents[1] / "examples" / "train_d2it.py"
 
 
 def no_correction(parents: torch.Tensor, latents: torch.Tensor, noise: torch.Tensor, *rest) -> tuple:
