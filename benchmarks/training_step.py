@@ -88,6 +88,7 @@ def write_cache(folder: Path, vae: DynamicAutoencoderKL, num_images: int, rows_p
 
 def time_steps(folder: Path, output: Path, num_workers: int, num_steps: int) -> list[tuple[float, float, float]]:
     """Milliseconds of waiting, of the update and of the whole step, for the steps of a run but the first and last."""
+    sys.path.append(str(SCRIPT.parent))  # where it finds its flags
     spec = importlib.util.spec_from_file_location(SCRIPT.stem, SCRIPT)
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)

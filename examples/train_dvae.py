@@ -28,12 +28,12 @@ from diffusers_d2it import DynamicAutoencoderKL, load_preset, visualize_grain_ma
 from diffusers_d2it.data.bad_images import BadImages
 from diffusers_d2it.data.images import check_resolution
 from diffusers_d2it.data.loaders import batches_from, first_batches, make_dataset, make_loader, step_generator
-from diffusers_d2it.data.source import add_data_arguments, load_images
+from diffusers_d2it.data.source import load_images
 from diffusers_d2it.evaluation.features import FeatureExtractor, load_features
 from diffusers_d2it.evaluation.reconstruction import check_torchmetrics, reconstruction_scores
-from diffusers_d2it.hub.push import add_hub_arguments, check_hub_arguments, publish
+from diffusers_d2it.hub.push import check_hub_arguments, publish
 from diffusers_d2it.losses import adaptive_weight, adversarial_loss, dvae_loss, hinge_loss
-from diffusers_d2it.training.arguments import add_training_arguments, make_accelerator, make_parser
+from diffusers_d2it.training.arguments import make_accelerator
 from diffusers_d2it.training.averaging import WeightAverage, use_ema
 from diffusers_d2it.training.checkpoints import Checkpoints, find_checkpoint
 from diffusers_d2it.training.discriminator import PatchDiscriminator
@@ -43,6 +43,7 @@ from diffusers_d2it.training.smoke import SmokeTest
 from diffusers_d2it.training.states import is_sharded
 from diffusers_d2it.training.steps import StepLog, draw_fine_ratio, grain_signals
 from diffusers_d2it.training.stopping import StopSignals
+from flags import add_data_arguments, add_hub_arguments, add_training_arguments, make_parser
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:

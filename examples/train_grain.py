@@ -25,18 +25,12 @@ from diffusers_d2it import D2iTGrainModel, load_preset, visualize_grain_map
 from diffusers_d2it.data.bad_images import BadImages
 from diffusers_d2it.data.latent_cache import read_entropy
 from diffusers_d2it.data.loaders import batches_from, make_loader, step_generator
-from diffusers_d2it.data.source import add_class_arguments, add_data_arguments
 from diffusers_d2it.files.folders import save_folder
 from diffusers_d2it.grains import fine_share, grain_map_from_entropy
-from diffusers_d2it.hub.push import add_hub_arguments, check_hub_arguments, publish
+from diffusers_d2it.hub.push import check_hub_arguments, publish
 from diffusers_d2it.losses import grain_loss
 from diffusers_d2it.pipelines.grain_maps import sample_grain_map
-from diffusers_d2it.training.arguments import (
-    add_second_stage_arguments,
-    add_training_arguments,
-    make_accelerator,
-    make_parser,
-)
+from diffusers_d2it.training.arguments import make_accelerator
 from diffusers_d2it.training.averaging import WeightAverage, use_ema
 from diffusers_d2it.training.checkpoints import Checkpoints, find_checkpoint
 from diffusers_d2it.training.smoke import SmokeTest
@@ -44,6 +38,14 @@ from diffusers_d2it.training.states import is_sharded
 from diffusers_d2it.training.steps import StepLog, draw_fine_ratio, drop_labels, grain_signals
 from diffusers_d2it.training.stopping import StopSignals
 from diffusers_d2it.training.training_data import identity_of, load_autoencoder, load_training_data
+from flags import (
+    add_class_arguments,
+    add_data_arguments,
+    add_hub_arguments,
+    add_second_stage_arguments,
+    add_training_arguments,
+    make_parser,
+)
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:

@@ -10,6 +10,7 @@ Nothing of the script is repeated here: names that it looks up are replaced in i
 
 import argparse
 import importlib.util
+import sys
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from types import ModuleType
@@ -56,6 +57,7 @@ def independent_cells():
 
 def load_script() -> ModuleType:
     """examples/train_d2it.py as a module."""
+    sys.path.append(str(SCRIPT.parent))  # where it finds its flags
     spec = importlib.util.spec_from_file_location(SCRIPT.stem, SCRIPT)
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)

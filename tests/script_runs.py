@@ -17,6 +17,7 @@ from accelerate.state import AcceleratorState, GradientState
 
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
+sys.path.append(str(EXAMPLES))  # where the scripts find what they share
 STEPS = 5  # eight photographs in batches of two: the fifth step is in the second epoch
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch"]
 # Without a GPU, accelerate runs two processes only under the flag --multi_gpu and with ACCELERATE_USE_CPU

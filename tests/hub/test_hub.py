@@ -15,9 +15,10 @@ import pytest
 import yaml
 from diffusers import DDIMScheduler
 from loopback_hub import TOKEN, Uploads, files_of, serve_hub
+from script_runs import load_script
 
 from diffusers_d2it.hub.card import make_model_card
-from diffusers_d2it.hub.push import add_hub_arguments, check_hub_arguments, files_to_push, publish
+from diffusers_d2it.hub.push import check_hub_arguments, files_to_push, publish
 
 
 PIPELINE_FILES = {
@@ -85,7 +86,7 @@ def metadata(card: str) -> dict:
 
 def hub_arguments(*arguments: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
-    add_hub_arguments(parser)
+    load_script("flags.py").add_hub_arguments(parser)
     return parser.parse_args(arguments)
 
 

@@ -201,22 +201,6 @@ def check_png(path: str | os.PathLike) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def add_hub_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of a training script about the Hub and its model card."""
-    group = parser.add_argument_group("Hub")
-    group.add_argument("--push_to_hub", action="store_true", help="push the result to the Hub at the end")
-    group.add_argument("--hub_model_id", help="user/name of its repository, also named in the model card")
-    group.add_argument(
-        "--hub_private_repo",
-        action="store_true",
-        default=None,  # None leaves the visibility to the account's default
-        help="make the repository private if it is new",
-    )
-    group.add_argument(
-        "--license", help="licence of the weights, by its Hub identifier (apache-2.0); default: the card says none"
-    )
-
-
 def check_hub_arguments(args: argparse.Namespace) -> None:
     """Find out before the training whether its result can be pushed. Call it on the main process.
 
