@@ -316,9 +316,9 @@ def test_an_absurd_header_is_refused_from_its_first_bytes(tmp_path, fault, read)
     overlap = header | {second: header[second] | {"data_offsets": [n - 4 for n in header[second]["data_offsets"]]}}
     gap = {name: entry for name, entry in header.items() if name != first}
     for what, changed, words in (
-        ("padded", json.dumps(header).encode() + b" " * 2**21, "a header may have at most"),
-        ("overlap", overlap, "a tensor begins at byte"),
-        ("gap", gap, "the one before ends at 0"),
+        ("padded", json.dumps(header).encode() + b" " * 2**21, "header"),
+        ("overlap", overlap, "offset"),
+        ("gap", gap, "offset"),
     ):
         (tmp_path / WEIGHTS).write_bytes(join(changed, data))
         problem = attempt(lambda: read(tmp_path)).problem(str(tmp_path / WEIGHTS), words)
@@ -339,6 +339,16 @@ def test_weights_that_were_not_saved_with_the_rest_are_refused(model, tmp_path, 
     found = attempt(lambda: D2iTGrainModel.from_pretrained(tmp_path / "a", variant="fp16"))
     problem = found.problem("fp16.safetensors", "was not saved with the rest")
     count.tried(problem, silent=problem is not None)
+
+
+@pytest.mark.parametrize("name", ["model.fp16.safetensors.index.json", "model.safetensors.fp16.index.json"])
+def test_an_index_that_only_diffusers_would_read_is_refused(model, tmp_path, fault, name):
+    """It finds these for a variant, and would load shards that were not checked."""
+    model.save_pretrained(tmp_path, variant="fp16")
+    index = tmp_path / name.replace("model", "diffusion_pytorch_model")
+    index.write_text(json.dumps({"metadata": {}, "weight_map": {}}))
+    problem = attempt(lambda: D2iTGrainModel.from_pretrained(tmp_path, variant="fp16")).problem(str(index))
+    fault("index of shards of a form that is not read").tried(problem, silent=problem is not None)
 
 
 def test_weights_that_a_smaller_dtype_cannot_hold_are_refused(model, folder, fault):

@@ -11,7 +11,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from ..files.weights import read_checked_json, read_header, read_index
+from ..files.folders import read_json
+from ..files.weights import read_header, weight_files, weight_names
 from ..words import shown
 
 
@@ -52,7 +53,7 @@ def read_folder(
         folder = folder / subfolder
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} holds neither config.json nor {subfolder}/config.json.")
-    config = read_checked_json(folder / "config.json")
+    config = read_json(folder / "config.json")
     name = config.get("_class_name")
     if name not in class_names:
         raise ValueError(f"{folder} must hold a model of class {class_names[0]}, got {name}.")
@@ -79,12 +80,9 @@ def check_config(config: dict[str, Any], source: str, **expected: Any) -> None:
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    for name in ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"):
-        if (folder / name).is_file():
-            return [folder / name]
-        index = folder / f"{name}.index.json"
-        if index.is_file():
-            return sorted(set(read_index(index, suffix=Path(name).suffix).values()))
+    for suffix in (".safetensors", ".bin"):
+        if any((folder / name).is_file() for name in weight_names(None, suffix)):
+            return [file for file in weight_files(folder, suffix=suffix) if file.suffix == suffix]
     raise ValueError(f"{folder} holds neither diffusion_pytorch_model.safetensors nor diffusion_pytorch_model.bin.")
 
 

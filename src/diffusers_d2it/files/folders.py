@@ -34,6 +34,8 @@ STAGING = ".staging-"
 TRASH = ".trash-"
 OLD = ".old-"
 
+MAX_JSON = 2**24  # bytes
+_MAX_BRACKETS = 100_000  # lists and objects in a JSON file: more take seconds to read
 _VERSION = 1
 _ID_LENGTH = 8
 _SHARD = re.compile(r"-\d{5}-of-\d{5}(?=\.)")
@@ -69,7 +71,8 @@ def save_folder(folder: str | os.PathLike, save: Callable[[str], object]) -> Non
             seal(staging)
             replace_folder(staging, folder)
         return
-    settle(folder)
+    if is_sealed(folder):
+        settle(folder)
     with _owned(folder) as free:
         if not free:
             raise ValueError(f"another process is saving to {folder}.")
@@ -111,8 +114,7 @@ def verify(folder: str | os.PathLike) -> None:
         ValueError: there is no manifest, it is damaged, or a file is missing or damaged; the file is named.
     """
     folder = Path(folder)
-    settle(folder)
-    for name, record in _read_manifest(folder)["files"].items():
+    for name, record in settle(folder)["files"].items():
         check_size(folder / name, record["bytes"])
         check_sha256(folder / name, record["sha256"])
 
@@ -148,22 +150,22 @@ def lock(folder: str | os.PathLike, *, wait: float = 4.0) -> ExitStack:
         time.sleep(0.05)
 
 
-def settle(folder: str | os.PathLike) -> None:
-    """Finish a save into a folder that existed, if the process that saved was killed in the middle of it.
+def settle(folder: Path) -> dict:
+    """Finish a save into a sealed folder, if the process that saved was killed in the middle of it.
+
+    Returns:
+        The manifest.
 
     Raises:
-        ValueError: the manifest is damaged.
+        ValueError: the manifest is missing or damaged.
         OSError: the folder cannot be written.
     """
-    folder = Path(folder)
-    if not is_sealed(folder):
-        return
     manifest = _read_manifest(folder)
-    if "pending" not in manifest:
-        return
-    with _owned(folder) as dead:
-        if dead:
-            _move_pending(folder / manifest["pending"], folder, manifest)
+    if "pending" in manifest:
+        with _owned(folder) as dead:
+            if dead and "pending" in (manifest := _read_manifest(folder)):  # read again: somebody may have finished it
+                _move_pending(folder / manifest["pending"], folder, manifest)
+    return manifest
 
 
 def sweep(folder: Path, name: str = "") -> None:
@@ -364,16 +366,21 @@ def read_json(path: Path) -> dict:
     """Read a JSON file that holds an object.
 
     Raises:
-        ValueError: it is missing, or is something else.
+        ValueError: it is missing, is something else, or is larger than any that is written here.
     """
     if not path.is_file():
         raise ValueError(f"{path} is missing.")
+    if (num_bytes := path.stat().st_size) > MAX_JSON:
+        raise ValueError(f"{path} has {num_bytes} bytes, at most {MAX_JSON} are read.")
+    content = path.read_bytes()
+    if (found := content.count(b"[") + content.count(b"{")) > _MAX_BRACKETS:
+        raise ValueError(f"{path} holds {found} lists and objects, at most {_MAX_BRACKETS} are read.")
     try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or brackets without end
-        raise ValueError(f"{path} is damaged, it is not JSON: {error}") from None
+        stored = json.loads(content.decode())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
     if not isinstance(stored, dict):
-        raise ValueError(f"{path} is damaged: it holds {type(stored).__name__} instead of a JSON object.")
+        raise ValueError(f"{path} is damaged: it holds {type(stored).__name__}, not a JSON object.")
     return stored
 
 

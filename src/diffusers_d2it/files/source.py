@@ -12,6 +12,7 @@ from huggingface_hub.errors import HFValidationError, RevisionResolutionError
 from huggingface_hub.utils import validate_repo_id
 
 from ..words import shown
+from .weights import weight_names
 
 
 # Arguments of diffusers that lead to code or pickled weights, and the only values of theirs that do not
@@ -112,7 +113,7 @@ def download_model(name: str, subfolder: str | None, variant: str | None, argume
     """
     inside = "" if subfolder is None else f"{subfolder.strip('/')}/"
     stem = "diffusion_pytorch_model"
-    names = ["config.json", index_name(variant), weights_name(variant)]
+    names = ["config.json", *weight_names(variant)]
     if variant is None:
         names += [f"{stem}-?????-of-?????.safetensors"]
     else:
@@ -136,22 +137,3 @@ def forget_origin(file: Path) -> None:
     if not is_name:
         del config["_name_or_path"]
         file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def weights_name(variant: str | None) -> str:
-    """Name of the file of the weights of a model that is not in shards."""
-    return f"diffusion_pytorch_model{'' if variant is None else f'.{variant}'}.safetensors"
-
-
-def index_name(variant: str | None) -> str:
-    """Name of the index of the weights of a model in shards."""
-    return f"diffusion_pytorch_model.safetensors.index{'' if variant is None else f'.{variant}'}.json"
-
-
-def model_files(variant: str | None) -> re.Pattern:
-    """Names of all files that a model of one variant may consist of."""
-    infix = "" if variant is None else re.escape(f".{variant}")
-    shard = r"-\d{5}-of-\d{5}"
-    names = [f"{infix}({shard})?", f"{shard}{infix}"]
-    weights = "|".join(rf"diffusion_pytorch_model{name}\.safetensors" for name in names)
-    return re.compile(rf"config\.json|{weights}|{re.escape(index_name(variant))}")

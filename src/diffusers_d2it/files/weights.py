@@ -1,34 +1,21 @@
 # Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
-"""Files of weights, checked before they are read: from their first bytes, against the seal, and against the model.
+"""Files of weights, checked before they are read: their headers, against the seal, and against the model."""
 
-A safetensors file begins with the length of its header (8 bytes, little-endian) and the header, a JSON object of
-{name: {"dtype", "shape", "data_offsets"}}; the bytes of the tensors follow without gaps.
-"""
-
-import json
-import math
-import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 
-from ..words import shown, visible
-from .folders import MANIFEST, check_size, file_sha256, read_json, settle
+from ..words import printable, shown, visible
+from .folders import MANIFEST, check_sha256, check_size, file_sha256, read_json, settle
 
 
-MAX_JSON = 2**22  # bytes of a configuration or an index
-MAX_HEADER = 2**21  # bytes: 15,000 tensors
-_MAX_BRACKETS = 100_000  # lists and objects in them: more take seconds to read
-_MAX_DIMENSIONS = 8
+MAX_HEADER = 2**21  # bytes: 15,000 tensors; safetensors itself reads 100 MB
 
-_BITS = {
-    "BOOL": 8, "U8": 8, "I8": 8, "U16": 16, "I16": 16, "U32": 32, "I32": 32, "U64": 64, "I64": 64,
-    "F8_E4M3": 8, "F8_E5M2": 8, "F16": 16, "BF16": 16, "F32": 32, "F64": 64,
-}  # fmt: skip
-_FLOATING = frozenset(dtype for dtype in _BITS if "F" in dtype)
+_FLOATING = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
+_HALVES = ("F16", "BF16")
 
 
 class Tensor(NamedTuple):
@@ -40,41 +27,91 @@ class Tensor(NamedTuple):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Headers
+# Files
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def weight_names(variant: str | None, suffix: str = ".safetensors") -> tuple[str, str]:
+    """Names of the file of all weights of a model and of the index of its shards, as diffusers gives them."""
+    variant = "" if variant is None else f".{variant}"
+    return f"diffusion_pytorch_model{variant}{suffix}", f"diffusion_pytorch_model{suffix}.index{variant}.json"
+
+
+def weight_files(folder: Path, variant: str | None = None, suffix: str = ".safetensors") -> list[Path]:
+    """The files of a model's weights: the index of shards, if it is there, and its shards, else the single file.
+
+    Raises:
+        ValueError: there is neither, or the index is damaged, or names anything but such files beside it.
+    """
+    single, index = (folder / name for name in weight_names(variant, suffix))
+    if index.is_file():
+        return [index, *sorted(set(read_index(index, suffix).values()))]
+    if not single.is_file():
+        raise ValueError(f"{single} is missing, and so is {index.name}.")
+    return [single]
+
+
+def read_index(file: Path, suffix: str) -> dict[str, Path]:
+    """The file of every tensor, from an index of shards.
+
+    Raises:
+        ValueError: the index is damaged, or names anything but files beside it that end with `suffix`.
+    """
+    index = read_json(file)
+    places = index.get("weight_map")
+    if not isinstance(places, dict) or not places or not isinstance(index.get("metadata"), dict):
+        raise ValueError(f"{file} is damaged: it must hold `metadata` and a `weight_map` of names.")
+    for place in places.values():
+        # "../other/model.safetensors" or "/etc/..." in a file from somebody else, or one that runs code when read
+        plain = isinstance(place, str) and place.isprintable() and not {"/", "\\"} & set(place)
+        if not plain or place.startswith(".") or not place.endswith(suffix):
+            raise ValueError(f"{file} must name files beside it, got {shown(place)}, expected are names in {suffix}.")
+    return {name: file.parent / place for name, place in places.items()}
+
+
+def read_headers(files: Iterable[Path]) -> dict[str, Tensor]:
+    """The tensors in the files of weights of a model, as `weight_files` lists them; no tensor is read.
+
+    Raises:
+        ValueError: a file is missing or damaged, or the shards do not hold what their index says.
+    """
+    index, *shards = files
+    if not shards:
+        return read_header(index)
+    places = read_index(index, ".safetensors")
+    tensors: dict[str, Tensor] = {}
+    for file in shards:
+        tensors |= (found := read_header(file))
+        named = {name for name, place in places.items() if place == file}
+        if found.keys() != named:
+            name = sorted(found.keys() ^ named)[0]
+            raise ValueError(f"{index} and {file.name} do not agree: {shown(name)} is named by only one of them.")
+    return tensors
+
+
 def read_header(file: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file by name, from its first bytes; no more than the header is read.
+    """The tensors of a safetensors file by name.
 
     Raises:
         ValueError: the file is missing, no safetensors file, cut off, or its header contradicts its size or itself.
     """
     if not file.is_file():
         raise ValueError(f"{file} is missing.")
-    num_bytes = file.stat().st_size
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
-        if num_bytes < 8 or length > min(MAX_HEADER, num_bytes - 8):
-            raise ValueError(
-                f"{file} is damaged or no safetensors file: its first bytes ask for a header of {length} bytes, of"
-                f" {num_bytes} bytes in all; a header may have at most {MAX_HEADER}."
-            )
-        header = stream.read(length)
-    _check_brackets(file, header)
+    if length > MAX_HEADER:
+        raise ValueError(f"{file} is damaged: its header has {length} bytes, a header has at most {MAX_HEADER}.")
     try:
-        entries = json.loads(header.decode("utf-8"), object_pairs_hook=_without_repeats)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file} is damaged or no safetensors file: its header is not JSON: {error}") from None
-    if not isinstance(entries, dict):
-        raise ValueError(f"{file} is damaged: its header is {type(entries).__name__}, not a JSON object.")
-    entries.pop("__metadata__", None)
-    tensors, spans = {}, []
-    for name, entry in entries.items():
-        tensors[name], span = _read_entry(file, name, entry)
-        spans.append(span)
-    _check_spans(file, spans, num_bytes - 8 - length)
-    return tensors
+        with safe_open(file, framework="pt") as opened:
+            parts = {name: opened.get_slice(name) for name in opened.keys()}
+            return {name: Tensor(file, part.get_dtype(), tuple(part.get_shape())) for name, part in parts.items()}
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{file} is damaged or no safetensors file: {printable(error)}") from None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tensors
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def check_floating(tensors: Mapping[str, Tensor]) -> None:
@@ -82,7 +119,7 @@ def check_floating(tensors: Mapping[str, Tensor]) -> None:
 
     Integers of the same size would load as numbers of another size, and so would one half precision as the other.
     """
-    halves = {tensor.dtype: name for name, tensor in tensors.items() if tensor.dtype in ("F16", "BF16")}
+    halves = {tensor.dtype: name for name, tensor in tensors.items() if tensor.dtype in _HALVES}
     for name, tensor in tensors.items():
         if tensor.dtype not in _FLOATING:
             raise ValueError(f"{tensor.file}: `{visible(name)}` must be floating point, got {tensor.dtype}.")
@@ -113,7 +150,7 @@ def check_fits(tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[int, 
     if other:
         name = other[0]
         problems.append(
-            f"{len(other)} weights have another shape, such as `{name}`: {tensors[name].shape} in"
+            f"{len(other)} weights have another shape, such as `{name}`: {shown(tensors[name].shape)} in"
             f" {tensors[name].file.name}, {expected[name]} in the model"
         )
     if problems:
@@ -139,49 +176,7 @@ def check_finite(tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None
                     if tensors[name].dtype in _FLOATING:
                         _check_finite(opened.get_tensor(name), dtype, f"{file}: `{visible(name)}`")
         except (SafetensorError, OSError, KeyError) as error:  # KeyError: it has changed since its header was read
-            raise ValueError(f"{file} is damaged: {error}") from error
-
-
-def _check_brackets(file: Path, text: bytes) -> None:
-    found = text.count(b"[") + text.count(b"{")
-    if found > _MAX_BRACKETS:
-        raise ValueError(f"{file} holds {found} lists and objects, at most {_MAX_BRACKETS} are read.")
-
-
-def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object whose keys come once: of two, readers disagree which one counts."""
-    entries = dict(pairs)
-    if len(entries) < len(pairs):
-        raise ValueError("a key is repeated")
-    return entries
-
-
-def _read_entry(file: Path, name: str, entry: Any) -> tuple[Tensor, tuple[int, int]]:
-    where = f"{file} is damaged: {shown(name)} has"
-    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
-        raise ValueError(f"{where} {shown(entry)} instead of a dtype, a shape and offsets.")
-    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in _BITS:
-        raise ValueError(f"{where} the dtype {shown(dtype)}, expected is one of {', '.join(_BITS)}.")
-    for key, value in (("shape", shape), ("offsets", offsets)):
-        if not isinstance(value, list) or not all(type(number) is int and 0 <= number < 2**63 for number in value):
-            raise ValueError(f"{where} the {key} {shown(value)}, expected are whole numbers that are not negative.")
-    if len(shape) > _MAX_DIMENSIONS:
-        raise ValueError(f"{where} {len(shape)} dimensions, expected are at most {_MAX_DIMENSIONS}.")
-    if len(offsets) != 2 or 8 * (offsets[1] - offsets[0]) != math.prod(shape) * _BITS[dtype]:
-        raise ValueError(f"{where} the offsets {shown(offsets)}, which do not fit {dtype} of shape {shown(shape)}.")
-    return Tensor(file, dtype, tuple(shape)), (offsets[0], offsets[1])
-
-
-def _check_spans(file: Path, spans: list[tuple[int, int]], num_bytes: int) -> None:
-    """Tensors must lie one behind the other and fill the file: no overlap, no gap, nothing missing, nothing more."""
-    end = 0
-    for start, stop in sorted(spans):
-        if start != end:
-            raise ValueError(f"{file} is damaged: a tensor begins at byte {start}, the one before ends at {end}.")
-        end = stop
-    if end != num_bytes:
-        raise ValueError(f"{file} is damaged: its tensors have {end} bytes, the file {num_bytes}.")
+            raise ValueError(f"{file} is damaged: {printable(error)}") from error
 
 
 def _check_finite(values: torch.Tensor, dtype: torch.dtype | None, where: str) -> None:
@@ -190,142 +185,69 @@ def _check_finite(values: torch.Tensor, dtype: torch.dtype | None, where: str) -
     if values.dtype.itemsize == 1:
         values = values.float()  # 8-bit numbers have no minimum and maximum of their own
     extremes = torch.stack(torch.aminmax(values))  # both are NaN if one value is
+    lowest, highest = extremes.tolist()
     if not extremes.isfinite().all():
-        raise ValueError(f"{where} must be finite, got values from {extremes[0].item()} to {extremes[1].item()}.")
+        raise ValueError(f"{where} must be finite, got values from {lowest} to {highest}.")
     if dtype is not None and dtype.is_floating_point and not extremes.to(dtype).isfinite().all():
-        raise ValueError(
-            f"{where} does not fit {dtype}: its values go from {extremes[0].item():.4g} to {extremes[1].item():.4g}."
-        )
+        raise ValueError(f"{where} does not fit {dtype}: its values go from {lowest:.4g} to {highest:.4g}.")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Folders
+# Seals
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def read_checked_json(file: Path) -> dict[str, Any]:
-    """`saving.read_json` of a file of bearable size.
-
-    Raises:
-        ValueError: the file is missing, damaged, or larger than any configuration.
-    """
-    if file.is_file():
-        if file.stat().st_size > MAX_JSON:
-            raise ValueError(f"{file} has {file.stat().st_size} bytes, a configuration has at most {MAX_JSON}.")
-        _check_brackets(file, file.read_bytes())
-    return read_json(file)
-
-
-def read_index(file: Path, suffix: str = ".safetensors") -> dict[str, Path]:
-    """The file of every tensor, from an index of shards.
-
-    Args:
-        file: the index.
-        suffix: of the files that it may name.
-
-    Raises:
-        ValueError: the index is damaged, or names anything but such files beside it.
-    """
-    index = read_checked_json(file)
-    places = index.get("weight_map")
-    if not isinstance(places, dict) or not places or not isinstance(index.get("metadata"), dict):
-        raise ValueError(f"{file} is damaged: it must hold `metadata` and a `weight_map` of names.")
-    for place in places.values():
-        # "../other/model.safetensors" or "/etc/..." in a file from somebody else, or one that runs code when read
-        plain = isinstance(place, str) and place.isprintable() and not {"/", "\\"} & set(place)
-        if not plain or place.startswith(".") or not place.endswith(suffix):
-            raise ValueError(f"{file} must name files beside it, got {shown(place)}, expected are names in {suffix}.")
-    return {name: file.parent / place for name, place in places.items()}
-
-
-def read_headers(folder: Path, index: str, single: str) -> tuple[dict[str, Tensor], list[Path]]:
-    """The tensors of a model that lies in one file or in shards, and the files that are to be read.
-
-    Args:
-        folder: of the model.
-        index: name of the index of shards; if it is there, it counts.
-        single: name of the file without shards.
-
-    Raises:
-        ValueError: a file is missing or damaged, or the shards do not hold what the index says.
-    """
-    if not (folder / index).is_file():
-        return read_header(folder / single), [folder / single]
-    places = read_index(folder / index)
-    tensors: dict[str, Tensor] = {}
-    for file in sorted(set(places.values())):
-        tensors |= (found := read_header(file))
-        named = {name for name, place in places.items() if place == file}
-        if found.keys() != named:
-            name = sorted(found.keys() ^ named)[0]
-            raise ValueError(
-                f"{folder / index} and {file.name} do not agree: {shown(name)} is named by only one of them."
-            )
-    return tensors, [folder / index, *sorted(set(places.values()))]
-
-
-def check_seal(folder: Path, names: re.Pattern) -> None:
-    """Check files of a folder against the manifests that list them; what no manifest lists is not looked at.
+def sealed_files(folder: Path) -> dict[Path, list[dict]]:
+    """Finish interrupted saves into a folder and around it, and look up what their manifests list.
 
     The folder's own manifest counts, and those of the two folders around it: a model that was saved as a part of
     something larger, such as a pipeline, is listed there, and one of its files may have been saved anew by itself.
-    A save that was interrupted is finished first.
-
-    Args:
-        folder: what is loaded.
-        names: of the files, relative to the folder.
-
-    Raises:
-        ValueError: a file that is listed is missing or damaged, or a manifest is; the file is named.
-    """
-    folder = folder.absolute()
-    records: dict[Path, list[dict]] = {}
-    for sealed, listed in finish_saves(folder).items():
-        for name, record in listed.items():
-            file = sealed / name
-            if file.is_relative_to(folder) and names.fullmatch(file.relative_to(folder).as_posix()):
-                records.setdefault(file, []).append(record)
-    for file, found in records.items():
-        _check_records(file, found)
-
-
-def check_listed(folder: Path, files: Iterable[Path]) -> None:
-    """Refuse weights that no manifest lists in the place of others that one does list: they are not of one save.
-
-    Args:
-        folder: what is loaded.
-        files: the files in it that will be read.
-
-    Raises:
-        ValueError: a file was not saved with the rest; it is named.
-    """
-    folder = folder.absolute()
-    manifests = finish_saves(folder)
-    listed = {sealed / name for sealed, names in manifests.items() for name in names}
-    weights = sorted(file for file in listed if file.parent == folder and file.suffix == ".safetensors")
-    for file in (file.absolute() for file in files):
-        if weights and file not in listed:
-            raise ValueError(
-                f"{file} is in no {MANIFEST}, as {visible(weights[0].name)} is: it was not saved with the rest. Remove"
-                " the manifest to load it all the same."
-            )
-
-
-def finish_saves(folder: Path) -> dict[Path, dict[str, dict]]:
-    """Finish interrupted saves into a folder and around it.
 
     Returns:
-        What the manifests of the folder and of the two around it list, as far as they list files of the folder.
+        The records of each file, absolute, that a manifest lists.
 
     Raises:
         ValueError: a manifest is damaged.
     """
-    manifests = {}
+    folder = folder.absolute()
+    records: dict[Path, list[dict]] = {}
     for sealed in (*reversed(folder.parents[:2]), folder):  # what surrounds may still bring files of the folder
         if _lists(sealed, folder):
-            settle(sealed)
-            manifests[sealed] = read_json(sealed / MANIFEST)["files"]
-    return dict(reversed(manifests.items()))
+            for name, record in settle(sealed)["files"].items():
+                records.setdefault(sealed / name, []).append(record)
+    return records
+
+
+def check_sealed(files: Iterable[Path], records: Mapping[Path, list[dict]]) -> None:
+    """Check files against the manifests that list them; where none lists any weights beside a file, it may be any.
+
+    Args:
+        files: that will be read.
+        records: of `sealed_files`.
+
+    Raises:
+        ValueError: a file is missing, damaged or another one, or is not listed and other weights beside it are: they
+            are not of one save. It is named.
+    """
+    weights = {file.parent: file for file in sorted(records) if file.suffix == ".safetensors"}
+    for file in (file.absolute() for file in files):
+        if file in records:
+            _check_file(file, records[file])
+        elif file.parent in weights:
+            raise ValueError(
+                f"{file} is in no {MANIFEST}, as {visible(weights[file.parent].name)} is: it was not saved with the"
+                " rest. Remove the manifest to load it all the same."
+            )
+
+
+def _check_file(file: Path, records: list[dict]) -> None:
+    """Raise a ValueError unless a file is what one of its manifests says."""
+    size = file.stat().st_size if file.is_file() else None
+    fitting = [record["sha256"] for record in records if record["bytes"] == size]
+    if not fitting:
+        check_size(file, records[-1]["bytes"])
+    if file_sha256(file) not in fitting:
+        check_sha256(file, fitting[-1])
 
 
 def _lists(sealed: Path, folder: Path) -> bool:
@@ -340,14 +262,3 @@ def _lists(sealed: Path, folder: Path) -> bool:
         return (sealed / "model_index.json").is_file()
     prefix = f"{folder.relative_to(sealed).as_posix()}/"
     return isinstance(files, dict) and any(name.startswith(prefix) for name in files if name != f"{prefix}{MANIFEST}")
-
-
-def _check_records(file: Path, records: list[dict]) -> None:
-    """Raise a ValueError unless a file is what one of its manifests says."""
-    size = file.stat().st_size if file.is_file() else None
-    fitting = [record["sha256"] for record in records if record["bytes"] == size]
-    if not fitting:
-        check_size(file, records[0]["bytes"])
-    found = file_sha256(file)
-    if found not in fitting:
-        raise ValueError(f"{file} is damaged or another file: its SHA-256 is {found} instead of {fitting[0]}.")

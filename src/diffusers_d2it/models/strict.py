@@ -11,24 +11,21 @@ import torch
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.modeling_utils import ModelMixin
 
-from ..files.folders import STAGING, save_folder
+from ..files.folders import STAGING, read_json, save_folder
 from ..files.source import (
     check_source,
     download_model,
     forget_origin,
-    index_name,
-    model_files,
     refuse_code,
-    weights_name,
 )
 from ..files.weights import (
     check_finite,
     check_fits,
     check_floating,
-    check_listed,
-    check_seal,
-    read_checked_json,
+    check_sealed,
     read_headers,
+    sealed_files,
+    weight_files,
 )
 from ..limits import Flag, Number, Object, Optional, Rule, Whole, check_keys, check_ranges
 from ..words import shown
@@ -97,13 +94,13 @@ class StrictModelMixin(ModelMixin):
     @classmethod
     def _check_folder(cls, folder: Path, variant: str | None, kwargs: dict[str, Any]) -> None:
         """Check all files of a model that are going to be read, and that they fit one another."""
-        check_seal(folder, model_files(variant))  # puts in order what a killed process left, so it comes first
+        records = sealed_files(folder)  # puts in order what a killed process left, so it comes first
+        for legacy in folder.glob(f"*.{variant}.*index.json"):  # of shards, which diffusers would read instead
+            raise ValueError(f"{legacy} must not be there: no index of this form is read.")
+        files = weight_files(folder, variant)
+        check_sealed([folder / CONFIG, *files], records)
         config = cls._read_config(folder / CONFIG, kwargs)
-        for name in (f"safetensors.{variant}.index", f"{variant}.safetensors.index"):
-            if variant is not None and (legacy := folder / f"diffusion_pytorch_model.{name}.json").exists():
-                raise ValueError(f"{legacy} is an index of a form that is no longer read: save the model anew.")
-        tensors, files = read_headers(folder, index_name(variant), weights_name(variant))
-        check_listed(folder, files)
+        tensors = read_headers(files)
         if config.get("quantization_config") is None and kwargs.get("quantization_config") is None:
             check_floating(tensors)
             check_fits(tensors, cls._shapes(config), f"{cls.__name__} in {folder}")
@@ -113,7 +110,7 @@ class StrictModelMixin(ModelMixin):
     @classmethod
     def _read_config(cls, file: Path, kwargs: dict[str, Any]) -> dict[str, Any]:
         """The configuration that a file and the arguments make together, checked, with every key."""
-        stored = read_checked_json(file)
+        stored = read_json(file)
         defaults = _defaults(cls)
         overrides = {key: value for key, value in kwargs.items() if key in defaults}
         source = str(file) if not overrides else f"{file} with the arguments {', '.join(sorted(overrides))}"

@@ -2,7 +2,6 @@
 """How a pipeline is loaded: what its files name is checked before anything is imported, and all is one commit."""
 
 import os
-import re
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +9,9 @@ import diffusers
 from diffusers import SchedulerMixin
 from huggingface_hub import hf_hub_download
 
+from ..files.folders import read_json
 from ..files.source import check_source, pin, refuse_code
-from ..files.weights import check_seal, read_checked_json
+from ..files.weights import check_sealed, sealed_files
 from ..limits import Items, Number, Optional, Text, Whole, check_keys, check_ranges
 from ..words import shown
 
@@ -98,7 +98,8 @@ def check_pipeline_folder(cls: type, folder: Path, given: set[str]) -> None:
     Raises:
         ValueError: a file is missing, damaged, or names something that the pipeline does not have.
     """
-    check_seal(folder, re.compile(re.escape(INDEX)))
+    records = sealed_files(folder)
+    check_sealed([folder / INDEX], records)
     index = check_index(cls, folder / INDEX)
     for name in (*_MODELS, *_SCHEDULERS):
         library, class_name = index.get(name, (None, None))
@@ -110,7 +111,7 @@ def check_pipeline_folder(cls: type, folder: Path, given: set[str]) -> None:
         if (code := part / f"{library}.py").exists():
             raise ValueError(f"{code} must not be there: no code is run.")
         if name in _SCHEDULERS:
-            check_seal(folder, re.compile(re.escape(f"{name}/{SCHEDULER_CONFIG}")))
+            check_sealed([part / SCHEDULER_CONFIG], records)
             _check_scheduler(part / SCHEDULER_CONFIG)
 
 
@@ -121,7 +122,7 @@ def check_index(cls: type, file: Path) -> dict[str, Any]:
         ValueError: it is missing or damaged, of another pipeline, a component is missing or unknown, or of a class
             that it cannot be of. Nothing has been imported then.
     """
-    index = read_checked_json(file)
+    index = read_json(file)
     try:
         known = [base.__name__ for base in cls.__mro__ if issubclass(base, PipelineLoadingMixin)][:-1]
         if index.get("_class_name") not in known:
@@ -172,7 +173,7 @@ def _check_labels(id2label: Any) -> None:
 
 
 def _check_scheduler(file: Path) -> None:
-    config = read_checked_json(file)
+    config = read_json(file)
     try:
         if not isinstance(config.get("_class_name"), str):
             raise ValueError(f"`_class_name` must be a string, got {shown(config.get('_class_name'))}.")

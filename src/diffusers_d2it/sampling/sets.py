@@ -28,7 +28,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from ..files.folders import digest, file_sha256, read_json
-from ..files.source import model_files
+from ..files.weights import weight_files
 from ..words import without_paths
 
 
@@ -179,16 +179,13 @@ def describe_checkpoint(folder: str | Path, pipe: DiffusionPipeline) -> dict[str
         {"weights_sha256", "configs_sha256"} of each model. For weights in one file it is the SHA-256 of that file, for
         shards that of their names and hashes.
     """
-    pattern = model_files(None)
     weights, configs = {}, {}
     for component in ("vae", "grain_model", "transformer"):
         model = getattr(pipe, component)
         if model is None:
             continue
-        files = (
-            path for path in sorted(Path(folder, component).glob("*.safetensors")) if pattern.fullmatch(path.name)
-        )
-        hashes = {path.name: file_sha256(path) for path in files}
+        files = weight_files(Path(folder, component))
+        hashes = {path.name: file_sha256(path) for path in files if path.suffix == ".safetensors"}
         weights[component] = next(iter(hashes.values())) if len(hashes) == 1 else digest(hashes)
         configs[component] = digest(_public(model.config))
     return {"weights_sha256": weights, "configs_sha256": configs}
