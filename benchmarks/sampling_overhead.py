@@ -14,6 +14,7 @@ import argparse
 import importlib.util
 import os
 import statistics
+import sys
 import tempfile
 from contextlib import ExitStack
 from pathlib import Path
@@ -28,6 +29,7 @@ from diffusers_d2it.sampling.folder import SampleFolder
 
 
 SCRIPT = Path(__file__).parent.parent / "examples" / "sample_d2it.py"
+sys.path.append(str(SCRIPT.parent))  # where it finds flags.py
 SET = "whole set"
 WAITING = "last PNGs, checks, .npz, protocol"
 

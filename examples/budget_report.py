@@ -29,7 +29,6 @@ from diffusers_d2it.evaluation.budget import (
 )
 from diffusers_d2it.evaluation.collecting import compute_exactly
 from diffusers_d2it.evaluation.report_inputs import (
-    add_report_arguments,
     check_report_arguments,
     finite,
     load_checkpoint,
@@ -39,6 +38,7 @@ from diffusers_d2it.evaluation.report_inputs import (
     score_real_images,
 )
 from diffusers_d2it.files.folders import write_durably, write_text_durably
+from flags import add_report_arguments
 
 
 FILES = ("budget.json", "budget.md", "budget.png")

@@ -20,7 +20,7 @@ from diffusers_d2it.data.latent_cache_files import LatentCachePlan, describe_vae
 from diffusers_d2it.data.latent_cache_writer import LatentCacheWriter, encode_shards
 from diffusers_d2it.data.source import load_images
 from diffusers_d2it.training.training_data import load_autoencoder
-from flags import add_class_arguments, add_data_arguments
+from flags import add_class_arguments, add_data_arguments, image_arguments
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -46,13 +46,13 @@ def main(args: argparse.Namespace) -> None:
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cudnn.deterministic = True
 
-    source = load_images(args)
+    source = load_images(**image_arguments(args))
     vae = load_autoencoder(args.vae, args.resolution).to(accelerator.device)
     plan = LatentCachePlan(
         **describe_vae(vae),
         resolution=args.resolution,
         flips=not args.no_flip,
-        source=source.description,
+        source=source.describe(args.resolution),
         data_fingerprint=source.fingerprint,
         num_rows=source.num_rows,
         rows_per_shard=args.rows_per_shard,

@@ -22,7 +22,7 @@ from diffusers_d2it.data.bad_images import BadImages
 from diffusers_d2it.data.source import load_images
 from diffusers_d2it.files.folders import save_folder, write_text_durably
 from diffusers_d2it.training.measures import count_entropy
-from flags import add_data_arguments
+from flags import add_data_arguments, image_arguments
 
 
 def parse_args() -> argparse.Namespace:
@@ -43,7 +43,7 @@ def main(args: argparse.Namespace) -> None:
     accelerator = Accelerator()
     vae = None if args.vae is None else DynamicAutoencoderKL.from_pretrained(args.vae)
     region_size = args.region_size if vae is None else vae.region_size
-    source = load_images(args)
+    source = load_images(**image_arguments(args))
     accelerator.print(source)
     bad_images = BadImages(f"{os.path.normpath(args.output or args.vae)}.bad_images.jsonl")
     if accelerator.is_main_process:
@@ -54,7 +54,7 @@ def main(args: argparse.Namespace) -> None:
         return
     if bad_images.summary():
         print(bad_images.summary())
-    config = calibration.to_config(source.description)
+    config = calibration.to_config(source.describe(args.resolution))
     if vae is not None:
         vae.register_to_config(calibration=config, _name_or_path=None)
         path = Path(args.vae) / "config.json"

@@ -2,6 +2,10 @@
 """Flags that the scripts of this folder share. Their names are those of the arguments that the library takes."""
 
 import argparse
+import os
+from typing import Any
+
+from diffusers_d2it import bundled_checkpoint, list_samplers
 
 
 def make_parser(description: str) -> argparse.ArgumentParser:
@@ -24,16 +28,17 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefa
         return super()._get_help_string(action)
 
 
-def add_data_arguments(parser: argparse.ArgumentParser) -> None:
-    """Where the images come from: shared by training and calibration."""
+def add_data_arguments(parser: argparse.ArgumentParser, required: bool = True) -> None:
+    """Where the images come from: one of two flags, which is required unless something else can take their place."""
     group = parser.add_argument_group("data")
-    group.add_argument("--dataset_name", help="name on the Hub, or a local folder as in --train_data_dir")
-    group.add_argument("--dataset_config_name", help="configuration of a data set on the Hub that has several")
-    group.add_argument(
+    path = group.add_mutually_exclusive_group(required=required)
+    path.add_argument("--dataset_name", help="name on the Hub, or a local folder as in --train_data_dir")
+    path.add_argument(
         "--train_data_dir",
         help="folder of images, class by sub-folder, without sub-folders no classes; or of .parquet or WebDataset .tar"
         " files; or one such file",
     )
+    group.add_argument("--dataset_config_name", help="configuration of a data set on the Hub that has several")
     group.add_argument("--split", default="train", help="split of the data set; a folder of images has none")
     group.add_argument("--streaming", action="store_true", help="read the data set as a stream, without a local copy")
     group.add_argument("--image_column", help="column that holds the images; default: the only one that does")
@@ -117,3 +122,56 @@ def add_hub_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--license", help="licence of the weights, by its Hub identifier (apache-2.0); default: the card says none"
     )
+
+
+def add_report_arguments(parser: argparse.ArgumentParser) -> None:
+    """Checkpoint, data, features and sampling: shared by the reports on a checkpoint."""
+    from diffusers_d2it.evaluation.report_inputs import METRICS  # here: training needs nothing of it
+
+    group = parser.add_argument_group("checkpoint")
+    group.add_argument(
+        "--checkpoint", default=bundled_checkpoint(), help="folder or Hub name of a pipeline; default: the bundled one"
+    )
+    add_data_arguments(parser)
+    add_class_arguments(parser)
+    parser.set_defaults(resolution=None)  # that of the checkpoint
+    group = parser.add_argument_group("figures")
+    group.add_argument(
+        "--features",
+        default="inception",
+        help="in which images are compared: inception, a vision transformer of transformers such as"
+        " facebook/dinov2-large, or package.module:callable that returns an nn.Module",
+    )
+    group.add_argument("--weights", help="with --features inception: file of its weights")
+    group.add_argument("--metrics", nargs="+", choices=METRICS, default=["fid"], help="as of evaluate.py")
+    group.add_argument("--num_images", type=int, default=1000, help="samples of a row, and real images for their maps")
+    group.add_argument(
+        "--num_reference_images", type=int, default=5000, help="other real images, which samples are compared with"
+    )
+    group = parser.add_argument_group("sampling")
+    group.add_argument("--scheduler", choices=list_samplers(), help="a fast sampler; default: that of the checkpoint")
+    group.add_argument("--num_inference_steps", type=int, default=50, help="denoising steps")
+    group.add_argument("--guidance_scale", type=float, default=1.0, help="classifier-free guidance; 1 is without")
+    group.add_argument("--grain_num_inference_steps", type=int, default=10, help="steps of the grain model")
+    group.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of the models")
+    group.add_argument("--batch_size", type=int, default=32, help="images of a process in a forward pass")
+    group.add_argument("--seed", type=int, default=0, help="fixes which images are taken, and all noise")
+
+
+def image_arguments(args: argparse.Namespace) -> dict[str, Any]:
+    """What `load_images` is given: of the data flags, and of the class flags where a script has them.
+
+    Raises:
+        ValueError: --train_data_dir does not exist.
+    """
+    if args.train_data_dir is not None and not os.path.exists(args.train_data_dir):
+        raise ValueError(f"--train_data_dir {args.train_data_dir} does not exist.")
+    arguments = {
+        "path": args.train_data_dir or args.dataset_name,
+        "split": args.split,
+        "config_name": args.dataset_config_name,
+        "streaming": args.streaming,
+        "image_column": args.image_column,
+        "labelled": "label_column" in args and not args.unconditional,
+    }
+    return arguments | {name: getattr(args, name, None) for name in ("label_column", "num_classes", "id2label")}

@@ -25,7 +25,6 @@ from diffusers_d2it.data.bad_images import BadImages
 from diffusers_d2it.evaluation.collecting import compute_exactly
 from diffusers_d2it.evaluation.grain_report import grain_diagnostics, maps_of_sources, report_text, table_5
 from diffusers_d2it.evaluation.report_inputs import (
-    add_report_arguments,
     check_report_arguments,
     finite,
     load_checkpoint,
@@ -35,6 +34,7 @@ from diffusers_d2it.evaluation.report_inputs import (
     score_real_images,
 )
 from diffusers_d2it.files.folders import write_text_durably
+from flags import add_report_arguments
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:

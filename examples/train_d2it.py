@@ -56,7 +56,7 @@ from flags import (
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = make_parser(__doc__)
-    add_data_arguments(parser)
+    add_data_arguments(parser, required=False)  # or --latent_cache
     add_second_stage_arguments(parser)
     add_class_arguments(parser)
     add_training_arguments(parser)
@@ -155,7 +155,7 @@ def main(args: argparse.Namespace) -> None:
     bad_images = BadImages(os.path.join(args.output_dir, "bad_images.jsonl"))
     data = load_training_data(accelerator, args, vae, bad_images)
     num_classes = data.num_classes
-    loader = make_loader(accelerator, data, args)
+    loader = make_loader(accelerator, data, batch_size=args.train_batch_size, num_workers=args.dataloader_num_workers)
 
     # 2. Model, optimizer, average
     objective = make_objective(args.objective, args.snr_gamma, args.learn_sigma)

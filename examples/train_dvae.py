@@ -43,7 +43,7 @@ from diffusers_d2it.training.smoke import SmokeTest
 from diffusers_d2it.training.states import is_sharded
 from diffusers_d2it.training.steps import StepLog, draw_fine_ratio, grain_signals
 from diffusers_d2it.training.stopping import StopSignals
-from flags import add_data_arguments, add_hub_arguments, add_training_arguments, make_parser
+from flags import add_data_arguments, add_hub_arguments, add_training_arguments, image_arguments, make_parser
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -178,7 +178,7 @@ def main(args: argparse.Namespace) -> None:
     features = None if args.fid_model is None else load_features(args.fid_model)
 
     # 1. Data and thresholds
-    source = load_images(args).shuffled(args.seed)  # the first images are then a fair sample
+    source = load_images(**image_arguments(args)).shuffled(args.seed)  # the first images are then a fair sample
     accelerator.print(source)
     bad_images = BadImages(os.path.join(args.output_dir, "bad_images.jsonl"))
     if checkpoint is not None:  # they have been counted
@@ -187,9 +187,11 @@ def main(args: argparse.Namespace) -> None:
         counted = count_entropy(
             accelerator, source, args.resolution, region_size(args), bad_images, args.calibration_images
         )
-        calibration = counted.to_config(source.description)
-    dataset = make_dataset(accelerator, source, args, bad_images)
-    loader = make_loader(accelerator, dataset, args)
+        calibration = counted.to_config(source.describe(args.resolution))
+    dataset = make_dataset(accelerator, source, resolution=args.resolution, seed=args.seed, bad_images=bad_images)
+    loader = make_loader(
+        accelerator, dataset, batch_size=args.train_batch_size, num_workers=args.dataloader_num_workers
+    )
     samples = next(first_batches(source, args.resolution, 8, 8, bad_images)).to(accelerator.device)
 
     # 2. Model, discriminator, optimizers, average
@@ -320,7 +322,7 @@ def main(args: argparse.Namespace) -> None:
             args,
             vae,
             folder,
-            train_data=source.description,
+            train_data=source.describe(args.resolution),
             sample_image=os.path.join(args.output_dir, "samples", f"step-{step:07d}.png"),
             sample_caption="Training images, their reconstructions, and their grain maps: red is fine, blue coarse.",
             figures=figures,

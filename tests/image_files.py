@@ -1,7 +1,6 @@
 # Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
 """Photographs as files, whole and damaged, and data sets of them in every form that users have."""
 
-import argparse
 import io
 import struct
 import tarfile
@@ -11,8 +10,6 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 from photographs import load_photographs
-
-from diffusers_d2it.data.source import ImageSource, add_class_arguments, add_data_arguments, load_images
 
 
 def photo(i: int = 0, resolution: int = 64) -> PIL.Image.Image:
@@ -65,20 +62,3 @@ def write_tar(path: Path, samples: dict[str, dict[str, bytes]]) -> None:
                 member = tarfile.TarInfo(f"{key}.{field}")
                 member.size = len(data)
                 archive.addfile(member, io.BytesIO(data))
-
-
-def arguments(path: Path | str, *flags, classes: bool = True) -> argparse.Namespace:
-    """The data flags of a training script, for 32 px images."""
-    parser = argparse.ArgumentParser()
-    add_data_arguments(parser)
-    if classes:
-        add_class_arguments(parser)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--train_batch_size", type=int, default=2)
-    source = [] if "--dataset_name" in flags else ["--train_data_dir", str(path)]
-    return parser.parse_args([*source, "--resolution", "32", *map(str, flags)])
-
-
-def load(path: Path | str, *flags, classes: bool = True) -> ImageSource:
-    """The source of `arguments`."""
-    return load_images(arguments(path, *flags, classes=classes))

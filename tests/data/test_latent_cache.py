@@ -5,7 +5,6 @@ import os
 import pickle
 import random
 import re
-from argparse import Namespace
 from itertools import islice
 from pathlib import Path
 
@@ -118,8 +117,8 @@ def test_workers_do_not_change_the_batches_of_training(cache, make_vae):
     accelerator = Accelerator(cpu=True, dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True))
 
     def batches(num_workers: int, first_batch: int) -> list[dict]:
-        args = Namespace(train_batch_size=3, dataloader_num_workers=num_workers)
-        loader = make_loader(accelerator, LatentCache(cache, make_vae(), seed=0), args)
+        data = LatentCache(cache, make_vae(), seed=0)
+        loader = make_loader(accelerator, data, batch_size=3, num_workers=num_workers)
         torch.manual_seed(0)  # of which accelerate derives the order
         return list(islice(batches_from(accelerator, accelerator.prepare(loader), first_batch), 5 - first_batch))
 

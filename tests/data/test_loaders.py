@@ -9,7 +9,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration, set_seed
-from image_files import arguments, encode, load, photo, truncated_jpeg, write_folder, write_tar
+from image_files import encode, photo, truncated_jpeg, write_folder, write_tar
 
 from diffusers_d2it.calibration import EntropyCalibration
 from diffusers_d2it.data import loaders
@@ -56,10 +56,12 @@ def first(iterator, number: int) -> list:
     return [known(next(iterator)) for _ in range(number)]
 
 
-def prepared(accelerator, args, bad_images):
-    set_seed(args.seed)
-    dataset = make_dataset(accelerator, load_images(args), args, bad_images)
-    return accelerator.prepare(make_loader(accelerator, dataset, args))
+def prepared(accelerator, bad_images, path, *, seed: int = 0, batch_size: int = 2, num_workers: int = 0, **images):
+    """The loader of a run, for 32 px images."""
+    set_seed(seed)
+    source = load_images(path, **images)
+    dataset = make_dataset(accelerator, source, resolution=32, seed=seed, bad_images=bad_images)
+    return accelerator.prepare(make_loader(accelerator, dataset, batch_size=batch_size, num_workers=num_workers))
 
 
 @pytest.fixture
@@ -86,7 +88,7 @@ USABLE = set(range(20)) - {4, 5, 6, 17}
 
 
 def test_items_of_a_map_style_source(damaged_folder, bad_images):
-    dataset = ImageDataset(load(damaged_folder), 32, 7, bad_images)
+    dataset = ImageDataset(load_images(damaged_folder), 32, 7, bad_images)
     assert len(dataset) == 20 and dataset.num_classes == 2 and dataset.id2label == {0: "a", 1: "b"}
     for epoch in (0, 3):
         dataset.set_epoch(epoch)
@@ -100,7 +102,7 @@ def test_items_of_a_map_style_source(damaged_folder, bad_images):
 
 
 def test_another_image_stands_in(damaged_folder, bad_images):
-    dataset = ImageDataset(load(damaged_folder), 32, 7, bad_images)
+    dataset = ImageDataset(load_images(damaged_folder), 32, 7, bad_images)
     items = {i: known({key: value[None] for key, value in dataset[i].items()})[0] for i in (4, 5, 6, 17)}
     # 1, 2, 4, 8 places after the index, the first that can be used
     assert {i: number for i, (number, _, _) in items.items()} == {4: 8, 5: 7, 6: 7, 17: 18}
@@ -108,12 +110,12 @@ def test_another_image_stands_in(damaged_folder, bad_images):
     reasons = {name.split("/")[-1]: reason for name, reason in bad_images.found().items()}
     assert set(reasons) == {"04.png", "05.png", "06.png", "17.png"}
     assert "empty" in reasons["04.png"] and "truncated" in reasons["05.png"]
-    assert "Pillow cannot read it" in reasons["06.png"] and "8x8, too small for --resolution 32" in reasons["17.png"]
+    assert "Pillow cannot read it" in reasons["06.png"] and "8x8" in reasons["17.png"]
 
 
 def test_a_part_that_is_all_damaged_is_left_soon(tmp_path, bad_images):
     files = {f"{i:03d}.png": b"" if i < 100 else level(i % 20) for i in range(200)}
-    dataset = ImageDataset(load(write_folder(tmp_path / "photos", files)), 32, 0, bad_images)
+    dataset = ImageDataset(load_images(write_folder(tmp_path / "photos", files)), 32, 0, bad_images)
     dataset[60]
     assert len(bad_images.found()) == 7  # 60, 61, 62, 64, 68, 76 and 92; then comes 124
 
@@ -121,8 +123,8 @@ def test_a_part_that_is_all_damaged_is_left_soon(tmp_path, bad_images):
 def test_nothing_but_damage_ends_at_once(tmp_path, bad_images, accelerator):
     write_folder(tmp_path / "photos", {f"{i}.png": b"" for i in range(5)})
     with pytest.raises(ValueError, match="photos: none of the images can be used. 5 of the images .*is empty"):
-        ImageDataset(load(tmp_path / "photos"), 32, 0, bad_images)[2]
-    stream = prepared(accelerator, arguments(tmp_path / "photos", "--streaming"), bad_images)
+        ImageDataset(load_images(tmp_path / "photos"), 32, 0, bad_images)[2]
+    stream = prepared(accelerator, bad_images, tmp_path / "photos", streaming=True)
     with pytest.raises(ValueError, match="photos: worker 0/0 finds no image that can be used. 5 of the images"):
         next(batches_from(accelerator, stream, 0))
 
@@ -130,19 +132,18 @@ def test_nothing_but_damage_ends_at_once(tmp_path, bad_images, accelerator):
 def test_a_long_run_of_damage_is_an_error(tmp_path, bad_images, monkeypatch):
     monkeypatch.setattr(loaders, "MAX_UNUSABLE", 4)
     files = {f"{i}.png": b"" if i < 5 else level(i) for i in range(9)}
-    source = load(write_folder(tmp_path / "photos", files))
+    source = load_images(write_folder(tmp_path / "photos", files))
     with pytest.raises(ValueError, match="4 images in a row cannot be used, the last is .*3.png"):
         list(loaders.usable_images(source.rows(), 32, bad_images))
     files = {f"{i}.png": b"" if i % 2 else level(i) for i in range(20)}
-    source = load(write_folder(tmp_path / "mixed", files))
+    source = load_images(write_folder(tmp_path / "mixed", files))
     assert len(list(loaders.usable_images(source.rows(), 32, bad_images))) == 10
 
 
 def test_order_and_flips_are_those_of_accelerate(tmp_path, accelerator, bad_images):
     """Written out as a loop over plain torch and accelerate, so that no change of ours shifts a run's batches."""
     folder = write_folder(tmp_path / "photos", {f"{i:02d}.png": level(i) for i in range(10)})
-    args = arguments(folder, "--seed", "3", "--train_batch_size", "3")
-    batches = batches_from(accelerator, prepared(accelerator, args, bad_images), 0)
+    batches = batches_from(accelerator, prepared(accelerator, bad_images, folder, seed=3, batch_size=3), 0)
     for epoch in range(2):
         order = torch.randperm(10, generator=torch.Generator().manual_seed(3 + epoch)).tolist()
         expected = [(i, random.Random(f"3/{epoch}/{i}").random() < 0.5, 0) for i in order[:9]]
@@ -151,7 +152,7 @@ def test_order_and_flips_are_those_of_accelerate(tmp_path, accelerator, bad_imag
 
 def test_the_data_set_hears_of_epochs_also_from_loaders_that_do_not_tell_it(damaged_folder, accelerator, bad_images):
     class Loader(list):  # accelerate's, with several processes, tells the sampler only
-        dataset = ImageDataset(load(damaged_folder), 32, 0, bad_images)
+        dataset = ImageDataset(load_images(damaged_folder), 32, 0, bad_images)
 
         def set_epoch(self, epoch: int) -> None:
             pass
@@ -167,9 +168,9 @@ def test_the_data_set_hears_of_epochs_also_from_loaders_that_do_not_tell_it(dama
 def test_resume_with_damaged_images_and_other_workers(damaged_folder, accelerator, bad_images, first_batch):
     runs = {}
     for workers in (0, 1, 2):
-        args = arguments(damaged_folder, "--train_batch_size", 3, "--dataloader_num_workers", workers)
         start = first_batch if workers else 0
-        batches = batches_from(accelerator, prepared(accelerator, args, bad_images), start)
+        loader = prepared(accelerator, bad_images, damaged_folder, batch_size=3, num_workers=workers)
+        batches = batches_from(accelerator, loader, start)
         runs[workers] = first(batches, 19 - start)
     assert runs[1] == runs[2] == runs[0][first_batch:]
     seen = [i for batch in runs[0][:6] for i, _, _ in batch]
@@ -179,8 +180,8 @@ def test_resume_with_damaged_images_and_other_workers(damaged_folder, accelerato
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_stream_survives_its_bad_samples(damaged_tars, accelerator, bad_images, workers):
-    flags = ["--streaming", "--num_classes", 3, "--dataloader_num_workers", workers, "--train_batch_size", 4]
-    loader = prepared(accelerator, arguments(damaged_tars, *flags), bad_images)
+    images = {"streaming": True, "num_classes": 3}
+    loader = prepared(accelerator, bad_images, damaged_tars, batch_size=4, num_workers=workers, **images)
     assert isinstance(loader, StreamLoader) and loader.dataset.num_classes == 3
     batches = first(batches_from(accelerator, loader, 0), 12)
     assert all(len(batch) == 4 for batch in batches)
@@ -198,11 +199,10 @@ def test_a_stream_survives_its_bad_samples(damaged_tars, accelerator, bad_images
 
 @pytest.mark.parametrize("workers", [0, 1, 2])
 def test_exact_resume_of_a_stream(damaged_tars, accelerator, bad_images, workers):
-    flags = ["--streaming", "--num_classes", 3, "--dataloader_num_workers", workers, "--train_batch_size", 3]
-
     def batches(start: int, seed: int = 0):
-        args = arguments(damaged_tars, *flags, "--seed", seed)
-        return batches_from(accelerator, prepared(accelerator, args, bad_images), start)
+        run = {"seed": seed, "batch_size": 3, "num_workers": workers}
+        loader = prepared(accelerator, bad_images, damaged_tars, **run, streaming=True, num_classes=3)
+        return batches_from(accelerator, loader, start)
 
     whole = first(batches(0), 14)
     for start in (1, 4, 11):
@@ -213,7 +213,7 @@ def test_exact_resume_of_a_stream(damaged_tars, accelerator, bad_images, workers
 @pytest.mark.parametrize("num_processes", [2, 3])
 def test_processes_share_a_stream(damaged_tars, bad_images, num_processes):
     """Two processes read two tars each; three read all and take turns."""
-    source = load(damaged_tars, "--streaming", "--num_classes", 3)
+    source = load_images(damaged_tars, streaming=True, num_classes=3)
     seen, streams = [], []
     for process in range(num_processes):
         streams.append(ImageStream(source, 32, 0, bad_images, process, num_processes))
@@ -225,45 +225,43 @@ def test_processes_share_a_stream(damaged_tars, bad_images, num_processes):
 
 
 def test_more_workers_than_files(damaged_tars, accelerator, bad_images):
-    args = arguments(damaged_tars, "--streaming", "--num_classes", 3, "--dataloader_num_workers", 5)
-    with pytest.raises(ValueError, match="--dataloader_num_workers 5: tars gives each process 4 files"):
-        prepared(accelerator, args, bad_images)
+    with pytest.raises(ValueError, match="`num_workers` 5.* 4 "):
+        prepared(accelerator, bad_images, damaged_tars, num_workers=5, streaming=True, num_classes=3)
 
 
 def test_a_bad_label_in_a_stream_is_named(damaged_tars, accelerator, bad_images):
-    loader = prepared(accelerator, arguments(damaged_tars, "--streaming", "--num_classes", 2), bad_images)
+    loader = prepared(accelerator, bad_images, damaged_tars, streaming=True, num_classes=2)
     with pytest.raises(ValueError, match="tar/.*png has the label 2 in column 'cls': expected 0 to 1"):
         first(batches_from(accelerator, loader, 0), 20)
 
 
 def test_too_few_images_for_a_batch(damaged_folder, accelerator, bad_images):
-    args = arguments(damaged_folder, "--train_batch_size", 21)
-    with pytest.raises(ValueError, match="--train_batch_size 21 on 1 processes needs more than the 20 images"):
-        prepared(accelerator, args, bad_images)
+    with pytest.raises(ValueError, match="`batch_size` 21.* 20 "):
+        prepared(accelerator, bad_images, damaged_folder, batch_size=21)
 
 
 def test_enlarged_images_are_counted_in_workers(tmp_path, accelerator, bad_images):
     files = {f"{i}.png": encode(photo(i, 64).resize((20 + i, 40))) for i in range(8)}
-    args = arguments(write_folder(tmp_path / "photos", files), "--dataloader_num_workers", 2)
-    batches = batches_from(accelerator, prepared(accelerator, args, bad_images), 0)
+    folder = write_folder(tmp_path / "photos", files)
+    batches = batches_from(accelerator, prepared(accelerator, bad_images, folder, num_workers=2), 0)
     for _ in range(4):
         assert next(batches)["pixels"].shape == (2, 3, 32, 32)
     next(batches)  # workers may read ahead, but not past the end of the first epoch
-    assert " images read by this process were smaller than --resolution" in bad_images.summary()
+    assert "smaller" in bad_images.summary()
 
 
-@pytest.mark.parametrize("flags", [[], ["--streaming"]])
-def test_first_batches(damaged_folder, bad_images, flags):
-    source = load(damaged_folder, *flags)
+@pytest.mark.parametrize("streaming", [False, True])
+def test_first_batches(damaged_folder, bad_images, streaming):
+    source = load_images(damaged_folder, streaming=streaming)
     assert [len(batch) for batch in first_batches(source, 32, 4, 10, bad_images)] == [4, 4, 2]
     assert sum(len(batch) for batch in first_batches(source, 32, 5, 100, bad_images)) == 16
     assert next(first_batches(source, 32, 5, 5, bad_images)).shape == (5, 3, 32, 32)
 
 
-@pytest.mark.parametrize("flags", [[], ["--streaming"]])
-def test_entropy_is_counted_over_what_can_be_used(tmp_path, accelerator, bad_images, flags):
+@pytest.mark.parametrize("streaming", [False, True])
+def test_entropy_is_counted_over_what_can_be_used(tmp_path, accelerator, bad_images, streaming):
     files = {f"{i}.png": encode(photo(i)) for i in range(8)} | {"bad.jpg": truncated_jpeg()}
-    source = load(write_folder(tmp_path / "photos", files), *flags, classes=False)
+    source = load_images(write_folder(tmp_path / "photos", files), streaming=streaming)
     expected = EntropyCalibration(8)
     for i in range(8):
         expected.update(to_pixels(photo(i), 32)[None])

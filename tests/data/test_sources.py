@@ -10,13 +10,13 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
-from image_files import arguments, encode, load, photo, write_folder, write_tar
+from image_files import encode, photo, write_folder, write_tar
 
 from diffusers_d2it.data.images import decode_image
-from diffusers_d2it.data.source import describe_source, load_images
+from diffusers_d2it.data.source import load_images
 
 
-STREAMED = pytest.mark.parametrize("streaming", [[], ["--streaming"]], ids=["map", "stream"])
+STREAMED = pytest.mark.parametrize("streaming", [False, True], ids=["map", "stream"])
 
 
 @pytest.fixture(autouse=True)
@@ -63,26 +63,26 @@ NO_CLASSES = [(i, 0) for i in range(8)]
 
 @STREAMED
 def test_folder_with_classes(photos_folder, streaming):
-    source = load(photos_folder, *streaming)
+    source = load_images(photos_folder, streaming=streaming)
     assert contents(source) == TWO_CLASSES
     assert source.id2label == {0: "earth", 1: "sky"} and source.num_classes == 2
     assert str(source) == f"photos: {'a stream' if streaming else '8 images'}, 2 classes (earth, sky)"
     assert source.num_rows == (None if streaming else 8)
     assert {row.name for row in source.rows()} == {str(path) for path in photos_folder.rglob("*.png")}
-    assert source.description == "photos, split train, 32x32" == describe_source(arguments(photos_folder))
+    assert source.describe(32) == "photos, split train, 32x32"
 
 
 def test_order_of_a_folder_is_that_of_datasets(photos_folder):
     theirs = datasets.load_dataset("imagefolder", data_dir=str(photos_folder), split="train")
     theirs = theirs.cast_column("image", datasets.Image(decode=False))
-    ours = [(row.encoded["path"], row.label) for row in load(photos_folder).rows()]
+    ours = [(row.encoded["path"], row.label) for row in load_images(photos_folder).rows()]
     assert ours == [(row["image"]["path"], row["label"]) for row in theirs]
 
 
 @STREAMED
 def test_folder_without_classes(tmp_path, streaming):
     write_folder(tmp_path / "photos", {f"{i}.png": encode(photo(i)) for i in range(8)})
-    source = load(tmp_path / "photos", *streaming)
+    source = load_images(tmp_path / "photos", streaming=streaming)
     assert contents(source) == NO_CLASSES
     assert source.id2label is None and source.num_classes is None and source.label_column is None
     assert str(source).endswith(", no classes")
@@ -94,12 +94,11 @@ def test_parquet(tmp_path, streaming, single_file):
     feature = datasets.ClassLabel(names=["earth", "sky"])
     path = parquet(tmp_path / "photos" / "data.parquet", [i % 2 for i in range(8)], feature)
     write_folder(tmp_path / "photos", {"LICENSE.txt": b"free"})
-    source = load(path if single_file else tmp_path / "photos", *streaming)
+    source = load_images(path if single_file else tmp_path / "photos", streaming=streaming)
     assert contents(source) == TWO_CLASSES and source.id2label == {0: "earth", 1: "sky"}
     assert single_file or str(source).endswith("2 classes (earth, sky); 1 file not used: LICENSE.txt")
     name = next(source.rows()).name
     assert name.startswith("image of data" if single_file else "image of photos") if streaming else "row 0 of" in name
-    assert contents(load_images(arguments("", "--dataset_name", path, *streaming))) == TWO_CLASSES
 
 
 @STREAMED
@@ -111,12 +110,12 @@ def test_webdataset(tmp_path, streaming, sidecar):
             label = str(i % 2) if sidecar == "cls" else json.dumps({"label": i % 2, "author": "nobody"})
             samples[f"{i:04d}"] = {"png": encode(photo(i)), sidecar: label.encode()}
         write_tar(tmp_path / "photos" / f"{shard}.tar", samples)
-    source = load(tmp_path / "photos", *streaming, "--num_classes", 3)
+    source = load_images(tmp_path / "photos", streaming=streaming, num_classes=3)
     assert contents(source) == TWO_CLASSES and source.num_classes == 3
     assert source.label_column == ("cls" if sidecar == "cls" else "json.label")
     assert source.id2label == ({0: "0", 1: "1", 2: "2"} if streaming else {0: "0", 1: "1"})
     assert next(source.rows()).name == str(tmp_path / "photos" / "0.tar") + "/0000.png"
-    single = load(tmp_path / "photos" / "1.tar", *streaming, "--unconditional")
+    single = load_images(tmp_path / "photos" / "1.tar", streaming=streaming, labelled=False)
     assert [i for i, _ in contents(single)] == [1, 3, 5, 7] and single.num_classes is None
 
 
@@ -124,20 +123,20 @@ def test_images_with_a_metadata_file(tmp_path):
     write_folder(tmp_path / "photos", {f"{i}.png": encode(photo(i)) for i in range(8)})
     lines = [json.dumps({"file_name": f"{i}.png", "label": i % 2}) for i in range(7)]
     write_folder(tmp_path / "photos", {"metadata.jsonl": "\n".join(lines).encode()})
-    source = load(tmp_path / "photos")
+    source = load_images(tmp_path / "photos")
     assert contents(source) == TWO_CLASSES[:7]
     assert str(source).endswith("; 1 image not used: missing in the metadata")
 
 
 def test_one_class_is_a_class(tmp_path):
     write_folder(tmp_path / "photos", {"sky/0.png": encode(photo())})  # datasets drops the label
-    source = load(tmp_path / "photos")
+    source = load_images(tmp_path / "photos")
     assert source.id2label == {0: "sky"} and str(source) == "photos: 1 image, 1 class (sky)"
 
 
 def test_names_that_datasets_takes_for_splits(tmp_path):
     files = {f"{name}/my test {name}.png": encode(photo(i)) for i, name in enumerate(["bus", "test", "train"])}
-    source = load(write_folder(tmp_path / "vehicles", files))  # datasets would find the images of one class
+    source = load_images(write_folder(tmp_path / "vehicles", files))  # datasets would find the images of one class
     assert source.id2label == {0: "bus", 1: "test", 2: "train"} and contents(source) == [(0, 0), (1, 1), (2, 2)]
 
 
@@ -149,7 +148,7 @@ def test_unused_files_are_named(photos_folder):
         "sky/._1.png": b"x",
         "__MACOSX/1": b"x",
     }
-    source = load(write_folder(photos_folder, others))
+    source = load_images(write_folder(photos_folder, others))
     assert contents(source) == TWO_CLASSES
     remark = str(source).split("; ")[1]
     assert remark.startswith("5 files not used: ") and "a.heic" in remark and ".DS_Store" in remark
@@ -158,53 +157,51 @@ def test_unused_files_are_named(photos_folder):
 
 def test_unclear_folders(photos_folder, tmp_path):
     write_folder(photos_folder, {"root.png": encode(photo())})
-    with pytest.raises(ValueError, match=r"without a class \(1, such as .*root.png\).*\(8, such as .*--unconditional"):
-        load(photos_folder)
-    assert contents(load(photos_folder, "--unconditional"))[:2] == [(0, 0), (0, 0)]
-    assert load(photos_folder, classes=False).num_rows == 9
+    with pytest.raises(ValueError, match="1.*root.png.*8.*`labelled=False`"):
+        load_images(photos_folder)
+    assert contents(load_images(photos_folder, labelled=False))[:2] == [(0, 0), (0, 0)]
+    assert load_images(photos_folder, labelled=False).num_rows == 9
     nested = {"train/a/0.png": encode(photo()), "test/a/0.png": encode(photo())}
     with pytest.raises(ValueError, match="test/a/0.png lies too deep, expected .*/<class>/<image>"):
-        load(write_folder(tmp_path / "nested", nested))
-    assert load(tmp_path / "nested", "--unconditional").num_rows == 2
+        load_images(write_folder(tmp_path / "nested", nested))
+    assert load_images(tmp_path / "nested", labelled=False).num_rows == 2
     write_folder(tmp_path / "gap", {"a/0.png": encode(photo()), "b/notes.txt": b"x"})
     with pytest.raises(ValueError, match="class folder .*gap/b holds no image"):
-        load(tmp_path / "gap")
+        load_images(tmp_path / "gap")
     write_folder(tmp_path / "both", {"0.png": encode(photo()), "1.parquet": b"x"})
     with pytest.raises(ValueError, match="holds 1 images, 1 .parquet: expected"):
-        load(tmp_path / "both")
+        load_images(tmp_path / "both")
     os.symlink(tmp_path, tmp_path / "gap" / "a" / "loop")
     with pytest.raises(ValueError, match="loop links to .*, a folder above it"):
-        load(tmp_path / "gap")
+        load_images(tmp_path / "gap")
 
 
 def test_linked_class_folders_are_read(photos_folder, tmp_path):
     (tmp_path / "subset").mkdir()
     os.symlink(photos_folder / "sky", tmp_path / "subset" / "sky")
-    assert load(tmp_path / "subset").num_rows == 4
+    assert load_images(tmp_path / "subset").num_rows == 4
 
 
 def test_nothing_to_read(tmp_path):
-    with pytest.raises(ValueError, match="either --dataset_name or --train_data_dir"):
-        load(tmp_path, "--dataset_name", "user/images", "--train_data_dir", tmp_path)
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="empty holds no files: expected images"):
-        load(tmp_path / "empty")
+        load_images(tmp_path / "empty")
     with pytest.raises(ValueError, match="texts holds 2 .txt: expected images"):
-        load(write_folder(tmp_path / "texts", {"a.txt": b"", "b.txt": b""}))
-    with pytest.raises(ValueError, match="--train_data_dir .*/nowhere does not exist"):
-        load(tmp_path / "nowhere")
+        load_images(write_folder(tmp_path / "texts", {"a.txt": b"", "b.txt": b""}))
+    with pytest.raises(ValueError, match="/nowhere does not exist"):
+        load_images(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="a.txt is a file: expected a folder, a .parquet or a .tar"):
-        load(tmp_path / "texts" / "a.txt")
+        load_images(tmp_path / "texts" / "a.txt")
     with pytest.raises(ValueError, match="data.parquet cannot be read"):
-        load(write_folder(tmp_path / "broken", {"data.parquet": b"x"}) / "data.parquet")
+        load_images(write_folder(tmp_path / "broken", {"data.parquet": b"x"}) / "data.parquet")
     with pytest.raises(ValueError, match="none.parquet cannot be read: .*no data"):
-        load(parquet(tmp_path / "none.parquet", [], datasets.Value("int64"), num_images=0))
+        load_images(parquet(tmp_path / "none.parquet", [], datasets.Value("int64"), num_images=0))
 
 
 @STREAMED
 def test_a_name_that_cannot_be_reached(streaming):
-    with pytest.raises(ValueError, match="--dataset_name nobody/nothing cannot be read: .*nobody/nothing"):
-        load("", "--dataset_name", "nobody/nothing", *streaming)
+    with pytest.raises(ValueError, match="nobody/nothing cannot be read: .*nobody/nothing"):
+        load_images("nobody/nothing", streaming=streaming)
 
 
 @STREAMED
@@ -212,10 +209,10 @@ def test_another_split(tmp_path, streaming):
     for split, number in (("train", 8), ("test", 2)):
         path = tmp_path / "photos" / f"{split}-00000-of-00001.parquet"
         parquet(path, [0] * number, datasets.ClassLabel(names=["a"]), number)
-    source = load(tmp_path / "photos", "--split", "test", *streaming)
+    source = load_images(tmp_path / "photos", split="test", streaming=streaming)
     assert len(contents(source)) == 2 and "; split test of " in str(source)
     with pytest.raises(ValueError, match="cannot be read: .*valid"):
-        load(tmp_path / "photos", "--split", "valid", *streaming)
+        load_images(tmp_path / "photos", split="valid", streaming=streaming)
 
 
 @STREAMED
@@ -224,13 +221,13 @@ def test_a_tar_that_was_cut_off(tmp_path, streaming):
     data = (tmp_path / "a.tar").read_bytes()
     (tmp_path / "a.tar").write_bytes(data[: len(data) // 2])  # datasets delivers half of it without a word
     with pytest.raises(ValueError, match=r"a.tar \(\d+ bytes\) is cut off"):
-        load(tmp_path, "--num_classes", 1, *streaming)
+        load_images(tmp_path, num_classes=1, streaming=streaming)
 
 
 def test_a_stream_that_breaks_names_the_place(tmp_path):
     samples = {str(i): {"png": encode(photo(i)), "json": b'{"label": 0}'} for i in range(7)}
     write_tar(tmp_path / "a.tar", samples | {"7": {"png": b"x", "json": b"{"}})
-    source = load(tmp_path, "--num_classes", 1, "--streaming")
+    source = load_images(tmp_path, num_classes=1, streaming=True)
     with pytest.raises(ValueError, match="cannot be read on after .*a.tar/6.png: JSONDecodeError"):
         list(source.rows())
 
@@ -239,101 +236,104 @@ def test_columns_of_images(tmp_path):
     table = {"data": [encode(photo(i)) for i in range(8)], "thumbnail": [encode(photo(i)) for i in range(8)]}
     pyarrow.parquet.write_table(pyarrow.table(table), tmp_path / "two.parquet")
     with pytest.raises(ValueError, match=r"several columns hold images: \['data', 'thumbnail'\]"):
-        load(tmp_path / "two.parquet")
-    for flags in ([], ["--streaming"]):
-        assert contents(load(tmp_path / "two.parquet", "--image_column", "data", *flags)) == NO_CLASSES
-    with pytest.raises(ValueError, match=r"--image_column 'x' is not among the columns \['data', 'thumbnail'\]"):
-        load(tmp_path / "two.parquet", "--image_column", "x")
+        load_images(tmp_path / "two.parquet")
+    for streaming in (False, True):
+        assert contents(load_images(tmp_path / "two.parquet", image_column="data", streaming=streaming)) == NO_CLASSES
+    with pytest.raises(ValueError, match=r"`image_column` 'x' .* \['data', 'thumbnail'\]"):
+        load_images(tmp_path / "two.parquet", image_column="x")
     files = write_folder(tmp_path / "files", {f"{i}.png": encode(photo(i)) for i in range(8)})
     table = {"file": [str(files / f"{i}.png") for i in range(8)], "number": list(range(8))}
     pyarrow.parquet.write_table(pyarrow.table(table), tmp_path / "paths.parquet")
     with pytest.raises(ValueError, match="no column holds images, found"):
-        load(tmp_path / "paths.parquet")
-    with pytest.raises(ValueError, match="--image_column 'number' holds .*expected images, bytes or paths"):
-        load(tmp_path / "paths.parquet", "--image_column", "number")
-    source = load(tmp_path / "paths.parquet", "--image_column", "file")
+        load_images(tmp_path / "paths.parquet")
+    with pytest.raises(ValueError, match="`image_column` 'number' .*int64"):
+        load_images(tmp_path / "paths.parquet", image_column="number")
+    source = load_images(tmp_path / "paths.parquet", image_column="file")
     assert contents(source) == NO_CLASSES and next(source.rows()).name == str(files / "0.png")
     undeclared = {"image": [{"bytes": encode(photo(i)), "path": f"{i}.png"} for i in range(8)]}
     pyarrow.parquet.write_table(pyarrow.table(undeclared), tmp_path / "structs.parquet")
-    source = load(tmp_path / "structs.parquet")
+    source = load_images(tmp_path / "structs.parquet")
     assert contents(source) == NO_CLASSES and next(source.rows()).name == "row 0 of structs.parquet (0.png)"
 
 
 def test_columns_of_labels(tmp_path):
     path = parquet(tmp_path / "floats.parquet", [0.5] * 8, datasets.Value("float32"))
-    assert load(path).num_classes is None
-    with pytest.raises(ValueError, match="--label_column 'label' holds .*float32.*expected integers or names"):
-        load(path, "--label_column", "label")
-    with pytest.raises(ValueError, match=r"--label_column 'kind' is not among the columns \['image', 'label'\]"):
-        load(path, "--label_column", "kind")
-    with pytest.raises(ValueError, match="--num_classes needs labels"):
-        load(path, "--num_classes", "10")
-    with pytest.raises(ValueError, match="--unconditional ignores labels: it does not go with --label_column"):
-        load(path, "--unconditional", "--label_column", "label")
+    assert load_images(path).num_classes is None
+    with pytest.raises(ValueError, match="`label_column` 'label' .*float32"):
+        load_images(path, label_column="label")
+    with pytest.raises(ValueError, match=r"`label_column` 'kind' .* \['image', 'label'\]"):
+        load_images(path, label_column="kind")
+    with pytest.raises(ValueError, match="`num_classes`"):
+        load_images(path, num_classes=10)
+    with pytest.raises(ValueError, match="`labelled` False .*`label_column`"):
+        load_images(path, labelled=False, label_column="label")
     image = {"bytes": encode(photo()), "path": None}
     columns = {"image": [image] * 2, "coarse": [0, 1], "fine": [3, 2]}
     names = datasets.ClassLabel(names=list("abcd"))
     dataset = datasets.Dataset.from_dict(columns, features(coarse=names, fine=names))
     dataset.to_parquet(str(tmp_path / "two.parquet"))
-    assert str(load(tmp_path / "two.parquet")).endswith("no classes; --label_column could be coarse or fine")
-    source = load(tmp_path / "two.parquet", "--label_column", "fine")
+    assert str(load_images(tmp_path / "two.parquet")).endswith("no classes; `label_column` could be coarse or fine")
+    source = load_images(tmp_path / "two.parquet", label_column="fine")
     assert source.id2label == {2: "c", 3: "d"} and source.num_classes == 4
 
 
 def test_labels_that_are_names(tmp_path):
     path = parquet(tmp_path / "names.parquet", ["sky", "earth"] * 4, datasets.Value("string"))
-    source = load(path)
+    source = load_images(path)
     assert source.id2label == {0: "earth", 1: "sky"} and [row.label for row in source.rows(0, 3)] == [1, 0, 1]
-    with pytest.raises(ValueError, match="column 'label' does not declare its classes.*pass --id2label"):
-        load(path, "--streaming", "--num_classes", "2")
+    with pytest.raises(ValueError, match="column 'label' does not declare its classes.*`id2label`"):
+        load_images(path, streaming=True, num_classes=2)
     mapping = tmp_path / "names.json"
     mapping.write_text(json.dumps({5: "sky", 1: "earth", 3: "sea"}))
-    source = load(path, "--id2label", mapping)
+    source = load_images(path, id2label=mapping)
     assert source.id2label == {1: "earth", 5: "sky"} and source.num_classes == 6
-    source = load(path, "--id2label", mapping, "--streaming")
+    source = load_images(path, id2label=mapping, streaming=True)
     assert [row.label for row in source.rows(0, 3)] == [5, 1, 5] and len(source.id2label) == 3
     mapping.write_text(json.dumps({0: "earth"}))
-    with pytest.raises(ValueError, match=r"--id2label .* has no id for the labels \['sky'\]"):
-        load(path, "--id2label", mapping)
+    with pytest.raises(ValueError, match=r"`id2label` .*names.json.*\['sky'\]"):
+        load_images(path, id2label=mapping)
     with pytest.raises(ValueError, match="has the label 'sky' in column 'label': expected 0 to 0"):
-        list(load(path, "--id2label", mapping, "--streaming").rows())
+        list(load_images(path, id2label=mapping, streaming=True).rows())
 
 
 def test_labels_outside_num_classes(tmp_path):
     path = parquet(tmp_path / "a.parquet", list(range(8)), datasets.Value("int64"))
-    assert load(path).num_classes == 8
-    with pytest.raises(ValueError, match="holds labels from 0 to 7, --num_classes 5 allows 0 to 4"):
-        load(path, "--num_classes", "5")
-    with pytest.raises(ValueError, match="does not declare its classes.*pass --num_classes or --id2label"):
-        load(path, "--streaming")
-    rows = load(path, "--streaming", "--num_classes", "5").rows()
+    assert load_images(path).num_classes == 8
+    with pytest.raises(ValueError, match="0 to 7, `num_classes` 5 .*0 to 4"):
+        load_images(path, num_classes=5)
+    with pytest.raises(ValueError, match="label.*`num_classes` or `id2label`"):
+        load_images(path, streaming=True)
+    rows = load_images(path, streaming=True, num_classes=5).rows()
     assert [next(rows).label for _ in range(5)] == [0, 1, 2, 3, 4]
     with pytest.raises(ValueError, match="sha256 .* has the label 5 in column 'label': expected 0 to 4"):
         next(rows)
     path = parquet(tmp_path / "b.parquet", [0, None, 1, 0], datasets.Value("int64"), num_images=4)
     with pytest.raises(ValueError, match="column 'label' has rows without a label"):
-        load(path)
+        load_images(path)
     with pytest.raises(ValueError, match="has the label None"):
-        list(load(path, "--streaming", "--num_classes", "2").rows())
+        list(load_images(path, streaming=True, num_classes=2).rows())
     path = parquet(tmp_path / "c.parquet", [-1] * 8, datasets.Value("int64"))
     with pytest.raises(ValueError, match="holds labels from -1 to -1"):
-        load(path)
+        load_images(path)
 
 
 @pytest.mark.parametrize("text", ["{", "[1]", '{"a": "b"}', '{"0": 1}', "{}"])
 def test_files_of_names_that_are_wrong(photos_folder, tmp_path, text):
     (tmp_path / "names.json").write_text(text)
-    with pytest.raises(ValueError, match="--id2label .*names.json.*expected a JSON file"):
-        load(photos_folder, "--id2label", tmp_path / "names.json")
+    with pytest.raises(ValueError, match="`id2label` .*names.json"):
+        load_images(photos_folder, id2label=tmp_path / "names.json")
     (tmp_path / "names.json").write_text('{"0": "earth"}')
-    with pytest.raises(ValueError, match=r"names.json has no name for labels \[1\]"):
-        load(photos_folder, "--id2label", tmp_path / "names.json")
+    with pytest.raises(ValueError, match=r"names.json.*\[1\]"):
+        load_images(photos_folder, id2label=tmp_path / "names.json")
 
 
 @STREAMED
 def test_shares_of_processes_are_disjoint_and_complete(photos_folder, streaming):
     for num_processes in (1, 2, 3):
-        for source in (load(photos_folder, *streaming), load(photos_folder, *streaming).shuffled(3)):
+        for source in (
+            load_images(photos_folder, streaming=streaming),
+            load_images(photos_folder, streaming=streaming).shuffled(3),
+        ):
             names = [row.name for i in range(num_processes) for row in source.share(i, num_processes)]
             assert len(names) == 8 == len(set(names))
 
@@ -343,7 +343,7 @@ def test_shuffled_is_fixed_by_the_seed(photos_folder, streaming):
     def names(source):
         return [row.name for row in source.rows()]
 
-    source = load(photos_folder, *streaming)
+    source = load_images(photos_folder, streaming=streaming)
     assert names(source.shuffled(1)) == names(source.shuffled(1)) != names(source.shuffled(2))
     assert sorted(names(source.shuffled(1))) == sorted(names(source)) != names(source.shuffled(1))
     assert names(source)[2:5] == [row.name for row in source.rows(2, 5)]
@@ -351,15 +351,15 @@ def test_shuffled_is_fixed_by_the_seed(photos_folder, streaming):
 
 @STREAMED
 def test_fingerprint_follows_the_data_not_the_place(photos_folder, tmp_path, streaming):
-    first = load(photos_folder, *streaming).fingerprint
-    assert load(photos_folder, *streaming).fingerprint == first
-    assert load(photos_folder, *streaming, "--unconditional").fingerprint != first
-    assert load(photos_folder, *streaming).shuffled(1).fingerprint != first
+    first = load_images(photos_folder, streaming=streaming).fingerprint
+    assert load_images(photos_folder, streaming=streaming).fingerprint == first
+    assert load_images(photos_folder, streaming=streaming, labelled=False).fingerprint != first
+    assert load_images(photos_folder, streaming=streaming).shuffled(1).fingerprint != first
     moved = photos_folder.rename(tmp_path / "moved")
-    assert load(moved, *streaming).fingerprint == first
+    assert load_images(moved, streaming=streaming).fingerprint == first
     (moved / "sky" / "1.png").write_bytes(encode(photo(2)))
-    assert load(moved, *streaming).fingerprint != first
+    assert load_images(moved, streaming=streaming).fingerprint != first
     (moved / "sky" / "1.png").write_bytes(encode(photo(1)))
-    assert load(moved, *streaming).fingerprint == first
+    assert load_images(moved, streaming=streaming).fingerprint == first
     (moved / "sky" / "1.png").rename(moved / "earth" / "1.png")
-    assert load(moved, *streaming).fingerprint != first
+    assert load_images(moved, streaming=streaming).fingerprint != first

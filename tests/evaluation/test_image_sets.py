@@ -199,7 +199,7 @@ def test_the_first_image_may_be_the_bad_one(tmp_path):
 
 def test_an_image_too_small_for_the_resolution_is_named(folder):
     write_folder(folder, {"tiny.png": encode(photo(0, 16))})
-    with pytest.raises(ValueError, match="1 of the 13 .*tiny.png: it is 16x16, too small for --resolution 64"):
+    with pytest.raises(ValueError, match="1 of the 13 .*tiny.png: it is 16x16, .*64x64"):
         read_all(open_images(folder, resolution=64))
 
 

@@ -13,6 +13,7 @@ from accelerate.state import AcceleratorState, GradientState
 from image_files import encode, photo, write_folder
 from metric_inputs import small_network
 from photographs import load_photographs
+from script_runs import load_script
 
 from diffusers_d2it import D2iTPipeline
 from diffusers_d2it.data.bad_images import BadImages
@@ -21,7 +22,6 @@ from diffusers_d2it.evaluation.map_sources import Sampling
 from diffusers_d2it.evaluation.reconstruction import to_uint8
 from diffusers_d2it.evaluation.report_inputs import (
     LabelledImages,
-    add_report_arguments,
     check_report_arguments,
     finite,
     load_checkpoint,
@@ -37,8 +37,9 @@ NAMES = {2: "tabby cat, cat", 5: "rocket", 7: "coffee"}
 
 def parse(*flags) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
-    add_report_arguments(parser)
-    return parser.parse_args([str(flag) for flag in flags])
+    load_script("flags.py").add_report_arguments(parser)
+    data = [] if "--train_data_dir" in flags else ["--dataset_name", "user/photos"]
+    return parser.parse_args([*data, *map(str, flags)])
 
 
 @pytest.fixture(autouse=True)
@@ -93,7 +94,7 @@ def test_streams(folder, pipe):
 
 def test_other_sizes_and_what_cannot_be_used(folder, pipe, accelerator):
     assert load(folder, pipe, "--resolution", 64, "--num_images", 1).images.shape == (1, 3, 64, 64)
-    with pytest.raises(ValueError, match="--resolution must be a multiple of 8, the region size, got 30"):
+    with pytest.raises(ValueError, match="`resolution`.* 8.* 30"):
         load(folder, pipe, "--resolution", 30)
     (folder / "rocket" / "broken.png").write_bytes(b"<html>")
     bad = BadImages(folder.parent / "bad.jsonl")

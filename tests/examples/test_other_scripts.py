@@ -68,8 +68,8 @@ def test_flags_of_a_recipe_are_known_and_its_model_exists(recipe, monkeypatch):
     monkeypatch.chdir(EXAMPLES.parent)  # presets in files are named from there
     monkeypatch.syspath_prepend(EXAMPLES)
     script = importlib.import_module(SCRIPTS[Path(recipe).stem.split("-")[0]])
-    required = ["--output_dir", "out", "--vae", "vae", "--grain", "grain"]
-    required = required[: {"train_dvae": 2, "train_grain": 4, "train_d2it": 6}[script.__name__]]
+    required = ["--dataset_name", "user/photos", "--output_dir", "out", "--vae", "vae", "--grain", "grain"]
+    required = required[: {"train_dvae": 4, "train_grain": 6, "train_d2it": 8}[script.__name__]]
     if "from-dit" in recipe and script.__name__ != "train_grain":
         required += ["--init_from", "start"]
     args = script.parse_args([f"@{recipe}", *required])

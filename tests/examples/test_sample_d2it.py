@@ -315,11 +315,11 @@ def test_photographs_that_do_not_fit_are_refused(checkpoint, folder, make_pipeli
         tmp_path / "pipe"
     )
     true = {"grain_source": "true", "reference_data": folder}
-    with pytest.raises(ValueError, match=r"--reference_data .* no photograph of class 3 \(zebra\)"):
+    with pytest.raises(ValueError, match=r"photos .*3 \(zebra\)"):
         draw(tmp_path / "pipe", tmp_path / "set", **true)
-    with pytest.raises(ValueError, match="--reference_data .* has no classes, and the samples have"):
+    with pytest.raises(ValueError, match="cat .*classes"):
         draw(checkpoint, tmp_path / "set", **true | {"reference_data": folder / "cat"})
-    with pytest.raises(ValueError, match="--reference_data .*nowhere.* cannot be read"):
+    with pytest.raises(ValueError, match="nowhere"):
         draw(checkpoint, tmp_path / "set", **true | {"reference_data": tmp_path / "nowhere"})
     with pytest.raises(ValueError, match="--grain_source predicted needs a grain model"):
         draw(tmp_path / "pipe", tmp_path / "set")

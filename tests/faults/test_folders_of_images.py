@@ -10,11 +10,12 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
-from image_files import bomb, encode, load, photo, truncated_jpeg, write_folder
+from image_files import bomb, encode, photo, truncated_jpeg, write_folder
 
 from diffusers_d2it.data.bad_images import BadImages
 from diffusers_d2it.data.images import UnusableImageError, decode_image
 from diffusers_d2it.data.loaders import ImageDataset
+from diffusers_d2it.data.source import load_images
 
 
 def unusual() -> dict[str, bytes]:
@@ -52,7 +53,7 @@ def test_what_is_usable_is_used_and_the_rest_is_named(tmp_path, fault, repeats):
     num_good = repeats(60, 2000)
     used, named = fault("usable image among damaged ones"), fault("unusable image: named, not decoded, not used")
     good = {f"{i:04d}.png": encode(photo(i)) for i in range(num_good)} | unusual()
-    source = load(write_folder(tmp_path / "photos", good | unusable()))
+    source = load_images(write_folder(tmp_path / "photos", good | unusable()))
     bad_images = BadImages(tmp_path / "bad_images.jsonl")
     dataset = ImageDataset(source, 32, 0, bad_images)
     before = psutil.Process().memory_full_info().uss
@@ -72,7 +73,7 @@ def test_what_is_usable_is_used_and_the_rest_is_named(tmp_path, fault, repeats):
 @pytest.mark.parametrize("num_good", [0, 1])
 def test_a_folder_of_almost_nothing(num_good, tmp_path, fault):
     count = fault(f"folder with {num_good} usable images")
-    source = load(
+    source = load_images(
         write_folder(tmp_path / "photos", {f"{i}.png": encode(photo(i)) for i in range(num_good)} | unusable())
     )
     dataset = ImageDataset(source, 32, 0, BadImages(tmp_path / "bad_images.jsonl"))
@@ -113,8 +114,8 @@ def test_rows_that_point_out_of_their_data_set_open_nothing(tmp_path, fault):
         (tmp_path / "table").mkdir()
         column = pyarrow.array(images, pyarrow.struct({"bytes": pyarrow.binary(), "path": pyarrow.string()}))
         pyarrow.parquet.write_table(pyarrow.table({"image": column}), tmp_path / "table" / "train.parquet")
-        for flags in ([], ["--streaming"]):
-            rows = list(load(tmp_path / "table", *flags).rows())
+        for streaming in (False, True):
+            rows = list(load_images(tmp_path / "table", streaming=streaming).rows())
             assert len(rows) == len(targets) + 1 and decode_image(rows[-1].encoded).size == (64, 64)
             for target, row in zip(targets, rows):
                 with pytest.raises(UnusableImageError, match="outside of the data set|no image"):

@@ -6,12 +6,13 @@ import warnings
 
 import pytest
 import torch
-from image_files import encode, load, photo, write_folder
+from image_files import encode, photo, write_folder
 from safetensors.torch import load_file, save_file
 from ways_of_saving import SaveCheckpoint
 
 from diffusers_d2it.data.bad_images import BadImages
 from diffusers_d2it.data.loaders import ImageDataset
+from diffusers_d2it.data.source import load_images
 from diffusers_d2it.files.folders import digest, save_folder, verify
 from diffusers_d2it.hub.card import make_model_card
 
@@ -27,7 +28,7 @@ def harmless(text: str) -> bool:
 def test_hostile_names_are_shown_escaped(tmp_path, make_pipeline, fault, caplog):
     count = fault("name that drives a terminal: shown escaped")
     folder = write_folder(tmp_path / "photos", {f"{EVIL}/0.png": encode(photo()), f"{EVIL}/{EVIL}.png": b"none"})
-    source = load(folder)
+    source = load_images(folder)
     bad_images = BadImages(tmp_path / "bad_images.jsonl")
     dataset = ImageDataset(source, 32, 0, bad_images)
     assert [dataset[i]["pixels"].shape for i in range(2)] == [(3, 32, 32)] * 2

@@ -89,6 +89,6 @@ class BadImages:
         if self._num_enlarged.value:
             sentences.append(
                 f"{self._num_enlarged.value} of {self._num_read.value} images read by this process were smaller than"
-                " --resolution and were enlarged."
+                " the resolution and were enlarged."
             )
         return "\n".join(sentences)

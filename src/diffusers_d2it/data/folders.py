@@ -120,7 +120,7 @@ def load_folder(root: str, paths: list[str], labelled: bool, streaming: bool) ->
 def _classes(root: str, paths: list[str]) -> list[str] | None:
     """The class of each image, None if they all lie in the folder itself."""
     places = [Path(os.path.relpath(path, root)).parts[:-1] for path in paths]
-    hint = "Pass the folder that holds the class folders, or --unconditional to ignore them."
+    hint = "Pass the folder that holds the class folders, or `labelled=False` to ignore them."
     nested = [path for path, place in zip(paths, places) if len(place) > 1]
     if nested:
         raise ValueError(f"{root}: {nested[0]} lies too deep, expected {root}/<class>/<image>. {hint}")

@@ -57,16 +57,16 @@ def decode_image(encoded: dict) -> PIL.Image.Image:
 
 
 def check_resolution(resolution: int, region_size: int) -> None:
-    """Raise a ValueError unless --resolution is a multiple of the region size."""
+    """Raise a ValueError unless the resolution is a multiple of the region size."""
     if resolution < 1 or resolution % region_size:
-        raise ValueError(f"--resolution must be a multiple of {region_size}, the region size, got {resolution}.")
+        raise ValueError(f"`resolution` must be a multiple of {region_size}, the region size, got {resolution}.")
 
 
 def check_size(size: tuple[int, int], resolution: int) -> None:
     """Raise an UnusableImageError if the shorter side is less than half the resolution: more blur than image."""
     if 2 * min(size) < resolution:
         raise UnusableImageError(
-            f"it is {size[0]}x{size[1]}, too small for --resolution {resolution}: half of it is the least"
+            f"it is {size[0]}x{size[1]}, too small for {resolution}x{resolution}: half of it is the least"
         )
 
 

@@ -7,7 +7,6 @@ therefore continues exactly, whatever the number of workers. Only a stream has n
 position in its part take its place, and a run continues exactly with as many processes and workers as before.
 """
 
-import argparse
 import copy
 import os
 import random
@@ -33,6 +32,7 @@ class _FromSource:
     """What a data set of images says of itself, as `LatentCache` does."""
 
     source: ImageSource
+    resolution: int
 
     @property
     def num_classes(self) -> int | None:
@@ -47,7 +47,7 @@ class _FromSource:
     @property
     def description(self) -> str:
         """The images in words."""
-        return self.source.description
+        return self.source.describe(self.resolution)
 
     @property
     def fingerprint(self) -> str:
@@ -122,7 +122,7 @@ class ImageStream(_FromSource, IterableDataset):
         process_index: int = 0,
         num_processes: int = 1,
     ):
-        self.source = source.split(process_index, num_processes)
+        self.source = source.part(process_index, num_processes)
         self.resolution = resolution
         self.seed = seed
         self.bad_images = bad_images
@@ -181,7 +181,7 @@ class StreamLoader:
     def __init__(self, stream: ImageStream, batch_size: int, num_workers: int, device: torch.device):
         if num_workers > stream.source.dataset.num_shards:
             raise ValueError(
-                f"--dataloader_num_workers {num_workers}: {stream.source.name} gives each process"
+                f"`num_workers` {num_workers}: {stream.source.name} gives each process"
                 f" {stream.source.dataset.num_shards} files, and a file is read by one worker. Pass fewer workers."
             )
         self.dataset = stream
@@ -246,40 +246,43 @@ def first_batches(
 
 
 def make_dataset(
-    accelerator: Accelerator, source: ImageSource, args: argparse.Namespace, bad_images: BadImages
+    accelerator: Accelerator, source: ImageSource, *, resolution: int, seed: int, bad_images: BadImages
 ) -> ImageDataset | ImageStream:
     """The images of a source for training, of a stream the part of this process."""
     if not source.streaming:
-        return ImageDataset(source, args.resolution, args.seed, bad_images)
+        return ImageDataset(source, resolution, seed, bad_images)
     place = accelerator.process_index, accelerator.num_processes
-    return ImageStream(source, args.resolution, args.seed, bad_images, *place)
+    return ImageStream(source, resolution, seed, bad_images, *place)
 
 
-def make_loader(accelerator: Accelerator, dataset: Dataset, args: argparse.Namespace) -> DataLoader | StreamLoader:
+def make_loader(
+    accelerator: Accelerator, dataset: Dataset, *, batch_size: int, num_workers: int = 0
+) -> DataLoader | StreamLoader:
     """Shuffled batches; the incomplete last batch of an epoch is left out.
 
     Args:
         accelerator: the Accelerator.
         dataset: from `make_dataset`, or any map-style data set with `set_epoch`.
-        args: the flags train_batch_size and dataloader_num_workers.
+        batch_size: images per process.
+        num_workers: processes that decode images, for each process.
 
     Raises:
         ValueError: the data set does not fill one batch of every process, or a stream has too few files for the
             workers.
     """
     if isinstance(dataset, ImageStream):
-        return StreamLoader(dataset, args.train_batch_size, args.dataloader_num_workers, accelerator.device)
-    if len(dataset) < args.train_batch_size * accelerator.num_processes:
+        return StreamLoader(dataset, batch_size, num_workers, accelerator.device)
+    if len(dataset) < batch_size * accelerator.num_processes:
         raise ValueError(
-            f"--train_batch_size {args.train_batch_size} on {accelerator.num_processes} processes needs more than the"
-            f" {len(dataset)} images of the data set."
+            f"`batch_size` {batch_size} on {accelerator.num_processes} processes needs more than the {len(dataset)}"
+            " images of the data set."
         )
     return DataLoader(
         dataset,
-        batch_size=args.train_batch_size,
+        batch_size=batch_size,
         shuffle=True,
         drop_last=True,
-        num_workers=args.dataloader_num_workers,
+        num_workers=num_workers,
         collate_fn=getattr(dataset, "collate", None),
         worker_init_fn=_leave_process_group,
     )

@@ -4,10 +4,10 @@
 datasets is imported where it is used: the package itself does not need it.
 """
 
-import argparse
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -19,48 +19,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..broken_packages import call_around
-from ..words import printable
-from .columns import find_image_column, find_label_column, look_up, read_classes
+from ..words import counted, listed, printable
+from .classes import find_image_column, find_label_column, look_up, read_classes
 from .folders import check_tars, folder_kind, is_image, list_files, load_folder
 
 
 _SHUFFLE_BUFFER = 1000  # rows of a stream, still encoded, among which the next one is drawn
 _MAX_SHOWN = 10  # names in one line
-
-
-def add_data_arguments(parser: argparse.ArgumentParser) -> None:
-    """Where the images come from: shared by training and calibration."""
-    group = parser.add_argument_group("data")
-    group.add_argument("--dataset_name", help="name on the Hub, or a local folder as in --train_data_dir")
-    group.add_argument("--dataset_config_name", help="configuration of a data set on the Hub that has several")
-    group.add_argument(
-        "--train_data_dir",
-        help="folder of images, class by sub-folder, without sub-folders no classes; or of .parquet or WebDataset .tar"
-        " files; or one such file",
-    )
-    group.add_argument("--split", default="train", help="split of the data set; a folder of images has none")
-    group.add_argument("--streaming", action="store_true", help="read the data set as a stream, without a local copy")
-    group.add_argument("--image_column", help="column that holds the images; default: the only one that does")
-    group.add_argument(
-        "--resolution", type=int, default=256, help="images are resized and centre-cropped to this side"
-    )
-    group.add_argument("--dataloader_num_workers", type=int, default=0, help="processes that decode images")
-
-
-def add_class_arguments(parser: argparse.ArgumentParser) -> None:
-    """Class labels of the second stage."""
-    group = parser.add_argument_group("classes")
-    group.add_argument(
-        "--label_column", help="column of labels, or json.<name>; default: label or cls if there is one"
-    )
-    group.add_argument("--unconditional", action="store_true", help="ignore labels and class sub-folders")
-    group.add_argument("--num_classes", type=int, help="size of the label table; default: one more than the largest")
-    group.add_argument("--id2label", help="JSON file {id: name}; default: the names that the data set declares")
-
-
-def describe_source(args: argparse.Namespace) -> str:
-    """The images of the data flags in words, for configurations and model cards."""
-    return f"{_short_name(args)}, split {args.split}, {args.resolution}x{args.resolution}"
+_HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
 
 
 class Row(NamedTuple):
@@ -84,7 +50,7 @@ class ImageSource:
     Attributes:
         dataset: a `datasets.Dataset`, or for a stream a `datasets.IterableDataset`; images are not decoded.
         name: last part of the folder or Hub name.
-        description: name, split and resolution in words, for configurations and model cards.
+        split: of the data set; a folder of images has none.
         streaming: whether it is a stream.
         image_column: column of the images.
         label_column: column of the labels, None without classes.
@@ -98,7 +64,7 @@ class ImageSource:
 
     dataset: Any
     name: str
-    description: str
+    split: str
     streaming: bool
     image_column: str
     label_column: str | None
@@ -108,6 +74,10 @@ class ImageSource:
     labelled: bool = False
     remarks: tuple[str, ...] = ()
     shuffle_seed: int | None = None
+
+    def describe(self, resolution: int) -> str:
+        """The images at a resolution in words, for configurations and model cards."""
+        return f"{self.name}, split {self.split}, {resolution}x{resolution}"
 
     @property
     def num_rows(self) -> int | None:
@@ -127,11 +97,11 @@ class ImageSource:
         return digest.hexdigest()
 
     def __str__(self) -> str:
-        words = [f"{printable(self.name)}: {'a stream' if self.streaming else _number(self.num_rows, 'image')}"]
+        words = [f"{printable(self.name)}: {'a stream' if self.streaming else counted(self.num_rows, 'image')}"]
         if self.id2label is None:
             words += ["no classes"] if self.labelled else []
         else:
-            words.append(f"{_number(len(self.id2label), 'class')} ({_shown(list(self.id2label.values()))})")
+            words.append(f"{counted(len(self.id2label), 'class')} ({listed(self.id2label.values(), _MAX_SHOWN)})")
         return "; ".join([", ".join(words), *self.remarks])
 
     def __getitem__(self, index: int) -> Row:
@@ -157,11 +127,11 @@ class ImageSource:
     def share(self, process_index: int, num_processes: int) -> Iterator[Row]:
         """The rows of one process, disjoint from those of the others. Raises what `rows` does."""
         if self.streaming:
-            yield from self.split(process_index, num_processes).stream()
+            yield from self.part(process_index, num_processes).stream()
         else:
             yield from (self[i] for i in range(process_index, self.num_rows, num_processes))
 
-    def split(self, process_index: int, num_processes: int) -> "ImageSource":
+    def part(self, process_index: int, num_processes: int) -> "ImageSource":
         """The part of a stream that one process reads, as a source of its own."""
         from datasets.distributed import split_dataset_by_node
 
@@ -251,126 +221,132 @@ class ImageSource:
         return {name: label for label, name in self.id2label.items()}
 
 
-def load_images(args: argparse.Namespace) -> ImageSource:
-    """The images of the flags of `add_data_arguments`; with their classes if `add_class_arguments` gave flags too.
+def load_images(
+    path: str | os.PathLike,
+    *,
+    split: str = "train",
+    config_name: str | None = None,
+    streaming: bool = False,
+    image_column: str | None = None,
+    labelled: bool = True,
+    label_column: str | None = None,
+    num_classes: int | None = None,
+    id2label: dict[int, str] | str | os.PathLike | None = None,
+) -> ImageSource:
+    """The images of a folder, a file or a data set on the Hub, and their classes.
+
+    Args:
+        path: a folder of images, class by sub-folder, without sub-folders no classes; or of .parquet or WebDataset
+            .tar files; or one such file; or a name on the Hub.
+        split: of the data set; a folder of images has none.
+        config_name: configuration of a data set on the Hub that has several.
+        streaming: read the data set as a stream, without a local copy.
+        image_column: column that holds the images; None for the only one that does.
+        labelled: whether classes are looked for; False ignores labels and class folders.
+        label_column: column of labels, or json.<name>; None for `label` or `cls` if there is one.
+        num_classes: size of the label table; None for one more than the largest label.
+        id2label: names of the classes by id, or a JSON file of them; None for those that the data set declares.
 
     Raises:
-        ValueError: not exactly one source is named; it cannot be read, is empty, or leaves classes unclear; a column
-            is missing, ambiguous or of another type; labels and flags contradict one another.
+        ValueError: nothing is there; it cannot be read, is empty, or leaves classes unclear; a column is missing,
+            ambiguous or of another type; labels and arguments contradict one another.
     """
     datasets = call_around(lambda: import_module("datasets"))
-    if (args.dataset_name is None) == (args.train_data_dir is None):
-        raise ValueError("pass either --dataset_name or --train_data_dir.")
-    labelled = "label_column" in args and not args.unconditional
-    dataset, files, remarks = _load(args, labelled)
+    path = os.fspath(path)
+    dataset, files, remarks = _load(path, split, config_name, streaming, labelled)
     features = dataset.features
     if features is None:
-        raise ValueError(f"{_name(args)} does not declare its columns as a stream: drop --streaming.")
-    image_column = find_image_column(features, args.image_column)
+        raise ValueError(f"{path} does not declare its columns as a stream: pass `streaming=False`.")
+    image_column = find_image_column(features, image_column)
     columns = [image_column, *(column for column in ("__key__", "__url__") if column in features)]
-    label_column = num_classes = id2label = None
+    of_classes = {"label_column": label_column, "num_classes": num_classes, "id2label": id2label}
+    found, names = None, None
     if labelled:
-        label_column = find_label_column(features, args.label_column)
+        found = find_label_column(features, label_column)
         candidates = [column for column, feature in features.items() if hasattr(feature, "names")]
-        if label_column is not None:
-            num_classes, id2label = read_classes(dataset, label_column, args)
-            columns.append(label_column if label_column in features else label_column.split(".")[0])
+        if found is not None:
+            num_classes, names = read_classes(
+                dataset, found, streaming=streaming, num_classes=num_classes, id2label=id2label
+            )
+            columns.append(found if found in features else found.split(".")[0])
         elif candidates:
-            remarks.append(f"--label_column could be {' or '.join(candidates)}")
-    _check_class_flags(args, label_column, features)
+            remarks.append(f"`label_column` could be {' or '.join(candidates)}")
+    given = [name for name, value in of_classes.items() if value is not None]
+    if given and found is None:
+        if not labelled:
+            raise ValueError(f"`labelled` False ignores labels: it does not go with `{given[0]}`.")
+        raise ValueError(
+            f"`{given[0]}` needs labels, and none of the columns {list(features)} is called label or cls."
+        )
     return ImageSource(
         dataset=dataset.select_columns(columns).cast_column(image_column, datasets.Image(decode=False)),
-        name=_short_name(args),
-        description=describe_source(args),
-        streaming=args.streaming,
+        name=os.path.basename(os.path.normpath(path)),
+        split=split,
+        streaming=streaming,
         image_column=image_column,
-        label_column=label_column,
+        label_column=found,
         num_classes=num_classes,
-        id2label=id2label,
+        id2label=names,
         files=tuple(files),
         labelled=labelled,
         remarks=tuple(remarks),
     )
 
 
-def _check_class_flags(args: argparse.Namespace, label_column: str | None, features: dict) -> None:
-    flags = ("label_column", "num_classes", "id2label")
-    given = [flag for flag in flags if getattr(args, flag, None) is not None]
-    if given and label_column is None:
-        if args.unconditional:
-            raise ValueError(f"--unconditional ignores labels: it does not go with --{given[0]}.")
-        raise ValueError(
-            f"--{given[0]} needs labels, and none of the columns {list(features)} is called label or cls."
-        )
-
-
-def _load(args: argparse.Namespace, labelled: bool) -> tuple[Any, list[str], list[str]]:
+def _load(
+    path: str, split: str, config_name: str | None, streaming: bool, labelled: bool
+) -> tuple[Any, list[str], list[str]]:
     """The data set, the files it is read from, and remarks."""
-    name = _name(args)
-    builders = {".parquet": "parquet", ".tar": "webdataset"}
-    ending = Path(name).suffix.lower()
-    if os.path.isfile(name) and ending in builders:
-        return _load_with_datasets(args, builders[ending], data_files={"train": name})
-    if not os.path.isdir(name):
-        if args.dataset_name is not None and not os.path.exists(name):
-            return _load_with_datasets(args, name, name=args.dataset_config_name)
-        found = "is a file" if os.path.exists(name) else "does not exist"
-        raise ValueError(f"{_flag(args)} {name} {found}: expected a folder, a .parquet or a .tar file.")
-    files, hidden = list_files(name)
-    kind = folder_kind(name, files)
+    if not os.path.isdir(path):
+        builder, config = _builder_of(path, config_name)
+        return _load_with_datasets(path, builder, split, streaming, **config)
+    files, hidden = list_files(path)
+    kind = folder_kind(path, files)
     if kind == "images":
         images = [file for file in files if is_image(file)]
-        dataset, used, remarks = load_folder(name, images, labelled, args.streaming), images, []
+        dataset, used, remarks = load_folder(path, images, labelled, streaming), images, []
     elif kind == "images with metadata":
-        dataset, used, remarks = _load_with_datasets(args, "imagefolder", data_dir=name)
-        unlisted = 0 if args.streaming else sum(map(is_image, used)) - len(dataset)
+        dataset, used, remarks = _load_with_datasets(path, "imagefolder", split, streaming, data_dir=path)
+        unlisted = 0 if streaming else sum(map(is_image, used)) - len(dataset)
         if unlisted > 0:
-            remarks.append(f"{_number(unlisted, 'image')} not used: missing in the metadata")
+            remarks.append(f"{counted(unlisted, 'image')} not used: missing in the metadata")
     else:
-        dataset, used, remarks = _load_with_datasets(args, name)
+        dataset, used, remarks = _load_with_datasets(path, path, split, streaming)
         files = [file for file in files if not file.lower().endswith(kind)]
     unused = [*(file for file in files if kind != "images" or not is_image(file)), *hidden]
     if unused and kind != "images with metadata":
-        remarks.append(
-            f"{_number(len(unused), 'file')} not used: {_shown([os.path.basename(file) for file in unused])}"
-        )
+        remarks.append(f"{counted(len(unused), 'file')} not used: {listed(map(os.path.basename, unused), _MAX_SHOWN)}")
     return dataset, used, remarks
 
 
-def _load_with_datasets(args: argparse.Namespace, path: str, **config: Any) -> tuple[Any, list[str], list[str]]:
+def _builder_of(path: str, config_name: str | None) -> tuple[str, dict[str, Any]]:
+    """What datasets calls a file, or a name on the Hub, and how it is told of it."""
+    kind = {".parquet": "parquet", ".tar": "webdataset"}.get(Path(path).suffix.lower())
+    if os.path.isfile(path) and kind is not None:
+        return kind, {"data_files": {"train": path}}
+    is_file, is_name = os.path.exists(path), _HUB_NAME.fullmatch(path) and kind is None
+    if is_file or not is_name:
+        found = "is a file" if is_file else "does not exist"
+        raise ValueError(f"{path} {found}: expected a folder, a .parquet or a .tar file, or a name on the Hub.")
+    return path, {"name": config_name}
+
+
+def _load_with_datasets(
+    path: str, builder: str, split: str, streaming: bool, **config: Any
+) -> tuple[Any, list[str], list[str]]:
     import datasets
 
     try:
         # Unlike load_dataset a builder resolves the revision once, and tells the files
-        builder = datasets.load_dataset_builder(path, **config)
+        builder = datasets.load_dataset_builder(builder, **config)
         files = {str(split): list(map(str, names)) for split, names in (builder.config.data_files or {}).items()}
         check_tars(name for names in files.values() for name in names)
-        if args.streaming:
-            dataset = builder.as_streaming_dataset(split=args.split)
+        if streaming:
+            dataset = builder.as_streaming_dataset(split=split)
         else:
             builder.download_and_prepare()
-            dataset = builder.as_dataset(split=args.split)
+            dataset = builder.as_dataset(split=split)
     except Exception as error:  # of the network, the Hub, datasets, pyarrow, ...
-        raise ValueError(f"{_flag(args)} {_name(args)} cannot be read: {type(error).__name__}: {error}") from error
-    remarks = [f"split {args.split} of {', '.join(files)}"] if len(files) > 1 else []
-    return dataset, files.get(args.split.split("[")[0], []), remarks
-
-
-def _name(args: argparse.Namespace) -> str:
-    return args.dataset_name or args.train_data_dir
-
-
-def _flag(args: argparse.Namespace) -> str:
-    return "--dataset_name" if args.dataset_name else "--train_data_dir"
-
-
-def _short_name(args: argparse.Namespace) -> str:
-    return os.path.basename(os.path.normpath(_name(args)))
-
-
-def _shown(names: list[str]) -> str:
-    return ", ".join(map(printable, names[:_MAX_SHOWN])) + (", ..." if len(names) > _MAX_SHOWN else "")
-
-
-def _number(count: int, word: str) -> str:
-    return f"{count} {word if count == 1 else word + ('es' if word.endswith('s') else 's')}"
+        raise ValueError(f"{path} cannot be read: {type(error).__name__}: {error}") from error
+    remarks = [f"split {split} of {', '.join(files)}"] if len(files) > 1 else []
+    return dataset, files.get(split.split("[")[0], []), remarks

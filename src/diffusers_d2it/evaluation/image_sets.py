@@ -5,7 +5,6 @@ Shapes:
     N images of a set, B of a batch, H W their sides in pixels
 """
 
-import argparse
 import hashlib
 import os
 import re
@@ -325,18 +324,8 @@ def _open_folder(root: str) -> ImageSet:
 
 
 def _open_data_set(path: str, resolution: int, split: str, image_column: str | None) -> ImageSet:
-    is_local = os.path.exists(path)
-    args = argparse.Namespace(
-        dataset_name=None if is_local else path,
-        dataset_config_name=None,
-        train_data_dir=path if is_local else None,
-        split=split,
-        streaming=False,
-        image_column=image_column,
-        resolution=resolution,
-    )
     try:
-        source = load_images(args)
+        source = load_images(path, split=split, image_column=image_column, labelled=False)
     except ValueError as error:
         raise ValueError(f"{path} cannot be opened as a data set: {error}") from error
     if not source.num_rows:

@@ -15,10 +15,10 @@ from accelerate import Accelerator
 from ..data.bad_images import BadImages
 from ..data.images import check_resolution, to_pixels
 from ..data.loaders import usable_images
-from ..data.source import ImageSource, add_class_arguments, add_data_arguments, load_images
+from ..data.source import ImageSource, load_images
 from ..pipelines.labels import label_ids
 from ..pipelines.pipeline_d2it import D2iTPipeline
-from ..presets import bundled_checkpoint, list_samplers, load_sampler
+from ..presets import load_sampler
 from ..sampling.sets import describe_checkpoint, describe_scheduler
 from .features import FeatureExtractor, load_features
 from .image_sets import ImageSet
@@ -29,40 +29,8 @@ from .report_scores import score
 METRICS = ("fid", "sfid", "is", "precision", "recall")  # KID wants a subset size, and more images than a row has
 
 
-def add_report_arguments(parser: argparse.ArgumentParser) -> None:
-    """Checkpoint, data, features and sampling: shared by the reports on a checkpoint."""
-    group = parser.add_argument_group("checkpoint")
-    group.add_argument(
-        "--checkpoint", default=bundled_checkpoint(), help="folder or Hub name of a pipeline; default: the bundled one"
-    )
-    add_data_arguments(parser)
-    add_class_arguments(parser)
-    parser.set_defaults(resolution=None)  # that of the checkpoint
-    group = parser.add_argument_group("figures")
-    group.add_argument(
-        "--features",
-        default="inception",
-        help="in which images are compared: inception, a vision transformer of transformers such as"
-        " facebook/dinov2-large, or package.module:callable that returns an nn.Module",
-    )
-    group.add_argument("--weights", help="with --features inception: file of its weights")
-    group.add_argument("--metrics", nargs="+", choices=METRICS, default=["fid"], help="as of evaluate.py")
-    group.add_argument("--num_images", type=int, default=1000, help="samples of a row, and real images for their maps")
-    group.add_argument(
-        "--num_reference_images", type=int, default=5000, help="other real images, which samples are compared with"
-    )
-    group = parser.add_argument_group("sampling")
-    group.add_argument("--scheduler", choices=list_samplers(), help="a fast sampler; default: that of the checkpoint")
-    group.add_argument("--num_inference_steps", type=int, default=50, help="denoising steps")
-    group.add_argument("--guidance_scale", type=float, default=1.0, help="classifier-free guidance; 1 is without")
-    group.add_argument("--grain_num_inference_steps", type=int, default=10, help="steps of the grain model")
-    group.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of the models")
-    group.add_argument("--batch_size", type=int, default=32, help="images of a process in a forward pass")
-    group.add_argument("--seed", type=int, default=0, help="fixes which images are taken, and all noise")
-
-
 def check_report_arguments(args: argparse.Namespace) -> None:
-    """Raise a ValueError that names the flag unless the numbers of `add_report_arguments` can be used."""
+    """Raise a ValueError that names the flag unless the numbers of the reports can be used."""
     least = {"num_images": 1, "num_reference_images": 2, "num_inference_steps": 1, "grain_num_inference_steps": 1}
     for name, minimum in (least | {"batch_size": 1, "seed": 0}).items():
         if getattr(args, name) < minimum:
@@ -70,7 +38,7 @@ def check_report_arguments(args: argparse.Namespace) -> None:
 
 
 def sampling_of(args: argparse.Namespace) -> Sampling:
-    """How the flags of `add_report_arguments` want images to be drawn."""
+    """How the flags of the reports want images to be drawn."""
     return Sampling(
         num_inference_steps=args.num_inference_steps,
         guidance_scale=args.guidance_scale,
@@ -146,7 +114,7 @@ def load_labelled_images(
     themselves.
 
     Args:
-        args: flags of `add_report_arguments`; a `resolution` of None becomes that of the checkpoint.
+        args: flags of the reports; a `resolution` of None becomes that of the checkpoint.
         pipe: the checkpoint.
         bad_images: notes what cannot be used.
         accelerator: its main process prepares the data set first; then all read the images.
@@ -161,7 +129,17 @@ def load_labelled_images(
     if pipe.transformer.config.num_classes is None:
         args.unconditional = True
     with accelerator.main_process_first():
-        source = load_images(args)
+        source = load_images(
+            args.train_data_dir or args.dataset_name,
+            split=args.split,
+            config_name=args.dataset_config_name,
+            streaming=args.streaming,
+            image_column=args.image_column,
+            labelled=not args.unconditional,
+            label_column=args.label_column,
+            num_classes=args.num_classes,
+            id2label=args.id2label,
+        )
     classes = classes_of_checkpoint(source, pipe)
     needed = args.num_images + args.num_reference_images
     images, labels = [], []
@@ -175,7 +153,8 @@ def load_labelled_images(
         )
     images, reference = torch.stack(images).split([args.num_images, args.num_reference_images])
     labels = None if classes is None else torch.tensor([classes[label] for label in labels[: args.num_images]])
-    return LabelledImages(images, labels, ImageSet.from_tensor(reference, source.description), source.description)
+    description = source.describe(args.resolution)
+    return LabelledImages(images, labels, ImageSet.from_tensor(reference, description), description)
 
 
 def score_real_images(

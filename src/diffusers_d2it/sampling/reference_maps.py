@@ -1,8 +1,6 @@
 # Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
 """True grain maps for a set of samples: each takes that of a real photograph of its class."""
 
-import argparse
-import os
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -10,7 +8,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from ..data.images import UnusableImageError, decode_image, to_pixels
-from ..data.source import ImageSource, Row, add_class_arguments, add_data_arguments, load_images
+from ..data.source import Row, load_images
 from ..grains import grain_map_from_entropy
 from ..pipelines.labels import label_ids
 from .sets import SamplePlan
@@ -47,7 +45,7 @@ class ReferenceMaps:
         self.plan = plan
         self.resolution = resolution
         self.thresholds = pipe.vae.thresholds(fine_ratio)
-        self.source = _load(path, resolution, labelled=plan.classes is not None)
+        self.source = load_images(path, labelled=plan.classes is not None)
         self._rows: dict[int | None, list[int]] = {}  # of each class
         self._find_rows(path, pipe.id2label)
 
@@ -68,14 +66,18 @@ class ReferenceMaps:
     def describe(self) -> dict[str, Any]:
         """The part of a protocol that says where the maps come from."""
         rule = "image i: SeedSequence(seed, spawn_key=(2, i)).generate_state(1, uint64) modulo those of its class"
-        return {"photographs": self.source.description, "fingerprint": self.source.fingerprint, "rule": rule}
+        return {
+            "photographs": self.source.describe(self.resolution),
+            "fingerprint": self.source.fingerprint,
+            "rule": rule,
+        }
 
     def _find_rows(self, path: str, id2label: dict[int, str] | None) -> None:
         if self.plan.classes is None:
             self._rows[None] = list(range(self.source.num_rows))
             return
         if self.source.id2label is None:
-            raise ValueError(f"--reference_data {path} has no classes, and the samples have.")
+            raise ValueError(f"{path} has no classes, and the samples have.")
         ids = {label: _class_id(name, id2label) for label, name in self.source.id2label.items()}
         for row in range(self.source.num_rows):
             self._rows.setdefault(ids[self.source[row].label], []).append(row)
@@ -83,7 +85,7 @@ class ReferenceMaps:
         if lacking:
             named = f"{lacking[0]} ({id2label[lacking[0]]})" if id2label else str(lacking[0])
             raise ValueError(
-                f"--reference_data {path} has no photograph of class {named}, its classes are"
+                f"{path} has no photograph of class {named}, its classes are"
                 f" {', '.join(list(self.source.id2label.values())[:10])}: each class of the samples needs one."
             )
 
@@ -91,7 +93,7 @@ class ReferenceMaps:
         try:
             return to_pixels(decode_image(row.encoded), self.resolution)
         except UnusableImageError as error:
-            raise ValueError(f"--reference_data: {row.name} cannot be used: {error}.") from error
+            raise ValueError(f"{row.name} cannot be used: {error}.") from error
 
 
 def _class_id(name: str, id2label: dict[int, str] | None) -> int | None:
@@ -102,15 +104,3 @@ def _class_id(name: str, id2label: dict[int, str] | None) -> int | None:
         except ValueError:
             pass
     return int(name) if name.isdecimal() else None
-
-
-def _load(path: str, resolution: int, labelled: bool) -> ImageSource:
-    parser = argparse.ArgumentParser()
-    add_data_arguments(parser)
-    add_class_arguments(parser)
-    flag = "--train_data_dir" if os.path.exists(path) else "--dataset_name"
-    flags = [flag, path, "--resolution", str(resolution), *([] if labelled else ["--unconditional"])]
-    try:
-        return load_images(parser.parse_args(flags))
-    except ValueError as error:
-        raise ValueError(f"--reference_data {path}: {error}") from error

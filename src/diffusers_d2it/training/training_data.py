@@ -44,9 +44,22 @@ def load_training_data(
         ValueError: a cache is combined with flags about images, or what `LatentCache` and `load_images` raise.
     """
     if args.latent_cache is None:
-        source = load_images(args)
+        path = args.train_data_dir or args.dataset_name
+        if path is None:
+            raise ValueError("pass --latent_cache, --train_data_dir or --dataset_name.")
+        source = load_images(
+            path,
+            split=args.split,
+            config_name=args.dataset_config_name,
+            streaming=args.streaming,
+            image_column=args.image_column,
+            labelled=not args.unconditional,
+            label_column=args.label_column,
+            num_classes=args.num_classes,
+            id2label=args.id2label,
+        )
         accelerator.print(source)
-        return make_dataset(accelerator, source, args, bad_images)
+        return make_dataset(accelerator, source, resolution=args.resolution, seed=args.seed, bad_images=bad_images)
     given = [flag for flag in _OF_IMAGES if getattr(args, flag)]
     if given:
         raise ValueError(f"--latent_cache holds images and labels already: it does not go with --{given[0]}.")
