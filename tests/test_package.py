@@ -34,7 +34,10 @@ PUBLIC = {
     "list_samplers",
     "load_preset",
     "load_sampler",
+    "make_model_card",
     "region_entropy",
+    "sample_grain_map",
+    "tie",
     "visualize_grain_map",
 }
 

@@ -7,12 +7,20 @@ pipe = D2iTPipeline.from_pretrained(bundled_checkpoint())
 image = pipe(class_labels=[207]).images[0]
 """
 
-from .diffusers_import import ModelMixin  # diffusers' loaders look for it in the package of a component
-from .grains import region_entropy
+from .optional import naming_what_is_broken
+
+
+with naming_what_is_broken("importing diffusers"):  # before all that builds on it
+    from diffusers import DiffusionPipeline as _DiffusionPipeline  # noqa: F401
+    from diffusers import ModelMixin  # diffusers' loaders look for it in the package of a component
+
+from .grains import region_entropy, tie
+from .hub.card import make_model_card
 from .models.autoencoder_kl_dynamic import DynamicAutoencoderKL
 from .models.layers import DiTBlock
 from .models.transformer_d2it_content import D2iTContentModel
 from .models.transformer_d2it_grain import D2iTGrainModel
+from .pipelines.grain_maps import sample_grain_map
 from .pipelines.pipeline_d2it import D2iTPipeline, D2iTPipelineOutput
 from .presets import bundled_checkpoint, list_presets, list_samplers, load_preset, load_sampler
 from .registration import register
@@ -33,7 +41,10 @@ __all__ = [
     "list_samplers",
     "load_preset",
     "load_sampler",
+    "make_model_card",
     "region_entropy",
+    "sample_grain_map",
+    "tie",
     "visualize_grain_map",
 ]
 

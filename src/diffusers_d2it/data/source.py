@@ -11,14 +11,13 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
-from importlib import import_module
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..broken_packages import call_around
+from ..optional import import_optional
 from ..words import counted, listed, printable
 from .classes import find_image_column, find_label_column, look_up, read_classes
 from .folders import check_tars, folder_kind, is_image, list_files, load_folder
@@ -251,7 +250,7 @@ def load_images(
         ValueError: nothing is there; it cannot be read, is empty, or leaves classes unclear; a column is missing,
             ambiguous or of another type; labels and arguments contradict one another.
     """
-    datasets = call_around(lambda: import_module("datasets"))
+    datasets = import_optional("datasets", "reading images")
     path = os.fspath(path)
     dataset, files, remarks = _load(path, split, config_name, streaming, labelled)
     features = dataset.features

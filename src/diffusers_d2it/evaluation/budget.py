@@ -19,9 +19,9 @@ from accelerate.utils import gather_object
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..broken_packages import import_optional
 from ..grains import check_fine_ratio, fine_share
 from ..models.transformer_d2it_content import D2iTContentModel
+from ..optional import import_optional
 from ..pipelines.pipeline_d2it import D2iTPipeline
 from .features import FeatureExtractor
 from .image_sets import ImageSet

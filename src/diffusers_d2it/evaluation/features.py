@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..broken_packages import import_optional
+from ..optional import import_optional
 from .vision_models import load_vision_model, vision_tokens
 
 

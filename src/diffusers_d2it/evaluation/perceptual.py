@@ -3,7 +3,7 @@
 
 import torch
 
-from ..broken_packages import import_optional
+from ..optional import import_optional
 
 
 _NETWORKS = {"alex": "AlexNet", "vgg": "VGG-16"}

@@ -14,9 +14,9 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from ..broken_packages import import_optional
 from ..grains import fine_share
 from ..models.autoencoder_kl_dynamic import DynamicAutoencoderKL
+from ..optional import import_optional
 from .collecting import feature_widths
 from .features import FeatureExtractor
 from .frechet import frechet_distance

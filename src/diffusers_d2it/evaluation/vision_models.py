@@ -6,8 +6,6 @@ import inspect
 import torch
 from torch import nn
 
-from ..broken_packages import call_around
-
 
 def load_vision_model(name: str) -> tuple[nn.Module, dict]:
     """A frozen ViT such as DINOv2, and its preprocessing.
@@ -25,7 +23,7 @@ def load_vision_model(name: str) -> tuple[nn.Module, dict]:
     from transformers.image_processing_base import ImageProcessingMixin
 
     try:
-        model = call_around(lambda: AutoModel.from_pretrained(name))
+        model = AutoModel.from_pretrained(name)
         preprocessing, _ = ImageProcessingMixin.get_image_processor_dict(name)
     except (OSError, ValueError) as error:
         raise ValueError(f"no vision model could be loaded from {name!r}: {error}") from error

@@ -13,6 +13,7 @@ from ..files.folders import read_json
 from ..files.source import check_source, pin, refuse_code
 from ..files.weights import check_sealed, sealed_files
 from ..limits import Items, Number, Optional, Text, Whole, check_keys, check_ranges
+from ..optional import naming_what_is_broken
 from ..words import shown
 
 
@@ -54,6 +55,7 @@ class PipelineLoadingMixin:
                 schedulers of diffusers; a file is missing or damaged; a model is refused by its own
                 `from_pretrained`. The file is named.
             OSError: the Hub does not have it or cannot be reached.
+            ImportError: a package that diffusers imports for it is broken; it is named.
         """
         refuse_code(kwargs)
         check_source(pretrained_model_name_or_path, None, kwargs.get("variant"))
@@ -64,7 +66,8 @@ class PipelineLoadingMixin:
         check_pipeline_folder(cls, Path(folder), given)
         for name in ("revision", "cache_dir", "force_download", "local_files_only", "token"):
             kwargs.pop(name, None)  # what was to be fetched lies in the folder
-        pipe = super().from_pretrained(str(folder), **kwargs | {"use_safetensors": True})
+        with naming_what_is_broken("loading a pipeline"):  # diffusers imports all that a component might be
+            pipe = super().from_pretrained(str(folder), **kwargs | {"use_safetensors": True})
         pipe.register_to_config(_name_or_path=pretrained_model_name_or_path)
         return pipe
 

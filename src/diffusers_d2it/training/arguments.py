@@ -13,8 +13,8 @@ from accelerate.utils import (
     ProjectConfiguration,
 )
 
-from ..broken_packages import import_optional
 from ..files import lock
+from ..optional import import_optional
 from .gate import GatedAccelerator
 from .output_folder import check_output_dir
 
