@@ -56,7 +56,7 @@ def main(args: argparse.Namespace) -> None:
         print(bad_images.summary())
     config = calibration.to_config(source.describe(args.resolution))
     if vae is not None:
-        vae.register_to_config(calibration=config, _name_or_path=None)
+        vae.register_to_config(calibration=config)
         path = Path(args.vae) / "config.json"
         save_folder(args.vae, vae.save_config)  # which replaces this file, and keeps the others
     else:

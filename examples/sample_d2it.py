@@ -30,8 +30,6 @@ from tqdm.auto import tqdm
 
 from diffusers_d2it import D2iTPipeline, bundled_checkpoint, list_samplers, load_sampler
 from diffusers_d2it.grains import fine_share
-from diffusers_d2it.limits import check_ranges
-from diffusers_d2it.pipelines.checks import SAMPLING_RANGES
 from diffusers_d2it.pipelines.labels import class_ids
 from diffusers_d2it.sampling.folder import FORMATS, SampleFolder
 from diffusers_d2it.sampling.reference_maps import ReferenceMaps
@@ -139,7 +137,7 @@ def pipeline_settings(args: argparse.Namespace) -> dict:
     defaults |= {"grain_num_inference_steps": 10, "grain_guidance_scale": 1.0}
     given = {name: value for name in defaults if (value := getattr(args, name)) is not None}
     settings = {"num_inference_steps": args.num_inference_steps, "fine_ratio": args.fine_ratio} | defaults | given
-    check_ranges(settings, SAMPLING_RANGES)
+    D2iTPipeline.check_settings(settings)
     start, stop = settings["guidance_interval"]
     if start > stop:
         raise ValueError(f"--guidance_interval must be START and STOP with START <= STOP, got {start} {stop}.")

@@ -106,7 +106,7 @@ def make_model(args: argparse.Namespace, vae: DynamicAutoencoderKL, num_classes:
         wrong.pop("out_channels", None)
     if wrong:
         raise ValueError(f"--init_from {args.init_from} does not fit; (found, needed) differ in {wrong}.")
-    model.register_to_config(sample_size=sizes["sample_size"], _name_or_path=None)
+    model.register_to_config(sample_size=sizes["sample_size"])
     return model
 
 
@@ -267,8 +267,6 @@ def main(args: argparse.Namespace) -> None:
     # 4. The pipeline
     if accelerator.is_main_process:
         pipe.register_modules(transformer=checkpoints.averaged_model())
-        for model in (vae, pipe.grain_model):
-            model.register_to_config(_name_or_path=None)  # where they were loaded from is nobody's business
         folder = os.path.join(args.output_dir, "pipeline")
         pipe.save_pretrained(folder)
         print(f"{folder}: the pipeline after {step} steps")

@@ -113,7 +113,7 @@ def make_model(args: argparse.Namespace, calibration: dict) -> DynamicAutoencode
         config = load_preset(args.preset) | {"sample_size": args.resolution, "calibration": calibration}
         return DynamicAutoencoderKL(**config)
     vae = DynamicAutoencoderKL.from_pretrained(args.init_from)
-    vae.register_to_config(sample_size=args.resolution, calibration=calibration, _name_or_path=None)
+    vae.register_to_config(sample_size=args.resolution, calibration=calibration)
     if args.freeze_fine_path:
         vae.freeze_fine_path()
     return vae

@@ -81,7 +81,7 @@ class Study:
         folder, aside = self.work_dir / "vae", self.work_dir / "vae.part"
         if not folder.exists():
             vae = DynamicAutoencoderKL.from_pretrained(self.source)
-            vae.register_to_config(sample_size=self.preset.resolution, _name_or_path=None)
+            vae.register_to_config(sample_size=self.preset.resolution)
             vae.save_pretrained(aside)
             self._call(EXAMPLES / "calibrate_dvae.py", *self._data_flags, "--vae", aside)
             aside.rename(folder)

@@ -1,165 +1,85 @@
 # Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
-"""What a value in a configuration may be, in words that stand both in a table and in an error.
+"""What values may be: their types are the annotations of a function, their ranges stand in a table of limits.
 
-RANGES = {
-    "num_layers": Whole(1, 96),
-    "num_classes": Optional(Whole(1, 1_000_000)),
-}
-check_ranges(config, RANGES)  # ValueError: `num_layers` must be at least 1 and at most 96, a whole number, got 0.
+LIMITS = {"num_layers": (1, 96), "name": (0, 100)}
+check_values(config, get_type_hints(Model.__init__), LIMITS)
+# ValueError: `num_layers` must be int in [1, 96], got 0.
 """
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Protocol
+from collections.abc import Collection, Mapping
+from inspect import formatannotation
+from numbers import Integral, Real
+from types import UnionType
+from typing import Any, Union, get_args, get_origin
+
+import numpy as np
 
 from .words import shown
 
 
-MAX_PARAMETERS = 20_000_000_000  # 80 GB in float32: thirty times the largest model of the paper
+_ANY = (-math.inf, math.inf)
 
 
-class Rule(Protocol):
-    """What a value must be; as a string it completes "`key` must ..."."""
+def check_values(
+    values: Mapping[str, Any],
+    annotations: Mapping[str, Any],
+    limits: Mapping[str, tuple[float, float]],
+    *,
+    inside: str = "",
+    exact: bool = True,
+) -> None:
+    """Check every value that has an annotation.
 
-    def allows(self, value: Any) -> bool: ...
-
-
-@dataclass(frozen=True)
-class Whole:
-    """A whole number from `low` to `high`. True is none, neither is 2.0."""
-
-    low: int
-    high: int
-
-    def allows(self, value: Any) -> bool:
-        return type(value) is int and self.low <= value <= self.high
-
-    def __str__(self) -> str:
-        return f"be at least {self.low} and at most {self.high}, a whole number"
-
-
-@dataclass(frozen=True)
-class Number:
-    """A number from `low` to `high`. True is none, neither is NaN."""
-
-    low: float
-    high: float
-
-    def allows(self, value: Any) -> bool:
-        return is_number(value) and self.low <= value <= self.high
-
-    def __str__(self) -> str:
-        return f"lie in [{self.low:g}, {self.high:g}]"
-
-
-@dataclass(frozen=True)
-class Flag:
-    """True or False."""
-
-    def allows(self, value: Any) -> bool:
-        return isinstance(value, bool)
-
-    def __str__(self) -> str:
-        return "be true or false"
-
-
-@dataclass(frozen=True)
-class Text:
-    """A string of at most `length` characters."""
-
-    length: int
-
-    def allows(self, value: Any) -> bool:
-        return isinstance(value, str) and len(value) <= self.length
-
-    def __str__(self) -> str:
-        return f"be a string of at most {self.length} characters"
-
-
-@dataclass(frozen=True)
-class Items:
-    """A list or tuple of `shortest` to `longest` values of one kind."""
-
-    rule: Rule
-    shortest: int
-    longest: int
-
-    def allows(self, value: Any) -> bool:
-        fits = isinstance(value, (list, tuple)) and self.shortest <= len(value) <= self.longest
-        return fits and all(self.rule.allows(item) for item in value)
-
-    def __str__(self) -> str:
-        return f"be a list of {self.shortest} to {self.longest} values, each of which must {self.rule}"
-
-
-@dataclass(frozen=True)
-class Object:
-    """A JSON object; a table of its own says what is in it."""
-
-    def allows(self, value: Any) -> bool:
-        return isinstance(value, Mapping)
-
-    def __str__(self) -> str:
-        return "be an object"
-
-
-@dataclass(frozen=True)
-class Optional:
-    """Null, or what another rule allows."""
-
-    rule: Rule
-
-    def allows(self, value: Any) -> bool:
-        return value is None or self.rule.allows(value)
-
-    def __str__(self) -> str:
-        return f"{self.rule}, or be null"
-
-
-def is_number(value: Any) -> bool:
-    """Whether a value is a finite number; True is none."""
-    if isinstance(value, float):
-        return math.isfinite(value)
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def check_ranges(config: Mapping[str, Any], ranges: Mapping[str, Rule], inside: str = "") -> None:
-    """Check every value that is there against its rule.
+    True is no number, and no number is infinite or NaN; a whole number will do where a float is annotated, and a list
+    where a tuple is, but no tuple is empty.
 
     Args:
-        config: values by key.
-        ranges: rules by key.
-        inside: what the keys are called before their own names, with a dot behind it.
+        values: by their names.
+        annotations: by the same names: classes, tuples and lists of them, and unions of all these.
+        limits: lowest and highest number by name, of the items if it is a list; for a string, of its length.
+        inside: what the names are called before their own, with a dot behind it.
+        exact: numbers are those of Python alone, as JSON holds them; False also takes those of numpy.
 
     Raises:
-        ValueError: a value is out of its range; key, value and range are named.
+        ValueError: a value is of another type or out of its range; name, value and range are named.
     """
-    for key, rule in ranges.items():
-        if key in config and not rule.allows(config[key]):
-            raise ValueError(f"`{inside}{key}` must {rule}, got {shown(config[key])}.")
+    for name, annotation in annotations.items():
+        if name in values and not _allows(values[name], annotation, limits.get(name, _ANY), exact):
+            expected = formatannotation(annotation)
+            if name in limits:
+                length = " with a length" if "str" in expected else ""
+                expected += "{} in [{:,g}, {:,g}]".format(length, *limits[name])
+            raise ValueError(f"`{inside}{name}` must be {expected}, got {shown(values[name])}.")
 
 
-def check_keys(config: Mapping[str, Any], known: set[str], inside: str = "") -> None:
+def check_keys(values: Mapping[str, Any], known: Collection[str], inside: str = "") -> None:
     """Raise a ValueError that names a key that is not known and its value."""
-    for key in config:
+    for key in values:
         if key not in known:
             raise ValueError(
-                f"{shown(f'{inside}{key}')} is no key of this configuration, got {shown(config[key])}; expected are"
+                f"{shown(f'{inside}{key}')} is no key of this configuration, got {shown(values[key])}; expected are"
                 f" {', '.join(sorted(known))}."
             )
 
 
-def check_num_parameters(num_parameters: float, config: Mapping[str, Any], keys: tuple[str, ...]) -> None:
-    """Raise a ValueError if a model would be larger than any that could be meant, before it is made.
+def _allows(value: Any, annotation: Any, limits: tuple[float, float], exact: bool) -> bool:
+    origin, parts = get_origin(annotation), get_args(annotation)
+    if origin in (Union, UnionType):
+        return any(_allows(value, part, limits, exact) for part in parts)
+    if origin in (tuple, list):
+        if not isinstance(value, (list, tuple)) or (origin is tuple and not value):
+            return False
+        parts = [parts[0]] * len(value) if origin is list or Ellipsis in parts else parts
+        return len(value) == len(parts) and all(_allows(v, part, limits, exact) for v, part in zip(value, parts))
+    if annotation in (int, float):
+        return _is_number(value, annotation, exact) and limits[0] <= value <= limits[1] and abs(value) != math.inf
+    if annotation is str:
+        return isinstance(value, str) and limits[0] <= len(value) <= limits[1]
+    return isinstance(value, annotation)
 
-    Args:
-        num_parameters: how many it would have, about.
-        config: of the model.
-        keys: those that decide it.
-    """
-    if num_parameters > MAX_PARAMETERS:
-        values = ", ".join(f"`{key}` {shown(config[key])}" for key in keys)
-        raise ValueError(
-            f"{values} ask for about {num_parameters:.2g} parameters, a model may have at most {MAX_PARAMETERS:.2g}."
-        )
+
+def _is_number(value: Any, annotation: type, exact: bool) -> bool:
+    if exact:
+        return type(value) in (int, annotation)
+    return isinstance(value, Integral if annotation is int else Real) and not isinstance(value, (bool, np.bool_))

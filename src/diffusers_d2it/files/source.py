@@ -15,6 +15,7 @@ from ..words import shown
 from .weights import weight_names
 
 
+HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "revision", "token")  # of `from_pretrained`
 # Arguments of diffusers that lead to code or pickled weights, and the only values of theirs that do not
 _HARMLESS = {
     "custom_pipeline": (None,),
@@ -122,18 +123,11 @@ def download_model(name: str, subfolder: str | None, variant: str | None, argume
     return Path(folder, subfolder or "")
 
 
-def forget_origin(file: Path) -> None:
-    """Remove from a saved configuration where on this machine it was loaded from; a name of the Hub stays."""
-    config = json.loads(file.read_text(encoding="utf-8"))
-    origin = config.get("_name_or_path")
-    if origin is None:
-        return
-    try:
-        validate_repo_id(origin)
-    except HFValidationError:
-        is_name = False
-    else:
-        is_name = not os.path.exists(origin)
-    if not is_name:
-        del config["_name_or_path"]
-        file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+class WithoutOrigin:
+    """A `ConfigMixin` that writes down nothing about where it was loaded from: a folder of this machine, mostly."""
+
+    def to_json_string(self) -> str:
+        """The configuration as it is saved."""
+        config = json.loads(super().to_json_string())
+        config.pop("_name_or_path", None)
+        return json.dumps(config, indent=2, sort_keys=True) + "\n"

@@ -195,7 +195,7 @@ class DynamicAutoencoderKL(CompiledMixin, StrictModelMixin, AttentionMixin, Auto
             another, or the calibration was counted for another region size.
     """
 
-    check_config = staticmethod(check_autoencoder)
+    _check_together = staticmethod(check_autoencoder)
     _supports_gradient_checkpointing = True
     _no_split_modules = ["DownEncoderBlock2D", "UpDecoderBlock2D", "UNetMidBlock2D"]
     _repeated_blocks = ["ResnetBlock2D"]

@@ -1,7 +1,9 @@
 # Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
-"""What each key of the three configurations may be, alone and together, and how large a model they may ask for.
+"""What the keys of the three configurations may be, and how large a model they may ask for.
 
-Nothing here allocates: the constructors check first, and loading checks a config.json before any class is made.
+The annotations of the constructors say what kind of value a key holds, `LIMITS` its range, and the functions below
+what must hold between keys. Nothing here allocates: the constructors check first, and loading checks a config.json
+before any class is made.
 """
 
 import math
@@ -10,84 +12,77 @@ from typing import Any
 
 from ..calibration import check_calibration
 from ..grains import NUM_BINS
-from ..limits import (
-    Flag,
-    Items,
-    Number,
-    Object,
-    Optional,
-    Text,
-    Whole,
-    check_keys,
-    check_num_parameters,
-    check_ranges,
-    shown,
-)
+from ..limits import check_keys, check_values
+from ..words import shown
 
 
-_WIDTH = Whole(1, 8192)
-_RATIO = Number(0, 1)
-_GRAINS = Whole(2, 8)
-_LAYERS = Whole(1, 96)
-_HEADS = Whole(1, 256)
-_HEAD_DIM = Whole(1, 1024)
-_MLP_RATIO = Number(0.01, 64)
-_CLASSES = Optional(Whole(1, 1_000_000))
+MAX_PARAMETERS = 20_000_000_000  # 80 GB in float32: thirty times the largest model of the paper
 _MAX_WINDOW = 16
 _ROUNDING = 1e-4  # quantiles are rounded up to it
 
-AUTOENCODER = {
-    "in_channels": Whole(1, 64),
-    "out_channels": Whole(1, 64),
-    "latent_channels": Whole(1, 512),
-    "downsample_factors": Items(Whole(1, 1024), 1, 8),
-    "block_out_channels": Items(_WIDTH, 1, 11),
-    "decoder_block_out_channels": Items(_WIDTH, 1, 11),
-    "layers_per_block": Whole(1, 32),
-    "norm_num_groups": Whole(1, 1024),
-    "mid_block_add_attention": Flag(),
-    "sample_size": Whole(1, 65536),
-    "scaling_factor": Number(1e-6, 1e6),
-    "shift_factor": Optional(Number(-1e6, 1e6)),
-    "grain_ratios": Optional(Items(_RATIO, 1, 8)),
-    "calibration": Optional(Object()),
-    "use_post_quant_conv": Flag(),
+LIMITS = {
+    "in_channels": (1, 512),
+    "out_channels": (1, 1024),
+    "sample_size": (1, 65536),
+    # DynamicAutoencoderKL
+    "latent_channels": (1, 512),
+    "downsample_factors": (1, 1024),
+    "block_out_channels": (1, 8192),
+    "decoder_block_out_channels": (1, 8192),
+    "layers_per_block": (1, 32),
+    "norm_num_groups": (1, 1024),
+    "scaling_factor": (1e-6, 1e6),
+    "shift_factor": (-1e6, 1e6),
+    "grain_ratios": (0, 1),
+    # D2iTGrainModel and D2iTContentModel
+    "num_grains": (2, 8),
+    "num_layers": (1, 96),
+    "num_refine_layers": (1, 16),
+    "num_attention_heads": (1, 256),
+    "attention_head_dim": (1, 1024),
+    "mlp_ratio": (0.01, 64),
+    "num_classes": (1, 1_000_000),
+    "window_size": (1, _MAX_WINDOW),
+    "frequency_shift": (0, 1),
+    # Calibration
+    "quantiles": (0, math.inf),
+    "region_size": (1, 1024),
+    "num_bins": (2, 4096),
+    "sigma": (1e-6, 10),
+    "num_images": (1, 10**15),
+    "num_regions": (1, 10**18),
+    "tie_share": (0, 1),
+    "source": (0, 10_000),
+    # EMAModel of diffusers
+    "decay": (0, 1),
+    "min_decay": (0, 1),
+    "optimization_step": (0, 10**15),
+    "update_after_step": (0, 10**15),
+    "inv_gamma": (0, 1e15),
+    "power": (0, 1e3),
+}
+# Keys beside those of a constructor: what quantisation notes, and diffusers' EMAModel when it saves a model
+FURTHER_KEYS = {
+    "quantization_config": dict | None,
+    "decay": float,
+    "min_decay": float,
+    "optimization_step": int,
+    "update_after_step": int,
+    "use_ema_warmup": bool,
+    "inv_gamma": float,
+    "power": float,
 }
 CALIBRATION = {
-    "quantiles": Items(Number(0, math.inf), 2, 100_001),
-    "region_size": Whole(1, 1024),
-    "num_bins": Whole(2, 4096),
-    "sigma": Number(1e-6, 10),
-    "luma_weights": Items(_RATIO, 3, 3),
-    "luma_range": Items(Number(-1e6, 1e6), 2, 2),
-    "num_images": Whole(1, 10**15),
-    "num_regions": Whole(1, 10**18),
-    "tie_share": _RATIO,
-    "source": Text(10_000),
-}
-GRAIN_MODEL = {
-    "sample_size": Whole(1, 8192),
-    "num_grains": _GRAINS,
-    "num_layers": _LAYERS,
-    "num_attention_heads": _HEADS,
-    "attention_head_dim": _HEAD_DIM,
-    "mlp_ratio": _MLP_RATIO,
-    "num_classes": _CLASSES,
-    "fine_ratio_condition": Flag(),
-}
-CONTENT_MODEL = {
-    "sample_size": Whole(1, 8192),
-    "in_channels": Whole(1, 512),
-    "out_channels": Optional(Whole(1, 1024)),
-    "num_grains": _GRAINS,
-    "num_layers": _LAYERS,
-    "num_refine_layers": Whole(1, 16),
-    "num_attention_heads": _HEADS,
-    "attention_head_dim": _HEAD_DIM,
-    "mlp_ratio": _MLP_RATIO,
-    "num_classes": _CLASSES,
-    "window_size": Whole(1, 1024),
-    "frequency_shift": _RATIO,
+    "quantiles": tuple[float, ...],
+    "region_size": int,
+    "num_bins": int,
+    "sigma": float,
+    "luma_weights": tuple[float, float, float],
+    "luma_range": tuple[float, float],
+    "num_images": int,
+    "num_regions": int,
+    "tie_share": float,
+    "source": str,
 }
 
 
@@ -97,30 +92,24 @@ CONTENT_MODEL = {
 
 
 def check_autoencoder(config: Mapping[str, Any]) -> None:
-    """Check a whole configuration of `DynamicAutoencoderKL`.
-
-    Raises:
-        ValueError: a value is out of its range, or contradicts another; the key and its value are named.
-    """
-    check_ranges(config, AUTOENCODER)
+    """Raise a ValueError that names keys of a configuration of `DynamicAutoencoderKL` that contradict one another."""
     factors = list(config["downsample_factors"])
-    if len(factors) < 2 or factors[0] & (factors[0] - 1):
-        raise ValueError(f"`downsample_factors` must be two or more powers of two, got {factors}.")
+    if not 2 <= len(factors) <= 8 or factors[0] & (factors[0] - 1):
+        raise ValueError(f"`downsample_factors` must be two to eight powers of two, got {factors}.")
     if any(coarse != 2 * fine for fine, coarse in zip(factors, factors[1:])):
         raise ValueError(f"each of `downsample_factors` must be twice the one before, got {factors}.")
     for key, factor, which in (
         ("block_out_channels", factors[-1], "coarsest"),
         ("decoder_block_out_channels", factors[0], "finest"),
     ):
-        if 2 ** (len(config[key]) - 1) != factor:
+        widths, groups = list(config[key]), config["norm_num_groups"]
+        if 2 ** (len(widths) - 1) != factor:
             raise ValueError(
-                f"`{key}` has {len(config[key])} levels, of `downsample_factors` {factors} the {which}, {factor} needs"
-                f" {factor.bit_length()}, got {list(config[key])}."
+                f"`{key}` must have {factor.bit_length()} levels for {factor}, the {which} of `downsample_factors`"
+                f" {factors}, got {shown(widths)}."
             )
-        if any(width % config["norm_num_groups"] for width in config[key]):
-            raise ValueError(
-                f"`{key}` must be multiples of `norm_num_groups` {config['norm_num_groups']}, got {list(config[key])}."
-            )
+        if any(width % groups for width in widths):
+            raise ValueError(f"`{key}` must be multiples of `norm_num_groups` {groups}, got {shown(widths)}.")
     ratios = config["grain_ratios"]
     if ratios is not None and (len(ratios) != len(factors) or abs(sum(ratios) - 1) > 1e-6):
         raise ValueError(
@@ -129,12 +118,12 @@ def check_autoencoder(config: Mapping[str, Any]) -> None:
     if config["calibration"] is not None:
         _check_calibration(config["calibration"], region_size=factors[-1])
     keys = ("block_out_channels", "decoder_block_out_channels", "layers_per_block")
-    check_num_parameters(_autoencoder_parameters(config), config, keys)
+    _check_num_parameters(_autoencoder_parameters(config), config, keys)
 
 
 def _check_calibration(calibration: Mapping[str, Any], region_size: int) -> None:
-    check_keys(calibration, set(CALIBRATION), inside="calibration.")
-    check_ranges(calibration, CALIBRATION, inside="calibration.")
+    check_keys(calibration, CALIBRATION.keys(), inside="calibration.")
+    check_values(calibration, CALIBRATION, LIMITS, inside="calibration.")
     if not {"quantiles", "region_size"} <= calibration.keys():
         raise ValueError(f"`calibration` must have `quantiles` and `region_size`, got {shown(dict(calibration))}.")
     check_calibration(calibration, region_size)
@@ -148,13 +137,10 @@ def _check_calibration(calibration: Mapping[str, Any], region_size: int) -> None
 
 def _autoencoder_parameters(config: Mapping[str, Any]) -> int:
     """About how many parameters: the convolutions of 3x3, and what a head adds."""
-    layers = config["layers_per_block"]
-    total = 0
+    layers, total = config["layers_per_block"], 0
     for key, resnets in (("block_out_channels", layers), ("decoder_block_out_channels", layers + 1)):
-        before = config[key][0]
-        for width in config[key]:
-            total += 9 * (before * width + width * width) + (resnets - 1) * 18 * width**2 + 9 * width**2
-            before = width
+        for before, width in zip([config[key][0], *config[key]], config[key]):
+            total += 9 * before * width + 18 * resnets * width**2
     heads = [config["block_out_channels"][factor.bit_length() - 1] for factor in config["downsample_factors"]]
     return total + sum(40 * width**2 for width in [*heads, config["decoder_block_out_channels"][-1]])
 
@@ -165,39 +151,22 @@ def _autoencoder_parameters(config: Mapping[str, Any]) -> int:
 
 
 def check_grain_model(config: Mapping[str, Any]) -> None:
-    """Check a whole configuration of `D2iTGrainModel`.
-
-    Raises:
-        ValueError: a value is out of its range, or contradicts another; the key and its value are named.
-    """
-    check_ranges(config, GRAIN_MODEL)
+    """Raise a ValueError that names keys of a configuration of `D2iTGrainModel` that contradict one another."""
     _check_width(config)
     _check_transformer_parameters(config, config["num_layers"])
 
 
 def check_content_model(config: Mapping[str, Any]) -> None:
-    """Check a whole configuration of `D2iTContentModel`.
-
-    Raises:
-        ValueError: a value is out of its range, or contradicts another; the key and its value are named.
-    """
-    check_ranges(config, CONTENT_MODEL)
+    """Raise a ValueError that names keys of a configuration of `D2iTContentModel` that contradict one another."""
     channels, outputs = config["in_channels"], config["out_channels"]
     if outputs not in (None, channels, 2 * channels):
         raise ValueError(
             f"`out_channels` must be None, {channels} (noise) or {2 * channels} (noise and variance), got {outputs}."
         )
-    cells = 2 ** (config["num_grains"] - 1)
-    window = config["window_size"]
-    if window < cells or window % cells or window > _MAX_WINDOW:
-        raise ValueError(
-            f"`window_size` must be a multiple of {cells} tokens, the side of a region, up to {_MAX_WINDOW}, got"
-            f" {window}."
-        )
-    if config["sample_size"] % cells:
-        raise ValueError(
-            f"`sample_size` must be a multiple of {cells} cells, the side of a region, got {config['sample_size']}."
-        )
+    cells = 2 ** (config["num_grains"] - 1)  # the side of a region, in tokens
+    for key in ("window_size", "sample_size"):
+        if config[key] % cells:
+            raise ValueError(f"`{key}` must be a multiple of {cells} cells, the side of a region, got {config[key]}.")
     _check_width(config)
     refine_nets = config["num_grains"] - 1
     _check_transformer_parameters(config, config["num_layers"] + refine_nets * config["num_refine_layers"])
@@ -221,8 +190,13 @@ def _check_transformer_parameters(config: Mapping[str, Any], num_blocks: int) ->
     dim = config["num_attention_heads"] * config["attention_head_dim"]
     block = (10 + 2 * config["mlp_ratio"]) * dim**2
     keys = ("num_layers", "num_refine_layers", "num_attention_heads", "attention_head_dim", "mlp_ratio", "num_classes")
-    check_num_parameters(
-        num_blocks * block + ((config["num_classes"] or 0) + 1) * dim,
-        config,
-        tuple(key for key in keys if key in config),
-    )
+    _check_num_parameters(num_blocks * block + ((config["num_classes"] or 0) + 1) * dim, config, keys)
+
+
+def _check_num_parameters(num_parameters: float, config: Mapping[str, Any], keys: tuple[str, ...]) -> None:
+    """Raise a ValueError if a model would be larger than any that could be meant; `keys` decide its size."""
+    if num_parameters > MAX_PARAMETERS:
+        values = ", ".join(f"`{key}` {shown(config[key])}" for key in keys if key in config)
+        raise ValueError(
+            f"{values} ask for about {num_parameters:.2g} parameters, a model may have at most {MAX_PARAMETERS:.2g}."
+        )

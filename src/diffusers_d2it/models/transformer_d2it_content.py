@@ -169,7 +169,7 @@ class D2iTContentModel(
         ValueError: a value is out of its range (`config_ranges.CONTENT_MODEL`), or contradicts another.
     """
 
-    check_config = staticmethod(check_content_model)
+    _check_together = staticmethod(check_content_model)
     _supports_gradient_checkpointing = True
     _no_split_modules = ["DiTBlock", "RefineBlock"]
     _repeated_blocks = ["DiTBlock", "RefineBlock"]

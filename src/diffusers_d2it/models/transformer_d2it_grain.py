@@ -71,7 +71,7 @@ class D2iTGrainModel(
         ValueError: a value is out of its range (`config_ranges.GRAIN_MODEL`).
     """
 
-    check_config = staticmethod(check_grain_model)
+    _check_together = staticmethod(check_grain_model)
     _supports_gradient_checkpointing = True
     _no_split_modules = ["DiTBlock"]
     _repeated_blocks = ["DiTBlock"]

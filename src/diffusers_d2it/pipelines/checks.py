@@ -8,7 +8,6 @@ from diffusers.schedulers import KarrasDiffusionSchedulers
 from diffusers.utils import logging
 
 from ..grains import check_grain_map
-from ..limits import Items, Number, Optional, Text, Whole
 from ..models.autoencoder_kl_dynamic import DynamicAutoencoderKL
 from ..models.transformer_d2it_content import D2iTContentModel
 from ..models.transformer_d2it_grain import D2iTGrainModel
@@ -82,17 +81,17 @@ def check_components(
         raise ValueError(f"components do not fit: `id2label` names {beyond}, the model has {num_classes} classes.")
 
 
-SAMPLING_RANGES = {
-    "num_images_per_prompt": Whole(1, 10_000),
-    "num_inference_steps": Whole(1, 1_000_000),
-    "guidance_scale": Number(-1e6, 1e6),
-    "guidance_interval": Items(Number(0, 1), 2, 2),
-    "guidance_power": Optional(Number(1e-6, 1e6)),
-    "null_fine_ratio": Optional(Number(0, 1)),
-    "fine_ratio": Optional(Number(0, 1)),
-    "grain_num_inference_steps": Whole(1, 1_000_000),
-    "grain_guidance_scale": Number(-1e6, 1e6),
-    "callback_on_step_end_tensor_inputs": Items(Text(100), 0, 100),
+SAMPLING_LIMITS = {
+    "num_images_per_prompt": (1, 10_000),
+    "num_inference_steps": (1, 1_000_000),
+    "guidance_scale": (-1e6, 1e6),
+    "guidance_interval": (0, 1),
+    "guidance_power": (1e-6, 1e6),
+    "null_fine_ratio": (0, 1),
+    "fine_ratio": (0, 1),
+    "grain_num_inference_steps": (1, 1_000_000),
+    "grain_guidance_scale": (-1e6, 1e6),
+    "callback_on_step_end_tensor_inputs": (0, 100),
 }
 _LONGEST_SIDE = 16_384  # pixels
 

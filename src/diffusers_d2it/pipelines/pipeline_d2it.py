@@ -13,7 +13,6 @@ from dataclasses import dataclass
 import numpy as np
 import PIL.Image
 import torch
-from diffusers import DiffusionPipeline
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.schedulers import KarrasDiffusionSchedulers
 from diffusers.utils import BaseOutput
@@ -21,17 +20,15 @@ from diffusers.utils.torch_utils import randn_tensor
 
 from ..grain_layout import GrainLayout
 from ..grains import check_tied, grain_map_from_entropy
-from ..limits import check_ranges
 from ..models.autoencoder_kl_dynamic import DynamicAutoencoderKL
 from ..models.transformer_d2it_content import D2iTContentModel
 from ..models.transformer_d2it_grain import D2iTGrainModel
 from ..visualization import visualize_grain_map
 from ..words import shown
-from .checks import SAMPLING_RANGES, check_components, check_given_map, check_latents, map_size
+from .base import StrictPipeline
+from .checks import SAMPLING_LIMITS, check_components, check_given_map, check_latents, map_size
 from .grain_maps import random_grain_map, sample_grain_map
 from .labels import class_ids, label_ids
-from .loading import PipelineLoadingMixin
-from .saving import PipelineHubMixin
 from .tied_scheduler import TiedScheduler, reads_variance
 
 
@@ -49,7 +46,7 @@ class D2iTPipelineOutput(BaseOutput):
     grain_maps: torch.Tensor
 
 
-class D2iTPipeline(PipelineLoadingMixin, PipelineHubMixin, DiffusionPipeline):
+class D2iTPipeline(StrictPipeline):
     r"""Class-conditional (or unconditional) generation with D2iT.
 
         pipe = D2iTPipeline.from_pretrained(bundled_checkpoint())
@@ -74,7 +71,10 @@ class D2iTPipeline(PipelineLoadingMixin, PipelineHubMixin, DiffusionPipeline):
     """
 
     model_cpu_offload_seq = "grain_model->transformer->vae"
+    _models = {"vae": "DynamicAutoencoderKL", "grain_model": "D2iTGrainModel", "transformer": "D2iTContentModel"}
+    _schedulers = ("scheduler", "grain_scheduler")
     _optional_components = ["grain_model", "grain_scheduler"]
+    _limits = SAMPLING_LIMITS
     _callback_tensor_inputs = ["latents"]
 
     def __init__(
@@ -230,7 +230,7 @@ class D2iTPipeline(PipelineLoadingMixin, PipelineHubMixin, DiffusionPipeline):
         callback_on_step_end_tensor_inputs: list[str],
     ) -> None:
         """Raise a ValueError that names the first argument of `__call__` that is out of range."""
-        check_ranges(
+        self.check_settings(
             {
                 "num_images_per_prompt": num_images_per_prompt,
                 "num_inference_steps": num_inference_steps,
@@ -242,8 +242,7 @@ class D2iTPipeline(PipelineLoadingMixin, PipelineHubMixin, DiffusionPipeline):
                 "grain_num_inference_steps": grain_num_inference_steps,
                 "grain_guidance_scale": grain_guidance_scale,
                 "callback_on_step_end_tensor_inputs": callback_on_step_end_tensor_inputs,
-            },
-            SAMPLING_RANGES,
+            }
         )
         if guidance_interval[0] > guidance_interval[1]:
             raise ValueError(f"`guidance_interval` must be (start, stop) with start <= stop, got {guidance_interval}.")

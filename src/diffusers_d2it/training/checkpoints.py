@@ -224,7 +224,6 @@ class Checkpoints:
     def averaged_model(self) -> ModelMixin:
         """The average of the last checkpoint as a model of its own, in eval mode, on the device of this process."""
         model = type(self.model).from_pretrained(self.last / "model_ema")
-        model.register_to_config(_name_or_path=None)  # where it lay is nobody's business
         return model.eval().to(self.accelerator.device)
 
 

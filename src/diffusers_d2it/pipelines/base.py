@@ -1,0 +1,293 @@
+# Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
+"""How a pipeline is loaded, saved and pushed: from one commit and without code, whole or not at all, with its card."""
+
+import inspect
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import diffusers
+from diffusers import DiffusionPipeline, SchedulerMixin
+from huggingface_hub import HfApi, ModelCard, hf_hub_download
+
+from ..files.folders import read_json, save_folder
+from ..files.source import HUB_ARGUMENTS, WithoutOrigin, check_source, pin, refuse_code
+from ..files.weights import check_sealed, sealed_files
+from ..hub.card import make_model_card
+from ..hub.push import CARD, SAMPLES, check_png, files_to_push, make_repository, named_errors, upload, write_card
+from ..limits import check_keys, check_values
+from ..models.strict import refuse_unsafe
+from ..optional import naming_what_is_broken
+from ..words import shown
+
+
+INDEX = "model_index.json"
+
+# Of the many keys of schedulers those that decide how much memory is taken, and whether numbers stay finite
+_SCHEDULER = {
+    "num_train_timesteps": int,
+    "beta_start": float,
+    "beta_end": float,
+    "trained_betas": tuple[float, ...] | None,
+    "solver_order": int,
+    "shift": float | None,
+    "_class_name": str,
+}
+_SCHEDULER_LIMITS = {
+    "num_train_timesteps": (1, 1_000_000),
+    "beta_start": (0, 1),
+    "beta_end": (0, 1),
+    "trained_betas": (0, 1),
+    "solver_order": (1, 10),
+    "shift": (1e-6, 1e6),
+}
+_LABEL_LENGTH = 10_000
+
+
+class StrictPipeline(WithoutOrigin, DiffusionPipeline):
+    """A `DiffusionPipeline` that trusts no file, and saves all of itself or nothing.
+
+    diffusers imports what model_index.json names, saves file by file over what is there, and pushes a card of no
+    content and every file of the folder. A subclass says what it is made of:
+    """
+
+    _models: Mapping[str, str]  # class of this package by component
+    _schedulers: tuple[str, ...]  # components that are schedulers of diffusers
+    _optional_components: list[str]  # those of both that may be None
+    _limits: Mapping[str, tuple[float, float]]  # of arguments of `__call__`
+
+    @classmethod
+    def check_settings(cls, settings: Mapping[str, Any]) -> None:
+        """Raise a ValueError unless these arguments of `__call__` are of their types and in their ranges."""
+        hints = {name: hint for name, hint in get_type_hints(cls.__call__).items() if name in cls._limits}
+        check_values(settings, hints, cls._limits, exact=False)
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Loading
+    # -----------------------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs):
+        """Load a pipeline, as `diffusers.DiffusionPipeline.from_pretrained` does, from safetensors and JSON only.
+
+        Args:
+            pretrained_model_name_or_path: a folder, or a name on the Hub, of which one commit is loaded.
+            **kwargs: as diffusers documents them; a component by its name replaces the one in the folder.
+
+        Raises:
+            ValueError: an argument would run code or read pickled weights; the name is a URL; model_index.json names
+                other components than those of this pipeline, or other classes than those of diffusers-d2it and the
+                schedulers of diffusers; a file is missing or damaged; a model is refused by its own
+                `from_pretrained`. The file is named.
+            OSError: the Hub does not have it or cannot be reached.
+            ImportError: a package that diffusers imports for it is broken; it is named.
+        """
+        refuse_code(kwargs)
+        check_source(pretrained_model_name_or_path, None, kwargs.get("variant"))
+        folder = pretrained_model_name_or_path
+        if not os.path.isdir(folder):
+            folder = cls.download(folder, **kwargs)
+        cls._check_folder(Path(folder), kwargs.keys())
+        options = {key: value for key, value in kwargs.items() if key not in HUB_ARGUMENTS}
+        with naming_what_is_broken("loading a pipeline"):  # diffusers imports all that a component might be
+            pipe = super().from_pretrained(str(folder), **options | {"use_safetensors": True})
+        pipe.register_to_config(_name_or_path=pretrained_model_name_or_path)
+        return pipe
+
+    @classmethod
+    def download(cls, pretrained_model_name: str, **kwargs) -> str:
+        """Download a pipeline from the Hub, as `diffusers.DiffusionPipeline.download` does, and return its folder.
+
+        All files come from one commit, which is asked for once.
+
+        Raises:
+            ValueError: an argument would run code or read pickled weights; the name is none of the Hub;
+                model_index.json names what this pipeline does not have.
+            OSError: the Hub does not have it or cannot be reached.
+        """
+        refuse_code(kwargs)
+        check_source(pretrained_model_name, None, kwargs.get("variant"))
+        hub = pin(pretrained_model_name, kwargs)
+        cls._read_index(Path(hf_hub_download(pretrained_model_name, INDEX, **hub)))
+        return super().download(pretrained_model_name, **kwargs | hub | {"use_safetensors": True})
+
+    @classmethod
+    def _check_folder(cls, folder: Path, given: Mapping) -> None:
+        """Check the files of a pipeline but those of its models, which check their own, and components `given`."""
+        records = sealed_files(folder)
+        check_sealed([folder / INDEX], records)
+        index = cls._read_index(folder / INDEX)
+        for name in (*cls._models, *cls._schedulers):
+            library, class_name = index.get(name) or (None, None)
+            if library is None or name in given:
+                continue
+            part = folder / name
+            if not part.is_dir():
+                raise ValueError(f"{part} is missing: {folder / INDEX} says that it holds a {class_name}.")
+            if (code := part / f"{library}.py").exists():
+                raise ValueError(f"{code} must not be there: no code is run.")
+            if name in cls._schedulers:
+                check_sealed([part / "scheduler_config.json"], records)
+                _check_scheduler(part / "scheduler_config.json")
+
+    @classmethod
+    def _read_index(cls, file: Path) -> dict[str, Any]:
+        """model_index.json, which names the components of this pipeline and nothing else. Nothing is imported."""
+        index = read_json(file)
+        public = {key: value for key, value in index.items() if not key.startswith("_")}
+        known = [base.__name__ for base in cls.__mro__ if issubclass(base, StrictPipeline)][:-1]
+        try:
+            if index.get("_class_name") not in known:
+                raise ValueError(f"`_class_name` must be {' or '.join(known)}, got {shown(index.get('_class_name'))}.")
+            if "_use_default_values" in index or "_ignore_files" in index:
+                raise ValueError("`_use_default_values` and `_ignore_files` must not be in a file.")
+            check_keys(public, {*cls._models, *cls._schedulers, "id2label"})
+            for name in (*cls._models, *cls._schedulers):
+                if not (name in cls._optional_components and index.get(name) in (None, [None, None])):
+                    _check_component(name, index.get(name), cls._models.get(name))
+            _check_labels(index.get("id2label"))
+        except ValueError as error:
+            raise ValueError(f"{file}: {error}") from None
+        return index
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Saving
+    # -----------------------------------------------------------------------------------------------------------------
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str | None = None,
+        push_to_hub: bool = False,
+        use_flashpack: bool = False,
+        **kwargs,
+    ) -> None:
+        """Save the pipeline to a folder, whole or not at all, and push it if asked.
+
+        One manifest at the top of the folder lists the files of all components, so that they change together; see
+        `files.folders`. Other files in the folder stay.
+
+        Args:
+            save_directory: the folder.
+            safe_serialization: True; nothing is pickled.
+            variant, max_shard_size: as diffusers documents them.
+            push_to_hub: push what has been saved; of the folder only what belongs to a pipeline.
+            use_flashpack: False; only safetensors are written.
+            **kwargs: of `push_to_hub`; its `repo_id` is the name of the folder by default, and a card that lies in the
+                folder is pushed.
+
+        Raises:
+            ValueError: something else than safetensors is asked for, the folder is a file, another process is saving
+                there, or as for `push_to_hub`.
+            TypeError: `push_to_hub` does not have such an argument.
+            OSError: the disk is full or failed. What was in the folder is still there.
+        """
+        refuse_unsafe(safe_serialization, use_flashpack)
+        folder = Path(save_directory).absolute()
+        pushed = kwargs | {"repo_id": kwargs.get("repo_id") or folder.name, "variant": variant, "folder": folder}
+        inspect.signature(self.push_to_hub).bind(**pushed)
+        save = super().save_pretrained
+        save_folder(folder, lambda path: save(path, variant=variant, max_shard_size=max_shard_size))
+        if push_to_hub:
+            self.push_to_hub(**pushed)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        commit_message: str | None = None,
+        private: bool | None = None,
+        token: str | None = None,
+        create_pr: bool = False,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        subfolder: str | None = None,
+        model_card: ModelCard | None = None,
+        sample_image: str | os.PathLike | None = None,
+        *,
+        folder: Path | None = None,
+    ) -> str:
+        """Push the pipeline to the Hub, with its model card.
+
+        Args:
+            repo_id: "user/name", or "name" for the user of the token.
+            commit_message: None for "Upload" and the name of the class.
+            private: whether a new repository is private; None for the account's default.
+            token: access token with write permission; None for the one of `hf auth login` or HF_TOKEN.
+            create_pr: propose the files in a pull request instead of committing them.
+            safe_serialization: True; pickled weights are not pushed.
+            variant: variant of the weights, such as "fp16", named in their files.
+            subfolder: folder of the repository to push to; a card belongs to the top, so none is pushed then.
+            model_card: from `make_model_card`, which takes the licence, data and figures that a pipeline cannot know.
+                None keeps the card that the repository has, and writes one if it has none.
+            sample_image: a PNG that is pushed as samples.png and shown in a card that is written here.
+            folder: where the pipeline has been saved; None saves it to a temporary one.
+
+        Returns:
+            Address of the commit or the pull request.
+
+        Raises:
+            ValueError: `repo_id` is not a name of the Hub, there is no token, the Hub cannot be reached or refuses,
+                `private` is True and the repository exists and is public, `safe_serialization` is False,
+                `sample_image` is no PNG, or a card or image comes with a `subfolder`.
+        """
+        refuse_unsafe(safe_serialization, use_flashpack=False)
+        if subfolder is not None and (model_card is not None or sample_image is not None):
+            raise ValueError("`model_card` and `sample_image` belong to the top of a repository: drop `subfolder`.")
+        if sample_image is not None:
+            check_png(sample_image)
+        kept = f"The files are kept in {str(folder)!r}."
+        if folder is None:
+            kept = "The pipeline is still in memory: `save_pretrained` keeps it."
+        with named_errors(repo_id, kept), tempfile.TemporaryDirectory() as temporary:
+            # Before anything is saved, so that a refusal comes early; it also knows the full name for the card.
+            repo_id = make_repository(repo_id, private, token)
+            if folder is None:
+                folder = Path(temporary)
+                self.save_pretrained(folder, variant=variant)
+            if subfolder is None:
+                has_card = (folder / CARD).exists() or HfApi(token=token).file_exists(repo_id, CARD)
+                if model_card is None and not has_card:
+                    image = None if sample_image is None else SAMPLES
+                    model_card = make_model_card(
+                        self, repo_id=repo_id, license=None, sample_image=image, variant=variant
+                    )
+                write_card(folder, model_card, sample_image)
+            message = commit_message or f"Upload {type(self).__name__}"
+            return upload(folder, repo_id, *files_to_push(folder), token, message, create_pr, subfolder)
+
+
+def _check_component(name: str, value: Any, model: str | None) -> None:
+    """Raise a ValueError unless `value` is [library, class] of a model of this package, or None for a scheduler."""
+    if model is not None and value != ["diffusers_d2it", model]:
+        raise ValueError(f"`{name}` must be ['diffusers_d2it', '{model}'], got {shown(value)}.")
+    if model is None:
+        found = None
+        if isinstance(value, list) and len(value) == 2 and value[0] == "diffusers" and isinstance(value[1], str):
+            # The names of diffusers are looked up, not imported: getattr imports its own modules alone
+            if value[1].endswith("Scheduler") and value[1] in dir(diffusers.schedulers):
+                found = getattr(diffusers.schedulers, value[1])
+        if not (isinstance(found, type) and issubclass(found, SchedulerMixin)):
+            raise ValueError(f"`{name}` must be a scheduler of diffusers, got {shown(value)}.")
+
+
+def _check_labels(id2label: Any) -> None:
+    if not isinstance(id2label, dict | None):
+        raise ValueError(f"`id2label` must be an object of names by id, got {shown(id2label)}.")
+    for key, value in (id2label or {}).items():
+        fits = key.isascii() and key.isdigit() and len(key) < 10
+        if not (fits and isinstance(value, str) and len(value) <= _LABEL_LENGTH):
+            raise ValueError(f"`id2label` must be names by whole numbers, got {shown(key)}: {shown(value)}.")
+
+
+def _check_scheduler(file: Path) -> None:
+    config = read_json(file)
+    try:
+        check_values({"_class_name": None} | config, _SCHEDULER, _SCHEDULER_LIMITS)
+        if "_use_default_values" in config:
+            raise ValueError("`_use_default_values` must not be in a file.")
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
