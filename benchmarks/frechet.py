@@ -64,7 +64,6 @@ REMEMBER = """
 import sys
 from pathlib import Path
 import torch
-from diffusers_d2it.evaluation.feature_bank import FeatureBank
 from diffusers_d2it.evaluation.scores import precision_recall
 from diffusers_d2it.evaluation.statistics import FeatureStatistics
 def status(key):
@@ -78,14 +77,13 @@ def count(num_images, num_features):
     features = FeatureStatistics(num_features)
     for batch, indices in batches(num_images, num_features, 0):
         features.update(batch, indices)
-    features.mean, features.covariance
+    features.moments
 def compare(num_images, num_features):
-    with FeatureBank(num_images, num_features) as real, FeatureBank(num_images, num_features) as fake:
-        for seed, bank in enumerate((real, fake)):
-            for batch, indices in batches(num_images, num_features, seed):
-                bank.write(batch, indices)
-            bank.finish()
-        precision_recall(real, fake, block_size=1024)
+    sets = [torch.empty(num_images, num_features) for _ in range(2)]
+    for seed, rows in enumerate(sets):
+        for batch, indices in batches(num_images, num_features, seed):
+            rows[indices] = batch
+    precision_recall(*sets, block_size=1024)
 torch.set_num_threads(int(sys.argv[4]))
 work = {"count": count, "compare": compare}[sys.argv[1]]
 work(200, 16)  # loads what a first call loads
@@ -128,10 +126,10 @@ def main() -> None:
     grown = {}
     for work, features in (("count", args.num_features), ("compare", 256)):
         few, many = (int(call(REMEMBER, args.threads, work, n, features)) / 1024 for n in (FEW_IMAGES, MANY_IMAGES))
-        what = {"count": "statistics", "compare": "banks, precision and recall"}[work]
+        what = {"count": "statistics", "compare": "precision and recall beside their rows"}[work]
         notes[f"{what}: MiB, {FEW_IMAGES} images"], notes[f"{what}: MiB, {MANY_IMAGES} images"] = few, many
-        notes[f"{what}: MiB of {MANY_IMAGES} rows"] = (1 + (work == "compare")) * 4 * MANY_IMAGES * features / MIB
-        grown[what] = many - few
+        rows = 2 * 4 * (MANY_IMAGES - FEW_IMAGES) * features / MIB if work == "compare" else 0
+        grown[what] = many - few - rows
 
     report(
         args,

@@ -18,6 +18,7 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 
 from diffusers_d2it.data.bad_images import BadImages
+from diffusers_d2it.evaluation import compute_exactly
 from diffusers_d2it.evaluation.budget import (
     RATIOS,
     budget,
@@ -27,7 +28,6 @@ from diffusers_d2it.evaluation.budget import (
     describe_machine,
     plot_budget,
 )
-from diffusers_d2it.evaluation.collecting import compute_exactly
 from diffusers_d2it.evaluation.report_inputs import (
     check_report_arguments,
     finite,

@@ -29,14 +29,20 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 
 from diffusers_d2it import DynamicAutoencoderKL
-from diffusers_d2it.evaluation.collecting import compute_exactly
-from diffusers_d2it.evaluation.evaluation import METRICS, evaluate
-from diffusers_d2it.evaluation.features import load_features
-from diffusers_d2it.evaluation.image_sets import ImageSet, open_images
-from diffusers_d2it.evaluation.pairs import evaluate_pairs, evaluate_reconstructions
-from diffusers_d2it.evaluation.reconstruction import PAIR_METRICS
-from diffusers_d2it.evaluation.references import open_reference, save_statistics
-from diffusers_d2it.evaluation.results import save_results
+from diffusers_d2it.evaluation import (
+    METRICS,
+    PAIR_METRICS,
+    ImageSet,
+    compute_exactly,
+    evaluate,
+    evaluate_pairs,
+    evaluate_reconstructions,
+    load_features,
+    open_images,
+    open_reference,
+    save_results,
+    save_statistics,
+)
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:

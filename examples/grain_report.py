@@ -22,7 +22,7 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 
 from diffusers_d2it.data.bad_images import BadImages
-from diffusers_d2it.evaluation.collecting import compute_exactly
+from diffusers_d2it.evaluation import compute_exactly
 from diffusers_d2it.evaluation.grain_report import grain_diagnostics, maps_of_sources, report_text, table_5
 from diffusers_d2it.evaluation.report_inputs import (
     check_report_arguments,

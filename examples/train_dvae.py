@@ -29,8 +29,7 @@ from diffusers_d2it.data.bad_images import BadImages
 from diffusers_d2it.data.images import check_resolution
 from diffusers_d2it.data.loaders import batches_from, first_batches, make_dataset, make_loader, step_generator
 from diffusers_d2it.data.source import load_images
-from diffusers_d2it.evaluation.features import FeatureExtractor, load_features
-from diffusers_d2it.evaluation.reconstruction import check_torchmetrics, reconstruction_scores
+from diffusers_d2it.evaluation import FeatureExtractor, check_torchmetrics, load_features, reconstruction_scores
 from diffusers_d2it.hub.push import check_hub_arguments, publish
 from diffusers_d2it.losses import adaptive_weight, adversarial_loss, dvae_loss, hinge_loss
 from diffusers_d2it.training.arguments import make_accelerator

@@ -29,15 +29,15 @@ from diffusers_d2it import (
     D2iTPipeline,
     load_sampler,
 )
-from diffusers_d2it.evaluation.features import FeatureExtractor, load_features, module_features
+from diffusers_d2it.evaluation.features import FeatureExtractor, ModuleFeatures, load_features
 from diffusers_d2it.evaluation.frechet import frechet_distance
 from diffusers_d2it.evaluation.grain_report import denoising_error_by_grain
 from diffusers_d2it.evaluation.map_sources import Sampling, draw_grain_maps, sample_images
-from diffusers_d2it.evaluation.reconstruction import to_uint8
 from diffusers_d2it.evaluation.statistics import FeatureStatistics
 from diffusers_d2it.grains import average_codes
 from diffusers_d2it.objectives import make_objective
 from diffusers_d2it.pipelines import pipeline_d2it, tied_scheduler
+from diffusers_d2it.pixels import to_uint8
 
 
 BATCH = 50
@@ -87,7 +87,7 @@ class Scorer:
         """The classifier's pooled features, 128 of them, or those asked for."""
         if self.study.features is not None:
             return load_features(self.study.features, self.study.weights).to(self.study.device)
-        return module_features(self.classifier.features, "classifier").to(self.study.device)
+        return ModuleFeatures(self.classifier.features, "classifier").to(self.study.device)
 
     def statistics(self, images: torch.Tensor) -> FeatureStatistics:
         """Mean and covariance of the features of uint8 images (N, 3, R, R)."""
@@ -106,7 +106,7 @@ class Scorer:
     def distance(self, images: torch.Tensor, reference: FeatureStatistics | None = None) -> float:
         """Frechet distance of uint8 images to the training images, or to others."""
         found, reference = self.statistics(images), reference or self.reference
-        return frechet_distance(found.mean, found.covariance, reference.mean, reference.covariance)
+        return frechet_distance(*found.moments, *reference.moments)
 
     @cache  # noqa: B019  lives as long as the script
     def reconstructions(self, split: str, fine_ratio: float) -> torch.Tensor:

@@ -24,10 +24,11 @@ from diffusers_d2it.evaluation.budget import (
     plot_budget,
     reconstruction_at,
 )
-from diffusers_d2it.evaluation.features import module_features
-from diffusers_d2it.evaluation.image_sets import ImageSet
+from diffusers_d2it.evaluation.features import ModuleFeatures
+from diffusers_d2it.evaluation.images import ImageSet
 from diffusers_d2it.evaluation.map_sources import Sampling
-from diffusers_d2it.evaluation.reconstruction import psnr, to_uint8
+from diffusers_d2it.evaluation.reconstruction import psnr
+from diffusers_d2it.pixels import to_uint8
 
 
 RATIOS = (0.0, 0.3, 1.0)
@@ -46,7 +47,7 @@ def images() -> torch.Tensor:
 def budget_of(pipe: D2iTPipeline, images: torch.Tensor, ratios: Sequence[float]) -> list[dict]:
     """Compared with the mirrored photographs."""
     reference = ImageSet.from_tensor(images.flip(3), name="mirrored")
-    return budget(pipe, images, LABELS, reference, module_features(small_network(), "conv"), SAMPLING, ratios)
+    return budget(pipe, images, LABELS, reference, ModuleFeatures(small_network(), "conv"), SAMPLING, ratios)
 
 
 @pytest.fixture(scope="module")
@@ -207,7 +208,7 @@ def test_a_pipeline_without_a_grain_model(make_pipeline, images):
     pipe = make_pipeline(grain_model=None, grain_scheduler=None)
     with pytest.raises(ValueError, match="`pipe` has no grain model, which draws maps of a given ratio"):
         budget(
-            pipe, images, LABELS, ImageSet.from_tensor(images, "x"), module_features(small_network(), "conv"), SAMPLING
+            pipe, images, LABELS, ImageSet.from_tensor(images, "x"), ModuleFeatures(small_network(), "conv"), SAMPLING
         )
 
 

@@ -120,7 +120,7 @@ def test_float32_and_tensors():
     assert frechet_distance(*(torch.from_numpy(x) for x in (*a, *b))) == exact
     assert frechet_distance(*(x.astype(np.float32) for x in (*a, *b))) == pytest.approx(exact, rel=1e-2)
     halves = [torch.from_numpy(x).bfloat16() for x in (*a, *b)]
-    with pytest.raises(ValueError, match="`mean_a` must be float32 or float64, got torch.bfloat16"):
+    with pytest.raises(ValueError, match="`mean_a`.*float32 or float64.*bfloat16"):
         frechet_distance(*halves)
 
 
@@ -138,7 +138,7 @@ def test_agrees_with_torchmetrics():
         metric.update(images, real=real)
         sides.append(FeatureStatistics(D))
         sides[-1].update(images.flatten(1))
-    distance = frechet_distance(*(moment for side in sides for moment in (side.mean, side.covariance)))
+    distance = frechet_distance(*sides[0].moments, *sides[1].moments)
     assert distance == pytest.approx(metric.compute().item(), rel=1e-6)
 
 
@@ -150,18 +150,18 @@ def faults() -> dict[str, tuple[list, str]]:
     skew[0, 1] += 1e-3
     hole[2, 2] = np.nan
     indefinite = covariance - 0.1 * np.trace(covariance) * axis * axis.T
-    definite = "must be positive semi-definite, got eigenvalues from -"
+    definite = "semi-definite.* -"
     return {
-        "shape of a mean": ([mean[None], covariance, mean, covariance], "`mean_a` must be .D,."),
-        "shape": ([mean, covariance, mean, covariance[:-1]], r"`covariance_b` must be \(24, 24\).*got \(23, 24\)"),
-        "sizes": ([mean, covariance, mean[:3], covariance[:3, :3]], "as many features, got 24 and 3"),
+        "shape of a mean": ([mean[None], covariance, mean, covariance], "`mean_a`.*.D,."),
+        "shape": ([mean, covariance, mean, covariance[:-1]], r"`covariance_b`.*\(24, 24\).*got \(23, 24\)"),
+        "sizes": ([mean, covariance, mean[:3], covariance[:3, :3]], "got 24 and 3"),
         "whole numbers": ([mean, covariance.astype(int), mean, covariance], "`covariance_a`.*float64, got int64"),
-        "NaN": ([mean, covariance, mean, hole], "`covariance_b` must be finite, got 1 NaN"),
-        "infinite mean": ([mean, covariance, mean + np.inf, covariance], "`mean_b` must be finite"),
-        "not symmetric": ([mean, skew, mean, covariance], "`covariance_a` must be symmetric.*0.001"),
-        "indefinite": ([mean, covariance, mean, indefinite], f"`covariance_b` {definite}"),
-        "negative": ([mean, -covariance, mean, covariance], f"`covariance_a` {definite}"),
-        "too large": ([1e200 * mean, covariance, mean, covariance], "came out as inf"),
+        "NaN": ([mean, covariance, mean, hole], "`covariance_b`.*finite.* 1 NaN"),
+        "infinite mean": ([mean, covariance, mean + np.inf, covariance], "`mean_b`.*finite"),
+        "not symmetric": ([mean, skew, mean, covariance], "`covariance_a`.*symmetric.*0.001"),
+        "indefinite": ([mean, covariance, mean, indefinite], f"`covariance_b`.*{definite}"),
+        "negative": ([mean, -covariance, mean, covariance], f"`covariance_a`.*{definite}"),
+        "too large": ([1e200 * mean, covariance, mean, covariance], "inf"),
     }
 
 

@@ -11,8 +11,7 @@ from metric_inputs import small_network
 from photographs import load_photographs
 
 from diffusers_d2it import D2iTPipeline, bundled_checkpoint
-from diffusers_d2it.evaluation.evaluation import evaluate
-from diffusers_d2it.evaluation.features import module_features
+from diffusers_d2it.evaluation import ModuleFeatures, evaluate
 from diffusers_d2it.evaluation.grain_maps import map_accuracy, psnr_by_grain, spatial_coherence
 from diffusers_d2it.evaluation.grain_report import (
     denoising_error_by_grain,
@@ -23,14 +22,13 @@ from diffusers_d2it.evaluation.grain_report import (
     report_text,
     table_5,
 )
-from diffusers_d2it.evaluation.image_sets import ImageSet
+from diffusers_d2it.evaluation.images import ImageSet
 from diffusers_d2it.evaluation.map_sources import ENCODING, NOISE, Sampling, image_generators, sample_images
-from diffusers_d2it.evaluation.reconstruction import to_uint8
-from diffusers_d2it.evaluation.report_scores import read_once, score
 from diffusers_d2it.evaluation.results import Result, compare, differences
 from diffusers_d2it.grains import tie
 from diffusers_d2it.losses import grain_loss, multi_grained_loss
 from diffusers_d2it.objectives import make_objective
+from diffusers_d2it.pixels import to_uint8
 
 
 SAMPLING = Sampling(num_inference_steps=2, grain_num_inference_steps=3, batch_size=3)
@@ -59,7 +57,7 @@ def reference() -> ImageSet:
 
 @pytest.fixture(scope="module")
 def features():
-    return module_features(small_network(), "conv")
+    return ModuleFeatures(small_network(), "conv")
 
 
 @pytest.fixture(scope="module")
@@ -120,20 +118,6 @@ def test_precision_and_recall_too(pipe, maps, reference, features):
     some = {"true": maps["true"]}
     [row] = table_5(pipe, some, LABELS, reference, features, SAMPLING, metrics=["fid", "precision", "recall"])
     assert [result["metric"] for result in row["results"]] == ["fd_conv", "precision_conv", "recall_conv"]
-
-
-def test_a_reference_is_read_once_and_the_figures_stay(images, reference, features, tmp_path):
-    def scored(known) -> list[dict]:
-        return score(images, {"name": "x"}, known, ["fid"], features, SAMPLING)
-
-    with read_once(reference, ["fid"], features, SAMPLING) as known:
-        [ours], [expected] = scored(known), scored(reference)
-    assert not isinstance(known, ImageSet) and not known.exists()
-    assert ours["value"] == pytest.approx(expected["value"], rel=1e-9)
-    assert ours["protocol"] == expected["protocol"]
-    for other, metrics in ((reference, ["fid", "kid"]), (tmp_path / "mu.npz", ["fid"])):
-        with read_once(other, metrics, features, SAMPLING) as known:
-            assert known is other
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from diffusers_d2it.evaluation.map_sources import (
     sample_images,
     true_grain_maps,
 )
-from diffusers_d2it.evaluation.reconstruction import to_uint8
+from diffusers_d2it.pixels import to_uint8
 
 
 SAMPLING = Sampling(num_inference_steps=2, grain_num_inference_steps=3, batch_size=3)

@@ -17,9 +17,8 @@ from script_runs import load_script
 
 from diffusers_d2it import D2iTPipeline
 from diffusers_d2it.data.bad_images import BadImages
-from diffusers_d2it.evaluation.features import module_features
+from diffusers_d2it.evaluation.features import ModuleFeatures
 from diffusers_d2it.evaluation.map_sources import Sampling
-from diffusers_d2it.evaluation.reconstruction import to_uint8
 from diffusers_d2it.evaluation.report_inputs import (
     LabelledImages,
     check_report_arguments,
@@ -30,6 +29,7 @@ from diffusers_d2it.evaluation.report_inputs import (
     sampling_of,
     score_real_images,
 )
+from diffusers_d2it.pixels import to_uint8
 
 
 NAMES = {2: "tabby cat, cat", 5: "rocket", 7: "coffee"}
@@ -200,7 +200,7 @@ def test_protocol_of_the_bundled_checkpoint(accelerator):
 def test_features_and_metrics_that_do_not_suit(folder, pipe, accelerator):
     with pytest.raises(ValueError, match="--features metric_inputs:absent: .*cannot be imported"):
         load_report_features(parse("--features", "metric_inputs:absent"), accelerator)
-    data, features = load(folder, pipe), module_features(small_network(), "conv")
+    data, features = load(folder, pipe), ModuleFeatures(small_network(), "conv")
     for metric, message in (("is", "at least 10 images"), ("recall", "at least 4 images")):
         args = parse("--metrics", metric)
         with pytest.raises(ValueError, match=f"one of --metrics, --features, --num_images, .*{message}"):

@@ -11,9 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from diffusers_d2it.evaluation.feature_bank import FeatureBank
 from diffusers_d2it.evaluation.frechet import frechet_distance
-from diffusers_d2it.evaluation.scores import InceptionScore, kernel_distance, precision_recall
+from diffusers_d2it.evaluation.scores import inception_score, kernel_distance, precision_recall
 from diffusers_d2it.evaluation.statistics import FeatureStatistics
 
 
@@ -24,24 +23,9 @@ def draw(num_images: int, seed: int = 0, num_features: int = D) -> torch.Tensor:
     return torch.randn(num_images, num_features, generator=torch.Generator().manual_seed(seed))
 
 
-def in_bank(features: torch.Tensor, kind: type[FeatureBank] = FeatureBank) -> FeatureBank:
-    bank = kind(*features.shape)
-    bank.write(features, torch.arange(len(features)))
-    bank.finish()
-    return bank
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Inception Score
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-def inception_score(logits: torch.Tensor, num_splits: int = 10, batch_size: int = 7, shuffled: bool = False):
-    score = InceptionScore(len(logits), num_splits)
-    order = torch.randperm(len(logits)) if shuffled else torch.arange(len(logits))
-    for indices in order.split(batch_size):
-        score.update(logits[indices], indices)
-    return score.compute()
 
 
 def test_score_of_uniform_predictions_is_one():
@@ -78,14 +62,6 @@ def test_splits_of_unlike_sizes_are_cut_where_torch_fidelity_cuts_them():
     assert inception_score(logits) == (pytest.approx(np.mean(scores)), pytest.approx(np.std(scores)))
 
 
-def test_score_does_not_depend_on_batches_or_their_order():
-    logits = 3 * draw(103)
-    expected = inception_score(logits, batch_size=103)
-    assert expected[1] > 0.01
-    for batch_size in (1, 10):
-        assert inception_score(logits, batch_size=batch_size, shuffled=True) == pytest.approx(expected, rel=1e-12)
-
-
 @pytest.mark.filterwarnings("ignore::UserWarning")  # that it keeps all features, that one split has no deviation
 def test_score_agrees_with_torchmetrics():
     from torchmetrics.image import inception
@@ -97,49 +73,15 @@ def test_score_agrees_with_torchmetrics():
     assert inception_score(logits, num_splits=1)[0] == pytest.approx(metric.compute()[0].item(), rel=1e-10)
 
 
-def test_scores_merge():
-    logits = 3 * draw(60)
-    parts = [InceptionScore(60) for _ in range(3)]
-    for part, indices in zip(parts, (torch.arange(0, 60, 2), torch.arange(1, 60, 2), torch.arange(0))):
-        part.update(logits[indices], indices)
-    parts[2].merge(parts[0])  # into one that has no image, and so no number of classes
-    parts[2].merge(parts[1])
-    parts[2].merge(InceptionScore(60))
-    assert parts[2].compute() == pytest.approx(inception_score(logits), rel=1e-12)
-    with pytest.raises(ValueError, match="each image must be counted once, these came again: 0, 2, .* .30 in all."):
-        parts[2].merge(parts[0])
-    with pytest.raises(ValueError, match="must be of one set, got 60 images in 10 splits and 60 in 5"):
-        parts[2].merge(InceptionScore(60, 5))
-    other = InceptionScore(60)
-    other.update(draw(1, num_features=3), torch.tensor([0]))
-    with pytest.raises(ValueError, match="as many classes, got 3 and 8"):
-        parts[1].merge(other)
-    assert parts[2].compute() == pytest.approx(inception_score(logits), rel=1e-12)
-
-
 def test_score_refuses():
-    with pytest.raises(ValueError, match="over 10 splits needs at least 10 images, got 9"):
-        InceptionScore(9)
-    with pytest.raises(ValueError, match="`num_splits` must be at least 1, got 0"):
-        InceptionScore(9, 0)
-    score = InceptionScore(20)
-    score.update(draw(18), torch.arange(18))
-    for indices, message in {
-        (3, 18): "these came again: 3",
-        (18, 18): "these came again: 18",
-        (18, 20): r"`indices` must be in \[0, 20\), got 20",
-        (18, -1): r"`indices` must be in \[0, 20\), got -1",
-        (18,): r"`indices` must be \(2,\)",
-        (18.0, 19.0): r"`indices` must be \(B,\), int64, got \(2,\), torch.float32",
-    }.items():
-        with pytest.raises(ValueError, match=message):
-            score.update(draw(2), torch.tensor(indices))
-    with pytest.raises(ValueError, match=r"must be \(B, 8\), got \(2, 9\)"):
-        score.update(draw(2, num_features=9), torch.tensor([18, 19]))
-    with pytest.raises(ValueError, match="finite, those of images 19 are not"):
-        score.update(torch.tensor([0.0, -torch.inf])[:, None].repeat(1, D), torch.tensor([18, 19]))
-    with pytest.raises(ValueError, match="of the 20 images must be counted once, missing: 18, 19"):
-        score.compute()
+    with pytest.raises(ValueError, match="10 splits.*at least 10.*got 9"):
+        inception_score(draw(9))
+    with pytest.raises(ValueError, match="`num_splits`.*got 0"):
+        inception_score(draw(9), 0)
+    logits = draw(20)
+    logits[19] = -torch.inf
+    with pytest.raises(ValueError, match="`logits`.*finite.*images 19 "):
+        inception_score(logits)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -160,9 +102,9 @@ def plain_discrepancy(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def test_kernel_distance_of_one_subset_is_the_plain_sum():
-    a, b = draw(15).double().numpy(), 1.3 * draw(15, seed=1).double().numpy() + 0.2
+    a, b = draw(15).double(), 1.3 * draw(15, seed=1).double() + 0.2
     mean, std = kernel_distance(a, b, subset_size=15, num_subsets=1)
-    assert (mean, std) == (pytest.approx(plain_discrepancy(a, b), rel=1e-12), 0)
+    assert (mean, std) == (pytest.approx(plain_discrepancy(a.numpy(), b.numpy()), rel=1e-12), 0)
 
 
 def test_kernel_distance_of_like_sets_is_zero_on_average():
@@ -198,25 +140,6 @@ def test_kernel_distance_draws_by_its_seed():
     a, b = draw(90), draw(80, seed=1) + 0.1
     first = kernel_distance(a, b, 30, 5, seed=3)
     assert kernel_distance(a, b, 30, 5, seed=3) == first != kernel_distance(a, b, 30, 5, seed=4)
-    with in_bank(a) as bank_a, in_bank(b) as bank_b:
-        assert kernel_distance(bank_a, bank_b, 30, 5, seed=3) == first
-        assert kernel_distance(bank_a, b.numpy(), 30, 5, seed=3) == first
-
-
-class CountingBank(FeatureBank):
-    num_read = 0
-
-    def __getitem__(self, rows) -> torch.Tensor:
-        block = super().__getitem__(rows)
-        self.num_read += len(block)
-        return block
-
-
-def test_kernel_distance_reads_subsets_only():
-    features = draw(5000)
-    with in_bank(features, CountingBank) as bank:
-        kernel_distance(bank, features, 10, 2)
-        assert bank.num_read == 20
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -244,9 +167,7 @@ def test_precision_and_recall_are_those_of_all_distances(k, block_size):
     expected = plain_precision_recall(real, fake, k)
     assert 0.05 < min(expected) and max(expected) < 0.98
     assert precision_recall(real, fake, k, block_size) == expected
-    with in_bank(real) as bank_real, in_bank(fake) as bank_fake:
-        assert precision_recall(bank_real, bank_fake, k, block_size) == expected
-    assert precision_recall(real.numpy(), fake.double().numpy(), k, block_size) == expected
+    assert precision_recall(real, fake.double(), k, block_size) == expected
 
 
 def test_like_sets_have_all_of_both_and_distant_ones_nothing():
@@ -296,31 +217,30 @@ def test_precision_and_recall_far_from_zero():
 
 @pytest.mark.parametrize("score", [kernel_distance, precision_recall])
 def test_sets_that_are_refused(score):
-    few = {kernel_distance: "subsets of 1000 needs at least 1000 images, got 3 in `b`"}
-    few[precision_recall] = "precision and recall with k = 3 needs at least 4 images, got 3 in `fake`"
+    few = {kernel_distance: "1000.*got 3 in `b`", precision_recall: "k = 3.* 4 .*got 3 in `fake`"}
     whole = draw(1000)
     hole = whole.clone()
     hole[700, 1] = torch.nan
     refused = {
         few[score]: draw(3),
-        "both sets must have as many features, got 8 and 5": draw(1000, num_features=5),
-        r"must be features \(N, D\), got \(1000, 2, 4\)": whole.view(1000, 2, 4),
-        "must be float32 or float64, got torch.float16": whole.half(),
-        "`(b|fake)`: features must be finite, those of images 700 are not": hole,
+        "got 8 and 5": draw(1000, num_features=5),
+        r"`(b|fake)`.*\(1000, 2, 4\)": whole.view(1000, 2, 4),
+        "`(b|fake)`.*torch.float16": whole.half(),
+        "`(b|fake)`.*finite.*images 700 ": hole,
         "overflow": whole.double() * 1e160,
     }
-    for message, other in refused.items():
-        with pytest.raises(ValueError, match=message):
+    for said, other in refused.items():
+        with pytest.raises(ValueError, match=said):
             score(whole, other)
 
 
 def test_numbers_that_are_refused():
     features = draw(10)
     for arguments in ((1, 1), (5, 0)):
-        with pytest.raises(ValueError, match="`subset_size` must be at least 2 and `num_subsets` at least 1"):
+        with pytest.raises(ValueError, match="`subset_size`.*`num_subsets`.*got {} and {}".format(*arguments)):
             kernel_distance(features, features, *arguments)
     for arguments in ((0,), (3, 0)):
-        with pytest.raises(ValueError, match="`k` and `block_size` must be at least 1"):
+        with pytest.raises(ValueError, match="`k` and `block_size`"):
             precision_recall(features, features, *arguments)
 
 
@@ -366,7 +286,7 @@ def test_agrees_with_torch_fidelity(tmp_path):
     sides = [FeatureStatistics(32) for _ in range(2)]
     for side, features in zip(sides, (real, fake)):
         side.update(features)
-    distance = frechet_distance(*(moment for side in sides for moment in (side.mean, side.covariance)))
+    distance = frechet_distance(*sides[0].moments, *sides[1].moments)
     kernel = kernel_distance(fake, real, subset_size=100, seed=2020)
     ours = dict(zip(("inception_score_mean", "inception_score_std"), inception_score(fake)))
     ours |= dict(zip(("kernel_inception_distance_mean", "kernel_inception_distance_std"), kernel))

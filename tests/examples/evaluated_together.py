@@ -12,7 +12,7 @@ import sys
 from accelerate import Accelerator
 from script_runs import load_script
 
-from diffusers_d2it.evaluation.collecting import on_main_process
+from diffusers_d2it.files import on_main_process
 
 
 def fail() -> None:

@@ -23,11 +23,12 @@ from ..grains import check_fine_ratio, fine_share
 from ..models.transformer_d2it_content import D2iTContentModel
 from ..optional import import_optional
 from ..pipelines.pipeline_d2it import D2iTPipeline
+from .evaluate import Evaluator
 from .features import FeatureExtractor
-from .image_sets import ImageSet
+from .images import ImageSet
 from .map_sources import Sampling, check_labels, over_images, sample_batch
 from .reconstruction import reconstruct
-from .report_scores import read_once, score
+from .report_scores import score
 
 
 RATIOS = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -102,14 +103,14 @@ def budget(
         calls = gather_object(calls)
 
     rows = []
-    with read_once(reference, metrics, features, sampling, accelerator) as known:
-        for ratio, of_ratio in zip(ratios, samples):
-            drawn = {"name": f"samples at fine ratio {ratio:g}", **sampling.describe(), "grain_map": "predicted"}
-            drawn |= {"fine_ratio": ratio} | (protocol or {})
-            results = score(of_ratio.contiguous(), drawn, known, metrics, features, sampling, accelerator)
-            row = {"fine_ratio": ratio, "results": results, "backbone_tokens": size[0] * size[1]}
-            row |= reconstruction_at(pipe, images, ratio, sampling.batch_size, accelerator)
-            rows.append(row | cost_of([call for call in calls if call.ratio == ratio]))
+    reading = {"batch_size": sampling.batch_size, "accelerator": accelerator, "seed": sampling.seed}
+    evaluator = Evaluator(reference, metrics, features, **reading)
+    for ratio, of_ratio in zip(ratios, samples):
+        drawn = {"name": f"samples at fine ratio {ratio:g}", **sampling.describe(), "grain_map": "predicted"}
+        drawn |= {"fine_ratio": ratio} | (protocol or {})
+        row = {"fine_ratio": ratio, "results": score(of_ratio, drawn, evaluator), "backbone_tokens": size[0] * size[1]}
+        row |= reconstruction_at(pipe, images, ratio, sampling.batch_size, accelerator)
+        rows.append(row | cost_of([call for call in calls if call.ratio == ratio]))
     return rows
 
 

@@ -1,8 +1,8 @@
 # Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
-"""Networks in whose features sets of images are compared: Inception, DINOv2 and other ViTs, or any module.
+"""Networks of others: those in whose features sets of images are compared, vision transformers, and LPIPS.
 
-All of them take images as they lie on disk, uint8, and do the rest themselves: how they resize and normalise is part
-of the protocol of a figure.
+Features are those of Inception, of DINOv2 and other ViTs, or of any module. They take images as they lie on disk,
+uint8, and do the rest themselves: how they resize and normalise is part of the protocol of a figure.
 
 Shapes:
     B images, H W their sides in pixels, D features, K classes
@@ -10,6 +10,7 @@ Shapes:
 
 import hashlib
 import importlib
+import inspect
 import io
 import pickle
 import re
@@ -22,11 +23,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..optional import import_optional
-from .vision_models import load_vision_model, vision_tokens
+from ..pixels import from_uint8
 
 
 _INCEPTION_SHA256 = "6726825d"  # as its authors put it into the name of the file
 _IN_A_MODULE = re.compile(r"[\w.]+:\w+")
+_LPIPS_NETWORKS = {"alex": "AlexNet", "vgg": "VGG-16"}
 
 
 class FeatureExtractor(nn.Module, ABC):
@@ -64,13 +66,23 @@ class FeatureExtractor(nn.Module, ABC):
         with exact, torch.autocast(images.device.type, enabled=False):
             return {name: feature.float() for name, feature in self.extract(images).items()}
 
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next((parameter.device for parameter in self.parameters()), torch.device("cpu"))
+
+    def widths(self, size: tuple[int, int]) -> dict[str, int]:
+        """The features of images of a size (H, W), and how many of each: {"pool": 2048, ...}."""
+        black = torch.zeros(1, 3, *size, dtype=torch.uint8, device=self.device)
+        return {name: feature.shape[1] for name, feature in self(black).items()}
+
     @cached_property
     def digest(self) -> str:
         """SHA-256 of the weights, of `weights_digest`."""
         return weights_digest(self)
 
     def describe(self) -> dict[str, str]:
-        """What a protocol says of the features: "name", "digest", "preprocessing"."""
+        """What a protocol says of the features."""
         return {"name": self.name, "digest": self.digest, "preprocessing": self.preprocessing}
 
 
@@ -89,7 +101,7 @@ def load_features(name: str, weights: str | None = None) -> FeatureExtractor:
     Args:
         name: "inception", the network of FID, from torch-fidelity; the folder or Hub name of a DINOv2 or another
             vision transformer that transformers loads; or "package.module:callable" that returns an nn.Module, for
-            `module_features`.
+            `ModuleFeatures`.
         weights: with "inception" the file of its weights; downloaded by default.
 
     Raises:
@@ -102,20 +114,6 @@ def load_features(name: str, weights: str | None = None) -> FeatureExtractor:
     if _IN_A_MODULE.fullmatch(name):
         return _from_callable(name)
     return VisionTransformerFeatures(name)
-
-
-def module_features(module: nn.Module, name: str) -> FeatureExtractor:
-    """Features of any network.
-
-    Args:
-        module: images (B, 3, H, W) in [-1, 1], float32 -> features (B, D), or a dictionary that holds them as "pool"
-            and may hold "logits" (B, K) for Inception Scores, and "spatial" (B, E). In eval mode.
-        name: for names of metrics, such as "fd_<name>".
-
-    Raises:
-        ValueError: the module is in training mode, where features depend on the batch, or the name is taken.
-    """
-    return ModuleFeatures(module, name)
 
 
 class InceptionFeatures(FeatureExtractor):
@@ -203,7 +201,16 @@ class VisionTransformerFeatures(FeatureExtractor):
 
 
 class ModuleFeatures(FeatureExtractor):
-    """What `module_features` returns."""
+    """Features of any network.
+
+    Args:
+        module: images (B, 3, H, W) in [-1, 1], float32 -> features (B, D), or a dictionary that holds them as "pool"
+            and may hold "logits" (B, K) for Inception Scores, and "spatial" (B, E). In eval mode.
+        name: for names of metrics, such as "fd_<name>".
+
+    Raises:
+        ValueError: the module is in training mode, where features depend on the batch, or the name is taken.
+    """
 
     preprocessing = "not resized, scaled to [-1, 1]"
 
@@ -221,7 +228,7 @@ class ModuleFeatures(FeatureExtractor):
         return super().describe() | {"layers": hashlib.sha256(repr(self.module).encode()).hexdigest()}
 
     def extract(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
-        output = self.module(images.float() / 127.5 - 1)
+        output = self.module(from_uint8(images))
         output = output if isinstance(output, dict) else {"pool": output}
         fits = set(output) <= {"pool", "spatial", "logits"} and all(
             isinstance(value, torch.Tensor) and value.ndim == 2 and len(value) == len(images)
@@ -247,7 +254,7 @@ def _download_inception(url: str) -> Path:
     except (OSError, RuntimeError) as error:
         raise ValueError(
             f"features of Inception need weights (91 MB), and {url} could not be downloaded: {error}. Download it"
-            f" elsewhere and pass its path (`weights=`, --weights), or put it at {path}."
+            f" elsewhere and pass its path as `weights`, or put it at {path}."
         ) from error
     return path
 
@@ -297,4 +304,77 @@ def _from_callable(name: str) -> FeatureExtractor:
         return network
     if not isinstance(network, nn.Module):
         raise ValueError(f"features {name!r} must return an nn.Module, got {type(network).__name__}.")
-    return module_features(network, attribute)
+    return ModuleFeatures(network, attribute)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Vision transformers and LPIPS
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def load_vision_model(name: str) -> tuple[nn.Module, dict]:
+    """A frozen ViT such as DINOv2, and its preprocessing.
+
+    Args:
+        name: folder or Hub name of a model that `transformers.AutoModel` loads, with square patches.
+
+    Returns:
+        The model in eval mode, and what its preprocessor_config.json says, "image_mean" and "image_std" among it.
+
+    Raises:
+        ValueError: it cannot be loaded, is no vision transformer, or does not say how images are normalised.
+    """
+    from transformers import AutoModel
+    from transformers.image_processing_base import ImageProcessingMixin
+
+    try:
+        model = AutoModel.from_pretrained(name)
+        preprocessing, _ = ImageProcessingMixin.get_image_processor_dict(name)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"no vision model could be loaded from {name!r}: {error}") from error
+    if not hasattr(model.config, "patch_size") or not hasattr(model.config, "image_size"):
+        raise ValueError(
+            f"{name!r} is a {type(model).__name__}; a vision transformer with `patch_size` and `image_size` is needed."
+        )
+    missing = [key for key in ("image_mean", "image_std") if key not in preprocessing]
+    if missing:
+        raise ValueError(f"the preprocessor_config.json of {name!r} lacks {' and '.join(missing)}.")
+    return model.requires_grad_(False).eval(), preprocessing
+
+
+def vision_tokens(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
+    """Tokens of the last layer, after its norm, of images of any size: (B, number of tokens, width), float32.
+
+    Args:
+        model: from `load_vision_model`.
+        images: (B, 3, H, W), normalised as the model wants it, sides that are multiples of its patches.
+    """
+    kwargs = {}
+    if "interpolate_pos_encoding" in inspect.signature(model.forward).parameters:
+        kwargs["interpolate_pos_encoding"] = True  # DINOv2 always does, ViT on request
+    return model(pixel_values=images.to(model.dtype), **kwargs).last_hidden_state.float()
+
+
+def load_lpips(network: str, purpose: str, advice: str = "") -> torch.nn.Module:
+    """LPIPS, frozen: called as lpips(a, b), both (B, 3, H, W) in [-1, 1], it gives (B, 1, 1, 1).
+
+    Args:
+        network: whose features are compared: "alex", which its authors advise for measuring, or "vgg", for training.
+        purpose: what needs it, in words, for errors.
+        advice: what else a user can do, for errors.
+
+    Raises:
+        ValueError: the package is missing or broken, or the weights of the network, a download, are missing.
+    """
+    try:
+        lpips = import_optional("lpips", purpose, extra="lpips")
+    except ValueError as error:
+        raise ValueError(f"{error} {advice}".strip()) from error
+    try:
+        model = lpips.LPIPS(net=network, verbose=False)
+    except (OSError, RuntimeError) as error:
+        raise ValueError(
+            f"{purpose} needs the ImageNet weights of {_LPIPS_NETWORKS[network]} in {torch.hub.get_dir()}/checkpoints,"
+            f" and they could not be downloaded: {error}. {advice}".strip()
+        ) from error
+    return model.requires_grad_(False).eval()

@@ -22,6 +22,8 @@ from ..grains import fine_share, tie
 from ..objectives import DiffusionObjective, FlowMatchingObjective
 from ..pipelines.checks import FLOW_MATCHING_SCHEDULERS
 from ..pipelines.pipeline_d2it import D2iTPipeline
+from ..pixels import to_uint8
+from .evaluate import Evaluator
 from .features import FeatureExtractor
 from .grain_maps import (
     fine_ratio_error,
@@ -31,7 +33,7 @@ from .grain_maps import (
     region_means,
     spatial_coherence,
 )
-from .image_sets import ImageSet
+from .images import ImageSet
 from .map_sources import (
     ENCODING,
     MAP_SOURCES,
@@ -45,8 +47,7 @@ from .map_sources import (
     to_pixels,
     true_grain_maps,
 )
-from .reconstruction import to_uint8
-from .report_scores import read_once, score
+from .report_scores import score
 
 
 TIMESTEPS = (250, 500, 750, 999)
@@ -119,22 +120,22 @@ def table_5(
     """
     num_grains = pipe.transformer.config.num_grains
     rows = []
-    with read_once(reference, metrics, features, sampling, accelerator) as known:
-        for source, asked in maps.items():
-            description = f"{source} maps" if progress else None
-            images = sample_images(pipe, asked, labels, sampling, accelerator, description)
-            drawn = {"name": f"samples with {source} maps", **sampling.describe(), "grain_map": source}
-            results = score(images, drawn | (protocol or {}), known, metrics, features, sampling, accelerator)
-            measured = true_grain_maps(pipe, images, sampling.batch_size)
-            rows.append(
-                {
-                    "map": source,
-                    "results": results,
-                    "fine_share": fine_share(asked, num_grains).mean().item(),
-                    "coherence": spatial_coherence(asked, num_grains)["coherence"],
-                    "agreement": map_accuracy(measured, asked, num_grains),
-                }
-            )
+    reading = {"batch_size": sampling.batch_size, "accelerator": accelerator, "seed": sampling.seed}
+    evaluator = Evaluator(reference, metrics, features, **reading)
+    for source, asked in maps.items():
+        description = f"{source} maps" if progress else None
+        images = sample_images(pipe, asked, labels, sampling, accelerator, description)
+        drawn = {"name": f"samples with {source} maps", **sampling.describe(), "grain_map": source}
+        measured = true_grain_maps(pipe, images, sampling.batch_size)
+        rows.append(
+            {
+                "map": source,
+                "results": score(images, drawn | (protocol or {}), evaluator),
+                "fine_share": fine_share(asked, num_grains).mean().item(),
+                "coherence": spatial_coherence(asked, num_grains)["coherence"],
+                "agreement": map_accuracy(measured, asked, num_grains),
+            }
+        )
     return rows
 
 

@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
-"""How well an autoencoder reconstructs: PSNR and SSIM of torchmetrics, LPIPS, and rFID, over pairs of images.
+"""Reconstructions against their originals, image by image: PSNR and SSIM of torchmetrics, LPIPS, and rFID.
 
 Reconstructions are rounded to 8 bits first, as images are when they are kept.
 
@@ -7,23 +7,34 @@ Shapes:
     B images, H W their sides in pixels
 """
 
-from collections.abc import Iterable, Sequence
-from itertools import chain
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from accelerate import Accelerator
-from torch import nn
+from accelerate.utils import gather_object
+from tqdm.auto import tqdm
 
+from ..files import on_main_process
+from ..files.folders import digest
 from ..grains import fine_share
 from ..models.autoencoder_kl_dynamic import DynamicAutoencoderKL
 from ..optional import import_optional
-from .collecting import feature_widths
-from .features import FeatureExtractor
+from ..pixels import from_uint8, to_uint8
+from .evaluate import result_name, versions
+from .features import FeatureExtractor, load_lpips, weights_digest
 from .frechet import frechet_distance
+from .images import ImageSet, PixelDigest
+from .results import Result
 from .statistics import FeatureStatistics
 
 
 PAIR_METRICS = ("psnr", "ssim", "lpips", "rfid")
+
+_LPIPS_NETWORK = "alex"
+_SETTINGS = {
+    "psnr": "mean over the images, in dB",
+    "ssim": "mean over the images, window of deviation 1.5, edges count",
+}
 
 
 def check_torchmetrics() -> None:
@@ -50,11 +61,6 @@ def ssim(pixels: torch.Tensor, reconstruction: torch.Tensor) -> torch.Tensor:
     return similarity.reshape(len(pixels))
 
 
-def to_uint8(pixels: torch.Tensor) -> torch.Tensor:
-    """Images in [-1, 1] as they lie on disk; what lies outside is clamped."""
-    return ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-
-
 @torch.no_grad()
 def reconstruct(
     vae: DynamicAutoencoderKL, images: torch.Tensor, fine_ratio: float | None = None
@@ -72,8 +78,7 @@ def reconstruct(
     Raises:
         ValueError: from `encode`.
     """
-    pixels = (images.to(vae.device).float() / 127.5 - 1).to(vae.dtype)
-    encoded = vae.encode(pixels, fine_ratio=fine_ratio)
+    encoded = vae.encode(from_uint8(images.to(vae.device)).to(vae.dtype), fine_ratio=fine_ratio)
     decoded = vae.decode(encoded.latent_dist.mode()).sample
     return to_uint8(decoded), fine_share(encoded.grain_map, vae.num_grains)
 
@@ -84,55 +89,188 @@ class PairScores:
     Args:
         metrics: some of `PAIR_METRICS`.
         features: of the Frechet distance "rfid".
-        size: (H, W); with "rfid" only.
-        lpips: from `load_lpips`, for "lpips".
+        accelerator: joins the processes, which have other pairs each.
+        device: where scores are computed; default: the accelerator's, else that of the features.
+
+    Raises:
+        ValueError: a metric is unknown, given twice or lacks features, or a package or its weights are missing.
     """
 
     def __init__(
         self,
         metrics: Sequence[str],
         features: FeatureExtractor | None = None,
-        size: tuple[int, int] | None = None,
-        lpips: nn.Module | None = None,
+        accelerator: Accelerator | None = None,
+        device: torch.device | None = None,
     ):
-        self.metrics = [metric for metric in metrics if metric != "rfid"]
-        self.features, self.lpips = features, lpips
-        self.sums = torch.zeros(len(self.metrics) + 1, dtype=torch.float64)  # the last one counts the images
-        self.moments: list[FeatureStatistics] = []
-        if "rfid" in metrics:
-            width = feature_widths(features, size)["pool"]
-            self.moments = [FeatureStatistics(width), FeatureStatistics(width)]
+        if not metrics or len(set(metrics)) < len(metrics) or not set(metrics) <= set(PAIR_METRICS):
+            raise ValueError(f"`metrics` must be some of {', '.join(PAIR_METRICS)}, each once, got {list(metrics)}.")
+        if "rfid" in metrics and features is None:
+            raise ValueError("the metric 'rfid' needs `features`.")
+        if {"psnr", "ssim"} & set(metrics):
+            check_torchmetrics()
+        if device is None:
+            device = accelerator.device if accelerator else features.device if features else torch.device("cpu")
+        self.metrics, self.accelerator, self.device = metrics, accelerator, device
+        self.features = features.to(device) if "rfid" in metrics else None
+        self.lpips = load_lpips(_LPIPS_NETWORK, "the metric 'lpips'").to(device) if "lpips" in metrics else None
+        self.num_images, self.sums = 0, {}
+        self.digests = [PixelDigest(), PixelDigest()]  # of images and reconstructions
+        self.statistics: list[FeatureStatistics] = []  # of both
 
     @torch.no_grad()
-    def update(self, images: torch.Tensor, reconstructions: torch.Tensor) -> None:
-        """Add pairs, both uint8 (B, 3, H, W)."""
-        pixels, decoded = images.float() / 127.5 - 1, reconstructions.float() / 127.5 - 1
-        for number, metric in enumerate(self.metrics):
-            if metric == "lpips":
-                scores = self.lpips(pixels, decoded).flatten()
-            else:
-                scores = {"psnr": psnr, "ssim": ssim}[metric](pixels, decoded)
-            self.sums[number] += scores.double().sum().cpu()
-        self.sums[-1] += len(images)
-        for moments, part in zip(self.moments, (images, reconstructions)):
-            moments.update(self.features(part)["pool"])
+    def update(self, images: torch.Tensor, reconstructions: torch.Tensor, **others: torch.Tensor) -> None:
+        """Add pairs, both uint8 (B, 3, H, W), and what else is to be averaged over the images, (B,)."""
+        for pixel_digest, part in zip(self.digests, (images, reconstructions)):
+            pixel_digest.update(part)
+        images, reconstructions = images.to(self.device), reconstructions.to(self.device)
+        pixels, decoded = from_uint8(images), from_uint8(reconstructions)
+        scored = {"psnr": psnr, "ssim": ssim, "lpips": self.lpips}
+        scored = {metric: scored[metric](pixels, decoded) for metric in self.metrics if metric != "rfid"}
+        for name, values in (scored | others).items():
+            self.sums[name] = self.sums.get(name, 0.0) + values.double().sum().item()
+        self.num_images += len(images)
+        if "rfid" in self.metrics:
+            pools = [self.features(part)["pool"] for part in (images, reconstructions)]
+            self.statistics = self.statistics or [FeatureStatistics(pool.shape[1]) for pool in pools]
+            for statistics, pool in zip(self.statistics, pools):
+                statistics.update(pool)
 
-    def gathered(self, accelerator: Accelerator | None) -> "PairScores":
-        """The scores of the pairs of all processes, the same on each; all must call it."""
-        if accelerator is None or accelerator.num_processes == 1:
-            return self
-        total = PairScores(self.metrics)
-        total.sums = accelerator.reduce(self.sums.to(accelerator.device), "sum").cpu()
-        total.moments = [moments.gathered(accelerator) for moments in self.moments]
-        return total
+    def join(self) -> None:
+        """Take up what the other processes have counted, so that all have the same; all must call it."""
+        if self.accelerator is None or self.accelerator.num_processes == 1:
+            return
+        parts = gather_object([(self.num_images, self.sums, self.digests, self.statistics)])
+        parts = [part for part in parts if part[0]]  # a process may have had no images
+        self.num_images = sum(num_images for num_images, *_ in parts)
+        self.sums = {name: sum(sums[name] for _, sums, *_ in parts) for name in parts[0][1]}
+        _, _, self.digests, self.statistics = parts[0]
+        for _, _, digests, statistics in parts[1:]:
+            for mine, theirs in zip(self.digests + self.statistics, digests + statistics):
+                mine.merge(theirs)
 
     def compute(self) -> dict[str, float]:
-        """The means by metric, and "rfid"."""
-        means = dict(zip(self.metrics, (self.sums[:-1] / self.sums[-1]).tolist()))
-        if self.moments:
-            real, fake = self.moments
-            means["rfid"] = frechet_distance(fake.mean, fake.covariance, real.mean, real.covariance)
+        """The mean of each metric and of the other values, and "rfid"."""
+        means = {name: total / self.num_images for name, total in self.sums.items()}
+        if self.statistics:
+            real, fake = (statistics.moments for statistics in self.statistics)
+            means["rfid"] = frechet_distance(*fake, *real)
         return means
+
+    def results(self, samples: dict, reference: ImageSet) -> list[Result]:
+        """A result for each metric and other value, once all is joined.
+
+        Args:
+            samples: what a protocol says of the reconstructions.
+            reference: the originals.
+        """
+        values = on_main_process(self.accelerator, self.compute)
+        original, reconstruction = (pixels.hexdigest() for pixels in self.digests)
+        common = {
+            "samples": {**samples, "digest": reconstruction},
+            "reference": {**reference.describe(), "digest": original},
+        }
+        details = {metric: {"settings": _SETTINGS.get(metric, {})} for metric in self.metrics}
+        if "lpips" in details:
+            details["lpips"] = {"features": {"name": _LPIPS_NETWORK, "digest": weights_digest(self.lpips)}}
+        if "rfid" in details:
+            rank_deficient = self.num_images <= self.statistics[0].num_features
+            details["rfid"] = {"features": self.features.describe(), "rank_deficient": rank_deficient}
+        common_versions = {"versions": versions(self.features)}
+        return [
+            Result(
+                result_name(name, self.features) if name == "rfid" else name,
+                values[name],
+                common | details.get(name, {}) | common_versions,
+            )
+            for name in dict.fromkeys([*self.metrics, *values])
+        ]
+
+
+def evaluate_pairs(
+    samples: ImageSet,
+    reference: ImageSet,
+    metrics: Sequence[str],
+    features: FeatureExtractor | None = None,
+    *,
+    batch_size: int = 64,
+    accelerator: Accelerator | None = None,
+    num_workers: int = 0,
+) -> list[Result]:
+    """Compare images one by one: image i of the samples is a reconstruction of image i of the reference.
+
+    Args:
+        samples: the reconstructions.
+        reference: the originals, in the same order.
+        metrics: some of `PAIR_METRICS`.
+        features: for "rfid", which is called "rfd_<name>" with others than Inception's.
+        batch_size: images of a batch and process.
+        accelerator: its processes share the images; all of them get the results.
+        num_workers: processes that decode images, of each process.
+
+    Returns:
+        A result for each metric.
+
+    Raises:
+        ValueError: the sets differ in number or size, or images cannot be used; or from `PairScores`.
+    """
+    if (len(samples), samples.size) != (len(reference), reference.size):
+        numbers = (f"{len(one)} of {one.size[0]}x{one.size[1]} in {one.name}" for one in (samples, reference))
+        raise ValueError(f"pairs need as many images of the same size, got {' and '.join(numbers)}.")
+    scores = PairScores(metrics, features, accelerator)
+    originals, others = (
+        _batches(one, batch_size, accelerator, num_workers, hidden=one is samples) for one in (reference, samples)
+    )
+    for images, reconstructions in zip(originals, others):
+        scores.update(images, reconstructions)
+    scores.join()
+    return scores.results(samples.describe(), reference)
+
+
+def evaluate_reconstructions(
+    vae: DynamicAutoencoderKL,
+    reference: ImageSet,
+    metrics: Sequence[str],
+    features: FeatureExtractor | None = None,
+    *,
+    fine_ratio: float | None = None,
+    batch_size: int = 64,
+    accelerator: Accelerator | None = None,
+    num_workers: int = 0,
+) -> list[Result]:
+    """Score an autoencoder on images: reconstructions from the mode of the posterior.
+
+    Args:
+        vae: the autoencoder.
+        reference: the images.
+        metrics, features: of `evaluate_pairs`.
+        fine_ratio: as in `encode`.
+        batch_size, accelerator, num_workers: of `evaluate_pairs`.
+
+    Returns:
+        A result for each metric, and "fine_share", the share of fine regions that the maps really had.
+
+    Raises:
+        ValueError: images cannot be used; or from `PairScores` and `encode`.
+    """
+    vae = vae if accelerator is None else vae.to(accelerator.device)
+    scores = PairScores(metrics, features, accelerator, vae.device)
+    for images in _batches(reference, batch_size, accelerator, num_workers):
+        reconstructions, shares = reconstruct(vae, images, fine_ratio)
+        scores.update(images, reconstructions, fine_share=shares)
+    scores.join()
+    config = {name: value for name, value in vae.config.items() if not name.startswith("_")}
+    ratios = vae.config.grain_ratios or [1 / vae.num_grains] * vae.num_grains
+    samples = {
+        "name": "reconstructions",
+        "num_images": len(reference),
+        "resolution": list(reference.size),
+        "checkpoint": {"weights": weights_digest(vae), "config": digest(config)},
+        "fine_ratio": ratios[-1] if fine_ratio is None else fine_ratio,
+        "latents": "mode of the posterior",
+        "dtype": str(vae.dtype).removeprefix("torch."),
+    }
+    return scores.results(samples, reference)
 
 
 def reconstruction_scores(
@@ -141,7 +279,7 @@ def reconstruction_scores(
     fine_ratio: float | None = None,
     features: FeatureExtractor | None = None,
 ) -> dict[str, float]:
-    """Score reconstructions from the mode of the posterior.
+    """Score reconstructions from the mode of the posterior, without a protocol, as training does.
 
     Args:
         vae: the autoencoder.
@@ -155,19 +293,23 @@ def reconstruction_scores(
     Raises:
         ValueError: there are no images, or with features fewer than two; from `encode`.
     """
-    batches = iter(batches)
-    first = next(batches, None)
-    if first is None:
+    metrics = ["psnr", "ssim"] if features is None else ["psnr", "ssim", "rfid"]
+    scores = PairScores(metrics, features, device=vae.device)
+    for pixels in batches:
+        images = to_uint8(pixels)
+        reconstructions, shares = reconstruct(vae, images, fine_ratio)
+        scores.update(images, reconstructions, fine_share=shares)
+    if not scores.num_images:
         raise ValueError("`batches` must hold images to score, got none.")
-    metrics = ["psnr", "ssim"]
-    if features is not None:
-        features = features.to(vae.device)
-        metrics.append("rfid")
-    scores, shares = PairScores(metrics, features, tuple(first.shape[2:])), []
-    for pixels in chain([first], batches):
-        images = to_uint8(pixels).to(vae.device)
-        decoded, fine_shares = reconstruct(vae, images, fine_ratio)
-        scores.update(images, decoded)
-        shares.append(fine_shares.cpu())
-    shares = torch.cat(shares)
-    return scores.compute() | {"fine_share": shares.mean().item(), "num_images": len(shares)}
+    return scores.compute() | {"num_images": scores.num_images}
+
+
+def _batches(
+    images: ImageSet, batch_size: int, accelerator: Accelerator | None, num_workers: int, hidden: bool = False
+) -> Iterator[torch.Tensor]:
+    """The batches of this process, with a progress bar on the main one."""
+    place = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
+    number = -(-len(images) // (batch_size * place[1]))
+    batches = images.batches(batch_size, *place, num_workers)
+    for _, pixels in tqdm(batches, desc=images.name, total=number, disable=hidden or place[0] > 0):
+        yield pixels

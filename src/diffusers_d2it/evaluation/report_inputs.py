@@ -20,8 +20,9 @@ from ..pipelines.labels import label_ids
 from ..pipelines.pipeline_d2it import D2iTPipeline
 from ..presets import load_sampler
 from ..sampling.sets import describe_checkpoint, describe_scheduler
+from .evaluate import Evaluator
 from .features import FeatureExtractor, load_features
-from .image_sets import ImageSet
+from .images import ImageSet
 from .map_sources import Sampling
 from .report_scores import score
 
@@ -173,7 +174,8 @@ def score_real_images(
     """
     protocol = {"name": f"other images of {data.description}"}
     try:
-        return score(data.images, protocol, data.reference, args.metrics, features, sampling, accelerator)
+        reading = {"batch_size": sampling.batch_size, "accelerator": accelerator, "seed": sampling.seed}
+        return score(data.images, protocol, Evaluator(data.reference, args.metrics, features, **reading))
     except ValueError as error:
         flags = "--metrics, --features, --num_images, --num_reference_images"
         raise ValueError(f"one of {flags} does not suit the others: {error}") from error

@@ -8,34 +8,28 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 
-from ..files.folders import write_durably
-from .feature_bank import check_features
+from ..files import write_durably
+from ..words import listed, shown
 from .frechet import check_moments
+
+
+Moments = tuple[torch.Tensor, torch.Tensor]  # a mean (D,) and a covariance (D, D), float64
+
+_ARRAYS = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}  # as ADM names them
 
 
 class FeatureStatistics:
     """Mean and covariance of features in float64, whatever the number of images, in memory for one D x D matrix.
-
-        statistics = FeatureStatistics(num_features=2048)
-        for indices, pixels in batches:
-            statistics.update(features(pixels)["pool"], indices)
-        frechet_distance(statistics.mean, statistics.covariance, reference.mean, reference.covariance)
 
     Each batch is joined by its own mean and its squares about that mean (Chan, Golub and LeVeque, 1979), so that no
     large numbers cancel: batch size, order and number of processes change the last digits of float64 only.
 
     Args:
         num_features: D.
-
-    Raises:
-        ValueError: `num_features` is not positive.
     """
 
     def __init__(self, num_features: int):
-        if num_features < 1:
-            raise ValueError(f"`num_features` must be at least 1, got {num_features}.")
         self.num_features = num_features
         self.num_images = 0
         self._mean = torch.zeros(num_features, dtype=torch.float64)
@@ -52,11 +46,10 @@ class FeatureStatistics:
             ValueError: another shape or dtype, or a value that is not finite; nothing is added then.
         """
         check_features(features, indices, self.num_features)
-        if not len(features):
-            return
-        features = features.detach().to("cpu", torch.float64)
-        batch_mean = features.mean(dim=0)
-        self._join(len(features), batch_mean, features - batch_mean)
+        if len(features):
+            features = features.detach().to("cpu", torch.float64)
+            batch_mean = features.mean(dim=0)
+            self._join(len(features), batch_mean, features - batch_mean)
 
     def merge(self, other: "FeatureStatistics") -> None:
         """Add the statistics of other images.
@@ -80,36 +73,9 @@ class FeatureStatistics:
         self._mean += difference * (num_images / total)
         self.num_images = total
 
-    def gathered(self, accelerator: Accelerator) -> "FeatureStatistics":
-        """The statistics of all processes together, the same on each; all must call it, one without images too."""
-        gathered = FeatureStatistics(self.num_features)
-        gathered.merge(self)
-        if accelerator.num_processes == 1:
-            return gathered
-        counted = torch.cat([self._mean.new_tensor([self.num_images]), self._mean * self.num_images])
-        counted = accelerator.reduce(counted.to(accelerator.device), "sum").cpu()
-        gathered.num_images = int(counted[0])  # whole numbers are exact in float64 up to 2^53
-        if gathered.num_images:
-            gathered._mean = counted[1:] / gathered.num_images
-            difference = self._mean - gathered._mean
-            gathered._scatter.addr_(difference, difference, alpha=self.num_images)
-        gathered._scatter = accelerator.reduce(gathered._scatter.to(accelerator.device), "sum").cpu()
-        return gathered
-
     @property
-    def mean(self) -> torch.Tensor:
-        """(D,), float64.
-
-        Raises:
-            ValueError: there are no images.
-        """
-        if not self.num_images:
-            raise ValueError("a mean needs at least 1 image, got 0.")
-        return self._mean.clone()
-
-    @property
-    def covariance(self) -> torch.Tensor:
-        """(D, D), float64, divided by the number of images less one, as the published scripts do.
+    def moments(self) -> Moments:
+        """Mean (D,) and covariance (D, D), float64, divided by the number of images less one as published scripts do.
 
         Raises:
             ValueError: there are fewer than two images.
@@ -117,132 +83,134 @@ class FeatureStatistics:
         if self.num_images < 2:
             raise ValueError(f"a covariance needs at least 2 images, got {self.num_images}.")
         scatter = (self._scatter + self._scatter.T) / 2  # a product is symmetric but for rounding
-        return scatter / (self.num_images - 1)
+        return self._mean.clone(), scatter / (self.num_images - 1)
 
-    def save(self, path: str | os.PathLike, protocol: dict, spatial: "FeatureStatistics | None" = None) -> None:
-        """Write reference statistics as .npz, whole or not at all: "mu" and "sigma" as ADM names them, "num_images",
-        "protocol", and "mu_s" and "sigma_s" of the spatial features. A file of this name is replaced.
 
-        Args:
-            path: ends in .npz; folders are made.
-            protocol: how the numbers came about, JSON values.
-            spatial: the statistics behind sFID, of the same images.
+def check_features(
+    features: torch.Tensor, indices: torch.Tensor | None = None, num_features: int | None = None
+) -> None:
+    """Check what a network gave for some images.
 
-        Raises:
-            ValueError: the name ends otherwise, there are fewer than two images, `protocol` is not JSON, or `spatial`
-                is of another number of images.
-            OSError: the disk is full or failed. What was at `path` is still there.
-        """
-        path = Path(path).absolute()
-        if path.suffix != ".npz":
-            raise ValueError(f"statistics are saved as .npz, got {path.name}.")
-        arrays = {"mu": self.mean.numpy(), "sigma": self.covariance.numpy(), "num_images": np.int64(self.num_images)}
-        try:
-            arrays["protocol"] = np.array(json.dumps(protocol, sort_keys=True))
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"`protocol` must hold JSON values: {error}") from error
-        if spatial is not None:
-            if spatial.num_images != self.num_images:
-                raise ValueError(
-                    f"`spatial` must be of the same images, got {spatial.num_images} beside {self.num_images}."
-                )
-            arrays |= {"mu_s": spatial.mean.numpy(), "sigma_s": spatial.covariance.numpy()}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_durably(path, lambda staged: np.savez(staged, **arrays))
+    Args:
+        features: should be (B, D), float32 or float64, and finite.
+        indices: (B,), which images they are of, for errors; None for 0 ... B-1.
+        num_features: D; None for any.
+
+    Raises:
+        ValueError: they are something else.
+    """
+    if features.ndim != 2 or features.shape[1] != (num_features or features.shape[1]) or not features.shape[1]:
+        raise ValueError(f"features must be (B, {num_features or 'D'}), got {tuple(features.shape)}.")
+    if features.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"features must be float32 or float64, got {features.dtype}.")
+    wrong = (~features.isfinite().all(dim=1)).nonzero().flatten().cpu()
+    if len(wrong):
+        numbers = (wrong if indices is None else indices.cpu()[wrong]).tolist()
+        raise ValueError(f"features must be finite, those of images {listed(numbers, most=8)} are not.")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class ReferenceStatistics:
-    """Mean and covariance from a file, and how they came about.
+    """Means and covariances from a file, and how they came about.
 
     Args:
-        mean: (D,), float64.
-        covariance: (D, D), float64.
+        moments: of "pool", and where the file has them of "spatial", the features of sFID.
         num_images: how many images they are of; None where the file does not say.
-        protocol: what `FeatureStatistics.save` was given; empty in files of others.
-        spatial_mean: (E,), of the features of sFID; None where the file has none.
-        spatial_covariance: (E, E), or None.
+        protocol: what `write_statistics` was given; empty in files of others.
     """
 
-    mean: torch.Tensor
-    covariance: torch.Tensor
+    moments: dict[str, Moments]
     num_images: int | None
     protocol: dict
-    spatial_mean: torch.Tensor | None = None
-    spatial_covariance: torch.Tensor | None = None
-
-    @classmethod
-    def load(cls, path: str | os.PathLike) -> "ReferenceStatistics":
-        """Read a .npz of `FeatureStatistics.save`, or of ADM or another script, with "mu" and "sigma".
-
-        Other arrays in it, such as the images of ADM's files, are not read, and nothing in it is run.
-
-        Raises:
-            ValueError: it is missing or damaged, or holds something else; the error says what.
-        """
-        path = Path(path)
-        if not path.is_file():
-            raise ValueError(f"{path} is missing: it should be a .npz with mu and sigma.")
-        wanted = ("mu", "sigma", "mu_s", "sigma_s", "num_images", "protocol")
-        arrays = _read_arrays(path, wanted)
-        for name, needed in (
-            ("mu", True),
-            ("sigma", True),
-            ("mu_s", "sigma_s" in arrays),
-            ("sigma_s", "mu_s" in arrays),
-        ):
-            if needed and name not in arrays:
-                raise ValueError(
-                    f"{path} must hold the arrays mu and sigma, and for sFID mu_s and sigma_s, {name} is not there: it"
-                    f" holds {', '.join(_names(path)) or 'nothing'}."
-                )
-        mean, covariance = _moments(path, arrays, "mu", "sigma")
-        spatial = _moments(path, arrays, "mu_s", "sigma_s") if "mu_s" in arrays else (None, None)
-        return cls(mean, covariance, _num_images(path, arrays), _protocol(path, arrays), *spatial)
 
 
-def _names(path: Path) -> list[str]:
-    with np.load(path, allow_pickle=False) as archive:
-        return list(archive.files)
+def write_statistics(path: str | os.PathLike, moments: dict[str, Moments], num_images: int, protocol: dict) -> None:
+    """Write reference statistics as .npz, whole or not at all: "mu" and "sigma" as ADM names them, "num_images",
+    "protocol", and "mu_s" and "sigma_s" of the spatial features. A file of this name is replaced.
+
+    Args:
+        path: ends in .npz; folders are made.
+        moments: of "pool", and perhaps of "spatial".
+        num_images: how many images they are of.
+        protocol: how the numbers came about, JSON values.
+
+    Raises:
+        ValueError: the name ends otherwise, or `protocol` is not JSON.
+        OSError: the disk is full or failed. What was at `path` is still there.
+    """
+    path = Path(path).absolute()
+    if path.suffix != ".npz":
+        raise ValueError(f"`path` of statistics must end in .npz, got {path.name}.")
+    arrays = {key: moment.numpy() for name, pair in moments.items() for key, moment in zip(_ARRAYS[name], pair)}
+    arrays["num_images"] = np.int64(num_images)
+    try:
+        arrays["protocol"] = np.array(json.dumps(protocol, sort_keys=True))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"`protocol` must hold JSON values: {error}") from error
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_durably(path, lambda staged: np.savez(staged, **arrays))
 
 
-def _read_arrays(path: Path, wanted: tuple[str, ...]) -> dict[str, np.ndarray]:
+def read_statistics(path: str | os.PathLike) -> ReferenceStatistics:
+    """Read a .npz of `write_statistics`, or of ADM or another script, with "mu" and "sigma".
+
+    Other arrays in it, such as the images of ADM's files, are not read, and nothing in it is run.
+
+    Raises:
+        ValueError: it is missing or damaged, or holds something else; the error says what.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path} is missing: it should be a .npz with mu and sigma.")
+    arrays, names = _read_arrays(path, ("mu", "sigma", "mu_s", "sigma_s", "num_images", "protocol"))
+    moments = {}
+    for output, keys in _ARRAYS.items():
+        missing = [key for key in keys if key not in arrays]
+        if missing and (output == "pool" or len(missing) == 1):
+            raise ValueError(
+                f"{path} must hold the arrays mu and sigma, and for sFID mu_s and sigma_s, {missing[0]} is not there:"
+                f" it holds {', '.join(names) or 'nothing'}."
+            )
+        if not missing:
+            found = check_moments(*(arrays[key] for key in keys), *(f"{key} of {path}" for key in keys))
+            moments[output] = tuple(map(torch.from_numpy, found))
+    return ReferenceStatistics(moments, _num_images(path, arrays), _protocol(path, arrays))
+
+
+def _read_arrays(path: Path, wanted: tuple[str, ...]) -> tuple[dict[str, np.ndarray], list[str]]:
+    """Those of the wanted arrays that are there, and the names of all."""
     try:
         archive = np.load(path, allow_pickle=False)
         if not isinstance(archive, np.lib.npyio.NpzFile):
             raise ValueError(f"it is one array of shape {archive.shape}, not an archive of named ones")
         with archive:
-            return {name: archive[name] for name in wanted if name in archive.files}
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
+            return {name: archive[name] for name in wanted if name in archive.files}, list(archive.files)
     except Exception as error:  # a damaged archive fails in the ways of zip, zlib, and numpy's headers
         raise ValueError(
             f"{path} must be a .npz with arrays of numbers, mu and sigma: {type(error).__name__}: {error}"
         ) from error
 
 
-def _moments(path: Path, arrays: dict, mean: str, covariance: str) -> tuple[torch.Tensor, torch.Tensor]:
-    moments = check_moments(arrays[mean], arrays[covariance], f"{mean} of {path}", f"{covariance} of {path}")
-    return torch.from_numpy(moments[0]), torch.from_numpy(moments[1])
-
-
 def _num_images(path: Path, arrays: dict) -> int | None:
-    if "num_images" not in arrays:
+    num_images = arrays.get("num_images")
+    if num_images is None:
         return None
-    num_images = arrays["num_images"]
     if num_images.shape != () or num_images.dtype.kind not in "iu" or num_images < 2:
         raise ValueError(f"num_images of {path} must be a whole number, at least 2, got {num_images}.")
     return int(num_images)
 
 
 def _protocol(path: Path, arrays: dict) -> dict:
-    if "protocol" not in arrays:
-        return {}
-    text = arrays["protocol"]
+    text = arrays.get("protocol", np.array("{}"))
     try:
         protocol = json.loads(str(text)) if text.shape == () and text.dtype.kind == "U" else None
     except (ValueError, RecursionError):
         protocol = None
     if not isinstance(protocol, dict):
-        raise ValueError(f"protocol of {path} must be the text of a JSON object, got {str(text)[:80]!r}.")
+        raise ValueError(f"protocol of {path} must be the text of a JSON object, got {shown(str(text))}.")
     return protocol

@@ -3,7 +3,7 @@
 
 import torch
 
-from ..evaluation.perceptual import load_lpips
+from ..evaluation.features import load_lpips
 
 
 def load_perceptual_loss() -> torch.nn.Module:

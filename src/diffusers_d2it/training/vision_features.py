@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..evaluation.vision_models import load_vision_model, vision_tokens
+from ..evaluation.features import load_vision_model, vision_tokens
 
 
 class VisionFeatures(nn.Module):

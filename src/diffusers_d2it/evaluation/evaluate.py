@@ -1,0 +1,460 @@
+# Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
+"""Sets of samples against reference images: FID, sFID, Inception Score, precision, recall and KID, each with protocol.
+
+Shapes:
+    N images of a set, D features
+"""
+
+import os
+import warnings
+import zipfile
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field, replace
+from importlib import import_module, metadata
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from tqdm.auto import tqdm
+
+from ..files import on_main_process
+from ..files.folders import file_sha256
+from ..words import listed, shorten
+from .features import FeatureExtractor
+from .frechet import frechet_distance
+from .images import ImageSet, PixelDigest, open_images
+from .results import Result
+from .scores import inception_score, kernel_distance, precision_recall
+from .statistics import (
+    FeatureStatistics,
+    Moments,
+    ReferenceStatistics,
+    check_features,
+    read_statistics,
+    write_statistics,
+)
+
+
+# As the published scripts have them
+_NUM_SPLITS, _NUM_NEIGHBOURS, _NUM_SUBSETS = 10, 3, 100
+
+
+@dataclass(frozen=True)
+class _Metric:
+    output: str  # the features it is computed from
+    part: str  # what of them: "moments", mean and covariance; "rows", all of them; "scores", all but of no reference
+    least: int  # images
+    settings: dict = field(default_factory=dict)
+
+
+_METRICS = {
+    "fid": _Metric("pool", "moments", 2),
+    "sfid": _Metric("spatial", "moments", 2),
+    "is": _Metric("logits", "scores", _NUM_SPLITS, {"num_splits": _NUM_SPLITS}),
+    "precision": _Metric("pool", "rows", _NUM_NEIGHBOURS + 1, {"num_neighbours": _NUM_NEIGHBOURS}),
+    "recall": _Metric("pool", "rows", _NUM_NEIGHBOURS + 1, {"num_neighbours": _NUM_NEIGHBOURS}),
+    "kid": _Metric("pool", "rows", 2, {"num_subsets": _NUM_SUBSETS}),
+}
+METRICS = tuple(_METRICS)
+
+
+def evaluate(
+    samples: ImageSet,
+    reference: ImageSet | str | os.PathLike | None,
+    metrics: Sequence[str],
+    features: FeatureExtractor,
+    *,
+    batch_size: int = 64,
+    accelerator: Accelerator | None = None,
+    seed: int = 0,
+    kid_subset_size: int = 1000,
+    num_workers: int = 0,
+) -> list[Result]:
+    """Score samples; each image is read once, whatever is computed.
+
+    Neither the batch size nor the number of processes changes a value by more than rounding. For Frechet distances
+    memory does not depend on the number of images. KID, precision, recall and the Inception Score keep the features of
+    all images in memory: 0.4 GB for 50,000 of 2048 features.
+
+    Args:
+        samples: the images to be scored.
+        reference: real images, or the path of statistics from `save_statistics` or of others with "mu" and "sigma"
+            (ADM's files also have images, for precision, recall and KID). The Inception Score alone needs none.
+        metrics: any of `METRICS`. Precision and recall are those of Kynkaanniemi et al. with 3 neighbours, KID is a
+            mean over 100 subsets, the Inception Score one over 10 splits.
+        features: in which the images are compared. With others than Inception's the metrics are named after them:
+            "fd_dinov2" instead of "fid".
+        batch_size: images of a batch and process.
+        accelerator: its processes share the images; all of them get the results.
+        seed: of the subsets of KID.
+        kid_subset_size: images of each set in a subset of KID.
+        num_workers: processes that decode images, of each process.
+
+    Returns:
+        A result for each metric.
+
+    Raises:
+        ValueError: a metric is unknown, given twice, or needs what the features or the reference do not have; a set
+            has too few images; the images differ in size; the statistics are of another network or resolution; images
+            cannot be used; or features are not finite.
+    """
+    reading = {"batch_size": batch_size, "accelerator": accelerator, "num_workers": num_workers}
+    return Evaluator(reference, metrics, features, seed=seed, kid_subset_size=kid_subset_size, **reading)(samples)
+
+
+class Evaluator:
+    """`evaluate` for several sets of samples: evaluator(samples) reads the reference once, for the first of them.
+
+    Args:
+        reference, metrics, features, batch_size, accelerator, seed, kid_subset_size, num_workers: of `evaluate`.
+    """
+
+    def __init__(
+        self,
+        reference: ImageSet | str | os.PathLike | None,
+        metrics: Sequence[str],
+        features: FeatureExtractor,
+        *,
+        batch_size: int = 64,
+        accelerator: Accelerator | None = None,
+        seed: int = 0,
+        kid_subset_size: int = 1000,
+        num_workers: int = 0,
+    ):
+        if not metrics or len(set(metrics)) < len(metrics) or not set(metrics) <= set(METRICS):
+            raise ValueError(f"`metrics` must be some of {', '.join(METRICS)}, each once, got {list(metrics)}.")
+        self.metrics = {name: _METRICS[name] for name in metrics}
+        if "kid" in metrics:
+            if kid_subset_size < 2:
+                raise ValueError(f"`kid_subset_size` must be at least 2, got {kid_subset_size}.")
+            settings = {**_METRICS["kid"].settings, "subset_size": kid_subset_size, "seed": seed}
+            self.metrics["kid"] = replace(_METRICS["kid"], least=kid_subset_size, settings=settings)
+        self.features = features if accelerator is None else features.to(accelerator.device)
+        self.accelerator = accelerator
+        self.reading = {"batch_size": batch_size, "accelerator": accelerator, "num_workers": num_workers}
+        self.images: ImageSet | None = None
+        self.statistics: ReferenceStatistics | None = None
+        self._theirs: ReadImages | None = None
+        self._open(reference)
+
+    def __call__(self, samples: ImageSet) -> list[Result]:
+        """A result for each metric. Raises what `evaluate` raises."""
+        widths = self.features.widths(samples.size)
+        self._check(samples, widths)
+        ours = self._read(samples, {"moments", "rows", "scores"})
+        if self.images is not None and self._theirs is None:
+            self._theirs = self._read(self.images, {"rows"} if self.statistics else {"moments", "rows"})
+        values = on_main_process(self.accelerator, lambda: self._values(ours))
+        results = []
+        for (name, metric), (value, deviation) in zip(self.metrics.items(), values):
+            protocol = self._protocol(metric, ours, widths)
+            name = result_name(name, self.features)
+            if protocol.get("rank_deficient") and (self.accelerator is None or self.accelerator.is_main_process):
+                warnings.warn(
+                    f"{name}: there are no more images than the {widths[metric.output]} features, so that a covariance"
+                    " lacks rank. The value is too high: compare it only with others of as many images.",
+                    stacklevel=2,
+                )
+            results.append(Result(name, value, protocol, deviation))
+        return results
+
+    def _open(self, reference: ImageSet | str | os.PathLike | None) -> None:
+        """Open what the metrics need of the reference: images, statistics from a file, or both."""
+        parts = {metric.part for metric in self.metrics.values()} - {"scores"}
+        if not parts:
+            return
+        if reference is None:
+            raise ValueError("`reference` must be images or the path of statistics: only the metric 'is' needs none.")
+        if isinstance(reference, ImageSet):
+            self.images = reference
+            return
+        self.path = Path(reference)
+        statistics = read_statistics(reference)
+        self.statistics = statistics if "moments" in parts else None
+        if "rows" in parts:
+            if "arr_0.npy" not in _members(reference):
+                raise ValueError(f"{reference} holds statistics, and 'precision', 'recall' and 'kid' compare images.")
+            self.images = open_images(reference)
+
+    def _check(self, samples: ImageSet, widths: dict[str, int]) -> None:
+        """Raise a ValueError if samples and reference cannot be compared. What a file does not tell is not checked."""
+        for name, metric in self.metrics.items():
+            if metric.output not in widths:
+                raise ValueError(
+                    f"the metric {name!r} needs {metric.output!r}, and the features {self.features.name!r} have only"
+                    f" {', '.join(map(repr, widths))}."
+                )
+            is_read = metric.part == "rows" or (metric.part == "moments" and self.statistics is None)
+            hint = " (`kid_subset_size`)" if name == "kid" else ""
+            for images in [samples, self.images] if is_read else [samples]:
+                if len(images) < metric.least:
+                    raise ValueError(
+                        f"the metric {name!r} needs at least {metric.least} images{hint}, got {len(images)} in"
+                        f" {images.name}."
+                    )
+        if self.images is not None:
+            _check_size(self.images.size, samples, self.images.name)
+        if self.statistics is not None:
+            self._check_statistics(samples, widths)
+
+    def _check_statistics(self, samples: ImageSet, widths: dict[str, int]) -> None:
+        outputs = sorted({metric.output for metric in self.metrics.values() if metric.part == "moments"})
+        if not set(outputs) <= set(self.statistics.moments):
+            raise ValueError(f"{self.path} has no mu_s and sigma_s, the statistics of features for 'sfid'.")
+        network, described = self._known.get("features", {}), self.features.describe()
+        differing = [key for key, value in described.items() if network.get(key, value) != value]
+        if differing:
+            ours, theirs = (
+                ", ".join(f"{key} {shorten(one[key])}" for key in differing) for one in (described, network)
+            )
+            raise ValueError(f"{self.path} was computed in other features: {theirs}; of the samples: {ours}.")
+        for output in outputs:
+            held = len(self.statistics.moments[output][0])
+            if held != widths[output]:
+                raise ValueError(
+                    f"{self.path} was computed in other features: it has {held}, and {self.features.name!r} has"
+                    f" {widths[output]}."
+                )
+        if self._known:
+            _check_size(self._known["images"]["resolution"], samples, str(self.path))
+        elif self.images is None and "arr_0.npy" in _members(self.path):  # the images of ADM's statistics tell theirs
+            _check_size(open_images(self.path).size, samples, str(self.path))
+
+    @property
+    def _known(self) -> dict:
+        """The protocol of `save_statistics`; empty for files of others, whatever they hold."""
+        protocol = self.statistics.protocol
+        return protocol if all(isinstance(protocol.get(part), dict) for part in ("features", "images")) else {}
+
+    def _read(self, images: ImageSet, parts: set[str]) -> "ReadImages":
+        wanted = [metric for metric in self.metrics.values() if metric.part in parts]
+        rows = {metric.output for metric in wanted if metric.part != "moments"}
+        moments = {metric.output for metric in wanted if metric.part == "moments"}
+        return read_images(images, self.features, rows, moments, **self.reading)
+
+    def _values(self, ours: "ReadImages") -> list[tuple[float, float | None]]:
+        """Value and deviation of each metric."""
+        theirs, values = self._theirs, {}
+        known = self.statistics.moments if self.statistics else theirs.moments if theirs else {}
+        for name, metric in self.metrics.items():
+            if metric.part == "moments":
+                values[name] = frechet_distance(*ours.moments[metric.output], *known[metric.output]), None
+        if "is" in self.metrics:
+            values["is"] = inception_score(ours.rows["logits"], **self.metrics["is"].settings)
+        if "precision" in self.metrics or "recall" in self.metrics:
+            precision, recall = precision_recall(theirs.rows["pool"], ours.rows["pool"], _NUM_NEIGHBOURS)
+            values |= {"precision": (precision, None), "recall": (recall, None)}
+        if "kid" in self.metrics:
+            settings = self.metrics["kid"].settings
+            values["kid"] = kernel_distance(ours.rows["pool"], theirs.rows["pool"], **settings)
+        return [values[name] for name in self.metrics]
+
+    def _protocol(self, metric: _Metric, ours: "ReadImages", widths: dict[str, int]) -> dict:
+        """How one metric was measured."""
+        protocol = {"features": self.features.describe(), "samples": ours.description, "settings": metric.settings}
+        if metric.part == "moments" and self.statistics is not None:
+            file = {"name": self.path.name, "num_images": self.statistics.num_images}
+            known = self._known.get("images") or file | {"statistics_sha256": file_sha256(self.path)}
+            protocol["reference"] = known
+        elif metric.part != "scores":
+            protocol["reference"] = self._theirs.description
+        if metric.part == "moments":
+            numbers = [images["num_images"] for images in (protocol["samples"], protocol["reference"])]
+            protocol["rank_deficient"] = min(n for n in numbers if n is not None) <= widths[metric.output]
+        return {**protocol, "versions": versions(self.features)}
+
+
+def result_name(metric: str, features: FeatureExtractor) -> str:
+    """What a result is called: "fid" in features of Inception, which the name stands for, else such as "fd_dinov2"."""
+    if features.name == "inception":
+        return metric
+    general = {"fid": "fd", "sfid": "sfd", "kid": "kd", "rfid": "rfd"}
+    return f"{general.get(metric, metric)}_{features.name}"
+
+
+def versions(features: FeatureExtractor | None = None) -> dict[str, str]:
+    """Versions for a protocol."""
+    packages = ["torch", "numpy", "scipy"]
+    if features is not None and features.package is not None:
+        packages.append(features.package)
+    own = import_module(__package__.partition(".")[0]).__version__
+    return {"diffusers_d2it": own} | {package: metadata.version(package) for package in packages}
+
+
+def compute_exactly() -> None:
+    """Keep convolutions in float32 on a GPU, and their order the same: figures must not depend on the batch size."""
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.deterministic = True
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ReadImages:
+    """What metrics need of the images of a set.
+
+    Args:
+        description: what a protocol says of them.
+        rows: features of all images in the order of the set, (N, D) float32, by their names: "pool", "logits".
+        moments: mean and covariance of features, by their names.
+    """
+
+    description: dict
+    rows: dict[str, torch.Tensor]
+    moments: dict[str, Moments]
+
+
+def read_images(
+    images: ImageSet,
+    features: FeatureExtractor,
+    rows: Collection[str] = (),
+    moments: Collection[str] = (),
+    *,
+    batch_size: int = 64,
+    accelerator: Accelerator | None = None,
+    num_workers: int = 0,
+) -> ReadImages:
+    """Read all images once, each process its share, and join what the processes have: the same on each.
+
+    Args:
+        images: the set.
+        features: on the device of the accelerator.
+        rows: names of features to keep of every image, 4 * N * D bytes.
+        moments: names of features of which mean and covariance are kept.
+        batch_size, accelerator, num_workers: of `evaluate`.
+
+    Raises:
+        ValueError: images cannot be used, features are not finite, or there are fewer than two images for moments.
+    """
+    index, count = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
+    part = _Part({output: [] for output in rows})
+    number = -(-len(images) // (batch_size * count))
+    batches = images.batches(batch_size, index, count, num_workers)
+    for places, pixels in tqdm(batches, desc=images.name, total=number, disable=index > 0):
+        part.add(places, pixels, features(pixels.to(features.device)), moments)
+    parts = [part] if count == 1 else gather_object([part])
+    _check_read_once(torch.cat([places for part in parts for places in part.places]), images)
+    whole = parts[0]
+    for other in parts[1:]:
+        whole.merge(other)
+    order = torch.cat(whole.places).argsort()
+    description = {**images.describe(), "digest": whole.pixels.hexdigest()}
+    kept = {output: torch.cat(whole.rows[output])[order] for output in rows}
+    return ReadImages(description, kept, {output: whole.statistics[output].moments for output in moments})
+
+
+@dataclass
+class _Part:
+    """What one process has read."""
+
+    rows: dict[str, list[torch.Tensor]]
+    statistics: dict[str, FeatureStatistics] = field(default_factory=dict)
+    places: list[torch.Tensor] = field(default_factory=list)
+    pixels: PixelDigest = field(default_factory=PixelDigest)
+
+    def add(self, places: torch.Tensor, pixels: torch.Tensor, found: dict, moments: Collection[str]) -> None:
+        self.places.append(places)
+        self.pixels.update(pixels)
+        for output, kept in self.rows.items():
+            check_features(found[output], places)
+            kept.append(found[output].cpu())
+        for output in moments:
+            counted = self.statistics.setdefault(output, FeatureStatistics(found[output].shape[1]))
+            counted.update(found[output], places)
+
+    def merge(self, other: "_Part") -> None:
+        self.places += other.places
+        self.pixels.merge(other.pixels)
+        for output, kept in other.rows.items():
+            self.rows[output] += kept
+        for output, counted in other.statistics.items():
+            self.statistics.setdefault(output, FeatureStatistics(counted.num_features)).merge(counted)
+
+
+def _check_read_once(places: torch.Tensor, images: ImageSet) -> None:
+    times = torch.bincount(places, minlength=len(images))
+    for fault, wrong in (("missing", times == 0), ("read more than once", times > 1)):
+        if wrong.any():
+            found = listed(wrong.nonzero().flatten().tolist(), most=8)
+            raise ValueError(f"each of the {len(images)} images of {images.name} must be read once, {fault}: {found}.")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# References
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def open_reference(
+    path: str | os.PathLike, resolution: int | None = None, split: str = "train", image_column: str | None = None
+) -> ImageSet | Path:
+    """What `evaluate` takes as reference: the path itself of a file with statistics, else its images.
+
+    Args:
+        path: an .npz with "mu" and "sigma", or whatever `open_images` opens.
+        resolution, split, image_column: of `open_images`.
+
+    Raises:
+        ValueError: statistics are asked to be resized; or from `open_images`.
+    """
+    if Path(path).suffix.lower() == ".npz" and "mu.npy" in _members(path):
+        if resolution is not None or image_column is not None:
+            raise ValueError(f"{path} holds statistics: `resolution` and `image_column` are of data sets.")
+        return Path(path)
+    return open_images(path, resolution, split, image_column)
+
+
+def save_statistics(
+    path: str | os.PathLike,
+    images: ImageSet,
+    features: FeatureExtractor,
+    *,
+    batch_size: int = 64,
+    accelerator: Accelerator | None = None,
+    num_workers: int = 0,
+) -> None:
+    """Write the mean and covariance of reference images with their protocol, for FID and where it can be sFID.
+
+    Memory does not depend on the number of images.
+
+    Args:
+        path: ends in .npz; a file of this name is replaced.
+        images: the reference.
+        features: of which network.
+        batch_size, accelerator, num_workers: of `evaluate`.
+
+    Raises:
+        ValueError: there are fewer than two images, some cannot be used, features are not finite, or the name ends
+            otherwise.
+    """
+    if Path(path).suffix != ".npz":
+        raise ValueError(f"`path` of statistics must end in .npz, got {path}.")
+    if len(images) < 2:
+        raise ValueError(f"a covariance needs at least 2 images, got {len(images)} in {images.name}.")
+    features = features if accelerator is None else features.to(accelerator.device)
+    moments = [output for output in ("pool", "spatial") if output in features.widths(images.size)]
+    reading = {"batch_size": batch_size, "accelerator": accelerator, "num_workers": num_workers}
+    read = read_images(images, features, moments=moments, **reading)
+    protocol = {"features": features.describe(), "images": read.description, "versions": versions(features)}
+    on_main_process(accelerator, lambda: write_statistics(path, read.moments, len(images), protocol))
+
+
+def _check_size(size: Sequence[int], samples: ImageSet, name: str) -> None:
+    if tuple(size) != samples.size:
+        ours, theirs = ("x".join(map(str, one)) for one in (samples.size, size))
+        raise ValueError(
+            f"samples and reference must be of one size, got {ours} in {samples.name} and {theirs} in {name};"
+            " images of a data set are resized to a `resolution`."
+        )
+
+
+def _members(path: str | os.PathLike) -> list[str]:
+    """The names in an .npz, empty if it is none: whoever reads it says so."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.namelist()
+    except (OSError, zipfile.BadZipFile):
+        return []
