@@ -30,6 +30,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from diffusers_d2it import D2iTContentModel, D2iTPipeline, DynamicAutoencoderKL, load_preset
+from diffusers_d2it.grains import GrainLayout
 
 
 SCHEDULERS = (
@@ -173,14 +174,13 @@ class _Constructors(TorchFunctionMode):
 def move_to_meta(pipe: D2iTPipeline, grain_map: torch.Tensor) -> D2iTPipeline:
     """Move a pipeline to the meta device, where only layouts of this map (B, h, w) can be had: they read values."""
     pipe.to("meta")
-    for name in ("prepare_grain_map", "prepare_guided_grain_map"):
-        prepare = getattr(pipe.transformer, name)
-        setattr(pipe.transformer, name, functools.partial(_prepare_for_meta, prepare, grain_map))
+    prepare = pipe.transformer.prepare_grain_map
+    pipe.transformer.prepare_grain_map = functools.partial(_prepare_for_meta, prepare, grain_map)
     return pipe
 
 
-def _prepare_for_meta(prepare: Callable, real: torch.Tensor, on_meta: torch.Tensor, *options, **keywords):
-    return prepare(real.repeat(len(on_meta) // len(real), 1, 1), *options, **keywords).to("meta")
+def _prepare_for_meta(prepare: Callable, real: torch.Tensor, on_meta: torch.Tensor) -> GrainLayout:
+    return prepare(real.repeat(len(on_meta) // len(real), 1, 1)).to("meta")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ import torch
 from PIL import Image, ImageOps
 from torch.profiler import ProfilerActivity, profile
 
-from diffusers_d2it.grains import region_entropy
+from diffusers_d2it.entropy import region_entropy
 
 
 RESULTS = Path(__file__).parent / "results"

@@ -12,7 +12,7 @@ import torch
 from common import Claim, load_photographs, parse_args, peak_memory, report, time_sides
 from einops import rearrange
 
-from diffusers_d2it.grains import LUMA_WEIGHTS, NUM_BINS, SIGMA, region_entropy
+from diffusers_d2it.entropy import LUMA_WEIGHTS, NUM_BINS, SIGMA, region_entropy
 
 
 def direct_entropy(pixels: torch.Tensor, region_size: int = 16) -> torch.Tensor:

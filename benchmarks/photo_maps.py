@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from diffusers_d2it.grains import region_entropy
+from diffusers_d2it.entropy import region_entropy
 
 
 CELL_SIZE = 8  # pixels along a side of the finest cell of latents

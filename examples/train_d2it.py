@@ -30,7 +30,7 @@ from diffusers_d2it import (
 from diffusers_d2it.data.bad_images import BadImages
 from diffusers_d2it.data.latent_cache import read_codes
 from diffusers_d2it.data.loaders import batches_from, make_loader, step_generator
-from diffusers_d2it.grains import grain_map_from_entropy, tie
+from diffusers_d2it.grains import GrainLayout, grain_map_from_entropy
 from diffusers_d2it.hub.push import check_hub_arguments, publish
 from diffusers_d2it.losses import multi_grained_loss, variance_loss
 from diffusers_d2it.objectives import OBJECTIVES, DiffusionObjective, FlowMatchingObjective, make_objective
@@ -118,17 +118,17 @@ def content_losses(
     noise: torch.Tensor,
     noised: torch.Tensor,
     timesteps: torch.Tensor,
-    grain_map: torch.Tensor,
+    layout: GrainLayout,
 ) -> dict[str, torch.Tensor]:
     """The multi-grained loss (Eq. 11) of the objective, and with --learn_sigma the variational bound."""
     channels = latents.shape[1]
     prediction, variance = prediction[:, :channels], prediction[:, channels:]
     target, weights = objective.target(latents, noise, timesteps), objective.weights(timesteps)
-    losses = multi_grained_loss(prediction, target, grain_map, args.grain_weights, weights)
+    losses = multi_grained_loss(prediction, target, layout, args.grain_weights, weights)
     if args.learn_sigma:
         predicted = objective.predicted_latents(prediction, noised, timesteps)
         alphas = objective.scheduler.alphas_cumprod
-        losses["vlb"] = variance_loss(variance, predicted, latents, timesteps, alphas, grain_map, args.grain_weights)
+        losses["vlb"] = variance_loss(variance, predicted, latents, timesteps, alphas, layout, args.grain_weights)
         losses["loss"] = losses["loss"] + losses["vlb"]
     return losses
 
@@ -221,13 +221,14 @@ def main(args: argparse.Namespace) -> None:
                 ratio = draw_fine_ratio(args.fine_ratio, generator)
                 grain_map = grain_map_from_entropy(entropy, vae.thresholds(ratio))
                 latents = vae.scale_latents(vae.posterior(moments, grain_map).sample(generator))
-            noise = tie(torch.randn(latents.shape, generator=generator, device=latents.device), grain_map)
+            layout = transformer.prepare_grain_map(grain_map)
+            noise = layout.tie(torch.randn(latents.shape, generator=generator, device=latents.device))
             timesteps = objective.sample_timesteps(len(latents), generator)
             noised = objective.add_noise(latents, noise, timesteps)
             class_labels = drop_labels(batch["class_labels"], num_classes, args.label_dropout, generator)
             with accelerator.autocast():
-                prediction = model(noised, timesteps, grain_map, class_labels).sample
-            losses = content_losses(args, objective, prediction, latents, noise, noised, timesteps, grain_map)
+                prediction = model(noised, timesteps, layout, class_labels).sample
+            losses = content_losses(args, objective, prediction, latents, noise, noised, timesteps, layout)
             if features is not None:
                 with accelerator.autocast():
                     losses["alignment"] = alignment(features(batch["pixels"], grain_map.shape[-2:]))

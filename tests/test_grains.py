@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from diffusers_d2it import region_entropy
 from diffusers_d2it.grains import (
-    average_codes,
+    GrainLayout,
     cells_per_region,
     check_fine_ratio,
     check_grain_map,
@@ -443,7 +443,7 @@ def test_average_codes_takes_the_mean_of_every_code_of_one_grain(num_grains):
     grain_map = random_maps(num_grains)
     latents = random_latents(grain_map, num_grains)
     for averaged_grain in range(num_grains):
-        averaged = average_codes(latents, grain_map, averaged_grain)
+        averaged = GrainLayout.from_grain_map(grain_map, num_grains).average(latents, averaged_grain)
         blocks = zip(code_blocks(latents, grain_map, num_grains), code_blocks(averaged, grain_map, num_grains))
         for (grain, old), (_, new) in blocks:
             if grain == averaged_grain:
@@ -457,10 +457,12 @@ def test_average_codes_takes_the_mean_of_every_code_of_one_grain(num_grains):
 def test_average_codes_of_every_grain_is_tied_and_leaves_tied_latents_alone(num_grains):
     grain_map = random_maps(num_grains)
     latents = random_latents(grain_map, num_grains)
-    tied = tie(latents, grain_map)
+    layout = GrainLayout.from_grain_map(grain_map, num_grains)
+    tied = layout.tie(latents)
+    assert torch.equal(tied, tie(latents, grain_map))
     for grain in range(num_grains):
-        latents = average_codes(latents, grain_map, grain)
-        torch.testing.assert_close(average_codes(tied, grain_map, grain), tied)
+        latents = layout.average(latents, grain)
+        torch.testing.assert_close(layout.average(tied, grain), tied)
     check_tied(latents, grain_map)
 
 
@@ -472,7 +474,7 @@ def test_check_tied_notices_one_cell_of_one_coarse_code(num_grains):
     batch, row, column = (grain_map == num_grains - 2).nonzero()[0].tolist()
     broken = tied.clone()
     broken[batch, 0, row * cells + 1, column * cells + 1] += 1e-3
-    with pytest.raises(ValueError, match="differ inside a coarse region"):
+    with pytest.raises(ValueError, match="coarse region"):
         check_tied(broken, grain_map)
 
 
@@ -491,3 +493,23 @@ def test_code_weights_sum_to_one_over_the_cells_of_a_code(num_grains):
     assert all(block.sum().item() == 1 for _, block in blocks)
     num_codes = sum((4**grain) * (grain_map == grain).sum().item() for grain in range(num_grains))
     assert weights.sum().item() == num_codes == len(blocks)
+
+
+@pytest.mark.parametrize("num_grains", [2, 3])
+def test_num_tokens_are_those_that_a_model_packs(num_grains, make_content_model):
+    grain_map = random_maps(num_grains)
+    layout = make_content_model(num_grains).prepare_grain_map(grain_map)
+    expected = [sum(4**level for level in range(1, grain + 1)) for grain in range(num_grains)]  # of a region
+    for image, of_image in zip(grain_map, layout.num_tokens["refine"].tolist()):
+        assert of_image == sum(expected[grain] for grain in image.flatten().tolist())
+    assert layout.num_tokens["refine"].sum().item() == sum(len(level.tokens) for level in layout.levels)
+    assert layout.num_tokens["backbone"].tolist() == [grain_map[0].numel()] * len(grain_map)
+
+
+def test_a_layout_refuses_latents_of_another_size():
+    layout = GrainLayout.from_grain_map(random_maps(2), 2)
+    batch, height, width = layout.grain_map.shape
+    for shape in ((batch, 4, height, width), (batch + 1, 4, 2 * height, 2 * width), (batch, 2 * height, 2 * width)):
+        for act in (layout.tie, lambda latents: layout.average(latents, 0), layout.check_tied):
+            with pytest.raises(ValueError, match="`grain_map`"):
+                act(torch.zeros(shape))

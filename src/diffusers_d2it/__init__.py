@@ -14,7 +14,8 @@ with naming_what_is_broken("importing diffusers"):  # before all that builds on 
     from diffusers import DiffusionPipeline as _DiffusionPipeline  # noqa: F401
     from diffusers import ModelMixin  # diffusers' loaders look for it in the package of a component
 
-from .grains import region_entropy, tie
+from .entropy import region_entropy
+from .grains import tie
 from .hub.card import make_model_card
 from .models.autoencoder_kl_dynamic import DynamicAutoencoderKL
 from .models.layers import DiTBlock

@@ -5,7 +5,7 @@ import math
 
 import torch
 
-from .grains import LUMA_WEIGHTS, NUM_BINS, SIGMA, region_entropy
+from .entropy import LUMA_WEIGHTS, NUM_BINS, SIGMA, region_entropy
 
 
 NUM_QUANTILES = 200  # steps of half a per cent

@@ -1,153 +1,21 @@
 # Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
-"""Dynamic Grained Coding (sec. 3.1, arXiv:2504.09454) as pure tensor functions.
+"""Dynamic Grained Coding (sec. 3.1, arXiv:2504.09454): from entropy to the map of grains, and latents that have it.
 
 Grains are numbered here, once for the package: 0 is the coarsest, ``k - 1`` the finest, the order of the latents'
 resolution. (The paper sorts its factors from fine to coarse, ``f_1 < f_2``, and numbers its
 maps from coarse to fine, ``1 < 2``; one order is enough.)
 
 Shapes:
-    B batch, C latent channels, H W image height and width in pixels, S region side in pixels (the largest factor)
-    k number of grains, h w height and width of the grain map: h = H / S, w = W / S
+    B batch, C latent channels, k number of grains, h w height and width of the grain map in regions
     R cells per region side at the finest grain: R = 2 ** (k - 1); latents are (B, C, h * R, w * R)
 """
 
-import math
 import numbers
-from collections.abc import Iterator
-from functools import lru_cache
+from dataclasses import dataclass, fields, is_dataclass, replace
+from functools import cached_property
 
 import torch
 from einops import repeat
-
-
-NUM_BINS = 256
-SIGMA = 0.01
-LUMA_WEIGHTS = (0.299, 0.587, 0.114)  # ITU-R BT.601, the single channel Y that Eq. 2 works on
-_CELLS_PER_SIGMA = 4  # of the grid of splines; entropy is then within 1e-5 nats
-_BLOCK = 64  # bins computed by one matrix product
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# From pixels to entropy (Eqs. 2-3)
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def region_entropy(
-    pixels: torch.Tensor, region_size: int = 16, num_bins: int = NUM_BINS, sigma: float = SIGMA
-) -> torch.Tensor:
-    """Shannon entropy of the luma of every region, Eqs. 2-3 of arXiv:2504.09454.
-
-    The density of Eq. 2 is a sum of Gaussians around the pixels of a region, evaluated at `num_bins` bins evenly
-    spaced on [0, 1]. As printed it does not sum to one; it is divided by its sum before Eq. 3. Instead of `num_bins`
-    exponentials a pixel, a Gaussian is written as a sum of cubic B-splines on a grid four times finer than sigma: each
-    pixel adds its four spline weights to a histogram of its region, and one small matrix product with the fixed
-    coefficients of the bins gives the density, within 1e-5 nats of the direct sum.
-
-    Args:
-        pixels: RGB images of shape (B, 3, H, W) with values in [-1, 1].
-        region_size: side S of a region in pixels; H and W are multiples of it.
-        num_bins: number of bins b_j of Eq. 2. The paper takes S ** 2, which is 256 for S = 16; fewer than 256 would
-            under-sample a kernel of sigma = 0.01, so 256 stays for smaller regions.
-        sigma: width of the kernel of Eq. 2, in units of the luma range [0, 1].
-
-    Returns:
-        Entropy in nats, float32, of shape (B, H / S, W / S); at most ln(num_bins).
-
-    Raises:
-        ValueError: `pixels` is not (B, 3, H, W), is not floating point, has sides that are not multiples of
-            `region_size`, or has values that are NaN or outside [-1, 1]; the bins lie further than 2 sigma apart.
-    """
-    _check_pixels(pixels, region_size)
-    if num_bins < 2 or (num_bins - 1) * sigma < 0.5:
-        raise ValueError(
-            f"`num_bins` {num_bins} cannot sample a kernel of `sigma` {sigma}: bins lie further than 2 sigma apart."
-        )
-    # In half precision the density under- and overflows (fp16 gives NaN): float32, also inside an autocast region.
-    with torch.no_grad(), torch.autocast(pixels.device.type, enabled=False):
-        return _entropy(pixels.float(), region_size, num_bins, sigma)
-
-
-def _entropy(pixels: torch.Tensor, region_size: int, num_bins: int, sigma: float) -> torch.Tensor:
-    batch, _, height, width = pixels.shape
-    rows, columns = height // region_size, width // region_size
-    num_regions = batch * rows * columns
-    num_cells = math.ceil(_CELLS_PER_SIGMA / sigma)
-    num_splines = num_cells + 3
-
-    # A new tensor costs more here than the arithmetic on it, hence the operations in place.
-    red, green, blue = pixels.unbind(1)
-    luma = (red * LUMA_WEIGHTS[0]).add_(green, alpha=LUMA_WEIGHTS[1]).add_(blue, alpha=LUMA_WEIGHTS[2])
-    position = luma.add_(1).mul_(num_cells / 2).clamp_(0, num_cells)  # the clamp only removes the rounding of the sum
-    cell = position.long().clamp_(max=num_cells - 1)  # (B, H, W)
-    position = position.sub_(cell).flatten()  # inside its cell, 0 ... 1
-
-    # Histogram of each region: a pixel adds to the four splines that overlap its cell, by their value there.
-    region = torch.arange(num_regions, device=pixels.device).view(batch, rows, 1, columns, 1)
-    cell.view(batch, rows, region_size, columns, region_size).add_(region * num_splines)
-    cell = cell.flatten()
-    histogram = position.new_zeros(num_regions * num_splines)
-    for spline, weight in enumerate(_spline_weights(position)):
-        histogram[spline:].scatter_add_(0, cell, weight)
-    histogram = histogram.view(num_regions, num_splines)
-
-    # Eq. 2, a block of bins after the other from the splines that reach it
-    blocks = _gaussians_as_splines(num_bins, sigma, num_cells, pixels.device)
-    density = torch.cat([histogram[:, splines] @ coefficients for splines, coefficients in blocks], dim=1)
-    density = density.clamp_min_(1e-30)  # (B * h * w, num_bins); the splines may leave a negative rounding error
-
-    # Eq. 3 of the density over its sum: -sum(p log p) with p = d / sum(d) is log(sum(d)) - sum(d log d) / sum(d)
-    total = density.sum(dim=-1)
-    entropy = total.log() - density.log().mul_(density).sum(dim=-1) / total
-    return entropy.view(batch, rows, columns)
-
-
-def _spline_weights(position: torch.Tensor) -> Iterator[torch.Tensor]:
-    """The cubic B-splines that overlap a cell, from low to high, at a position 0 ... 1 inside it; six times each."""
-    remaining = 1 - position
-    yield remaining.square().mul_(remaining)
-    yield (position * 3).sub_(6).mul_(position).mul_(position).add_(4)
-    yield (remaining * 3).sub_(6).mul_(remaining).mul_(remaining).add_(4)
-    yield position.square().mul_(position)
-
-
-@lru_cache(maxsize=8)
-def _gaussians_as_splines(
-    num_bins: int, sigma: float, num_cells: int, device: torch.device
-) -> list[tuple[slice, torch.Tensor]]:
-    """The Gaussian of every bin as a sum of splines, block by block: the splines that matter, their coefficients.
-
-    Fitted by least squares on [0, 1]: the error is smallest where pixels can be, and the ends need no conditions.
-    """
-    position = torch.linspace(0, num_cells, 2 * num_cells + 1, dtype=torch.float64)
-    cell = position.long().clamp_(max=num_cells - 1)
-    splines = position.new_zeros(len(position), num_cells + 3)
-    for spline, weight in enumerate(_spline_weights(position - cell)):
-        splines.scatter_(1, (cell + spline)[:, None], weight[:, None])
-    bins = torch.linspace(0, num_cells, num_bins, dtype=torch.float64)
-    gaussians = torch.exp(-0.5 * ((position[:, None] - bins) / (num_cells * sigma)) ** 2)
-    coefficients = torch.linalg.lstsq(splines, gaussians).solution  # (num_cells + 3, num_bins)
-
-    blocks = []
-    for block in coefficients.split(_BLOCK, dim=1):
-        matter = (block.abs() > 1e-11).any(dim=1).nonzero().flatten().tolist()
-        reach = slice(matter[0], matter[-1] + 1)
-        blocks.append((reach, block[reach].float().to(device)))
-    return blocks
-
-
-def _check_pixels(pixels: torch.Tensor, region_size: int) -> None:
-    if pixels.ndim != 4 or pixels.shape[1] != 3 or 0 in pixels.shape:
-        raise ValueError(f"`pixels` must be RGB images of shape (B, 3, H, W), got {tuple(pixels.shape)}.")
-    if not pixels.is_floating_point():
-        raise ValueError(f"`pixels` must be floating point in [-1, 1], got {pixels.dtype}.")
-    height, width = pixels.shape[-2:]
-    if height % region_size or width % region_size:
-        raise ValueError(
-            f"the sides of `pixels` must be multiples of the region size {region_size}, got {height}x{width}."
-        )
-    low, high = torch.aminmax(pixels)
-    if not (low >= -1 and high <= 1):  # written so that NaN fails it
-        raise ValueError(f"`pixels` must lie in [-1, 1], got values from {low.item():.4g} to {high.item():.4g}.")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -250,63 +118,6 @@ def split(latents: torch.Tensor, grain_map: torch.Tensor) -> list[torch.Tensor]:
     return [latents[..., :: cells >> grain, :: cells >> grain] for grain in range(num_grains)]
 
 
-def tie(latents: torch.Tensor, grain_map: torch.Tensor) -> torch.Tensor:
-    """Give every code one value: each cell takes the value of the top-left cell of its code.
-
-    Schedulers step element by element and draw independent noise, so one cell of a coarse code follows exactly the
-    process that the whole code should follow. A mean over the cells would shrink the variance of the noise to a
-    quarter, and untied cells drift apart without bound, as no network ever predicts their difference.
-
-    Args:
-        latents: (B, C, hR, wR), latents or noise.
-        grain_map: (B, h, w).
-    """
-    cells = cells_per_region(latents, grain_map)
-    for grain in range(cells.bit_length() - 1):
-        codes, chosen = _codes_of_grain(latents, grain_map, cells, grain)
-        latents = torch.where(chosen, codes[:, :, :, :1, :, :1], codes).reshape(latents.shape)
-    return latents
-
-
-def average_codes(latents: torch.Tensor, grain_map: torch.Tensor, grain: int) -> torch.Tensor:
-    """Give the cells of every code of one grain their mean; other regions stay as they are.
-
-    For predictions, where the mean is the best single value of a code; samples and noise are tied by `tie`.
-    """
-    cells = cells_per_region(latents, grain_map)
-    if cells >> grain == 1:
-        return latents
-    codes, chosen = _codes_of_grain(latents, grain_map, cells, grain)
-    return torch.where(chosen, codes.mean(dim=(3, 5), keepdim=True), codes).reshape(latents.shape)
-
-
-def _codes_of_grain(
-    latents: torch.Tensor, grain_map: torch.Tensor, cells: int, grain: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Latents as (B, C, rows, side, columns, side) of the codes that a grain has, and where it is the grain, as a mask
-    that broadcasts to them.
-    """
-    side = cells >> grain
-    codes = latents.unflatten(-1, (-1, side)).unflatten(-3, (-1, side))
-    chosen = grain_map == grain
-    if grain > 0:
-        chosen = grain_map_to_cells(chosen, 1 << grain)
-    return codes, chosen[:, None, :, None, :, None]
-
-
-def check_tied(latents: torch.Tensor, grain_map: torch.Tensor) -> None:
-    """Raise a ValueError unless every coarse code of `latents` has one value over its cells."""
-    tied = tie(latents, grain_map)
-    if torch.equal(latents, tied):
-        return
-    # Compared as numbers-or-NaN: a NaN is another fault and is reported elsewhere.
-    if not torch.equal(torch.nan_to_num(latents), torch.nan_to_num(tied)):
-        raise ValueError(
-            "latents differ inside a coarse region. Multi-grained diffusion keeps one value for each code: pass noise"
-            " through `diffusers_d2it.grains.tie(noise, grain_map)`, and the sample again after every scheduler step."
-        )
-
-
 def code_weights(grain_map: torch.Tensor, num_grains: int) -> torch.Tensor:
     """Share of a code that one cell of each region holds: 1 / 4 ** (k - 1 - grain), the alpha of Eq. 11.
 
@@ -322,3 +133,147 @@ def code_weights(grain_map: torch.Tensor, num_grains: int) -> torch.Tensor:
 def fine_share(grain_map: torch.Tensor, num_grains: int) -> torch.Tensor:
     """Share of regions in the finest grain, per image: (B, h, w) -> (B,), float32 in [0, 1]."""
     return (grain_map == num_grains - 1).float().mean(dim=(-2, -1))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The map as one object
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class GrainLayout:
+    """A grain map with all that follows from it, worked out once a call or once a batch.
+
+        layout = model.prepare_grain_map(grain_map)         # with the packed tokens of the model's RefineNets
+        noise = layout.tie(torch.randn(shape))              # one value for each code
+        noise = model(noised, timestep, layout).sample
+        layout.num_tokens["refine"]                         # of each image
+
+    Args:
+        grain_map: (B, h, w) int64, 0 = coarsest.
+        num_grains: k.
+        masks: where the codes of grain 0 ... k-2 are, each (B, 1, h * 2^grain, 1, w * 2^grain, 1) bool: it broadcasts
+            to latents whose sides are split into codes and the cells of a code.
+        levels: packed tokens of level 1 ... k-1 (`models.packing`); none without a model.
+        window_size: side of the attention windows in tokens for which they were packed.
+    """
+
+    grain_map: torch.Tensor
+    num_grains: int
+    masks: tuple[torch.Tensor, ...]
+    levels: tuple = ()
+    window_size: int | None = None
+
+    @classmethod
+    def from_grain_map(cls, grain_map: torch.Tensor, num_grains: int) -> "GrainLayout":
+        """The layout of a map alone; that of a content model is `D2iTContentModel.prepare_grain_map`.
+
+        Raises:
+            ValueError: what `check_grain_map` raises.
+        """
+        check_grain_map(grain_map, num_grains)
+        chosen = (grain_map_to_cells(grain_map == grain, 1 << grain) for grain in range(num_grains - 1))
+        return cls(grain_map, num_grains, tuple(mask[:, None, :, None, :, None] for mask in chosen))
+
+    @property
+    def cells(self) -> int:
+        """R, cells along a side of a region."""
+        return 1 << (self.num_grains - 1)
+
+    @property
+    def num_tokens(self) -> dict[str, torch.Tensor]:
+        """Tokens of each image by stage, (B,) int64: one a region in the backbone, 4^l a region in RefineNet l."""
+        regions = self.grain_map.flatten(1)
+        refined = sum((regions >= level).sum(dim=1) * 4**level for level in range(1, self.num_grains))
+        return {"backbone": torch.full_like(refined, regions.shape[1]), "refine": refined}
+
+    @cached_property
+    def grain_of_cell(self) -> torch.Tensor:
+        """Grain of every cell, (B, h * R, w * R) int64."""
+        return grain_map_to_cells(self.grain_map, self.cells)
+
+    def check_sides(self, latents: torch.Tensor) -> None:
+        """Raise a ValueError unless latents (B, ., h * R, w * R) have the batch size and sides of the map."""
+        batch, height, width = self.grain_map.shape
+        sides = (height * self.cells, width * self.cells)
+        if latents.ndim != 4 or len(latents) != batch or latents.shape[2:] != sides:
+            raise ValueError(
+                f"latents of shape {tuple(latents.shape)} do not match a `grain_map` of {batch} x {height}x{width}"
+                f" regions: a region has {self.cells}x{self.cells} cells."
+            )
+
+    def tie(self, latents: torch.Tensor) -> torch.Tensor:
+        """Give every code one value: each cell takes the value of the top-left cell of its code.
+
+        Schedulers step element by element and draw independent noise, so one cell of a coarse code follows exactly
+        the process that the whole code should follow. A mean over the cells would shrink the variance of the noise to
+        a quarter, and untied cells drift apart without bound, as no network ever predicts their difference.
+
+        Args:
+            latents: (B, C, h * R, w * R), latents or noise.
+        """
+        self.check_sides(latents)
+        for grain, mask in enumerate(self.masks):
+            codes = self._codes(latents, grain)
+            latents = torch.where(mask, codes[:, :, :, :1, :, :1], codes).reshape(latents.shape)
+        return latents
+
+    def average(self, latents: torch.Tensor, grain: int) -> torch.Tensor:
+        """Give the cells of every code of one grain their mean; other regions stay as they are.
+
+        For predictions, where the mean is the best single value of a code; samples and noise are tied by `tie`.
+        """
+        self.check_sides(latents)
+        if grain == self.num_grains - 1:
+            return latents
+        codes = self._codes(latents, grain)
+        return torch.where(self.masks[grain], codes.mean(dim=(3, 5), keepdim=True), codes).reshape(latents.shape)
+
+    def check_tied(self, latents: torch.Tensor) -> None:
+        """Raise a ValueError unless every coarse code of `latents` has one value over its cells."""
+        tied = self.tie(latents)
+        if torch.equal(latents, tied):
+            return
+        # Compared as numbers-or-NaN: a NaN is another fault and is reported elsewhere.
+        if not torch.equal(torch.nan_to_num(latents), torch.nan_to_num(tied)):
+            raise ValueError(
+                "latents differ inside a coarse region. Multi-grained diffusion keeps one value for each code: pass"
+                " noise through `diffusers_d2it.tie(noise, grain_map)`, and the sample again after every step."
+            )
+
+    def to(self, device: torch.device | str) -> "GrainLayout":
+        """The layout on another device."""
+        return _to(self, torch.device(device))
+
+    def _codes(self, latents: torch.Tensor, grain: int) -> torch.Tensor:
+        """Latents as (B, C, h * 2^grain, side, w * 2^grain, side), `side` cells along a side of a code."""
+        side = self.cells >> grain
+        return latents.unflatten(-1, (-1, side)).unflatten(-3, (-1, side))
+
+
+def tie(latents: torch.Tensor, grain_map: torch.Tensor) -> torch.Tensor:
+    """`GrainLayout.tie` for a single use: (B, C, h * R, w * R) and (B, h, w), R a power of two.
+
+    Raises:
+        ValueError: latents and map do not match, or the map holds no grains of theirs.
+    """
+    return _layout_of(latents, grain_map).tie(latents)
+
+
+def check_tied(latents: torch.Tensor, grain_map: torch.Tensor) -> None:
+    """`GrainLayout.check_tied` for a single use."""
+    _layout_of(latents, grain_map).check_tied(latents)
+
+
+def _layout_of(latents: torch.Tensor, grain_map: torch.Tensor) -> GrainLayout:
+    return GrainLayout.from_grain_map(grain_map, cells_per_region(latents, grain_map).bit_length())
+
+
+def _to(value, device: torch.device):
+    if isinstance(value, torch.Tensor):
+        return value.to(device)
+    if isinstance(value, tuple):
+        return tuple(_to(one, device) for one in value)
+    if is_dataclass(value):
+        return replace(value, **{field.name: _to(getattr(value, field.name), device) for field in fields(value)})
+    return value

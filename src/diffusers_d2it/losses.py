@@ -6,7 +6,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from .grains import cells_per_region, code_weights, grain_map_to_cells
+from .grains import GrainLayout, code_weights
 
 
 def dvae_loss(
@@ -83,7 +83,7 @@ def grain_loss(logits: torch.Tensor, grain_map: torch.Tensor) -> dict[str, torch
 def multi_grained_loss(
     prediction: torch.Tensor,
     target: torch.Tensor,
-    grain_map: torch.Tensor,
+    layout: GrainLayout,
     grain_weights: tuple[float, ...] | None = None,
     sample_weights: torch.Tensor | None = None,
 ) -> dict[str, torch.Tensor]:
@@ -95,7 +95,7 @@ def multi_grained_loss(
     Args:
         prediction: predicted noise (B, C, hR, wR).
         target: the noise, tied.
-        grain_map: (B, h, w) int64.
+        layout: of the grain map.
         grain_weights: weight of a cell of each grain, coarsest first, instead of alpha. (1, 1) weighs cells alike.
         sample_weights: weight of each image (B,), such as min-SNR's; None for equal ones.
 
@@ -104,16 +104,16 @@ def multi_grained_loss(
         the batch has it.
 
     Raises:
-        ValueError: there is not one weight for each grain.
+        ValueError: there is not one weight for each grain, or the map does not match.
     """
+    layout.check_sides(target)
     squared_error = (prediction.float() - target.float()).pow(2).mean(dim=1)  # (B, hR, wR)
-    grain_of_cell, weights = _cell_weights(squared_error, grain_map, grain_weights)
-    weighted = weights * squared_error
+    weighted = _cell_weights(layout, grain_weights) * squared_error
     if sample_weights is not None:
         weighted = weighted * sample_weights[:, None, None]
     losses = {"loss": weighted.mean()}
-    for grain in range(cells_per_region(target, grain_map).bit_length()):
-        of_grain = (grain_of_cell == grain).float()
+    for grain in range(layout.num_grains):
+        of_grain = (layout.grain_of_cell == grain).float()
         losses[f"mse_grain_{grain}"] = (squared_error.detach() * of_grain).sum() / of_grain.sum()
     return losses
 
@@ -124,7 +124,7 @@ def variance_loss(
     latents: torch.Tensor,
     timesteps: torch.Tensor,
     alphas_cumprod: torch.Tensor,
-    grain_map: torch.Tensor,
+    layout: GrainLayout,
     grain_weights: tuple[float, ...] | None = None,
 ) -> torch.Tensor:
     """Variational bound that trains a learned variance, in bits per latent value (Nichol and Dhariwal, 2102.09672).
@@ -139,7 +139,7 @@ def variance_loss(
         latents: z_0.
         timesteps: (B,) int64.
         alphas_cumprod: (T,) of the scheduler.
-        grain_map: (B, h, w) int64.
+        layout: of the grain map.
         grain_weights: as in `multi_grained_loss`.
 
     Returns:
@@ -162,19 +162,13 @@ def variance_loss(
         log_variance - log_posterior - 1 + (log_posterior - log_variance).exp() + mean_error**2 / log_variance.exp()
     )
     kl = kl.mean(dim=1) / math.log(2)  # (B, hR, wR)
-    _, weights = _cell_weights(kl, grain_map, grain_weights)
-    return (weights * kl).mean()
+    return (_cell_weights(layout, grain_weights) * kl).mean()
 
 
-def _cell_weights(
-    of_cell: torch.Tensor, grain_map: torch.Tensor, grain_weights: tuple[float, ...] | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Grain and loss weight of every cell, (B, hR, wR)."""
-    cells = cells_per_region(of_cell, grain_map)
-    num_grains = cells.bit_length()
-    grain_of_cell = grain_map_to_cells(grain_map, cells)
+def _cell_weights(layout: GrainLayout, grain_weights: tuple[float, ...] | None) -> torch.Tensor:
+    """Loss weight of every cell, (B, hR, wR)."""
     if grain_weights is None:
-        return grain_of_cell, code_weights(grain_of_cell, num_grains)
-    if len(grain_weights) != num_grains:
-        raise ValueError(f"`grain_weights` must be {num_grains} weights, coarsest first, got {grain_weights}.")
-    return grain_of_cell, torch.tensor(grain_weights, device=of_cell.device)[grain_of_cell]
+        return code_weights(layout.grain_of_cell, layout.num_grains)
+    if len(grain_weights) != layout.num_grains:
+        raise ValueError(f"`grain_weights` must be {layout.num_grains} weights, coarsest first, got {grain_weights}.")
+    return torch.tensor(grain_weights, device=layout.grain_map.device)[layout.grain_of_cell]

@@ -22,7 +22,7 @@ from diffusers_d2it.conversion import (
     convert_dit_checkpoint,
 )
 from diffusers_d2it.conversion.dit import _count_heads
-from diffusers_d2it.grains import average_codes, tie
+from diffusers_d2it.grains import GrainLayout, tie
 
 
 HEADS, SIDE, CLASSES = 2, 4, 10  # attention heads, tokens along a side, classes
@@ -145,7 +145,8 @@ def test_coarse_regions_start_as_the_mean_of_the_dit_and_fine_ones_as_the_dit(sa
     model, _ = convert_dit_checkpoint(save_dit(weights), num_attention_heads=HEADS)
     with torch.no_grad():
         output = model(latents, TIMESTEPS, grain_map, LABELS).sample
-    expected = average_codes(reference_dit(weights, latents, TIMESTEPS, LABELS), grain_map, grain=0)
+    layout = GrainLayout.from_grain_map(grain_map, 2)
+    expected = layout.average(reference_dit(weights, latents, TIMESTEPS, LABELS), grain=0)
     torch.testing.assert_close(output, expected, atol=1e-4, rtol=0)
 
 
@@ -159,7 +160,7 @@ def test_patch_size_4_becomes_three_grains(save_dit):
     assert_accounts_for_everything(report, weights, model)
     expected = reference_dit(weights, latents, TIMESTEPS, LABELS)
     for grain in (0, 1):
-        expected = average_codes(expected, grain_map, grain)
+        expected = GrainLayout.from_grain_map(grain_map, 3).average(expected, grain)
     with torch.no_grad():
         output = model(latents, TIMESTEPS, grain_map, LABELS).sample
     torch.testing.assert_close(output, expected, atol=1e-4, rtol=0)

@@ -66,8 +66,7 @@ def reference_refine(net, parents: dict, latents, noise, conditioning, grain_map
         tokens = tokens + modulation[2] * attended
         tokens = tokens + modulation[5] * block.ff(modulate(tokens, modulation[3], modulation[4]))
 
-    shift, scale = net.norm_out.modulation(conditioning)
-    correction = net.norm_out(tokens, shift, scale)
+    correction = net.norm_out(tokens[None], conditioning[None])[0]
     residual = torch.zeros_like(noise)
     for (y, x), values in zip(places, correction):
         residual[:, y * p : (y + 1) * p, x * p : (x + 1) * p] = values.view(p, p, -1).movedim(-1, 0)
@@ -79,20 +78,19 @@ def reference_forward(model: D2iTContentModel, latents, timesteps, grain_map, la
     outputs = []
     for z, t, grains, label in zip(latents, timesteps, grain_map, labels):
         label_embedding = model.label_embed(label)
-        conditioning = F.silu(model.time_embed(t[None])[0] + label_embedding)
+        conditioning = F.silu(model.time_embed(t[None], z.dtype)[0] + label_embedding)
         rows, columns = grains.shape
         cells = model.patch_size
         tokens = model.patch_embed(patchify(z[None], cells)) + model.grain_embed(grains[None])
-        tokens = tokens + sincos_positions(rows, columns, tokens.shape[-1], z.device, z.dtype)
+        tokens = tokens + sincos_positions((rows, columns), tokens)
         for block in model.transformer_blocks:
             tokens = block(tokens, conditioning[None])
-        shift, scale = model.norm_out.modulation(conditioning)
-        noise = unpatchify(model.norm_out(tokens, shift, scale), rows, cells)[0]
+        noise = unpatchify(model.norm_out(tokens, conditioning[None]), rows, cells)[0]
         known = {(y, x): tokens[0, y * columns + x] for y in range(rows) for x in range(columns)}
         for level in range(model.config.num_grains):
             if level > 0:
                 net = model.refine_nets[level - 1]
-                conditioning = F.silu(net.time_embed(t[None])[0] + label_embedding)
+                conditioning = F.silu(net.time_embed(t[None], z.dtype)[0] + label_embedding)
                 residual, known = reference_refine(net, known, z, noise, conditioning, grains, level)
                 noise = noise + residual
             side = cells >> level

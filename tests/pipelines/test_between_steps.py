@@ -63,7 +63,6 @@ def test_no_step_waits_for_the_device(make_pipeline, name):
         {"guidance_scale": 1.0},
         {"guidance_interval": (0.3, 0.7)},
         {"guidance_power": 2.0},
-        {"null_fine_ratio": 0.25},
     ],
 )
 def test_no_kind_of_guidance_waits_for_the_device(make_pipeline, options):

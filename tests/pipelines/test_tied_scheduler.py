@@ -7,7 +7,7 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler, EDMEulerScheduler
 from diffusers.schedulers import KarrasDiffusionSchedulers
 
-from diffusers_d2it.grains import check_tied, grain_map_to_cells, tie
+from diffusers_d2it.grains import GrainLayout, check_tied, grain_map_to_cells, tie
 from diffusers_d2it.pipelines.tied_scheduler import TiedScheduler
 
 
@@ -33,8 +33,9 @@ def gaussian_noise_prediction(model_input, timestep, std: float) -> torch.Tensor
 
 def run(name: str, grain_map: torch.Tensor, steps: int, std: float, channels: int = 4) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
-    scheduler = TiedScheduler(make_scheduler(name), grain_map, steps, generator=generator)
     cells = 2 if grain_map.max() < 2 else 4
+    layout = GrainLayout.from_grain_map(grain_map, cells.bit_length())
+    scheduler = TiedScheduler(make_scheduler(name), layout, steps, generator=generator)
     batch, height, width = grain_map.shape
     latents = scheduler.prior(torch.randn(batch, channels, height * cells, width * cells, generator=generator))
     for t in scheduler.timesteps:
@@ -74,7 +75,8 @@ def test_flow_matching_gives_coarse_codes_the_variance_of_fine_ones(name):
     # The perfect network for Gaussian data of deviation 1/2: E[noise - z_0 | z_t] at z_t = (1 - s) z_0 + s noise
     grain_map = torch.arange(2).repeat(32).view(1, 8, 8).expand(16, 8, 8).contiguous()
     generator = torch.Generator().manual_seed(0)
-    steps = TiedScheduler(getattr(diffusers, name)(), grain_map, 40, generator=generator)
+    layout = GrainLayout.from_grain_map(grain_map, 2)
+    steps = TiedScheduler(getattr(diffusers, name)(), layout, 40, generator=generator)
     latents = steps.prior(torch.randn(16, 4, 16, 16, generator=generator))
     for t in steps.timesteps:
         check_tied(latents, grain_map)
@@ -119,7 +121,8 @@ def test_all_fine_map_changes_nothing(name):
 
 def test_edm_scheduler_takes_noise_predictions_only():
     with pytest.raises(ValueError, match="epsilon"):
-        TiedScheduler(EDMEulerScheduler(prediction_type="v_prediction"), torch.zeros(1, 2, 2, dtype=torch.int64), 4)
+        layout = GrainLayout.from_grain_map(torch.zeros(1, 2, 2, dtype=torch.int64), 2)
+        TiedScheduler(EDMEulerScheduler(prediction_type="v_prediction"), layout, 4)
 
 
 def test_grain_scheduler_of_the_examples_recovers_a_known_map():

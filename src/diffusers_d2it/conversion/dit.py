@@ -266,7 +266,7 @@ def _check_positions(key: str, positions: torch.Tensor, dim: int, source: str) -
     side = math.isqrt(positions.shape[1])
     if positions.shape != (1, side * side, dim):
         raise ValueError(f"`{key}` of {source} must have shape (1, side ** 2, {dim}), got {tuple(positions.shape)}.")
-    expected = sincos_positions(side, side, dim, torch.device("cpu"), torch.float32)
+    expected = sincos_positions((side, side), positions.float())
     difference = (positions[0].float() - expected).abs().max().item()
     if not difference <= max(1e-4, torch.finfo(positions.dtype).eps):  # NaN fails it
         raise ValueError(

@@ -23,8 +23,8 @@ from pathlib import Path
 
 import torch
 
+from ..entropy import NUM_BINS, SIGMA
 from ..files.folders import digest, file_sha256, read_json
-from ..grains import NUM_BINS, SIGMA
 from ..models.autoencoder_kl_dynamic import DynamicAutoencoderKL
 
 

@@ -20,21 +20,9 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import nn
 
 from ..calibration import thresholds_for_ratios
-from ..grains import (
-    NUM_BINS,
-    SIGMA,
-    cells_per_region,
-    check_fine_ratio,
-    check_grain_map,
-    code_weights,
-    grain_map_from_entropy,
-    grain_map_to_cells,
-    merge,
-    region_entropy,
-    tie,
-)
+from ..entropy import NUM_BINS, SIGMA, region_entropy
+from ..grains import GrainLayout, check_fine_ratio, check_grain_map, code_weights, grain_map_from_entropy, merge
 from .configs import check_autoencoder
-from .fallbacks import CompiledMixin
 from .strict import StrictModelMixin
 from .tiling import blend_tiles, tile_starts
 
@@ -44,22 +32,21 @@ class TiedGaussianDistribution(DiagonalGaussianDistribution):
 
     Args:
         parameters: means and log-variances, (B, 2C, H/f, W/f), equal inside every code.
-        grain_map: (B, H/S, W/S).
+        layout: of the grain map (B, H/S, W/S).
     """
 
-    def __init__(self, parameters: torch.Tensor, grain_map: torch.Tensor):
+    def __init__(self, parameters: torch.Tensor, layout: GrainLayout):
         super().__init__(parameters)
-        self.grain_map = grain_map
+        self.layout = layout
 
     def sample(self, generator: torch.Generator | None = None) -> torch.Tensor:
         """Draw latents (B, C, H/f, W/f), equal inside every code."""
         noise = randn_tensor(self.mean.shape, generator=generator, device=self.mean.device, dtype=self.mean.dtype)
-        return self.mean + self.std * tie(noise, self.grain_map)
+        return self.mean + self.std * self.layout.tie(noise)
 
     def kl(self) -> torch.Tensor:
         """KL divergence to the standard normal in nats, (B,): summed over codes, each counted once."""
-        cells = cells_per_region(self.mean, self.grain_map)
-        share = code_weights(grain_map_to_cells(self.grain_map, cells), num_grains=cells.bit_length())
+        share = code_weights(self.layout.grain_of_cell, self.layout.num_grains)
         kl = 0.5 * (self.mean.pow(2) + self.var - 1.0 - self.logvar).sum(dim=1)  # (B, H/f, W/f)
         return (kl * share.to(kl)).sum(dim=(-2, -1))
 
@@ -157,7 +144,7 @@ class HierarchicalEncoder(nn.Module):
         return block(hidden_states)
 
 
-class DynamicAutoencoderKL(CompiledMixin, StrictModelMixin, AttentionMixin, AutoencoderMixin, ConfigMixin):
+class DynamicAutoencoderKL(StrictModelMixin, AttentionMixin, AutoencoderMixin, ConfigMixin):
     r"""Variational autoencoder that gives every region of an image as many codes as its entropy asks for.
 
     The trunk of the encoder is read at every factor of `downsample_factors`; Dynamic Grained Coding decides by the
@@ -262,6 +249,11 @@ class DynamicAutoencoderKL(CompiledMixin, StrictModelMixin, AttentionMixin, Auto
         """f, pixels per cell of the latents along one side: the finest factor."""
         return self.config.downsample_factors[0]
 
+    @property
+    def grain_ratios(self) -> list[float]:
+        """Share of regions of each grain that `encode` aims at by default, coarsest first."""
+        return list(self.config.grain_ratios or [1 / self.num_grains] * self.num_grains)
+
     def freeze_fine_path(self) -> None:
         """Leave only the encoder of the coarser grains to train: fine codes and the decoder stay what they are.
 
@@ -305,7 +297,7 @@ class DynamicAutoencoderKL(CompiledMixin, StrictModelMixin, AttentionMixin, Auto
         Raises:
             ValueError: the ratio lies outside [0, 1], or the model has not been calibrated.
         """
-        ratios = list(self.config.grain_ratios or [1 / self.num_grains] * self.num_grains)
+        ratios = self.grain_ratios
         if fine_ratio is not None:
             check_fine_ratio(fine_ratio)
             coarse = ratios[:-1] if sum(ratios[:-1]) > 0 else [1.0] * (self.num_grains - 1)
@@ -402,8 +394,8 @@ class DynamicAutoencoderKL(CompiledMixin, StrictModelMixin, AttentionMixin, Auto
         Raises:
             ValueError: the map has another dtype or value, or does not match the moments.
         """
-        check_grain_map(grain_map, len(moments))
-        return TiedGaussianDistribution(merge(moments, grain_map), grain_map)
+        layout = GrainLayout.from_grain_map(grain_map, len(moments))
+        return TiedGaussianDistribution(merge(moments, grain_map), layout)
 
     @apply_forward_hook
     def decode(self, z: torch.Tensor, return_dict: bool = True, generator=None) -> DecoderOutput | tuple:

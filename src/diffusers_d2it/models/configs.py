@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..calibration import check_calibration
-from ..grains import NUM_BINS
+from ..entropy import NUM_BINS
 from ..limits import check_keys, check_values
 from ..words import shown
 

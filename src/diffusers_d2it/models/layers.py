@@ -14,8 +14,6 @@ from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps, get_2d_sincos_pos_embed_from_grid
 from torch import nn
 
-from .fused_blocks import BlockWeights, attention, fused_block
-
 
 FREQUENCY_SIZE = 256  # width of the sinusoidal embedding that precedes the timestep MLP, as in the original DiT
 
@@ -42,7 +40,6 @@ class SelfAttention(nn.Module, AttentionModuleMixin):
         heads: number of heads A; divides D.
     """
 
-    is_fusible = True
     _default_processor_cls = SelfAttentionProcessor
     _available_processors = [SelfAttentionProcessor]
 
@@ -73,8 +70,6 @@ class SelfAttention(nn.Module, AttentionModuleMixin):
 class FeedForward(nn.Module):
     """Two linear layers with a tanh-approximated GELU between, as in DiT."""
 
-    is_fusible = True
-
     def __init__(self, dim: int, mlp_ratio: float):
         super().__init__()
         self.linear_1 = nn.Linear(dim, int(dim * mlp_ratio))
@@ -94,8 +89,6 @@ class DiTBlock(nn.Module):
         attn: attention over the tokens; None for plain self-attention.
     """
 
-    is_fusible = True
-
     def __init__(self, dim: int, heads: int, mlp_ratio: float = 4.0, attn: nn.Module | None = None):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
@@ -108,15 +101,8 @@ class DiTBlock(nn.Module):
         self,
         hidden_states: torch.Tensor,
         conditioning: torch.Tensor,
-        modulation: torch.Tensor | None = None,
-        weights: BlockWeights | None = None,
     ) -> torch.Tensor:
-        """hidden_states (B, N, D), conditioning (B, D) after its SiLU -> (B, N, D).
-
-        `modulation` and `weights` are what `FusedBlocks` has for this block: then it runs fused.
-        """
-        if weights is not None:
-            return fused_block(hidden_states, modulation, weights, attention)
+        """hidden_states (B, N, D), conditioning (B, D) after its SiLU -> (B, N, D)."""
         return self.modulated(hidden_states, self.adaln(conditioning)[:, None])
 
     def modulated(self, hidden_states: torch.Tensor, modulation: torch.Tensor, *attn_args) -> torch.Tensor:
@@ -129,11 +115,7 @@ class DiTBlock(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    """The last layer of DiT: modulated LayerNorm and a linear map to `out_features`.
-
-    Models call its parts. So it must not have "Norm" in its name: a last module that has is sharded by accelerate as
-    one that is called whole.
-    """
+    """The last layer of DiT: modulated LayerNorm and a linear map to `out_features`."""
 
     def __init__(self, dim: int, out_features: int):
         super().__init__()
@@ -141,13 +123,27 @@ class FinalLayer(nn.Module):
         self.adaln = nn.Linear(dim, 2 * dim)
         self.proj_out = nn.Linear(dim, out_features)
 
-    def modulation(self, conditioning: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Shift and scale, each (B, D)."""
-        return self.adaln(conditioning).chunk(2, dim=-1)
+    def forward(
+        self, hidden_states: torch.Tensor, conditioning: torch.Tensor, images: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Tokens (M, N, D) to (M, N, out_features).
 
-    def forward(self, hidden_states: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-        """hidden_states (..., D) with shift and scale that broadcast to it -> (..., out_features)."""
+        Args:
+            hidden_states: (M, N, D).
+            conditioning: (B, D) after its SiLU.
+            images: (M,) int64, which row of the conditioning is that of each N tokens; None where M is B.
+        """
+        modulation = self.adaln(conditioning)  # (B, 2 * D)
+        modulation = modulation if images is None else modulation.index_select(0, images)
+        shift, scale = modulation[:, None].chunk(2, dim=-1)  # (M, 1, D)
         return self.proj_out(modulate(self.norm(hidden_states), shift, scale))
+
+
+def run_block(net: nn.Module, block: nn.Module, tokens: torch.Tensor, *args) -> torch.Tensor:
+    """A block of a net, with its activations computed again in the backward pass if the net was asked for that."""
+    if torch.is_grad_enabled() and net.gradient_checkpointing:
+        return net._gradient_checkpointing_func(block, tokens, *args)
+    return block(tokens, *args)
 
 
 def residual_stream(tokens: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -176,9 +172,9 @@ class TimestepEmbedder(nn.Module):
         self.frequencies = Timesteps(FREQUENCY_SIZE, flip_sin_to_cos=True, downscale_freq_shift=frequency_shift)
         self.mlp = TimestepEmbedding(FREQUENCY_SIZE, dim)
 
-    def forward(self, timestep: torch.Tensor) -> torch.Tensor:
-        """timestep (B,) -> (B, D)."""
-        return self.mlp(self.frequencies(timestep).to(self.mlp.linear_1.weight.dtype))
+    def forward(self, timestep: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """timestep (B,) -> (B, D), computed in the dtype of what flows through the model."""
+        return self.mlp(self.frequencies(timestep).to(dtype))
 
 
 class LabelEmbedder(nn.Embedding):
@@ -188,14 +184,14 @@ class LabelEmbedder(nn.Embedding):
         super().__init__(num_classes + 1, dim)
 
 
-def sincos_positions(height: int, width: int, dim: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-    """Fixed 2-D sine-cosine positions of DiT for a grid of tokens of any shape: (height * width, dim).
+def sincos_positions(size: tuple[int, int], tokens: torch.Tensor) -> torch.Tensor:
+    """Fixed 2-D sine-cosine positions of DiT for a grid of tokens of any shape: (h * w, D), like `tokens` (B, N, D).
 
     Computed once for a grid, not at every step. Positions are token indices, not rescaled to the training size: a
     wider image has more positions, equally spaced.
     """
     compute = _sincos_positions if torch.compiler.is_compiling() else _kept_sincos_positions
-    return compute(height, width, dim, device, dtype)
+    return compute(*size, tokens.shape[-1], tokens.device, tokens.dtype)
 
 
 def _sincos_positions(height: int, width: int, dim: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:

@@ -7,6 +7,8 @@ Shapes:
     latents are (B, C, h * R, w * R); N packed tokens of RefineNet
 """
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -16,11 +18,8 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from einops import rearrange
 from torch import nn
 
-from ..grain_layout import GrainLayout, RefineLayout, can_round
-from ..grains import average_codes, cells_per_region, check_fine_ratio, check_tied
+from ..grains import GrainLayout
 from .configs import check_content_model
-from .fallbacks import CompiledMixin, warn_once
-from .fused_blocks import FusedBlocks, FusedBlocksMixin
 from .layers import (
     FREQUENCY_SIZE,
     DiTBlock,
@@ -30,8 +29,10 @@ from .layers import (
     check_conditioning,
     init_dit_weights,
     residual_stream,
+    run_block,
     sincos_positions,
 )
+from .packing import RefineLayout, pack_levels
 from .strict import SafeAdapterMixin, StrictModelMixin
 from .window_attention import RefineBlock
 
@@ -47,7 +48,8 @@ class GrainEmbedder(nn.Module):
 
     def forward(self, grain_map: torch.Tensor) -> torch.Tensor:
         """(B, h, w) int64 -> (B, h * w, D)."""
-        per_grain = self.linear_2(F.silu(self.linear_1(self.embed.weight)))  # (k, D)
+        grains = torch.arange(self.embed.num_embeddings, device=grain_map.device)
+        per_grain = self.linear_2(F.silu(self.linear_1(self.embed(grains))))  # (k, D)
         return F.embedding(grain_map.flatten(1), per_grain)
 
 
@@ -87,7 +89,6 @@ class RefineNet(nn.Module):
         self.up_proj = nn.Linear(dim, 4 * dim)
         self.patch_embed = nn.Linear((in_channels + out_channels) * patch_size**2, dim)
         self.transformer_blocks = nn.ModuleList([RefineBlock(dim, heads, mlp_ratio, side) for _ in range(num_layers)])
-        self.fusion = FusedBlocks()
         self.norm_out = FinalLayer(dim, out_channels * patch_size**2)
 
     def forward(
@@ -114,7 +115,7 @@ class RefineNet(nn.Module):
         """
         if len(layout.tokens) == 0 and not torch.is_grad_enabled():  # gradients of an empty map are zero, not missing
             return torch.zeros_like(noise), parents[:0]
-        conditioning = F.silu(self.time_embed(timestep) + label_embedding)  # (B, D)
+        conditioning = F.silu(self.time_embed(timestep, latents.dtype) + label_embedding)  # (B, D)
         patches = patchify(torch.cat([latents, noise], dim=1), self.patch_size).flatten(0, 1)
         if layout.rounded:
             patches = F.pad(patches, (0, 0, 0, 1))  # of the tokens that stand nowhere
@@ -124,15 +125,10 @@ class RefineNet(nn.Module):
         if layout.rounded and not torch.compiler.is_compiling():
             torch._dynamo.maybe_mark_dynamic(tokens, 0)
 
-        fused = self.fusion.arguments(self.transformer_blocks, conditioning)
-        for block, known in zip(self.transformer_blocks, fused):
-            if torch.is_grad_enabled() and self.gradient_checkpointing:
-                tokens = self._gradient_checkpointing_func(block, tokens, conditioning, layout)
-            else:
-                tokens = block(tokens, conditioning, layout, *known)
+        for block in self.transformer_blocks:
+            tokens = run_block(self, block, tokens, conditioning, layout)  # (N / 4, 4, D)
 
-        shift, scale = (x.index_select(0, layout.images)[:, None] for x in self.norm_out.modulation(conditioning))
-        correction = self.norm_out(tokens, shift, scale).flatten(0, 1)  # (N, O * patch ** 2)
+        correction = self.norm_out(tokens, conditioning, layout.images).flatten(0, 1)  # (N, O * patch ** 2)
         batch, _, height, width = noise.shape
         rows, columns = height // self.patch_size, width // self.patch_size
         residual = correction.new_zeros(batch * rows * columns + 1, correction.shape[-1])  # the last stands nowhere
@@ -140,15 +136,13 @@ class RefineNet(nn.Module):
         return unpatchify(residual.view(batch, rows * columns, -1), rows, self.patch_size), tokens.flatten(0, 1)
 
 
-class D2iTContentModel(
-    FusedBlocksMixin, CompiledMixin, StrictModelMixin, AttentionMixin, CacheMixin, SafeAdapterMixin, ConfigMixin
-):
+class D2iTContentModel(StrictModelMixin, AttentionMixin, CacheMixin, SafeAdapterMixin, ConfigMixin):
     r"""Multi-grained Net, Router and RefineNet: rough noise for every region, corrected where the map is fine.
 
         layout = model.prepare_grain_map(grain_map)         # once per map
         noise = model(latents, timestep, layout, class_labels).sample
 
-    The latents are tied: every cell of a coarse code has one value (`diffusers_d2it.grains.tie`). So is the output.
+    The latents are tied: every cell of a coarse code has one value (`diffusers_d2it.tie`). So is the output.
     With an all-fine map and a fresh RefineNet the model is a DiT of patch size R.
 
     Args:
@@ -213,7 +207,6 @@ class D2iTContentModel(
         self.transformer_blocks = nn.ModuleList(
             [DiTBlock(dim, num_attention_heads, mlp_ratio) for _ in range(num_layers)]
         )
-        self.fusion = FusedBlocks()
         self.norm_out = FinalLayer(dim, self.out_channels * self.patch_size**2)
 
         # Fine-grained Net: one RefineNet for each finer grain
@@ -263,7 +256,7 @@ class D2iTContentModel(
     def prepare_grain_map(self, grain_map: torch.Tensor) -> GrainLayout:
         """Work out what depends on the map alone, so that `forward` need not repeat it at every step.
 
-        For compiled blocks its sizes are rounded, so that one graph serves every map.
+        For a compiled model its sizes are rounded, so that one graph serves every map.
 
         Args:
             grain_map: (B, h, w) int64, 0 = coarsest.
@@ -271,26 +264,11 @@ class D2iTContentModel(
         Raises:
             ValueError: wrong type, dtype, shape or values.
         """
-        return GrainLayout.from_grain_map(
-            grain_map, self.config.num_grains, self.config.window_size, self._rounds_windows()
-        )
-
-    def prepare_guided_grain_map(self, grain_map: torch.Tensor, null_fine_ratio: float | None = None) -> GrainLayout:
-        """The same for a batch of 2B: the passes with a class label, then those without.
-
-        Args:
-            grain_map: (B, h, w) int64, 0 = coarsest.
-            null_fine_ratio: share of the regions of an image that RefineNet corrects in the pass without a label, in
-                [0, 1]; other fine regions take the correction of the pass with one. None corrects all fine regions.
-
-        Raises:
-            ValueError: wrong type, dtype, shape or values.
-        """
-        if null_fine_ratio is not None:
-            check_fine_ratio(null_fine_ratio, name="null_fine_ratio")
-        return GrainLayout.for_guidance(
-            grain_map, self.config.num_grains, self.config.window_size, self._rounds_windows(), null_fine_ratio
-        )
+        num_grains, window_size = self.config.num_grains, self.config.window_size
+        layout = GrainLayout.from_grain_map(grain_map, num_grains)
+        is_compiled = any(net._compiled_call_impl is not None for net in (self, self.transformer_blocks[0]))
+        levels = pack_levels(grain_map, num_grains, window_size, rounded=is_compiled)
+        return replace(layout, levels=levels, window_size=window_size)
 
     def enable_cache(self, config) -> None:
         """As of diffusers: keep what blocks compute over several steps, as `config` says.
@@ -305,16 +283,6 @@ class D2iTContentModel(
                 r" ['(refine_nets\.\d+\.)?transformer_blocks\.\d+']."
             )
         super().enable_cache(config)
-
-    def _rounds_windows(self) -> bool:
-        if all(module._compiled_call_impl is None for module in (self, self.transformer_blocks[0])):
-            return False
-        if not can_round(self.config.window_size):
-            warn_once(
-                f"windows of {self.config.window_size} tokens have too many sizes to be rounded: compiled graphs are"
-                " made for some maps anew."
-            )
-        return True
 
     def forward(
         self,
@@ -340,74 +308,55 @@ class D2iTContentModel(
             ValueError: shapes, labels or map do not fit the configuration or one another, or the latents are not tied
                 (checked on the CPU; reading the answer back from an accelerator would stall it at every step).
         """
-        layout = grain_map if isinstance(grain_map, GrainLayout) else self.prepare_grain_map(grain_map)
-        layout = self._on_device_of(hidden_states, layout)
-        self._check_latents(hidden_states, layout)
-        grain_map = layout.grain_map
-        batch_size, height, width = grain_map.shape
-        timestep = check_conditioning(
-            batch_size, timestep, class_labels, self.config.num_classes, hidden_states.device
-        )
-        label_embedding = 0.0 if self.label_embed is None else self.label_embed(class_labels)
+        layout = self._prepare(hidden_states, grain_map)
+        num_classes, device = self.config.num_classes, hidden_states.device
+        timestep = check_conditioning(len(hidden_states), timestep, class_labels, num_classes, device)  # (B,)
+        label_embedding = 0.0 if self.label_embed is None else self.label_embed(class_labels)  # (B, D)
 
         # 1. Multi-grained Net: rough tokens, one per region (Eq. 6)
-        conditioning = F.silu(self.time_embed(timestep) + label_embedding)  # (B, D)
+        conditioning = F.silu(self.time_embed(timestep, hidden_states.dtype) + label_embedding)  # (B, D)
         tokens = self.patch_embed(patchify(hidden_states, self.patch_size))  # (B, h * w, D)
         tokens = residual_stream(tokens, self.residual_dtype)
-        tokens = tokens + sincos_positions(height, width, tokens.shape[-1], tokens.device, tokens.dtype)
-        tokens = tokens + self.grain_embed(grain_map)
-        fused = self.fusion.arguments(self.transformer_blocks, conditioning)
-        for block, known in zip(self.transformer_blocks, fused):
-            if torch.is_grad_enabled() and self.gradient_checkpointing:
-                tokens = self._gradient_checkpointing_func(block, tokens, conditioning)
-            else:
-                tokens = block(tokens, conditioning, *known)
+        tokens = tokens + sincos_positions(layout.grain_map.shape[1:], tokens)
+        tokens = tokens + self.grain_embed(layout.grain_map)
+        for block in self.transformer_blocks:
+            tokens = run_block(self, block, tokens, conditioning)  # (B, h * w, D)
 
         # 2. Router: noise of every region (Eq. 7); the cells of a coarse code share their mean
-        shift, scale = self.norm_out.modulation(conditioning)
-        noise = self.norm_out(tokens, shift[:, None], scale[:, None])  # (B, h * w, O * R * R)
-        noise = unpatchify(noise, height, self.patch_size)  # (B, O, h * R, w * R)
-        noise = average_codes(noise, grain_map, grain=0)
+        noise = self.norm_out(tokens, conditioning)  # (B, h * w, O * R * R)
+        noise = unpatchify(noise, layout.grain_map.shape[1], self.patch_size)  # (B, O, h * R, w * R)
+        noise = layout.average(noise, grain=0)
 
         # 3. RefineNet: correct the finer regions (Eq. 8) and 4. merge (Eq. 9), once for every finer grain
         tokens = tokens.flatten(0, 1)  # (B * h * w, D)
         for level, refine_net in enumerate(self.refine_nets, start=1):
-            residual, tokens = refine_net(
-                tokens, hidden_states, noise, timestep, label_embedding, layout.levels[level - 1]
-            )
-            noise = average_codes(noise + layout.complete(residual), grain_map, grain=level)
+            packed = layout.levels[level - 1]
+            residual, tokens = refine_net(tokens, hidden_states, noise, timestep, label_embedding, packed)
+            noise = layout.average(noise + residual, grain=level)  # (B, O, h * R, w * R)
 
         if not return_dict:
             return (noise,)
         return Transformer2DModelOutput(sample=noise)
 
-    def _on_device_of(self, hidden_states: torch.Tensor, layout: GrainLayout) -> GrainLayout:
-        if layout.grain_map.device == hidden_states.device:
-            return layout
-        warn_once(
-            f"`grain_map` is on {layout.grain_map.device}, `hidden_states` are on {hidden_states.device}: it is moved"
-            " there at every call. Prepare it on the device once."
-        )
-        return layout.to(hidden_states.device)
-
-    def _check_latents(self, hidden_states: torch.Tensor, layout: GrainLayout) -> None:
+    def _prepare(self, hidden_states: torch.Tensor, grain_map: torch.Tensor | GrainLayout) -> GrainLayout:
+        """The layout of a map, on the device of the latents and checked against them."""
+        layout = grain_map if isinstance(grain_map, GrainLayout) else self.prepare_grain_map(grain_map)
+        if layout.grain_map.device != hidden_states.device:
+            layout = layout.to(hidden_states.device)
         if hidden_states.ndim != 4 or hidden_states.shape[1] != self.config.in_channels:
             raise ValueError(
                 f"`hidden_states` must have shape (B, {self.config.in_channels}, height, width), got"
                 f" {tuple(hidden_states.shape)}."
             )
-        if layout.window_size != self.config.window_size:
+        if (layout.num_grains, layout.window_size) != (self.config.num_grains, self.config.window_size):
             raise ValueError(
-                f"`grain_map` was prepared for windows of {layout.window_size} tokens, this model has"
-                f" {self.config.window_size}."
+                f"`grain_map` was prepared for {layout.num_grains} grains and windows of {layout.window_size} tokens,"
+                f" this model has {self.config.num_grains} and {self.config.window_size}: use its `prepare_grain_map`."
             )
-        if cells_per_region(hidden_states, layout.grain_map) != self.patch_size:
-            raise ValueError(
-                f"`hidden_states` of {tuple(hidden_states.shape[-2:])} cells need a `grain_map` of one entry per"
-                f" {self.patch_size}x{self.patch_size} cells, got {tuple(layout.grain_map.shape[-2:])}."
-            )
+        layout.check_sides(hidden_states)
         if hidden_states.device.type == "cpu" and not torch.compiler.is_compiling():
-            check_tied(hidden_states, layout.grain_map)
+            layout.check_tied(hidden_states)
+        return layout
 
 
 def patchify(image: torch.Tensor, patch_size: int) -> torch.Tensor:

@@ -17,8 +17,6 @@ from einops import rearrange
 from torch import nn
 
 from .configs import check_grain_model
-from .fallbacks import CompiledMixin
-from .fused_blocks import FusedBlocks, FusedBlocksMixin
 from .layers import (
     DiTBlock,
     FinalLayer,
@@ -27,6 +25,7 @@ from .layers import (
     check_conditioning,
     init_dit_weights,
     residual_stream,
+    run_block,
     sincos_positions,
 )
 from .strict import SafeAdapterMixin, StrictModelMixin
@@ -43,9 +42,7 @@ class D2iTGrainModelOutput(BaseOutput):
     logits: torch.Tensor
 
 
-class D2iTGrainModel(
-    FusedBlocksMixin, CompiledMixin, StrictModelMixin, AttentionMixin, CacheMixin, SafeAdapterMixin, ConfigMixin
-):
+class D2iTGrainModel(StrictModelMixin, AttentionMixin, CacheMixin, SafeAdapterMixin, ConfigMixin):
     r"""A DiT with one token per region that predicts the clean grain map from a noised one.
 
     A single pass from noise to logits would make every region an independent coin, so the map is drawn by diffusion:
@@ -102,7 +99,6 @@ class D2iTGrainModel(
         self.transformer_blocks = nn.ModuleList(
             [DiTBlock(dim, num_attention_heads, mlp_ratio) for _ in range(num_layers)]
         )
-        self.fusion = FusedBlocks()
         self.norm_out = FinalLayer(dim, num_grains)
         self.initialize_weights()
 
@@ -139,40 +135,35 @@ class D2iTGrainModel(
         )
 
         # 1. Conditioning: timestep, class, share of fine regions
-        conditioning = self.time_embed(timestep)  # (B, D)
+        conditioning = self.time_embed(timestep, hidden_states.dtype)  # (B, D)
         if self.label_embed is not None:
             conditioning = conditioning + self.label_embed(class_labels)
         if self.config.fine_ratio_condition:
-            conditioning = conditioning + self._embed_fine_ratio(fine_ratio, batch_size)
+            conditioning = conditioning + self._embed_fine_ratio(fine_ratio, batch_size, hidden_states.dtype)
         conditioning = F.silu(conditioning)
 
         # 2. One token per region
         tokens = self.patch_embed(rearrange(hidden_states, "b k h w -> b (h w) k"))  # (B, h * w, D)
         tokens = residual_stream(tokens)
-        tokens = tokens + sincos_positions(height, width, tokens.shape[-1], tokens.device, tokens.dtype)
+        tokens = tokens + sincos_positions((height, width), tokens)
 
         # 3. DiT blocks
-        fused = self.fusion.arguments(self.transformer_blocks, conditioning)
-        for block, known in zip(self.transformer_blocks, fused):
-            if torch.is_grad_enabled() and self.gradient_checkpointing:
-                tokens = self._gradient_checkpointing_func(block, tokens, conditioning)
-            else:
-                tokens = block(tokens, conditioning, *known)
+        for block in self.transformer_blocks:
+            tokens = run_block(self, block, tokens, conditioning)  # (B, h * w, D)
 
         # 4. Logits of each grain
-        shift, scale = self.norm_out.modulation(conditioning)
-        logits = self.norm_out(tokens, shift[:, None], scale[:, None])  # (B, h * w, k)
+        logits = self.norm_out(tokens, conditioning)  # (B, h * w, k)
         logits = rearrange(logits, "b (h w) k -> b k h w", h=height)
 
         if not return_dict:
             return (logits,)
         return D2iTGrainModelOutput(logits=logits)
 
-    def _embed_fine_ratio(self, fine_ratio: torch.Tensor | None, batch_size: int) -> torch.Tensor:
+    def _embed_fine_ratio(self, fine_ratio: torch.Tensor | None, batch_size: int, dtype: torch.dtype) -> torch.Tensor:
         if fine_ratio is None:
             return self.null_fine_ratio.expand(batch_size, -1)
         # The ratio uses the timestep's frequencies, so it is spread over the same range, 0 ... 1000.
-        embedded = self.fine_ratio_embed(torch.nan_to_num(fine_ratio) * 1000)
+        embedded = self.fine_ratio_embed(torch.nan_to_num(fine_ratio) * 1000, dtype)
         return torch.where(fine_ratio.isnan()[:, None], self.null_fine_ratio.to(embedded), embedded)
 
     def _check_inputs(self, hidden_states: torch.Tensor, fine_ratio: torch.Tensor | None) -> None:

@@ -2,16 +2,15 @@
 """Attention inside windows of packed tokens (Eq. 10 of arXiv:2504.09454), and the block of RefineNet around it.
 
 Shapes:
-    B batch, N packed tokens, D width, A heads; W windows and L tokens a window of one group (`grain_layout`)
+    B batch, N packed tokens, D width, A heads; W windows and L tokens a window of one group (`packing`)
 """
 
 import torch
 from einops import rearrange
 from torch import nn
 
-from ..grain_layout import RefineLayout
-from .fused_blocks import BlockWeights, fused_block
 from .layers import DiTBlock, SelfAttention
+from .packing import RefineLayout
 
 
 class WindowAttentionProcessor:
@@ -25,27 +24,19 @@ class WindowAttentionProcessor:
     _parallel_config = None
 
     def __call__(self, attn: "WindowAttention", hidden_states: torch.Tensor, layout: RefineLayout) -> torch.Tensor:
-        attended = window_attention(*attn.project(hidden_states), attn.relative_position_bias, layout)
-        return attn.to_out[0](attended)
-
-
-def window_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias_table: torch.Tensor, layout: RefineLayout
-) -> torch.Tensor:
-    """Query, key and value of packed tokens, each (N / 4, 4, A, D / A), bias (P, A) -> (N / 4, 4, D)."""
-    *shape, heads, head_dim = query.shape
-    query, key, value = (x.flatten(0, -3) for x in (query, key, value))  # (N, A, D / A)
-    query = query * query.shape[-1] ** -0.5
-    lengths = [len(group.arrangement) * group.length for group in layout.groups]
-    attended = []
-    for group, *qkv in zip(layout.groups, query.split(lengths), key.split(lengths), value.split(lengths)):
-        q, k, v = (rearrange(x, "(w l) a d -> w a l d", l=group.length) for x in qkv)
-        bias = bias_table[group.relative_index]  # (P, L, L, A)
-        bias = rearrange(bias, "p i j a -> p a i j").index_select(0, group.arrangement)  # (W, A, L, L)
-        scores = torch.matmul(q, k.transpose(-1, -2)) + bias.to(q.dtype)
-        x = torch.matmul(scores.softmax(dim=-1), v)
-        attended.append(rearrange(x, "w a l d -> (w l) (a d)"))
-    return torch.cat(attended).view(*shape, heads * head_dim)
+        """hidden_states (N / 4, 4, D) -> (N / 4, 4, D)."""
+        query, key, value = (x.flatten(0, 1) for x in attn.project(hidden_states))  # (N, A, D / A)
+        query = query * query.shape[-1] ** -0.5
+        lengths = [len(group.arrangement) * group.length for group in layout.groups]
+        attended = []
+        for group, *qkv in zip(layout.groups, query.split(lengths), key.split(lengths), value.split(lengths)):
+            q, k, v = (rearrange(x, "(w l) a d -> w a l d", l=group.length) for x in qkv)
+            bias = attn.relative_position_bias[group.relative_index]  # (P, L, L, A)
+            bias = rearrange(bias, "p i j a -> p a i j").index_select(0, group.arrangement)  # (W, A, L, L)
+            scores = torch.matmul(q, k.transpose(-1, -2)) + bias.to(q.dtype)
+            x = torch.matmul(scores.softmax(dim=-1), v)
+            attended.append(rearrange(x, "w a l d -> (w l) (a d)"))
+        return attn.to_out[0](torch.cat(attended).view_as(hidden_states))
 
 
 class WindowAttention(SelfAttention):
@@ -57,7 +48,6 @@ class WindowAttention(SelfAttention):
         side: tokens along a side of a window.
     """
 
-    is_fusible = True
     _default_processor_cls = WindowAttentionProcessor
     _available_processors = [WindowAttentionProcessor]
 
@@ -72,30 +62,11 @@ class WindowAttention(SelfAttention):
 class RefineBlock(DiTBlock):
     """DiT block on packed tokens: the modulation of each token's image, attention inside windows (Eq. 10)."""
 
-    is_fusible = True
-
     def __init__(self, dim: int, heads: int, mlp_ratio: float, side: int):
         super().__init__(dim, heads, mlp_ratio, attn=WindowAttention(dim, heads, side))
 
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        conditioning: torch.Tensor,
-        layout: RefineLayout,
-        modulation: torch.Tensor | None = None,
-        weights: BlockWeights | None = None,
-    ) -> torch.Tensor:
-        """hidden_states (N / 4, 4, D), conditioning (B, D) after its SiLU -> (N / 4, 4, D).
-
-        `modulation` and `weights` are what `FusedBlocks` has for this block: then it runs fused.
-        """
+    def forward(self, hidden_states: torch.Tensor, conditioning: torch.Tensor, layout: RefineLayout) -> torch.Tensor:
+        """hidden_states (N / 4, 4, D), conditioning (B, D) after its SiLU -> (N / 4, 4, D)."""
         # Looked up once for the four children of a parent, the modulation takes a quarter of the memory.
-        if weights is not None:
-            return fused_block(
-                hidden_states,
-                modulation.index_select(0, layout.images),
-                weights,
-                lambda qkv: window_attention(*qkv.unbind(-3), self.attn.relative_position_bias, layout),
-            )
         modulation = self.adaln(conditioning).index_select(0, layout.images)[:, None]  # (N / 4, 1, 6 * D)
         return self.modulated(hidden_states, modulation, layout)

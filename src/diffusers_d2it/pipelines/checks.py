@@ -87,7 +87,6 @@ SAMPLING_LIMITS = {
     "guidance_scale": (-1e6, 1e6),
     "guidance_interval": (0, 1),
     "guidance_power": (1e-6, 1e6),
-    "null_fine_ratio": (0, 1),
     "fine_ratio": (0, 1),
     "grain_num_inference_steps": (1, 1_000_000),
     "grain_guidance_scale": (-1e6, 1e6),

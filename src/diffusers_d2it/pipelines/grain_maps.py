@@ -53,16 +53,15 @@ def sample_grain_map(
     step_kwargs = step_generator_kwargs(scheduler, generator)
     state = randn_tensor((batch_size, num_grains, *size), generator=generator, device=device, dtype=torch.float32)
     state = state * scheduler.init_noise_sigma  # (B, k, h, w)
-    with model.fused_blocks():
-        for t, model_t in zip(timesteps, timesteps.to(device)):
-            model_input = scheduler.scale_model_input(state, t).to(model.dtype)
-            # Copied, because a CUDA graph writes its next output to the same place
-            logits = model(model_input, model_t, class_ids, ratio).logits.to(torch.float32, copy=True)
-            if guided:
-                null_ids = torch.full_like(class_ids, num_classes)
-                null_logits = model(model_input, model_t, null_ids, ratio).logits.float()
-                logits = null_logits + guidance_scale * (logits - null_logits)
-            state = scheduler.step(model.expected_state(logits), t, state, return_dict=False, **step_kwargs)[0]
+    for t, model_t in zip(timesteps, timesteps.to(device)):
+        model_input = scheduler.scale_model_input(state, t).to(model.dtype)
+        # Copied, because a CUDA graph writes its next output to the same place
+        logits = model(model_input, model_t, class_ids, ratio).logits.to(torch.float32, copy=True)
+        if guided:
+            null_ids = torch.full_like(class_ids, num_classes)
+            null_logits = model(model_input, model_t, null_ids, ratio).logits.float()
+            logits = null_logits + guidance_scale * (logits - null_logits)
+        state = scheduler.step(model.expected_state(logits), t, state, return_dict=False, **step_kwargs)[0]
     if not logits.isfinite().all():
         raise ValueError("`grain_model` ended in logits that are not finite: the model or its scheduler diverged.")
     return grain_map_from_logits(logits, fine_ratio)

@@ -18,8 +18,7 @@ from diffusers.schedulers import KarrasDiffusionSchedulers
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 
-from ..grain_layout import GrainLayout
-from ..grains import check_tied, grain_map_from_entropy
+from ..grains import GrainLayout, grain_map_from_entropy
 from ..models.autoencoder_kl_dynamic import DynamicAutoencoderKL
 from ..models.transformer_d2it_content import D2iTContentModel
 from ..models.transformer_d2it_grain import D2iTGrainModel
@@ -29,7 +28,7 @@ from .base import StrictPipeline
 from .checks import SAMPLING_LIMITS, check_components, check_given_map, check_latents, map_size
 from .grain_maps import random_grain_map, sample_grain_map
 from .labels import class_ids, label_ids
-from .tied_scheduler import TiedScheduler, reads_variance
+from .tied_scheduler import TiedScheduler
 
 
 @dataclass
@@ -200,7 +199,7 @@ class D2iTPipeline(StrictPipeline):
             if grain_map == "random":
                 ratio = fine_ratio
                 if ratio is None:
-                    ratio = (self.vae.config.grain_ratios or [1 / num_grains] * num_grains)[-1]
+                    ratio = self.vae.grain_ratios[-1]
                 return random_grain_map((batch_size, *size), num_grains, ratio, generator, device)
             return torch.full((batch_size, *size), 0 if grain_map == "coarse" else num_grains - 1, device=device)
         grain_map = torch.as_tensor(grain_map, device=device)
@@ -212,13 +211,13 @@ class D2iTPipeline(StrictPipeline):
 
     def check_inputs(
         self,
-        num_labels: int,
+        *,
+        batch_size: int,
         num_images_per_prompt: int,
         num_inference_steps: int,
         guidance_scale: float,
         guidance_interval: tuple[float, float],
         guidance_power: float | None,
-        null_fine_ratio: float | None,
         grain_map,
         fine_ratio: float | None,
         grain_num_inference_steps: int,
@@ -237,7 +236,6 @@ class D2iTPipeline(StrictPipeline):
                 "guidance_scale": guidance_scale,
                 "guidance_interval": guidance_interval,
                 "guidance_power": guidance_power,
-                "null_fine_ratio": null_fine_ratio,
                 "fine_ratio": fine_ratio,
                 "grain_num_inference_steps": grain_num_inference_steps,
                 "grain_guidance_scale": grain_guidance_scale,
@@ -256,7 +254,6 @@ class D2iTPipeline(StrictPipeline):
                 f"`callback_on_step_end_tensor_inputs` must be among {self._callback_tensor_inputs}, got"
                 f" {sorted(unknown)}."
             )
-        batch_size = num_labels * num_images_per_prompt
         generators = generator if isinstance(generator, list) else [generator] * batch_size
         if len(generators) != batch_size or not all(isinstance(g, torch.Generator | None) for g in generators):
             raise ValueError(
@@ -308,10 +305,47 @@ class D2iTPipeline(StrictPipeline):
         # Power-cosine schedule of MDT (Gao et al., arXiv:2303.14389): from 1 at pure noise to the full scale.
         return 1 + (self._guidance_scale - 1) * (1 - math.cos(math.pi * progress**power)) / 2
 
-    def _prepare_layout(self, grain_map: torch.Tensor, guided: bool, null_fine_ratio: float | None) -> GrainLayout:
+    def _predict(
+        self,
+        model_input: torch.Tensor,
+        timestep: torch.Tensor,
+        layouts: dict[bool, GrainLayout],
+        class_ids: torch.Tensor | None,
+        scale: float,
+    ) -> torch.Tensor:
+        """One prediction of the content model, guided where the scale is not 1: in one pass of twice the batch.
+
+        Args:
+            model_input: what the network reads, tied, (B, C, h * R, w * R).
+            timestep: scalar, on the device.
+            layouts: False: of the map; True: of the map twice, which is made when it is first needed.
+            class_ids: (B,), or None for an unconditional model.
+            scale: of classifier-free guidance.
+
+        Returns:
+            (B, O, h * R, w * R).
+        """
+        guided = scale != 1.0
+        if guided != self._cached_pass:
+            # What caches of diffusers hold is of the other pass, of a step long past, or of a failed call
+            self.transformer._reset_stateful_cache()
+            self._cached_pass = guided
+        if guided not in layouts:
+            layouts[True] = self.transformer.prepare_grain_map(torch.cat([layouts[False].grain_map] * 2))
         if guided:
-            return self.transformer.prepare_guided_grain_map(grain_map, null_fine_ratio)
-        return self.transformer.prepare_grain_map(grain_map)
+            model_input = torch.cat([model_input, model_input])  # (2 * B, C, h * R, w * R)
+            class_ids = torch.cat([class_ids, torch.full_like(class_ids, self.transformer.config.num_classes)])
+        with self.transformer.cache_context("guided" if guided else "cond"):
+            prediction = self.transformer(
+                model_input.to(self.transformer.dtype), timestep, layouts[guided], class_ids
+            ).sample
+        channels = self.transformer.config.in_channels
+        if guided:
+            prediction, null = prediction.chunk(2)
+            noise, null_noise = prediction[:, :channels], null[:, :channels]
+            noise = null_noise + scale * (noise - null_noise)
+            prediction = torch.cat([noise, prediction[:, channels:]], dim=1)
+        return prediction.clone()  # a CUDA graph writes its next output to the same place
 
     @torch.no_grad()
     def __call__(
@@ -334,7 +368,6 @@ class D2iTPipeline(StrictPipeline):
         height: int | None = None,
         width: int | None = None,
         guidance_power: float | None = None,
-        null_fine_ratio: float | None = None,
     ) -> D2iTPipelineOutput | tuple:
         """Generate images and their grain maps.
 
@@ -362,9 +395,6 @@ class D2iTPipeline(StrictPipeline):
             callback_on_step_end_tensor_inputs: which tensors the callback receives.
             height, width: sides of the image in pixels, multiples of S; default: the size of training.
             guidance_power: exponent of MDT's power-cosine schedule of the scale; None keeps the scale constant.
-            null_fine_ratio: makes guided steps cheaper: share of the regions of an image, in [0, 1], that RefineNet
-                corrects in the pass without a label too; other fine regions take the correction of the pass with one.
-                None corrects all fine regions in both.
 
         Raises:
             ValueError: an argument is out of range, unknown, or contradicts another or the model.
@@ -372,25 +402,24 @@ class D2iTPipeline(StrictPipeline):
         # 1. Arguments
         ids = class_ids(class_labels, self.transformer.config.num_classes, self.id2label)
         num_labels = 1 if ids is None else len(ids)
-        self.check_inputs(
-            num_labels,
-            num_images_per_prompt,
-            num_inference_steps,
-            guidance_scale,
-            guidance_interval,
-            guidance_power,
-            null_fine_ratio,
-            grain_map,
-            fine_ratio,
-            grain_num_inference_steps,
-            grain_guidance_scale,
-            generator,
-            latents,
-            output_type,
-            callback_on_step_end,
-            callback_on_step_end_tensor_inputs,
-        )
         batch_size = num_labels * num_images_per_prompt
+        self.check_inputs(
+            batch_size=batch_size,
+            num_images_per_prompt=num_images_per_prompt,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            guidance_interval=guidance_interval,
+            guidance_power=guidance_power,
+            grain_map=grain_map,
+            fine_ratio=fine_ratio,
+            grain_num_inference_steps=grain_num_inference_steps,
+            grain_guidance_scale=grain_guidance_scale,
+            generator=generator,
+            latents=latents,
+            output_type=output_type,
+            callback_on_step_end=callback_on_step_end,
+            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
+        )
         size = map_size(grain_map, latents, height, width, self.vae, self.transformer)
         device = self._execution_device
         self._guidance_scale = guidance_scale
@@ -401,74 +430,43 @@ class D2iTPipeline(StrictPipeline):
         # 2. Grain map
         grain_map = self.prepare_grain_map(
             grain_map,
-            fine_ratio,
-            ids,
-            batch_size,
-            size,
-            grain_num_inference_steps,
-            grain_guidance_scale,
-            generator,
+            fine_ratio=fine_ratio,
+            class_ids=ids,
+            batch_size=batch_size,
+            size=size,
+            num_inference_steps=grain_num_inference_steps,
+            guidance_scale=grain_guidance_scale,
+            generator=generator,
         )  # (B, h, w)
 
         # 3. Noise with the grain of its region
-        cells, channels = self.transformer.patch_size, self.transformer.config.in_channels
-        shape = (batch_size, channels, size[0] * cells, size[1] * cells)
         if latents is None:
+            cells, channels = self.transformer.patch_size, self.transformer.config.in_channels
+            shape = (batch_size, channels, size[0] * cells, size[1] * cells)
             latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
-        steps = TiedScheduler(self.scheduler, grain_map, num_inference_steps, device, generator)
+        layout = self.transformer.prepare_grain_map(grain_map)
+        steps = TiedScheduler(self.scheduler, layout, num_inference_steps, device, generator)
         latents = steps.prior(latents.to(device))  # (B, C, h * R, w * R)
 
-        # 4. What depends on the map alone, for steps with and without the unconditional half
+        # 4. Denoise
+        layouts, self._cached_pass = {False: layout}, None
         self._num_timesteps = len(steps.timesteps)
-        progresses = [i / self._num_timesteps for i in range(self._num_timesteps)]
-        layouts = {}
-        for guided in {self._guidance_at(p, guidance_interval, guidance_power) != 1.0 for p in progresses}:
-            layouts[guided] = self._prepare_layout(grain_map, guided, null_fine_ratio)
-        guided_ids = None
-        if ids is not None:
-            guided_ids = torch.cat([ids, torch.full_like(ids, self.transformer.config.num_classes)])  # (2 * B,)
-
-        # 5. Denoise
-        cached_pass = None
-        predicts_variance = self.transformer.out_channels == 2 * channels
-        scheduler_reads_variance = reads_variance(self.scheduler)
-        with self.transformer.fused_blocks(), self.progress_bar(total=self._num_timesteps) as progress_bar:
+        with self.progress_bar(total=self._num_timesteps) as progress_bar:
             for i, t in enumerate(steps.timesteps):
                 if self.interrupt:
                     break
                 self._current_timestep = t
-                scale = self._guidance_at(progresses[i], guidance_interval, guidance_power)
-                guided = scale != 1.0
-                if guided not in layouts:  # a callback has changed the scale
-                    layouts[guided] = self._prepare_layout(grain_map, guided, null_fine_ratio)
+                scale = self._guidance_at(i / self._num_timesteps, guidance_interval, guidance_power)
                 model_input, timestep = steps.model_input(latents, t)
-                model_input = model_input.to(self.transformer.dtype)
-                if guided != cached_pass:
-                    # What caches of diffusers hold is of the other pass, of a step long past, or of a failed call
-                    self.transformer._reset_stateful_cache()
-                    cached_pass = guided
-                if not guided:
-                    with self.transformer.cache_context("cond"):
-                        prediction = self.transformer(model_input, timestep, layouts[guided], ids).sample
-                    prediction = prediction.clone()  # a CUDA graph writes its next output to the same place
-                else:
-                    model_input = torch.cat([model_input, model_input])
-                    with self.transformer.cache_context("guided"):
-                        prediction = self.transformer(model_input, timestep, layouts[guided], guided_ids).sample
-                    prediction, null = prediction.chunk(2)
-                    noise, null_noise = prediction[:, :channels], null[:, :channels]
-                    noise = null_noise + scale * (noise - null_noise)
-                    prediction = torch.cat([noise, prediction[:, channels:]], dim=1)
-                if predicts_variance and not scheduler_reads_variance:
-                    prediction = prediction[:, :channels]
+                prediction = self._predict(model_input, timestep, layouts, ids, scale)  # (B, O, h * R, w * R)
                 latents = steps.step(prediction.to(latents.dtype), t, latents)
                 if callback_on_step_end is not None:
                     tensors = {"latents": latents} if "latents" in callback_on_step_end_tensor_inputs else {}
-                    latents = steps.tie(callback_on_step_end(self, i, t, tensors).get("latents", latents))
+                    latents = layout.tie(callback_on_step_end(self, i, t, tensors).get("latents", latents))
                 progress_bar.update()
 
-        # 6. Decode
-        check_tied(latents, grain_map)
+        # 5. Decode
+        layout.check_tied(latents)
         images = self.decode_latents(latents, output_type)
         self.maybe_free_model_hooks()
         if not return_dict:

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from diffusers import DDPMScheduler, EDMEulerScheduler
 
-from ..grains import tie
+from ..grains import GrainLayout
 
 
 class TiedScheduler:
@@ -17,11 +17,11 @@ class TiedScheduler:
     that leaves this class has been tied, so a loop written with it cannot forget to (without the tie the cells of a
     code drift apart without bound).
 
-        steps = TiedScheduler(scheduler, grain_map, num_inference_steps=25, device=device, generator=generator)
+        steps = TiedScheduler(scheduler, layout, num_inference_steps=25, device=device, generator=generator)
         latents = steps.prior(noise)
         for t in steps.timesteps:
             model_input, timestep = steps.model_input(latents, t)
-            noise_prediction = model(model_input, timestep, grain_map).sample
+            noise_prediction = model(model_input, timestep, layout).sample
             latents = steps.step(noise_prediction, t, latents)
 
     `timesteps` stay on the CPU, where schedulers look up their coefficients; what the network reads lies on the device
@@ -29,7 +29,7 @@ class TiedScheduler:
 
     Args:
         scheduler: the scheduler; its timesteps are set here.
-        grain_map: (B, h, w) int64.
+        layout: of the grain map.
         num_inference_steps: number of steps.
         device: where the latents are.
         generator: for schedulers that draw noise.
@@ -38,25 +38,26 @@ class TiedScheduler:
     def __init__(
         self,
         scheduler,
-        grain_map: torch.Tensor,
+        layout: GrainLayout,
         num_inference_steps: int,
         device: torch.device | str = "cpu",
         generator: torch.Generator | list[torch.Generator] | None = None,
     ):
         self.scheduler = scheduler
-        self.grain_map = grain_map
+        self.layout = layout
         self._edm = _EDMPreconditioning(scheduler) if isinstance(scheduler, EDMEulerScheduler) else None
         self.timesteps = set_timesteps(scheduler, num_inference_steps)
         network_timesteps = self.timesteps if self._edm is None else self._edm.timesteps(self.timesteps)
         if network_timesteps.is_floating_point():
             network_timesteps = network_timesteps.float()  # not every device has float64
         self._on_device = dict(zip(map(float, self.timesteps), network_timesteps.to(device)))
+        self._reads_variance = reads_variance(scheduler)
         self._step_kwargs = step_generator_kwargs(scheduler, generator)
 
     def prior(self, noise: torch.Tensor) -> torch.Tensor:
         """The first sample, from standard normal noise (B, C, H, W)."""
         # Schedulers of flow matching start from the noise itself and read the sample as it is.
-        return tie(noise, self.grain_map) * getattr(self.scheduler, "init_noise_sigma", 1.0)
+        return self.layout.tie(noise) * getattr(self.scheduler, "init_noise_sigma", 1.0)
 
     def model_input(self, latents: torch.Tensor, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """What the network reads at step `t` of `timesteps`: its input, as it was trained on, and its timestep."""
@@ -68,15 +69,13 @@ class TiedScheduler:
         return scaled, self._on_device[float(t)]
 
     def step(self, model_output: torch.Tensor, t: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
-        """The next sample, tied."""
+        """The next sample, tied. A variance that the network predicts beside is left out where no one reads it."""
+        if not self._reads_variance:
+            model_output = model_output[:, : latents.shape[1]]
         if self._edm is not None:
             model_output = self._edm.model_output(model_output, t, latents)
         previous = self.scheduler.step(model_output, t, latents, return_dict=False, **self._step_kwargs)[0]
-        return tie(previous.to(latents.dtype), self.grain_map)
-
-    def tie(self, latents: torch.Tensor) -> torch.Tensor:
-        """Tie a sample that something else, such as a callback, has changed."""
-        return tie(latents, self.grain_map)
+        return self.layout.tie(previous.to(latents.dtype))
 
 
 def set_timesteps(scheduler, num_inference_steps: int) -> torch.Tensor:

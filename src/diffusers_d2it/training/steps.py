@@ -53,7 +53,7 @@ def grain_signals(
         all cells together have about 1 once the autoencoder knows its scale. NaN where no region has that grain.
     """
     if fine_ratio is None:
-        fine_ratio = (vae.config.grain_ratios or [1 / vae.num_grains])[-1]
+        fine_ratio = vae.grain_ratios[-1]
     share = fine_share(grain_map, vae.num_grains).mean()
     signals = {"fine_share": share, "fine_drift": share - fine_ratio}
     if latents is not None:

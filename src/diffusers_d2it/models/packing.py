@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
-"""Where the tokens of RefineNet stand: all that depends on the grain map alone, worked out once per map.
+"""Where the tokens of RefineNet stand, worked out once per grain map.
 
 The map is constant along a sampling trajectory, so these indices are too. RefineNet of level l works on the regions
 whose grain is l or finer. Its tokens are packed: only these regions have any, whichever image they belong to, and the
@@ -20,12 +20,10 @@ Shapes:
 """
 
 import itertools
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
-
-from .grains import check_grain_map, grain_map_to_cells
 
 
 _ROUNDING = 64  # a rounded list of windows grows by less than this part of all windows
@@ -69,128 +67,17 @@ class RefineLayout:
     rounded: bool
 
 
-@dataclass(frozen=True)
-class GrainLayout:
-    """A grain map with the layout of every level of refinement, from `D2iTContentModel.prepare_grain_map`.
+def pack_levels(grain_map: torch.Tensor, num_grains: int, window_size: int, rounded: bool) -> tuple[RefineLayout, ...]:
+    """The packed tokens of levels 1 ... k-1.
 
     Args:
-        grain_map: (B, h, w) int64.
-        levels: the layouts of levels 1 ... k-1.
-        window_size: side of an attention window in tokens.
-        borrowed: (B, 1, h * R, w * R) bool, cells that RefineNet leaves out although their region is fine, and whose
-            correction is that of another image; None where it leaves out none.
-        lender: (B,) int64, this other image.
+        grain_map: (B, h, w) int64 with values 0 ... num_grains - 1.
+        num_grains: k.
+        window_size: side of an attention window in tokens, a multiple of 2 ** (k - 1), the side of a region.
+        rounded: round the lists of windows, for compiled blocks. They are left as they are where a window has more
+            than four regions: there are too many of them, and graphs are compiled for some maps anew.
     """
-
-    grain_map: torch.Tensor
-    levels: tuple[RefineLayout, ...]
-    window_size: int
-    borrowed: torch.Tensor | None = None
-    lender: torch.Tensor | None = None
-
-    @classmethod
-    def from_grain_map(
-        cls, grain_map: torch.Tensor, num_grains: int, window_size: int, rounded: bool = False
-    ) -> "GrainLayout":
-        """Work out the layout of a map.
-
-        Args:
-            grain_map: (B, h, w) int64 with values 0 ... num_grains - 1.
-            num_grains: k.
-            window_size: side of an attention window in tokens, a multiple of 2 ** (k - 1), the side of a region.
-            rounded: round the lists of windows, for compiled blocks. Lists are left as they are where a window has
-                more than four regions: there are too many of them.
-
-        Raises:
-            ValueError: what `check_grain_map` raises.
-        """
-        check_grain_map(grain_map, num_grains)
-        return cls(grain_map, _refine_layouts(grain_map, num_grains, window_size, rounded), window_size)
-
-    @classmethod
-    def for_guidance(
-        cls,
-        grain_map: torch.Tensor,
-        num_grains: int,
-        window_size: int,
-        rounded: bool = False,
-        null_fine_ratio: float | None = None,
-    ) -> "GrainLayout":
-        """The layout of a batch of conditional passes followed by the unconditional ones of the same maps.
-
-        Args:
-            grain_map: (B, h, w), for both halves.
-            num_grains, window_size, rounded: as in `from_grain_map`.
-            null_fine_ratio: share of the regions of an image, in [0, 1], that RefineNet corrects in the unconditional
-                pass, window by window; the others take the correction of the conditional pass. None corrects all that
-                are fine.
-
-        Raises:
-            ValueError: what `check_grain_map` raises.
-        """
-        both = torch.cat([grain_map, grain_map])
-        if null_fine_ratio is None:
-            return cls.from_grain_map(both, num_grains, window_size, rounded)
-        check_grain_map(grain_map, num_grains)
-        side = window_size // 2  # regions along a side of the largest windows, those of level 1
-        corrected = _spread_windows(grain_map, side, null_fine_ratio)
-        worked_on = torch.cat([grain_map, grain_map.masked_fill(~corrected, 0)])
-        cells = grain_map_to_cells(both != worked_on, 1 << (num_grains - 1))
-        batch = torch.arange(len(grain_map), device=grain_map.device).repeat(2)
-        levels = _refine_layouts(worked_on, num_grains, window_size, rounded)
-        return cls(both, levels, window_size, borrowed=cells[:, None], lender=batch)
-
-    def complete(self, residual: torch.Tensor) -> torch.Tensor:
-        """A correction (B, O, h * R, w * R) with what is borrowed from other images put in."""
-        if self.borrowed is None:
-            return residual
-        return torch.where(self.borrowed, residual.index_select(0, self.lender), residual)
-
-    def to(self, device: torch.device | str) -> "GrainLayout":
-        """The layout on another device."""
-        return _to(self, torch.device(device))
-
-
-def can_round(window_size: int) -> bool:
-    """Whether windows are small enough for their lists to be rounded."""
-    return (window_size // 2) ** 2 <= _MAX_LISTS  # regions in a window of the first level, where they are the most
-
-
-def _to(value, device: torch.device):
-    if isinstance(value, torch.Tensor):
-        return value.to(device)
-    if isinstance(value, tuple):
-        return tuple(_to(one, device) for one in value)
-    if isinstance(value, (GrainLayout, RefineLayout, WindowGroup)):
-        return replace(value, **{name: _to(one, device) for name, one in vars(value).items()})
-    return value
-
-
-def _spread_windows(grain_map: torch.Tensor, side: int, ratio: float) -> torch.Tensor:
-    """Windows, spread over each image, that together hold this share of its regions, or all its fine ones: (B, h, w).
-
-    Whole windows, because what attention computes for a region depends on which others of its window take part.
-    """
-    batch, height, width = grain_map.shape
-    rows = torch.arange(height, device=grain_map.device) // side
-    columns = torch.arange(width, device=grain_map.device) // side
-    windows_wide = -(-width // side)
-    window = (rows[:, None] * windows_wide + columns).flatten().expand(batch, -1)  # (B, h * w)
-    num_windows = -(-height // side) * windows_wide
-    fine = window.new_zeros(batch, num_windows).scatter_add_(1, window, (grain_map > 0).long().flatten(1))
-    # Multiples of the golden ratio, modulo one: however many of them are taken, they lie evenly over the image.
-    golden = (5**0.5 - 1) / 2
-    order = (torch.arange(num_windows, dtype=torch.float64) * golden % 1).argsort().to(grain_map.device)
-    before = fine[:, order].cumsum(1) - fine[:, order]
-    taken = torch.zeros_like(fine, dtype=torch.bool)
-    taken[:, order] = before < round(ratio * height * width)
-    return taken.gather(1, window).view(batch, height, width)
-
-
-def _refine_layouts(
-    grain_map: torch.Tensor, num_grains: int, window_size: int, rounded: bool
-) -> tuple[RefineLayout, ...]:
-    rounded = rounded and can_round(window_size)
+    rounded = rounded and (window_size // 2) ** 2 <= _MAX_LISTS  # regions in a window of the first level, the most
     levels = []
     position = torch.arange(grain_map.numel(), device=grain_map.device)  # of each region in the level before
     for level in range(1, num_grains):
