@@ -439,7 +439,7 @@ def test_tie_keeps_the_dtype(dtype):
 
 
 @pytest.mark.parametrize("num_grains", [2, 3])
-def test_average_codes_takes_the_mean_of_every_code_of_one_grain(num_grains):
+def test_average_takes_the_mean_of_every_code_of_one_grain(num_grains):
     grain_map = random_maps(num_grains)
     latents = random_latents(grain_map, num_grains)
     for averaged_grain in range(num_grains):
@@ -454,7 +454,7 @@ def test_average_codes_takes_the_mean_of_every_code_of_one_grain(num_grains):
 
 
 @pytest.mark.parametrize("num_grains", [2, 3])
-def test_average_codes_of_every_grain_is_tied_and_leaves_tied_latents_alone(num_grains):
+def test_average_of_every_grain_is_tied_and_leaves_tied_latents_alone(num_grains):
     grain_map = random_maps(num_grains)
     latents = random_latents(grain_map, num_grains)
     layout = GrainLayout.from_grain_map(grain_map, num_grains)

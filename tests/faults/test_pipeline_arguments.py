@@ -22,7 +22,6 @@ FINE = {
     "grain_guidance_scale": [-1, 0, 2.5],
     "fine_ratio": [0],
     "guidance_power": [2.5],
-    "null_fine_ratio": [0],
     "callback_on_step_end_tensor_inputs": [[]],
 }
 

@@ -139,7 +139,7 @@ def test_a_failing_compiler_is_an_error_with_its_cause(make_content_model, compi
 @pytest.mark.parametrize("compiled", ["blocks", "model"])
 def test_errors_of_the_caller_stay_errors(make_content_model, compiled):
     model = make_content_model()
-    (model.compile if compiled == "model" else model.compile_repeated_blocks)(backend="eager", fullgraph=True)
+    (model.compile if compiled == "model" else model.compile_repeated_blocks)(backend="eager")
     grain_map = maps()[5]
     latents, timesteps, labels = inputs_for(grain_map)
     layout = model.prepare_grain_map(grain_map)

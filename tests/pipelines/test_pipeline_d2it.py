@@ -323,7 +323,6 @@ def test_bf16_pipeline_is_close_to_fp32(make_pipeline):
         ({"guidance_interval": (-0.1, 0.5)}, "guidance_interval"),
         ({"guidance_interval": (0.0, float("nan"))}, "guidance_interval"),
         ({"guidance_power": -1.0}, "guidance_power"),
-        ({"null_fine_ratio": 1.1}, "null_fine_ratio"),
         ({"fine_ratio": 1.5}, "fine_ratio"),
         ({"fine_ratio": float("nan")}, "fine_ratio"),
         ({"output_type": "jpg"}, "output_type"),
