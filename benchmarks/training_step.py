@@ -28,7 +28,7 @@ from common import Claim, Timing, load_photographs, parse_args, report
 from diffusers import DDIMScheduler
 
 from diffusers_d2it import D2iTGrainModel, DynamicAutoencoderKL, load_preset
-from diffusers_d2it.data.latent_cache_files import LatentCachePlan, describe_vae
+from diffusers_d2it.data.latent_cache import LatentCachePlan, describe_vae
 from diffusers_d2it.data.latent_cache_writer import EncodedRows, LatentCacheWriter, encode_images
 
 
@@ -77,13 +77,13 @@ def write_cache(folder: Path, vae: DynamicAutoencoderKL, num_images: int, rows_p
         num_classes=10,
         id2label={label: str(label) for label in range(10)},
     )
-    writer = LatentCacheWriter(folder, plan, Accelerator(cpu=True))
-    for shard in writer.start():
-        rows = torch.arange(plan.rows(shard).start, plan.rows(shard).stop)
-        parts = [encode_images(vae, pixels[part], flips=True) for part in rows.split(256)]
-        tensors = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-        writer.write_shard(shard, EncodedRows({**tensors, "class_labels": rows % 10, "rows": rows}))
-    writer.finish()
+    with LatentCacheWriter(folder, plan, Accelerator(cpu=True)) as writer:
+        for shard in writer.shards:
+            rows = torch.arange(plan.rows(shard).start, plan.rows(shard).stop)
+            parts = [encode_images(vae, pixels[part], flips=True) for part in rows.split(256)]
+            tensors = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+            writer.write_shard(shard, EncodedRows({**tensors, "class_labels": rows % 10, "rows": rows}))
+        writer.finish()
 
 
 def time_steps(folder: Path, output: Path, num_workers: int, num_steps: int) -> list[tuple[float, float, float]]:
@@ -162,7 +162,7 @@ def main() -> None:
         claims.append(Claim("optimizer and average, share of a step", shares[0][1], 0.10))
         notes["waiting, share of a step with a worker"] = shares[1][0]
 
-        sizes = [sum(path.stat().st_size for path in cache.glob("*.safetensors")) / 2**20 for cache in caches]
+        sizes = [sum(path.stat().st_size for path in cache.rglob("*.safetensors")) / 2**20 for cache in caches]
         memory = [statistics.median(anonymous_memory(cache) for _ in range(3)) / 1024 for cache in caches]
         for name, size, used in zip(("a cache", "ten times as many images"), sizes, memory):
             notes[f"MiB of {name}"], notes[f"MiB of anonymous memory, {name}"] = size, used

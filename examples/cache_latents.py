@@ -16,7 +16,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 
-from diffusers_d2it.data.latent_cache_files import LatentCachePlan, describe_vae
+from diffusers_d2it.data.latent_cache import LatentCachePlan, describe_vae
 from diffusers_d2it.data.latent_cache_writer import LatentCacheWriter, encode_shards
 from diffusers_d2it.data.source import load_images
 from diffusers_d2it.training.training_data import load_autoencoder
@@ -60,26 +60,24 @@ def main(args: argparse.Namespace) -> None:
         id2label=source.id2label,
     )
     accelerator.print(source)
-    writer = LatentCacheWriter(args.output_dir, plan, accelerator)
-    shards = writer.start()
-    encoded = encode_shards(
-        vae,
-        source,
-        plan,
-        shards,
-        args.encode_batch_size,
-        args.dataloader_num_workers,
-        progress=accelerator.is_main_process,
-    )
-    for shard, contents in encoded:
-        writer.write_shard(shard, contents)
-    index = writer.finish()
+    with LatentCacheWriter(args.output_dir, plan, accelerator) as writer:
+        encoded = encode_shards(
+            vae,
+            source,
+            plan,
+            writer.shards,
+            args.encode_batch_size,
+            args.dataloader_num_workers,
+            progress=accelerator.is_main_process,
+        )
+        for shard, contents in encoded:
+            writer.write_shard(shard, contents)
+        bad_images = writer.finish()
     if accelerator.is_main_process:
-        bad = len(index["bad_images"])
         print(
-            f"{args.output_dir}: {index['num_images']} images in {plan.num_shards} shards, written by"
-            f" {accelerator.num_processes} processes; {bad} unusable images left out"
-            + (", named in index.json" if bad else "")
+            f"{args.output_dir}: {plan.num_rows - len(bad_images)} images in {plan.num_shards} shards, written by"
+            f" {accelerator.num_processes} processes; {len(bad_images)} unusable images left out"
+            + (", named in bad_images.json of their shards" if bad_images else "")
         )
 
 

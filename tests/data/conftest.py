@@ -10,7 +10,7 @@ import pytest
 from accelerate import Accelerator
 from photo_caches import Photographs, to_png
 
-from diffusers_d2it.data.latent_cache_files import LatentCachePlan, describe_vae
+from diffusers_d2it.data.latent_cache import LatentCachePlan, describe_vae
 from diffusers_d2it.data.latent_cache_writer import LatentCacheWriter, encode_shards
 
 
@@ -36,15 +36,15 @@ def make_plan():
 
 @pytest.fixture
 def write_cache(load_photos, make_plan):
-    """write_cache(folder, vae, files=None, **plan): write a cache of eight photographs and return its index."""
+    """write_cache(folder, vae, files=None, **plan): write a cache of eight photographs; the images left out."""
 
-    def write(folder: Path, vae, files: list[bytes] | None = None, **plan) -> dict:
+    def write(folder: Path, vae, files: list[bytes] | None = None, **plan) -> list[dict]:
         files = files or [to_png(photo) for photo in load_photos(vae.config.sample_size)]
         plan = make_plan(vae, num_rows=len(files), **plan)
-        writer = LatentCacheWriter(folder, plan, Accelerator(cpu=True))
-        for shard, contents in encode_shards(vae, Photographs(files), plan, writer.start(), batch_size=2):
-            writer.write_shard(shard, contents)
-        return writer.finish()
+        with LatentCacheWriter(folder, plan, Accelerator(cpu=True)) as writer:
+            for shard, contents in encode_shards(vae, Photographs(files), plan, writer.shards, batch_size=2):
+                writer.write_shard(shard, contents)
+            return writer.finish()
 
     return write
 

@@ -11,7 +11,8 @@ import torch
 from diffusers_d2it.data.images import to_pixels
 
 
-SHARD = "shard-00001.safetensors"  # of the fixture `cache`, its second one
+SHARD = "shard-00001"  # of the fixture `cache`, its second one
+CODES = f"{SHARD}/codes.safetensors"
 
 
 def to_png(pixels: torch.Tensor) -> bytes:
@@ -37,7 +38,8 @@ class Photographs:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.is_file()}
+    """Of every file, by its path in the folder."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def flip_bit(path: Path, position: int) -> None:

@@ -130,7 +130,4 @@ def test_latent_caches(tmp_path, make_pipeline, fault):
     def load() -> None:
         LatentCache(tmp_path / "cache", way.components.vae, seed=0, resolution=32)
 
-    # The records beside the shards are for the writer: a reader has them all in index.json
-    for record in (tmp_path / "cache").glob("shard-*.json"):
-        record.unlink()
     try_damages(count, tmp_path / "cache", load)

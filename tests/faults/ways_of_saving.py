@@ -16,8 +16,7 @@ from PIL import Image
 
 from diffusers_d2it import D2iTGrainModel, D2iTPipeline, DynamicAutoencoderKL
 from diffusers_d2it.conversion.transfer import ConversionReport, save_converted
-from diffusers_d2it.data.latent_cache import LatentCache
-from diffusers_d2it.data.latent_cache_files import LatentCachePlan, describe_vae
+from diffusers_d2it.data.latent_cache import LatentCache, LatentCachePlan, describe_vae
 from diffusers_d2it.data.latent_cache_writer import EncodedRows, LatentCacheWriter
 from diffusers_d2it.files import lock
 from diffusers_d2it.files.folders import write_text_durably
@@ -173,13 +172,10 @@ class SaveCache(Way):
         )  # fmt: skip
 
     def save(self, version):
-        writer = LatentCacheWriter(self.folder / "cache", self.plan, Accelerator(cpu=True))
-        try:
-            for shard in writer.start():
+        with LatentCacheWriter(self.folder / "cache", self.plan, Accelerator(cpu=True)) as writer:
+            for shard in writer.shards:
                 writer.write_shard(shard, self._contents(shard))
             writer.finish()
-        finally:
-            writer._release()
 
     def _contents(self, shard: int) -> EncodedRows:
         rows = list(self.plan.rows(shard))

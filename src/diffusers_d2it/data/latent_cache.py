@@ -1,29 +1,207 @@
 # Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
-"""Train from codes that were encoded once: the data set that reads a latent cache.
+"""Train from codes that were encoded once: a latent cache on disk, and the data set that reads it.
 
 What is read are posteriors at every grain, not samples at one: a step still draws its own noise, flip and fine ratio.
+
+    plan.json                      what is cached, of which autoencoder and which images; written first
+    shard-00000/codes.safetensors  the codes of rows 0 ... rows_per_shard - 1 of the images
+    shard-00000/bad_images.json    the images among them that were left out
+    manifest.json                  seals the plan and the manifests of all shards; written last
+
+Every shard is saved and sealed as any other folder: it is there whole, or not at all. The cache counts when its own
+manifest is there.
+
+Tensors of a shard of n images, V = 2 for an image and its mirror, V = 1 without flips:
+    moments.<grain>  (n, V, 2C, H/f, W/f) float16, means and log-variances on the grain's own grid; 0 is the coarsest
+    entropy          (n, h, w) float32, nats; of the image, that of the mirror is its mirror
+    class_labels     (n,) int64, 0 without labels
+    rows             (n,) int64, numbers of the images in the data set, ascending
 """
 
+import hashlib
+import json
 import random
 from bisect import bisect_right
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, fields
 from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch.utils.data import Dataset
 
-from ..files.folders import check_sha256, check_size
+from ..entropy import NUM_BINS, SIGMA
+from ..files import is_sealed, read_json
+from ..files import verify as verify_folder
+from ..files.folders import MANIFEST, check_sha256, check_size, file_sha256, settle
 from ..models.autoencoder_kl_dynamic import DynamicAutoencoderKL
-from .latent_cache_files import (
-    LatentCachePlan,
-    describe_vae,
-    read_index,
-    shard_metadata,
-    shard_path,
-)
+from ..words import differences
+
+
+PLAN = "plan.json"
+CODES = "codes.safetensors"
+BAD_IMAGES = "bad_images.json"
+
+_FORMAT = "latent cache of diffusers-d2it"
+_VERSION = 2  # 1 had indices of its own in the place of manifests
+
+# What `encode_grains` and `region_entropy` do not read: a cache outlives a tuned decoder or a new calibration.
+_MODULES_OF_DECODING = ("decoder.", "post_quant_conv.")
+_CONFIG_OF_DECODING = {
+    "out_channels",
+    "decoder_block_out_channels",
+    "use_post_quant_conv",
+    "sample_size",
+    "scaling_factor",
+    "shift_factor",
+    "grain_ratios",
+    "calibration",
+}
+
+
+def vae_fingerprint(vae: DynamicAutoencoderKL) -> str:
+    """SHA-256 of all that decides how an autoencoder encodes: configuration, names, shapes and float32 weights.
+
+    The decoder has no part in it, nor have scale, shift and thresholds, which are applied to codes after they are
+    read. The bins and the width by which the calibration counts entropy have one.
+    """
+    calibration = vae.config.calibration or {}
+    config = {
+        key: value for key, value in vae.config.items() if key not in _CONFIG_OF_DECODING and not key.startswith("_")
+    }
+    config.update(num_bins=calibration.get("num_bins", NUM_BINS), sigma=calibration.get("sigma", SIGMA))
+    sha256 = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+    for name, tensor in sorted(vae.state_dict().items()):
+        if not name.startswith(_MODULES_OF_DECODING):
+            sha256.update(f"\n{name} {tuple(tensor.shape)}\n".encode())
+            sha256.update(tensor.to("cpu", torch.float32).contiguous().numpy())
+    return sha256.hexdigest()
+
+
+def describe_vae(vae: DynamicAutoencoderKL) -> dict:
+    """The fields of a plan that an autoencoder decides."""
+    return {
+        "vae_fingerprint": vae_fingerprint(vae),
+        "scaling_factor": vae.config.scaling_factor,
+        "shift_factor": vae.config.shift_factor or 0.0,
+        "downsample_factors": list(vae.config.downsample_factors),
+        "latent_channels": vae.config.latent_channels,
+    }
+
+
+@dataclass(frozen=True)
+class LatentCachePlan:
+    """What a cache holds, decided before the first image is encoded.
+
+    Attributes:
+        vae_fingerprint: from `vae_fingerprint`.
+        scaling_factor: of the autoencoder; the stored moments are not scaled.
+        shift_factor: of the autoencoder, 0.0 for none.
+        downsample_factors: finest first.
+        latent_channels: C.
+        resolution: side of the images in pixels.
+        flips: whether the mirrored images are stored too.
+        source: the images in words.
+        data_fingerprint: changes when the images do.
+        num_rows: number of images, unusable ones included.
+        rows_per_shard: rows of a shard; the last may have fewer.
+        num_classes: size of the label table, None without labels.
+        id2label: names of the classes that occur, None without labels.
+    """
+
+    vae_fingerprint: str
+    scaling_factor: float
+    shift_factor: float
+    downsample_factors: list[int]
+    latent_channels: int
+    resolution: int
+    flips: bool
+    source: str
+    data_fingerprint: str
+    num_rows: int
+    rows_per_shard: int
+    num_classes: int | None
+    id2label: dict[int, str] | None
+
+    def __post_init__(self) -> None:
+        for name in ("num_rows", "rows_per_shard", "resolution"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` of a latent cache must be at least 1, got {getattr(self, name)}.")
+        if self.resolution % self.downsample_factors[-1]:
+            raise ValueError(
+                f"`resolution` {self.resolution} is not a multiple of the region size {self.downsample_factors[-1]}."
+            )
+
+    @property
+    def num_shards(self) -> int:
+        """Number of shards."""
+        return -(-self.num_rows // self.rows_per_shard)
+
+    def rows(self, shard: int) -> range:
+        """The rows of a shard."""
+        return range(shard * self.rows_per_shard, min((shard + 1) * self.rows_per_shard, self.num_rows))
+
+    def to_json(self) -> dict[str, Any]:
+        """The values of plan.json."""
+        return json.loads(json.dumps({"format": _FORMAT, "version": _VERSION, **asdict(self)}, allow_nan=False))
+
+    @classmethod
+    def load(cls, folder: Path) -> "LatentCachePlan":
+        """Read plan.json.
+
+        Raises:
+            ValueError: it is missing or damaged, or of another version of the format.
+        """
+        path = folder / PLAN
+        if not path.is_file():
+            raise ValueError(f"{folder} is no latent cache: it has no {PLAN}.")
+        stored = read_json(path)
+        found = stored.pop("format", None), stored.pop("version", None)
+        if found != (_FORMAT, _VERSION):
+            raise ValueError(
+                f"{path} must be of {_FORMAT!r}, version {_VERSION}, got {found[0]!r}, version {found[1]!r}: write the"
+                " cache anew, into another folder, by `accelerate launch examples/cache_latents.py`."
+            )
+        if stored.keys() != {field.name for field in fields(cls)}:
+            raise ValueError(f"{path} is damaged: it has the fields {sorted(stored)}.")
+        if stored["id2label"] is not None:
+            stored["id2label"] = {int(label): name for label, name in stored["id2label"].items()}
+        return cls(**stored)
+
+
+def shard_folder(folder: Path, shard: int) -> Path:
+    """Where a shard lies."""
+    return folder / f"shard-{shard:05d}"
+
+
+def shard_metadata(plan_sha256: str, shard: int) -> dict[str, str]:
+    """What the header of the codes of a shard says of its place.
+
+    One entry: safetensors writes several in random order, and equal shards would differ.
+    """
+    return {"latent_cache": json.dumps({"plan_sha256": plan_sha256, "shard": shard})}
+
+
+def read_bad_images(folder: Path, shard: int) -> list[dict]:
+    """The images that a shard leaves out, {"row", "name", "reason"}; the sizes of its files are compared.
+
+    Raises:
+        ValueError: a file of the shard is missing or damaged.
+    """
+    path = shard_folder(folder, shard)
+    records = settle(path)["files"]
+    for name, record in records.items():
+        check_size(path / name, record["bytes"])
+    check_sha256(path / BAD_IMAGES, records[BAD_IMAGES]["sha256"])
+    return read_json(path / BAD_IMAGES)["bad_images"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 class LatentCache(Dataset):
@@ -45,7 +223,7 @@ class LatentCache(Dataset):
         seed: with the epoch and the number of the image in its data set it decides every flip.
         resolution: side of the images in pixels that training expects; None for whatever the cache has.
         moments: False leaves them out: the grain model is trained on entropy alone.
-        verify: compare the SHA-256 of the shards, which reads all of them once; sizes are always compared.
+        verify: compare the SHA-256 of the shards, which reads all of them once; sizes are compared in any case.
         process_index: of this process, out of `num_processes` that share the verification.
         num_processes: how many share it.
 
@@ -71,33 +249,33 @@ class LatentCache(Dataset):
         self.moments = moments
         self.epoch = 0
         self.plan = LatentCachePlan.load(self.folder)
-        index = read_index(self.folder)
+        shards = range(self.plan.num_shards)
+        if not is_sealed(self.folder):
+            finished = sum(is_sealed(shard_folder(self.folder, shard)) for shard in shards)
+            raise ValueError(
+                f"latent cache {self.folder} is unfinished: {finished} of {len(shards)} shards, no {MANIFEST}. Run the"
+                " same command of examples/cache_latents.py again."
+            )
+        verify_folder(self.folder)
         expected = {} if vae is None else describe_vae(vae)
         if resolution is not None:
             expected["resolution"] = resolution
-        differences = self.plan.differences(expected)
-        if differences:
+        differ = differences({name: getattr(self.plan, name) for name in expected}, expected)
+        if differ:
             raise ValueError(
-                f"latent cache {self.folder} does not fit this training: {'; '.join(differences)}. Write one with"
+                f"latent cache {self.folder} does not fit this training: {'; '.join(differ)}. Write one with"
                 " examples/cache_latents.py for this autoencoder and resolution."
             )
-
-        self._plan_sha256 = index["plan_sha256"]
-        self._sha256 = index["sha256"]
-        self._ends = list(accumulate(shard["num_images"] for shard in index["shards"]))  # index after each shard
-        self._num_grains = len(self.plan.downsample_factors)
-        self._arrays: dict[int, dict[str, np.ndarray]] = {}
-        for number, shard in enumerate(index["shards"]):
-            check_size(shard_path(self.folder, number), shard["bytes"])
+        num_images = [len(self.plan.rows(shard)) - len(read_bad_images(self.folder, shard)) for shard in shards]
         if verify:
             with ThreadPoolExecutor() as threads:  # hashing leaves Python's lock
-                checks = [
-                    threads.submit(check_sha256, shard_path(self.folder, number), shard["sha256"])
-                    for number, shard in enumerate(index["shards"])
-                    if number % num_processes == process_index
-                ]
-            for check in checks:
-                check.result()
+                share = (shard_folder(self.folder, shard) for shard in shards[process_index::num_processes])
+                list(threads.map(verify_folder, share))
+        self._ends = list(accumulate(num_images))  # index after each shard
+        self._plan_sha256 = file_sha256(self.folder / PLAN)
+        self._fingerprint = file_sha256(self.folder / MANIFEST)
+        self._num_grains = len(self.plan.downsample_factors)
+        self._arrays: dict[int, dict[str, np.ndarray]] = {}
 
     @property
     def id2label(self) -> dict[int, str] | None:
@@ -116,8 +294,8 @@ class LatentCache(Dataset):
 
     @property
     def fingerprint(self) -> str:
-        """Changes when anything in the cache does: SHA-256 over those of its plan and shards."""
-        return self._sha256
+        """Changes when anything in the cache does: SHA-256 of its manifest."""
+        return self._fingerprint
 
     def set_epoch(self, epoch: int) -> None:
         """Draw other flips."""
@@ -171,7 +349,7 @@ class LatentCache(Dataset):
         return self._arrays[shard], index - (self._ends[shard - 1] if shard else 0)
 
     def _open(self, shard: int) -> dict[str, np.ndarray]:
-        path = shard_path(self.folder, shard)
+        path = shard_folder(self.folder, shard) / CODES
         try:
             # As tensors, safetensors maps the file into memory; what is not touched is not read.
             with safe_open(path, "pt") as file:

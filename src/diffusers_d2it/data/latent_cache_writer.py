@@ -4,33 +4,42 @@
 Shards do not depend on who writes them: the rows of each are encoded in batches counted from its first row.
 """
 
+import json
 import warnings
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from filelock import FileLock, Timeout
 from safetensors.torch import save_file
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from ..files.folders import STAGING, check_sha256, check_size, file_sha256, sweep, write_durably, write_text_durably
+from ..files import (
+    lock,
+    on_main_process,
+    remove_folder,
+    save_folder,
+    seal,
+    sweep,
+    verify,
+    write_text_durably,
+)
+from ..files.folders import MANIFEST, STAGING, file_sha256
 from ..models.autoencoder_kl_dynamic import DynamicAutoencoderKL
+from ..words import differences
 from .images import UnusableImageError, decode_image, to_pixels
-from .latent_cache_files import (
-    INDEX,
-    LOCK,
+from .latent_cache import (
+    BAD_IMAGES,
+    CODES,
     PLAN,
     LatentCachePlan,
-    ShardRecord,
-    index_to_json,
-    read_index,
-    record_path,
+    read_bad_images,
+    shard_folder,
     shard_metadata,
-    shard_path,
 )
 from .source import ImageSource
 
@@ -43,7 +52,7 @@ class EncodedRows:
     """The contents of a shard, or of a batch of it.
 
     Args:
-        tensors: by their names in a shard, see `latent_cache_files`.
+        tensors: by their names in a shard, see `latent_cache`.
         bad_images: those left out, {"row", "name", "reason"}.
     """
 
@@ -172,127 +181,118 @@ def _encode_batch(
 
 
 class LatentCacheWriter:
-    """Writes the shards of a plan, and at last the index that makes them a cache.
+    """Writes the shards of a plan, and at last the manifest that makes them a cache.
 
-        writer = LatentCacheWriter(folder, plan, accelerator)
-        for shard, contents in encode_shards(vae, source, plan, writer.start(), batch_size=32):
-            writer.write_shard(shard, contents)
-        index = writer.finish()
+        with LatentCacheWriter(folder, plan, accelerator) as writer:
+            for shard, contents in encode_shards(vae, source, plan, writer.shards, batch_size=32):
+                writer.write_shard(shard, contents)
+            bad_images = writer.finish()
 
-    Killed at any moment and called again with the same plan it keeps the finished shards.
+    Killed at any moment and called again with the same plan it keeps the finished shards. On entering they are
+    verified, each by one process; a damaged one is reported and written again.
 
     Args:
         folder: new or empty, or left by an interrupted run.
         plan: what the cache holds.
         accelerator: its processes share the shards; each must see the folder.
+
+    Attributes:
+        shards: numbers of the shards that this process has to write.
+
+    Raises:
+        ValueError: on entering, the folder holds something else or another plan, or another run is writing to it.
     """
 
     def __init__(self, folder: str | Path, plan: LatentCachePlan, accelerator: Accelerator):
         self.folder = Path(folder)
         self.plan = plan
         self.accelerator = accelerator
+        self.shards: list[int] = []
         self._plan_sha256 = ""
-        self._lock: FileLock | None = None
+        self._lock = ExitStack()
 
-    def start(self) -> list[int]:
-        """Prepare the folder and return the numbers of the shards that this process has to write.
-
-        Finished shards are verified, each by one process; a damaged one is reported and written again.
-
-        Raises:
-            ValueError: the folder holds something else or another plan, or another run is writing to it.
-        """
-        if self.accelerator.is_main_process:
-            self._prepare_folder()
-        self.accelerator.wait_for_everyone()
-        stored = LatentCachePlan.load(self.folder)
-        differences = stored.differences(vars(self.plan))
-        if differences:
-            self._release()
+    def __enter__(self) -> "LatentCacheWriter":
+        on_main_process(self.accelerator, self._take_folder)
+        differ = differences(LatentCachePlan.load(self.folder).to_json(), self.plan.to_json())
+        if differ:
+            self._lock.close()
             raise ValueError(
-                f"{self.folder} holds a latent cache of another plan: {'; '.join(differences)}. Repeat the command"
-                " that began it, or choose another folder."
+                f"{self.folder} holds a latent cache of another plan: {'; '.join(differ)}. Repeat the command that"
+                " began it, or choose another folder."
             )
         self._plan_sha256 = file_sha256(self.folder / PLAN)
 
         # A share of the verification, then a share of what is missing: one process has not all the work that is left.
         for shard in self._share(range(self.plan.num_shards)):
-            self._drop_if_damaged(shard)
+            self._drop_if_damaged(shard_folder(self.folder, shard))
         self.accelerator.wait_for_everyone()
-        missing = [shard for shard in range(self.plan.num_shards) if not record_path(self.folder, shard).is_file()]
+        missing = [shard for shard in range(self.plan.num_shards) if not shard_folder(self.folder, shard).is_dir()]
         if missing and self.accelerator.is_main_process:
-            (self.folder / INDEX).unlink(missing_ok=True)
+            (self.folder / MANIFEST).unlink(missing_ok=True)
         self.accelerator.wait_for_everyone()
-        return self._share(missing)
+        self.shards = self._share(missing)
+        return self
+
+    def __exit__(self, *error) -> None:
+        self._lock.close()
 
     def write_shard(self, shard: int, contents: EncodedRows) -> None:
-        """Write a shard and its record, each whole or not at all.
+        """Write a shard, whole or not at all.
 
         Raises:
             ValueError: the contents do not match the plan.
         """
         tensors = self._check(shard, contents)
-        path = shard_path(self.folder, shard)
-        metadata = shard_metadata(self._plan_sha256, shard)
-        write_durably(path, lambda staged: save_file(tensors, staged, metadata=metadata))
-        record = ShardRecord(path.stat().st_size, file_sha256(path), len(tensors["rows"]), contents.bad_images)
-        write_text_durably(record_path(self.folder, shard), record.to_json())
 
-    def finish(self) -> dict:
-        """Wait for all processes, write the index and return it.
+        def save(staging: str) -> None:
+            save_file(tensors, Path(staging, CODES), metadata=shard_metadata(self._plan_sha256, shard))
+            text = json.dumps({"bad_images": contents.bad_images}, indent=2) + "\n"
+            Path(staging, BAD_IMAGES).write_text(text, encoding="utf-8")
+
+        save_folder(shard_folder(self.folder, shard), save)
+
+    def finish(self) -> list[dict]:
+        """Wait for all processes, seal the cache and return the images that were left out, {"row", "name", "reason"}.
 
         Raises:
-            ValueError: a shard is missing or has another size than its record, or no image could be used.
+            ValueError: a shard is missing or has another size than it should, or no image could be used.
         """
         self.accelerator.wait_for_everyone()
-        records = [ShardRecord.load(self.folder, shard) for shard in range(self.plan.num_shards)]
-        for shard, record in enumerate(records):
-            check_size(shard_path(self.folder, shard), record.bytes)
-        if not any(record.num_images for record in records):
-            image = records[0].bad_images[0]
-            raise ValueError(f"none of {self.plan.num_rows} images can be used, {image['name']}: {image['reason']}")
-        if self.accelerator.is_main_process:
-            write_text_durably(self.folder / INDEX, index_to_json(self._plan_sha256, records))
-            sweep(self.folder)
-        self._release()
-        self.accelerator.wait_for_everyone()
-        return read_index(self.folder)
+        return on_main_process(self.accelerator, self._seal)
 
-    def _prepare_folder(self) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        if not (self.folder / PLAN).is_file():
-            names = sorted(path.name for path in self.folder.iterdir())
-            found = [name for name in names if name != LOCK and not name.startswith(STAGING)]
+    def _take_folder(self) -> None:
+        """Lock the folder for this run, and see that it holds a plan."""
+        is_new = not (self.folder / PLAN).is_file()
+        if is_new and self.folder.is_dir():
+            found = [path.name for path in sorted(self.folder.iterdir()) if not path.name.startswith(STAGING)]
             if found:
                 raise ValueError(f"{self.folder} is neither empty nor a latent cache, it holds {found[0]}.")
-        self._lock = FileLock(self.folder / LOCK)
-        try:
-            self._lock.acquire(timeout=_LOCK_SECONDS)
-        except Timeout:
-            raise ValueError(f"another run is writing to {self.folder}.") from None
-        sweep(self.folder)
-        if not (self.folder / PLAN).is_file():
-            write_text_durably(self.folder / PLAN, self.plan.to_json())
+        self._lock = lock(self.folder, wait=_LOCK_SECONDS)
+        if is_new:
+            write_text_durably(self.folder / PLAN, json.dumps(self.plan.to_json(), indent=2) + "\n")
 
-    def _release(self) -> None:
-        if self._lock is not None:
-            (self.folder / LOCK).unlink()
-            self._lock.release()
-            self._lock = None
+    def _seal(self) -> list[dict]:
+        left_out = [read_bad_images(self.folder, shard) for shard in range(self.plan.num_shards)]
+        bad_images = [image for images in left_out for image in images]
+        if len(bad_images) == self.plan.num_rows:
+            image = bad_images[0]
+            raise ValueError(f"none of {self.plan.num_rows} images can be used, {image['name']}: {image['reason']}")
+        shards = (shard_folder(self.folder, shard) for shard in range(self.plan.num_shards))
+        seal(self.folder, [self.folder / PLAN, *(shard / MANIFEST for shard in shards)])
+        sweep(self.folder)
+        return bad_images
 
     def _share(self, shards) -> list[int]:
         return list(shards)[self.accelerator.process_index :: self.accelerator.num_processes]
 
-    def _drop_if_damaged(self, shard: int) -> None:
-        if not record_path(self.folder, shard).is_file():
+    def _drop_if_damaged(self, shard: Path) -> None:
+        if not shard.is_dir():
             return
         try:
-            record = ShardRecord.load(self.folder, shard)
-            check_size(shard_path(self.folder, shard), record.bytes)
-            check_sha256(shard_path(self.folder, shard), record.sha256)
+            verify(shard)
         except ValueError as error:
             warnings.warn(f"{error} The shard is written again.", stacklevel=3)
-            record_path(self.folder, shard).unlink()
+            remove_folder(shard)
 
     def _check(self, shard: int, contents: EncodedRows) -> dict[str, torch.Tensor]:
         """The tensors of a shard, empty ones where no image could be used."""

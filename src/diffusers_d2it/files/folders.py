@@ -18,7 +18,7 @@ import re
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -84,14 +84,18 @@ def save_folder(folder: str | os.PathLike, save: Callable[[str], object]) -> Non
         _commit_inside(staging, folder)
 
 
-def seal(folder: Path) -> None:
-    """Force every file of a folder to the disk, and write the manifest that lists them, last.
+def seal(folder: Path, paths: Iterable[Path] | None = None) -> None:
+    """Force files of a folder to the disk, and write the manifest that lists them, last.
 
     Files get the modes of any new file of this user: safetensors makes them readable by their owner alone.
+
+    Args:
+        folder: what is sealed.
+        paths: the files in it that count, such as manifests of what was sealed by itself; None for all.
     """
     mode = folder.stat().st_mode & 0o666  # the folder is new and follows the umask
     files = {}
-    for path in _files_of(folder):
+    for path in _files_of(folder) if paths is None else paths:
         path.chmod(mode)
         with path.open("rb+") as file:
             os.fsync(file.fileno())

@@ -10,8 +10,7 @@ from accelerate import Accelerator
 
 from ..data.bad_images import BadImages
 from ..data.images import check_resolution
-from ..data.latent_cache import LatentCache
-from ..data.latent_cache_files import describe_vae
+from ..data.latent_cache import LatentCache, describe_vae
 from ..data.loaders import ImageDataset, ImageStream, make_dataset
 from ..data.source import load_images
 from ..models.autoencoder_kl_dynamic import DynamicAutoencoderKL
