@@ -43,7 +43,7 @@ setup(
     python_requires=">=3.10",
     package_dir={"": "src"},
     packages=find_packages("src"),
-    package_data={"diffusers_d2it": ["presets/*.json", "presets/samplers/*.json", "checkpoints/**/*"]},
+    package_data={"diffusers_d2it": ["presets/*.json", "presets/samplers/*.json", "checkpoints/**/*", "hub/*.md"]},
     install_requires=[
         "torch>=2.10",  # before that, torch.load(weights_only=True) can be made to run code (CVE-2026-24747)
         "diffusers>=0.42",
@@ -53,6 +53,7 @@ setup(
         "huggingface-hub>=0.27",
         "datasets>=3.0",
         "einops>=0.8",
+        "jinja2>=3.1",  # for model cards
         "scipy>=1.11",
         "numpy>=1.26",
         "pillow>=10.1",

@@ -3,6 +3,8 @@
 
 import argparse
 import os
+import shlex
+import sys
 from typing import Any
 
 from diffusers_d2it import bundled_checkpoint, list_samplers
@@ -175,3 +177,20 @@ def image_arguments(args: argparse.Namespace) -> dict[str, Any]:
         "labelled": "label_column" in args and not args.unconditional,
     }
     return arguments | {name: getattr(args, name, None) for name in ("label_column", "num_classes", "id2label")}
+
+
+def hub_arguments(args: argparse.Namespace) -> dict[str, Any]:
+    """What `check_push` and `publish` are given of the flags of `add_hub_arguments`."""
+    return {name: getattr(args, name) for name in ("push_to_hub", "hub_model_id", "hub_private_repo", "license")}
+
+
+def run_arguments(args: argparse.Namespace, num_processes: int) -> dict[str, Any]:
+    """What `publish` is told of a run: its data set, its command, its updates and the images of one."""
+    # Options of a launcher beyond the number of processes are not known here
+    launcher = ["python"] if num_processes == 1 else ["accelerate", "launch", "--num_processes", str(num_processes)]
+    return {
+        "dataset_name": args.dataset_name,
+        "commands": [shlex.join([*launcher, *sys.argv])],
+        "train_steps": args.max_train_steps,
+        "train_batch_size": args.train_batch_size * args.gradient_accumulation_steps * num_processes,
+    }

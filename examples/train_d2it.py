@@ -31,7 +31,7 @@ from diffusers_d2it.data.bad_images import BadImages
 from diffusers_d2it.data.latent_cache import read_codes
 from diffusers_d2it.data.loaders import batches_from, make_loader, step_generator
 from diffusers_d2it.grains import GrainLayout, grain_map_from_entropy
-from diffusers_d2it.hub.push import check_hub_arguments, publish
+from diffusers_d2it.hub import check_push, publish
 from diffusers_d2it.losses import multi_grained_loss, variance_loss
 from diffusers_d2it.objectives import OBJECTIVES, DiffusionObjective, FlowMatchingObjective, make_objective
 from diffusers_d2it.training.alignment import Alignment
@@ -50,7 +50,9 @@ from flags import (
     add_hub_arguments,
     add_second_stage_arguments,
     add_training_arguments,
+    hub_arguments,
     make_parser,
+    run_arguments,
 )
 
 
@@ -146,7 +148,7 @@ def validate(pipe: D2iTPipeline, class_labels: list[int] | None, seed: int, path
 def main(args: argparse.Namespace) -> None:
     accelerator = make_accelerator(args)
     if accelerator.is_main_process:
-        check_hub_arguments(args)
+        check_push(**hub_arguments(args))
     set_seed(args.seed)
     checkpoint = find_checkpoint(accelerator, args)
 
@@ -277,9 +279,10 @@ def main(args: argparse.Namespace) -> None:
     accelerator.end_training()
     if accelerator.is_main_process:
         publish(
-            args,
             pipe,
             folder,
+            **hub_arguments(args),
+            **run_arguments(args, accelerator.num_processes),
             train_data=data.description,
             sample_image=os.path.join(args.output_dir, "samples", f"step-{step:07d}.png"),
             built_on=(args.vae, args.grain),

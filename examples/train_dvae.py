@@ -30,7 +30,7 @@ from diffusers_d2it.data.images import check_resolution
 from diffusers_d2it.data.loaders import batches_from, first_batches, make_dataset, make_loader, step_generator
 from diffusers_d2it.data.source import load_images
 from diffusers_d2it.evaluation import FeatureExtractor, check_torchmetrics, load_features, reconstruction_scores
-from diffusers_d2it.hub.push import check_hub_arguments, publish
+from diffusers_d2it.hub import check_push, publish
 from diffusers_d2it.losses import adaptive_weight, adversarial_loss, dvae_loss, hinge_loss
 from diffusers_d2it.training.arguments import make_accelerator
 from diffusers_d2it.training.averaging import WeightAverage, use_ema
@@ -42,7 +42,15 @@ from diffusers_d2it.training.smoke import SmokeTest
 from diffusers_d2it.training.states import is_sharded
 from diffusers_d2it.training.steps import StepLog, draw_fine_ratio, grain_signals
 from diffusers_d2it.training.stopping import StopSignals
-from flags import add_data_arguments, add_hub_arguments, add_training_arguments, image_arguments, make_parser
+from flags import (
+    add_data_arguments,
+    add_hub_arguments,
+    add_training_arguments,
+    hub_arguments,
+    image_arguments,
+    make_parser,
+    run_arguments,
+)
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -161,7 +169,7 @@ def score(
 def main(args: argparse.Namespace) -> None:
     accelerator = make_accelerator(args)
     if accelerator.is_main_process:
-        check_hub_arguments(args)
+        check_push(**hub_arguments(args))
     set_seed(args.seed)
     checkpoint = find_checkpoint(accelerator, args)
     if args.gan_weight > 0 and args.gan_start_step >= args.max_train_steps:
@@ -318,9 +326,10 @@ def main(args: argparse.Namespace) -> None:
     accelerator.end_training()
     if accelerator.is_main_process:
         publish(
-            args,
             vae,
             folder,
+            **hub_arguments(args),
+            **run_arguments(args, accelerator.num_processes),
             train_data=source.describe(args.resolution),
             sample_image=os.path.join(args.output_dir, "samples", f"step-{step:07d}.png"),
             sample_caption="Training images, their reconstructions, and their grain maps: red is fine, blue coarse.",

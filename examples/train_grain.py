@@ -27,7 +27,7 @@ from diffusers_d2it.data.latent_cache import read_entropy
 from diffusers_d2it.data.loaders import batches_from, make_loader, step_generator
 from diffusers_d2it.files.folders import save_folder
 from diffusers_d2it.grains import fine_share, grain_map_from_entropy
-from diffusers_d2it.hub.push import check_hub_arguments, publish
+from diffusers_d2it.hub import check_push, publish
 from diffusers_d2it.losses import grain_loss
 from diffusers_d2it.pipelines.grain_maps import sample_grain_map
 from diffusers_d2it.training.arguments import make_accelerator
@@ -44,7 +44,9 @@ from flags import (
     add_hub_arguments,
     add_second_stage_arguments,
     add_training_arguments,
+    hub_arguments,
     make_parser,
+    run_arguments,
 )
 
 
@@ -75,7 +77,7 @@ def validate(model: D2iTGrainModel, scheduler, class_labels: torch.Tensor | None
 def main(args: argparse.Namespace) -> None:
     accelerator = make_accelerator(args)
     if accelerator.is_main_process:
-        check_hub_arguments(args)
+        check_push(**hub_arguments(args))
     set_seed(args.seed)
     checkpoint = find_checkpoint(accelerator, args)
 
@@ -186,9 +188,10 @@ def main(args: argparse.Namespace) -> None:
     accelerator.end_training()
     if accelerator.is_main_process:
         publish(
-            args,
             grain_model,
             args.output_dir,
+            **hub_arguments(args),
+            **run_arguments(args, accelerator.num_processes),
             train_data=data.description,
             sample_image=os.path.join(args.output_dir, "samples", f"step-{step:07d}.png"),
             sample_caption="Maps drawn by the model: red is fine.",

@@ -6,7 +6,6 @@ spelled out, and never drives a terminal or becomes markup.
 """
 
 import difflib
-import html
 import json
 import re
 from collections.abc import Iterable
@@ -25,7 +24,6 @@ _ABSOLUTE_PATH = re.compile(
     re.VERBOSE,
 )
 _TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{16,}")
-_ADDRESS = re.compile(r"(https?://[\w./?#=&%~+-]*[\w/])", re.ASCII)
 
 
 def printable(text: object) -> str:
@@ -97,23 +95,3 @@ def differences(found: Any, expected: Any, name: str = "") -> list[str]:
 def _json(value: Any) -> str:
     text = json.dumps(value, default=str)
     return text if len(text) <= _VALUE_LENGTH else f"{text[:_VALUE_LENGTH]}..."
-
-
-def to_markdown(text: object) -> str:
-    """`text` as one line of Markdown that shows it literally: no markup, HTML, table cell, link or mention of it."""
-    escaped = html.escape(printable(text), quote=False)
-    escaped = re.sub(r"([\\`*_\[\]|~$!#@:])", r"\\\1", escaped)
-    escaped = re.sub(r"(?i)(?<=www)\.", r"\\.", escaped)  # GitHub's Markdown links bare host names
-    return re.sub(r"^(\d*)([-+=.)])(?=\s|-|$)", r"\1\\\2", escaped)  # markers of lists, rules and headings
-
-
-def prose_to_markdown(text: object) -> str:
-    """`text` literally like `to_markdown`, without absolute paths, but with http(s) addresses as links."""
-    pieces = _ADDRESS.split(without_paths(printable(text)))
-    return "".join(f"<{piece}>" if i % 2 else _piece(piece) for i, piece in enumerate(pieces))
-
-
-def _piece(text: str) -> str:
-    """`to_markdown` that keeps the spaces around a piece of a line."""
-    left, right = text[: len(text) - len(text.lstrip())], text[len(text.rstrip()) :]
-    return f"{left}{to_markdown(text)}{right}" if text.strip() else text

@@ -1,13 +1,13 @@
 # Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
 """Pushing to a Hub on the loop-back interface, from processes of their own."""
 
-import argparse
 import json
 import os
 import re
 import socket
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import PIL.Image
@@ -17,8 +17,9 @@ from diffusers import DDIMScheduler
 from loopback_hub import TOKEN, Uploads, files_of, serve_hub
 from script_runs import load_script
 
+from diffusers_d2it.hub import check_push, publish
 from diffusers_d2it.hub.card import make_model_card
-from diffusers_d2it.hub.push import check_hub_arguments, files_to_push, publish
+from diffusers_d2it.hub.push import files_to_push
 
 
 PIPELINE_FILES = {
@@ -84,10 +85,11 @@ def metadata(card: str) -> dict:
     return yaml.safe_load(card.split("---\n")[1])
 
 
-def hub_arguments(*arguments: str) -> argparse.Namespace:
-    parser = argparse.ArgumentParser()
-    load_script("flags.py").add_hub_arguments(parser)
-    return parser.parse_args(arguments)
+def push(folder: Path, repo_id: str = "user/tiny", private: bool | None = None) -> str:
+    """The code that pushes a folder."""
+    return (
+        f"from diffusers_d2it.hub import push_folder; push_folder({str(folder)!r}, {repo_id!r}, private={private})\n"
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -136,12 +138,9 @@ print("ran")
 
 def test_visibility_arrives_as_chosen_and_public_is_no_place_for_what_should_be_private(saved, run, tmp_path):
     uploads = Uploads(tmp_path / "hub")
-    code = f"""{REFUSED}
-from diffusers_d2it.hub.push import push_folder
-push_folder({str(saved)!r}, "user/private", private=True)
-push_folder({str(saved)!r}, "user/public", private=False)
-push_folder({str(saved)!r}, "user/open", private=None)
-refused(lambda: push_folder({str(saved)!r}, "user/public", private=True), "'user/public'", "exists and is public")
+    code = push(saved, "user/private", True) + push(saved, "user/public", False) + push(saved, "user/open", None)
+    code += f"""{REFUSED}
+refused(lambda: push_folder({str(saved)!r}, "user/public", private=True), "'user/public'", "`private`", "public")
 """
     with serve_hub({}, uploads) as endpoint:
         run(code, endpoint)
@@ -157,12 +156,9 @@ def test_only_files_of_a_pipeline_are_pushed_and_the_others_named(saved, run, tm
         (saved / stray).write_text("a secret")
     uploads, repositories = Uploads(tmp_path / "hub"), {}
     with serve_hub(repositories, uploads) as endpoint:
-        code = (
-            f"from diffusers_d2it.hub.push import push_folder; push_folder({str(saved)!r}, 'user/tiny', private=None)"
-        )
-        output = run(code, endpoint)
+        output = run(push(saved), endpoint)
     assert set(files_of(repositories["user/tiny"])) == PIPELINE_FILES - {"README.md"}
-    warning = re.search(r"left in .*, not pushed to user/tiny: (.*)", output)[1].split(", ")
+    warning = re.search(r"user/tiny: (.*)", output)[1].split(", ")
     named = {".env", "notes.txt", "optimizer.bin", "wandb_config.json", "vae/.env", r"vae/weights\x1b[31m.bin"}
     assert set(warning) == named | {"checkpoint-5/", "logs/", "vae/old/"} and "\x1b" not in output
     assert all((saved / stray).read_text() == "a secret" for stray in strays)
@@ -183,23 +179,15 @@ def test_links_to_folders_are_left_out(saved, tmp_path):
     assert left_out == ["vae/"] and not [name for name in names if name.startswith("vae")]
 
 
-def test_where_a_model_was_loaded_from_is_removed_but_names_of_the_hub_stay(saved, run, tmp_path):
-    origins = {"vae": "/home/somebody/runs/dvae", "grain_model": "user/grains", "transformer": "pipeline/transformer"}
-    for part, origin in origins.items():
-        config = json.loads((saved / part / "config.json").read_text())
-        (saved / part / "config.json").write_text(json.dumps(config | {"_name_or_path": origin}))
-    (tmp_path / "blob").write_text((saved / "vae/config.json").read_text())
+def test_where_a_model_was_loaded_from_is_not_pushed(saved, run, tmp_path):
+    config = json.loads((saved / "vae/config.json").read_text())
+    (tmp_path / "blob").write_text(json.dumps(config | {"_name_or_path": "/home/somebody/runs/dvae"}))
     (saved / "vae/config.json").unlink()
     (saved / "vae/config.json").symlink_to(tmp_path / "blob")  # as in the cache of the Hub client
     repositories = {}
     with serve_hub(repositories, Uploads(tmp_path / "hub")) as endpoint:
-        code = (
-            f"from diffusers_d2it.hub.push import push_folder; push_folder({str(saved)!r}, 'user/tiny', private=None)"
-        )
-        run(f"import os; os.chdir({str(tmp_path)!r}); {code}", endpoint)
-    pushed = repositories["user/tiny"]
-    found = {part: json.loads((pushed / part / "config.json").read_text()).get("_name_or_path") for part in origins}
-    assert found == {"vae": None, "grain_model": "user/grains", "transformer": None}
+        run(push(saved), endpoint)
+    assert json.loads((repositories["user/tiny"] / "vae/config.json").read_text()) == config
     assert "somebody" in (tmp_path / "blob").read_text(), "the cache must stay as it is"
 
 
@@ -208,8 +196,7 @@ def test_save_pretrained_and_push_end_with_our_card_and_keep_one_that_is_there(r
     (tmp_path / "tiny").mkdir()
     (tmp_path / "tiny" / ".env").write_text("a secret")
     start = f"""
-from diffusers_d2it import D2iTPipeline
-from diffusers_d2it.hub.card import make_model_card
+from diffusers_d2it import D2iTPipeline, make_model_card
 pipe = D2iTPipeline.from_pretrained({str(saved)!r})
 """
     with serve_hub(repositories, uploads) as endpoint:
@@ -243,33 +230,32 @@ def test_refusals_name_the_repository_the_cause_and_where_the_files_are(saved, r
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         nowhere = f"http://127.0.0.1:{unused.getsockname()[1]}"
-    kept = f"The files are kept in {str(saved)!r}."
+    kept = str(saved)
     code = f"""{REFUSED}
-from argparse import Namespace
 from diffusers_d2it import D2iTPipeline
-from diffusers_d2it.hub.push import check_hub_arguments, push_folder
-pipe = D2iTPipeline.from_pretrained({str(saved)!r})
+from diffusers_d2it.hub import check_push, push_folder
+pipe = D2iTPipeline.from_pretrained({kept!r})
 def push(repo_id):
-    return lambda: push_folder({str(saved)!r}, repo_id, private=None)
+    return lambda: push_folder({kept!r}, repo_id, private=None)
 refused(push("user/tiny"), "'user/tiny'", "refused", {kept!r})
-refused(push("not a name"), "'not a name'", "alphanumeric", {kept!r})
-refused(lambda: push_folder({str(tmp_path)!r}, "user/tiny", private=None), "holds no pipeline or model")
-refused(lambda: pipe.push_to_hub("user/tiny"), "'user/tiny'", "refused", "still in memory")
+refused(push("not a name"), "'not a name'", {kept!r})
+refused(lambda: push_folder({str(tmp_path)!r}, "user/tiny", private=None), "`folder`", {str(tmp_path)!r})
+refused(lambda: pipe.push_to_hub("user/tiny"), "'user/tiny'", "refused", "in memory", "save_pretrained")
 refused(lambda: pipe.push_to_hub("user/tiny", safe_serialization=False), "safe_serialization", "pickled")
-refused(lambda: pipe.push_to_hub("user/tiny", sample_image={str(saved / "model_index.json")!r}), "must be a PNG")
-refused(lambda: pipe.save_pretrained({str(tmp_path / "new")!r}, push_to_hub=True), "'new'", "are kept in")
+refused(lambda: pipe.push_to_hub("user/tiny", sample_image={str(saved / "model_index.json")!r}), "`sample_image`")
+refused(lambda: pipe.save_pretrained({str(tmp_path / "new")!r}, push_to_hub=True), "'new'", {str(tmp_path / "new")!r})
 assert D2iTPipeline.from_pretrained({str(tmp_path / "new")!r}).id2label == pipe.id2label
-flags = Namespace(push_to_hub=True, hub_model_id="user/tiny", hub_private_repo=None, license=None)
-refused(lambda: check_hub_arguments(flags), "'user/tiny'", "refused", "Nothing has been trained yet")
+hub = dict(push_to_hub=True, hub_model_id="user/tiny", hub_private_repo=None, license=None)
+refused(lambda: check_push(**hub), "'user/tiny'", "refused", "`push_to_hub`")
 del os.environ["HF_TOKEN"]
-refused(push("user/tiny"), "no access token", "hf auth login", {kept!r})
+refused(push("user/tiny"), "HF_TOKEN", "hf auth login", {kept!r})
 """
     run(code, nowhere)
     uploads = Uploads(tmp_path / "hub", roles={TOKEN: "read"})
     code = f"""{REFUSED}
-from diffusers_d2it.hub.push import push_folder
+from diffusers_d2it.hub import push_folder
 def push(token):
-    return lambda: push_folder({str(saved)!r}, "user/tiny", private=None, token=token)
+    return lambda: push_folder({kept!r}, "user/tiny", private=None, token=token)
 refused(push(None), "'user/tiny'", "You don't have the rights", {kept!r})
 refused(push("hf_wrong"), "'user/tiny'", "Invalid username or password", {kept!r})
 """
@@ -279,43 +265,44 @@ refused(push("hf_wrong"), "'user/tiny'", "Invalid username or password", {kept!r
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Training scripts
+# After a training
 # ---------------------------------------------------------------------------------------------------------------------
+
+NO_PUSH = {"push_to_hub": False, "hub_model_id": None, "hub_private_repo": None, "license": None}
 
 
 @pytest.mark.parametrize(
-    "arguments, message",
+    "arguments, named",
     [
-        (["--push_to_hub"], "--push_to_hub needs --hub_model_id"),
-        (["--hub_private_repo"], "does nothing without --push_to_hub"),
-        (["--hub_model_id", "tiny"], "must be user/name, got 'tiny'"),
-        (["--hub_model_id", "user/tiny model"], "--hub_model_id 'user/tiny model'"),
-        (["--license", "Apache 2.0"], "`license` must be an identifier"),
+        ({"push_to_hub": True}, ["`push_to_hub`", "`hub_model_id`"]),
+        ({"hub_private_repo": True}, ["`hub_private_repo`", "`push_to_hub`"]),
+        ({"hub_model_id": "tiny"}, ["`hub_model_id`", "user/name", "'tiny'"]),
+        ({"hub_model_id": "user/tiny model"}, ["`hub_model_id`", "'user/tiny model'"]),
+        ({"license": "Apache 2.0"}, ["`license`", "'Apache 2.0'"]),
     ],
 )
-def test_flags_that_cannot_work_are_refused_before_the_training(arguments, message):
-    with pytest.raises(ValueError, match=re.escape(message)):
-        check_hub_arguments(hub_arguments(*arguments))
+def test_what_cannot_work_is_refused_before_the_training(arguments, named):
+    with pytest.raises(ValueError) as raised:
+        check_push(**NO_PUSH | arguments)
+    assert all(name in str(raised.value) for name in named)
 
 
-def test_flags_without_a_push_ask_no_hub(monkeypatch):
+def test_without_a_push_no_hub_is_asked(monkeypatch):
     monkeypatch.setattr("huggingface_hub.HfApi.whoami", lambda *args: pytest.fail("asked the Hub"))
-    check_hub_arguments(hub_arguments("--hub_model_id", "user/tiny", "--license", "cc-by-4.0"))
+    check_push(**NO_PUSH | {"hub_model_id": "user/tiny", "license": "cc-by-4.0"})
 
 
 def test_whether_the_result_can_be_pushed_is_known_before_the_training(run, tmp_path):
     code = f"""{REFUSED}
-from argparse import Namespace
-from diffusers_d2it.hub.push import check_hub_arguments
+from diffusers_d2it.hub import check_push
 def check(name, token="{TOKEN}"):
     os.environ["HF_TOKEN"] = token
-    flags = Namespace(push_to_hub=True, hub_model_id=name, hub_private_repo=True, license=None)
-    return lambda: check_hub_arguments(flags)
+    return lambda: check_push(push_to_hub=True, hub_model_id=name, hub_private_repo=True, license=None)
 check("user/tiny")()
-refused(check("user/public"), "'user/public'", "exists and is public")
+refused(check("user/public"), "'user/public'", "public")
 refused(check("other/tiny"), "'other/tiny'", "You don't have the rights")
-refused(check("user/tiny", token=""), "no token found")
-refused(check("user/tiny", token="hf_read"), "may only read")
+refused(check("user/tiny", token=""), "token")
+refused(check("user/tiny", token="hf_read"), "token", "read")
 # A token for some other repository: nothing but the last question finds it out.
 refused(check("user/tiny", token="hf_fine"), "Forbidden")
 """
@@ -325,32 +312,30 @@ refused(check("user/tiny", token="hf_fine"), "Forbidden")
     assert uploads.visibility == {"user/tiny": "private"} and uploads.commits == []
 
 
-TRAINING = {"max_train_steps": 4000, "train_batch_size": 16, "gradient_accumulation_steps": 2, "dataset_name": None}
-
-
 def test_publish_writes_the_card_of_a_run_also_without_a_push(make_vae, picture, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["/home/somebody/train_dvae.py", "--train_data_dir", "/home/somebody/my photos"])
-    monkeypatch.setenv("WORLD_SIZE", "2")
     vae = make_vae()
     vae.save_pretrained(tmp_path / "vae")
-    args = argparse.Namespace(**vars(hub_arguments("--license", "mit")), **TRAINING)
-    published = publish(args, vae, tmp_path / "vae", train_data="photos, 32x32", sample_image=picture)
-    assert published is None
+    training = {"max_train_steps": 4000, "train_batch_size": 16, "gradient_accumulation_steps": 2}
+    run = load_script("flags.py").run_arguments(Namespace(**training, dataset_name=None), num_processes=2)
+    hub = NO_PUSH | {"license": "mit"}
+    assert publish(vae, tmp_path / "vae", **hub, **run, train_data="photos, 32x32", sample_image=picture) is None
     card = (tmp_path / "vae/README.md").read_text()
     assert "accelerate launch --num_processes 2 train_dvae.py --train_data_dir 'my photos'\n" in card
     assert "somebody" not in card and metadata(card)["license"] == "mit" and "datasets" not in metadata(card)
-    assert "for 4,000 steps of batch 64." in card and "Trained on: photos, 32x32" in card
+    assert "4,000" in card and "64" in card and "photos, 32x32" in card
     assert (tmp_path / "vae/samples.png").read_bytes() == picture.read_bytes() and "(samples.png)" in card
     monkeypatch.chdir(tmp_path / "vae")
     scope = {}
     exec(first_snippet(card), scope)  # without a name on the Hub it loads from its folder
     assert scope["decoded"].shape == (1, 3, 32, 32)
 
-    args.dataset_name = "user/photos"
-    with pytest.warns(UserWarning, match="shows no samples: there is no 'none.png'"):
-        publish(args, vae, tmp_path / "vae", train_data=None, sample_image="none.png")
+    stage = {"built_on": [tmp_path / "vae", "user/grains"], "commands": ["last"]}
+    with pytest.warns(UserWarning, match="none.png"):
+        publish(vae, tmp_path / "vae", **hub, **stage, dataset_name="user/photos", sample_image="none.png")
     card = (tmp_path / "vae/README.md").read_text()
     assert "![" not in card and metadata(card)["datasets"] == ["user/photos"]
+    assert re.search(r"train_dvae.py .*\nlast\n```", card), "the commands of all stages, in their order"
 
 
 def test_publish_pushes_the_folder_of_a_run(make_grain_model, run, tmp_path):
@@ -361,13 +346,11 @@ def test_publish_pushes_the_folder_of_a_run(make_grain_model, run, tmp_path):
     with serve_hub(repositories, uploads) as endpoint:
         output = run(
             f"""
-import argparse
 from diffusers_d2it import D2iTGrainModel
-from diffusers_d2it.hub.push import publish
-flags = dict(push_to_hub=True, hub_model_id="user/grain", hub_private_repo=True, license=None)
-args = argparse.Namespace(**flags, **{TRAINING})
+from diffusers_d2it.hub import publish
+hub = dict(push_to_hub=True, hub_model_id="user/grain", hub_private_repo=True, license=None)
 model = D2iTGrainModel.from_pretrained({str(tmp_path / "grain")!r}, subfolder="grain_model")
-print(publish(args, model, {str(tmp_path / "grain")!r}, train_data="photos", subfolder="grain_model"))
+print(publish(model, {str(tmp_path / "grain")!r}, **hub, train_steps=4000, subfolder="grain_model"))
 """,
             endpoint,
         )

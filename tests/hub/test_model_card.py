@@ -9,7 +9,7 @@ from diffusers import DDIMScheduler
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 
-from diffusers_d2it.hub.card import make_model_card
+from diffusers_d2it import make_model_card
 
 
 SECTIONS = ["What is in it", "Classes", "Training data and its terms", "Commands", "Figures", "Limits", "Licence"]
@@ -25,7 +25,7 @@ def metadata(card: str) -> dict:
 
 EVIL = [
     "gold`en ```\n---\n```python\nimport os",
-    "<script>alert(1)</script><img src=x onerror=alert(1)>",
+    "{{ title }} <script>alert(1)</script><img src=x onerror=alert(1)>",
     "\x1b[31mred\x1b]8;;http://evil.example\x07click",
     "| a | b |\n|---|---|\n| c",
     "[link](javascript:alert(1)) ![image](http://evil.example/x.png)",
@@ -97,14 +97,14 @@ def test_card_says_what_the_models_are(make_pipeline, calibrate):
         pipe, repo_id="user/tiny", license="cc-by-4.0", datasets=["user/photos"], train_steps=4800, train_batch_size=32
     )
     count = sum(parameter.numel() for parameter in pipe.transformer.parameters())
-    assert f"| `transformer` | `D2iTContentModel` | 2 + 1 layers of width 32, 2 grains | {count:,} | float32 |" in str(
-        card
-    )
-    assert "| `vae` | `DynamicAutoencoderKL` | F = {4, 8}, 4 channels |" in str(card)
-    assert "10 classes, by id: 0 " + "x" * 59 + "…; 1 class 1; 2 class 2;" in str(card)
-    assert "Made for 32×32 pixels" in str(card) and "Only its 10 classes" in str(card)
-    assert "The content model was trained for 4,800 steps of batch 32." in str(card)
-    assert "photographs of scikit-image" in str(card), "the source of the thresholds"
+    rows = [re.split(r"\s*\|\s*", line) for line in card.text.splitlines()]
+    size = "2 + 1 layers of width 32, 2 grains"
+    assert ["", "`transformer`", "`D2iTContentModel`", size, f"{count:,}", "float32", ""] in rows
+    assert ["`vae`", "`DynamicAutoencoderKL`", "F = {4, 8}, 4 channels"] in [row[1:4] for row in rows]
+    assert "by id: 0 " + "x" * 59 + "…; 1 class 1; 2 class 2;" in card.text
+    limits = card.text.split("## Limits")[1]
+    for fact in ["32×32", "10 classes", "4,800", "batch 32", "photographs of scikit-image"]:
+        assert fact in limits
     assert metadata(str(card)) == {
         "datasets": ["user/photos"],
         "library_name": "diffusers",
@@ -117,9 +117,10 @@ def test_card_says_what_the_models_are(make_pipeline, calibrate):
 def test_card_names_what_nobody_has_said(make_pipeline, make_vae):
     for model in (make_pipeline(), make_vae()):
         card = make_model_card(model, repo_id="user/tiny", license=None)
-        assert "license" not in metadata(str(card)) and "No licence has been chosen" in card.text
-        assert "No figure has been measured." in card.text and "model-index" not in metadata(str(card))
-        assert "training data are not recorded" in card.text and "How long it was trained is not" in card.text
+        assert not {"license", "model-index", "datasets"} & metadata(str(card)).keys()
+        said = {section.split("\n")[0]: section for section in card.text.split("## ")[1:]}
+        for section in ("Training data and its terms", "Commands", "Figures", "Limits", "Licence"):
+            assert re.search(r"\b[Nn]ot? |\bno ", said[section]), f"{section} says that something is not known"
     assert "pipeline_tag" not in metadata(str(card)) and "class-conditional" not in metadata(str(card))["tags"]
 
 
@@ -163,22 +164,23 @@ def test_commands_are_exact_but_for_paths_secrets_and_escapes(make_vae, written,
 
 
 @pytest.mark.parametrize(
-    "arguments, message",
+    "arguments, named",
     [
-        ({"license": "Apache License, Version 2.0"}, "`license` must be an identifier"),
-        ({"repo_id": "user/tiny\n---"}, "Repo id must"),
-        ({"sample_image": "/home/somebody/x.png"}, "`sample_image` must be a plain name"),
-        ({"subfolder": '"), evil("'}, "`subfolder` must be a plain name"),
-        ({"datasets": ["not a name"]}, "not a name"),
-        ({"figures": {"FID": float("nan")}}, r"`figures\['FID'\]` must be finite"),
-        ({"figures": {"FID": {"score": 3}}}, r"`figures\['FID'\]` must be a number or"),
+        ({"license": "Apache License, Version 2.0"}, ["`license`", "Version 2.0"]),
+        ({"repo_id": "user/tiny\n---"}, ["user/tiny"]),
+        ({"sample_image": "/home/somebody/x.png"}, ["`sample_image`", "/home/somebody/x.png"]),
+        ({"subfolder": '"), evil("'}, ["`subfolder`", "evil"]),
+        ({"datasets": ["not a name"]}, ["not a name"]),
+        ({"figures": {"FID": float("nan")}}, ["`figures['FID']`", "nan"]),
+        ({"figures": {"FID": {"score": 3}}}, ["`figures['FID']`", "'score': 3"]),
     ],
 )
-def test_arguments_of_a_card_are_checked(make_vae, arguments, message):
-    with pytest.raises(ValueError, match=message):
+def test_arguments_of_a_card_are_checked(make_vae, arguments, named):
+    with pytest.raises(ValueError) as raised:
         make_model_card(make_vae(), **({"repo_id": None, "license": None} | arguments))
+    assert all(name in str(raised.value) for name in named)
 
 
 def test_a_card_of_something_else_is_refused():
-    with pytest.raises(ValueError, match="`pipe_or_model` must be a D2iTPipeline.*got DDIMScheduler"):
+    with pytest.raises(ValueError, match="`pipe_or_model`.*DDIMScheduler"):
         make_model_card(DDIMScheduler(), repo_id=None, license=None)

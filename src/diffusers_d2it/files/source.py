@@ -123,11 +123,16 @@ def download_model(name: str, subfolder: str | None, variant: str | None, argume
     return Path(folder, subfolder or "")
 
 
+def without_origin(config: str) -> str:
+    """A configuration as JSON, without where it was loaded from."""
+    values = json.loads(config)
+    values.pop("_name_or_path", None)
+    return json.dumps(values, indent=2, sort_keys=True) + "\n"
+
+
 class WithoutOrigin:
     """A `ConfigMixin` that writes down nothing about where it was loaded from: a folder of this machine, mostly."""
 
     def to_json_string(self) -> str:
         """The configuration as it is saved."""
-        config = json.loads(super().to_json_string())
-        config.pop("_name_or_path", None)
-        return json.dumps(config, indent=2, sort_keys=True) + "\n"
+        return without_origin(super().to_json_string())

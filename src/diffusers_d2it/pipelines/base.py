@@ -16,7 +16,7 @@ from ..files.folders import read_json, save_folder
 from ..files.source import HUB_ARGUMENTS, WithoutOrigin, check_source, pin, refuse_code
 from ..files.weights import check_sealed, sealed_files
 from ..hub.card import make_model_card
-from ..hub.push import CARD, SAMPLES, check_png, files_to_push, make_repository, named_errors, upload, write_card
+from ..hub.push import CARD, SAMPLES, check_png, make_repository, named_errors, upload, write_card
 from ..limits import check_keys, check_values
 from ..models.strict import refuse_unsafe
 from ..optional import naming_what_is_broken
@@ -257,7 +257,9 @@ class StrictPipeline(WithoutOrigin, DiffusionPipeline):
                     )
                 write_card(folder, model_card, sample_image)
             message = commit_message or f"Upload {type(self).__name__}"
-            return upload(folder, repo_id, *files_to_push(folder), token, message, create_pr, subfolder)
+            return upload(
+                folder, repo_id, token=token, commit_message=message, create_pr=create_pr, subfolder=subfolder
+            )
 
 
 def _check_component(name: str, value: Any, model: str | None) -> None:
