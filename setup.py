@@ -58,7 +58,6 @@ setup(
         "numpy>=1.26",
         "pillow>=10.1",
         "tqdm>=4.64",
-        "filelock>=3.12",
         "fsspec>=2023.6",
     ],
     extras_require=extras,

@@ -11,9 +11,10 @@ and 1 need no map to be predicted: samples with the maps of photographs tell wha
 from plots import plot_ratios
 from report import Claim, Row, judge, parse, print_claims, print_table, protocol, score_rows
 from scoring import Scorer
-from study import Study, lock_work_dir, write_json
+from study import Study, write_json
 
 from diffusers_d2it.evaluation.reconstruction import psnr
+from diffusers_d2it.files import lock
 
 
 RATIOS = (0.0, 0.3, 0.5, 0.7, 1.0)
@@ -51,7 +52,7 @@ def reconstructions(scorer: Scorer) -> dict[str, dict[str, float]]:
 
 def main() -> None:
     args = parse(__doc__)
-    lock = lock_work_dir(args)
+    working = lock(args.work_dir)  # alone, until this ends
     scorer = Scorer(Study(args))
     reconstructed = reconstructions(scorer)
     print("| | reconstructions, Frechet distance to the originals | PSNR |\n|---|---|---|")
@@ -66,7 +67,7 @@ def main() -> None:
     write_json(args.output_dir / f"figure_5-{args.preset}.json", result)
     drawn = {label: row for label, row in table.items() if row["source"] == "predicted"}
     plot_ratios(args.output_dir / f"figure_5-{args.preset}.png", RATIOS, list(reconstructed.values()), drawn)
-    lock.release()
+    working.close()
 
 
 if __name__ == "__main__":

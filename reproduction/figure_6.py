@@ -7,7 +7,9 @@ python reproduction/figure_6.py --data tiny-imagenet-20 --work_dir runs/reproduc
 from plots import plot_curves
 from report import parse, protocol, spread, verdict
 from scoring import Scorer, score_all
-from study import Study, lock_work_dir, write_json
+from study import Study, write_json
+
+from diffusers_d2it.files import lock
 
 
 CURVES = {"DiT": ("dit", "fine"), "D2iT": ("d2it", "predicted")}
@@ -15,7 +17,7 @@ CURVES = {"DiT": ("dit", "fine"), "D2iT": ("d2it", "predicted")}
 
 def main() -> None:
     args = parse(__doc__)
-    lock = lock_work_dir(args)
+    working = lock(args.work_dir)  # alone, until this ends
     scorer = Scorer(Study(args))
     study, seeds = scorer.study, scorer.study.preset.seeds
     jobs = {
@@ -45,7 +47,7 @@ def main() -> None:
     result = {"protocol": protocol(scorer, args), "curves": curves, "claims": judged}
     write_json(args.output_dir / f"figure_6-{args.preset}.json", result)
     plot_curves(args.output_dir / f"figure_6-{args.preset}.png", curves)
-    lock.release()
+    working.close()
 
 
 if __name__ == "__main__":

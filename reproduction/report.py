@@ -12,10 +12,11 @@ import torch
 from arms import ARMS, PRESETS
 from scipy import stats
 from scoring import Scorer, score_all
-from study import Study, lock_work_dir, make_parser, write_json
+from study import Study, make_parser, write_json
 
 import diffusers_d2it
 from diffusers_d2it.evaluation.features import weights_digest
+from diffusers_d2it.files import lock
 
 
 RESULTS = Path(__file__).parent / "results"
@@ -187,7 +188,7 @@ def print_claims(judged: list[dict]) -> None:
 def run(name: str, description: str, rows: Sequence[Row], claims: Sequence[Claim]) -> None:
     """All of a script that compares rows: train what is missing, score, judge, print, write."""
     args = parse(description)
-    lock = lock_work_dir(args)
+    working = lock(args.work_dir)  # alone, until this ends
     scorer = Scorer(Study(args))
     table = score_rows(scorer, args, rows)
     judged = judge(claims, table)
@@ -197,4 +198,4 @@ def run(name: str, description: str, rows: Sequence[Row], claims: Sequence[Claim
         args.output_dir / f"{name}-{args.preset}.json",
         {"protocol": protocol(scorer, args), "rows": table, "claims": judged},
     )
-    lock.release()
+    working.close()

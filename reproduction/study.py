@@ -20,12 +20,12 @@ from pathlib import Path
 
 import torch
 from arms import ARMS, PRESETS, model_config
-from filelock import FileLock, Timeout
 from step_times import measure_step_times
 
 from diffusers_d2it import DynamicAutoencoderKL, bundled_checkpoint
 from diffusers_d2it.data.latent_cache import LatentCache
 from diffusers_d2it.evaluation.features import weights_digest
+from diffusers_d2it.files import lock
 
 
 HERE = Path(__file__).parent
@@ -229,24 +229,9 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     return parser
 
 
-def lock_work_dir(args: argparse.Namespace) -> FileLock:
-    """Keep other scripts of the study out of the work folder until this one ends.
-
-    Raises:
-        ValueError: another one works there.
-    """
-    args.work_dir.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(args.work_dir / ".lock")
-    try:
-        lock.acquire(timeout=1)
-    except Timeout:
-        raise ValueError(f"--work_dir {args.work_dir}: another script of the study is working there.") from None
-    return lock
-
-
 def main() -> None:
     args = make_parser(__doc__).parse_args()
-    with lock_work_dir(args):
+    with lock(args.work_dir):
         Study(args).train_all(list(ARMS))
 
 

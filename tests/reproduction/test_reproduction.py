@@ -106,9 +106,6 @@ def test_a_work_folder_of_another_study_is_refused(photographs, tmp_path):
     study.Study(parser.parse_args([*flags, "smoke"]))
     with pytest.raises(ValueError, match="holds another study; these differ: preset"):
         study.Study(parser.parse_args([*flags, "small"]))
-    with study.lock_work_dir(parser.parse_args([*flags, "smoke"])):
-        with pytest.raises(ValueError, match="another script of the study is working there"):
-            study.lock_work_dir(parser.parse_args([*flags, "smoke"]))
 
 
 def test_a_model_without_refine_net_is_the_rough_prediction(make_content_model):
