@@ -19,7 +19,7 @@ import shutil
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 
@@ -33,6 +33,7 @@ MANIFEST = "manifest.json"
 STAGING = ".staging-"
 TRASH = ".trash-"
 OLD = ".old-"
+LOCK = ".lock"  # only where a disk locks no folders
 
 MAX_JSON = 2**24  # bytes
 _MAX_BRACKETS = 100_000  # lists and objects in a JSON file: more take seconds to read
@@ -188,7 +189,9 @@ def sweep(folder: Path, name: str = "") -> None:
     for prefix in (STAGING, TRASH, OLD):
         for path in sorted(folder.glob(f"{prefix}{name}*")):
             with _owned(path) as dead:
-                if dead:
+                pass
+            if dead:  # it is removed after its lock is let go: NFS keeps names of open files
+                with suppress(FileNotFoundError):  # somebody else removes it too
                     shutil.rmtree(path)
 
 
@@ -216,12 +219,12 @@ def staging_folder(path: Path) -> Iterator[Path]:
     """A new folder beside `path`, locked as long as this process works in it, removed if that fails."""
     staging = _aside(path, STAGING)
     staging.mkdir()
-    with _owned(staging):
-        try:
+    try:
+        with _owned(staging):
             yield staging
-        except BaseException:
-            shutil.rmtree(staging, ignore_errors=True)  # the error that led here is the one to be seen
-            raise
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)  # the error that led here is the one to be seen
+        raise
 
 
 def _aside(path: Path, prefix: str) -> Path:
@@ -230,22 +233,31 @@ def _aside(path: Path, prefix: str) -> Path:
 
 @contextmanager
 def _owned(folder: Path) -> Iterator[bool]:
-    """Lock a folder; False if another process holds it. The lock of a process ends with it, however it ends."""
+    """Lock a folder; False if another process holds it. The lock of a process ends with it, however it ends.
+
+    Where a disk locks no folders (NFS), a file inside takes the lock; where it locks nothing, as under Windows, nobody
+    is kept out.
+    """
     if fcntl is None or not folder.is_dir():
         yield True
         return
-    file = os.open(folder, os.O_RDONLY)
+    with ExitStack() as opened:
+        for path, flags in ((folder, os.O_RDONLY), (folder / LOCK, os.O_RDWR | os.O_CREAT)):
+            file = os.open(path, flags, 0o666)
+            opened.callback(os.close, file)
+            taken = _try_lock(file)
+            if taken is not None:
+                break
+        yield taken is not False
+
+
+def _try_lock(file: int) -> bool | None:
+    """Lock an open file; False if another process holds it, None if its disk locks nothing of this kind."""
     try:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno not in (errno.EAGAIN, errno.EACCES):  # EAGAIN: held; else no locks on this disk
-                raise
-            yield False
-        else:
-            yield True
-    finally:
-        os.close(file)
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return False if error.errno in (errno.EAGAIN, errno.EACCES) else None
+    return True
 
 
 def _commit_inside(staging: Path, folder: Path) -> None:
@@ -302,7 +314,7 @@ def _files_of(folder: Path) -> Iterator[Path]:
     for path in sorted(folder.rglob("*")):
         if path.is_symlink():
             raise ValueError(f"{path} is a link: a folder is sealed with what it holds, not with what lies elsewhere.")
-        if path.is_file():
+        if path.is_file() and path.name != LOCK:
             yield path
 
 
@@ -332,8 +344,9 @@ def _read_manifest(folder: Path) -> dict:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def write_durably(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write(staged)` write a file aside, force it to the disk and put it at `path`.
+@contextmanager
+def durable_file(path: Path) -> Iterator[Path]:
+    """A path aside to write a file to, which is then forced to the disk and put at `path`.
 
     Raises:
         OSError: the disk is full or failed. What was at `path` is still there.
@@ -341,13 +354,19 @@ def write_durably(path: Path, write: Callable[[Path], object]) -> None:
     sweep(path.parent, f"{path.name}-")
     with staging_folder(path) as staging:
         staged = staging / path.name
-        write(staged)
+        yield staged
         staged.chmod(staging.stat().st_mode & 0o666)
         with staged.open("rb+") as file:
             os.fsync(file.fileno())
         staged.replace(path)
-        staging.rmdir()
+    shutil.rmtree(staging)
     fsync_folder(path.parent)
+
+
+def write_durably(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` write a `durable_file`."""
+    with durable_file(path) as staged:
+        write(staged)
 
 
 def write_text_durably(path: Path, text: str) -> None:

@@ -14,7 +14,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from ..files.folders import fsync_folder, staging_folder, sweep
+from ..files.folders import durable_file
 
 
 _MEMBER = "arr_0.npy"
@@ -79,9 +79,7 @@ class NpzWriter:
 
     @contextmanager
     def _open(self) -> Iterator[None]:
-        sweep(self.path.parent, f"{self.path.name}-")
-        with staging_folder(self.path) as staging:
-            staged = staging / self.path.name
+        with durable_file(self.path) as staged:
             member = zipfile.ZipInfo(_MEMBER, _EARLIEST)
             with zipfile.ZipFile(staged, "w") as archive, archive.open(member, "w", force_zip64=True) as self._stream:
                 header = {"descr": "|u1", "fortran_order": False, "shape": self.shape}
@@ -91,12 +89,6 @@ class NpzWriter:
                 raise ValueError(
                     f"{self.path} was announced with {self.shape[0]} images, {self.num_written} were written."
                 )
-            staged.chmod(staging.stat().st_mode & 0o666)
-            with staged.open("rb+") as file:
-                os.fsync(file.fileno())
-            staged.replace(self.path)
-            staging.rmdir()
-        fsync_folder(self.path.parent)
 
 
 class NpzImages:
