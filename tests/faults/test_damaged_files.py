@@ -71,10 +71,8 @@ def resume_flags(folder: Path, resume: object) -> Namespace:
 
 
 def test_checkpoints(tmp_path, make_pipeline, fault):
-    named, latest = (
-        fault("file of a checkpoint damaged, resumed by name"),
-        fault("file of the newest checkpoint damaged"),
-    )
+    named = fault("file of a checkpoint damaged, resumed by name")
+    latest = fault("file of the newest checkpoint damaged")
     way = SaveCheckpoint(tmp_path, make_pipeline())
     way.checkpoints.total_limit = None
     for version in (1, 2):

@@ -72,11 +72,9 @@ def save_failing(way: Way, version: int, at: int, fail) -> None:
 
 def chosen(num_calls: int, most: int) -> list[int]:
     """Numbers of calls, spread evenly if there are more than may be tried."""
-    return (
-        sorted({round(i * (num_calls - 1) / (most - 1)) for i in range(most)})
-        if num_calls > most
-        else [*range(num_calls)]
-    )
+    if num_calls <= most:
+        return [*range(num_calls)]
+    return sorted({round(i * (num_calls - 1) / (most - 1)) for i in range(most)})
 
 
 @pytest.mark.parametrize("fail", [die, io_error], ids=["kill -9", "OSError"])

@@ -4,7 +4,7 @@
 import json
 import random
 import struct
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,6 +17,7 @@ from diffusers_d2it import D2iTGrainModel, D2iTPipeline
 from diffusers_d2it.conversion import convert_autoencoder_kl
 
 
+load = D2iTGrainModel.from_pretrained
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"
 DTYPES = ["F64", "F16", "BF16", "F8_E4M3", "I32", "U32", "I64", "U8", "BOOL", "F4", "f32", "", None, 3, ["F32"]]
@@ -102,16 +103,8 @@ def other_shape(content: bytes, rng: random.Random) -> bytes:
     header, data = split(content)
     chosen = entry(header, rng)
     shape = chosen["shape"]
-    shapes = [
-        shape[::-1],
-        [*shape, 1],
-        shape[1:],
-        [1, *shape],
-        [n + 1 for n in shape],
-        [-n for n in shape],
-        "shape",
-        None,
-    ]
+    shapes = [shape[::-1], [*shape, 1], shape[1:], [1, *shape], [n + 1 for n in shape], [-n for n in shape], None]
+    shapes += ["shape"]
     shapes += [[rng.choice(NUMBERS), *shape[1:]], [2**32, 2**32], [0, *shape], [2**62] * 20, [1] * 200, {}]
     chosen["shape"] = rng.choice(shapes)
     return join(header, data)
@@ -149,16 +142,9 @@ def repeated_name(content: bytes, rng: random.Random) -> bytes:
 
 def odd_header(content: bytes, rng: random.Random) -> bytes:
     header, data = split(content)
-    nested = b"[" * 200_000
-    odd = [
-        [],
-        {},
-        [header],
-        {"a": 1},
-        {**header, "extra": None},
-        {**header, "__metadata__": rng.choice([3, {"a": 1}, []])},
-    ]
-    odd += [nested, b"{" + b'"a":{},' * 250_000 + b'"a":{}}', b"NaN", b"\xff\xfe", b"", b"1" * 5000]
+    metadata = rng.choice([3, {"a": 1}, []])
+    odd = [[], {}, [header], {"a": 1}, {**header, "extra": None}, {**header, "__metadata__": metadata}]
+    odd += [b"[" * 200_000, b"{" + b'"a":{},' * 250_000 + b'"a":{}}', b"NaN", b"\xff\xfe", b"", b"1" * 5000]
     return join(rng.choice(odd), data)
 
 
@@ -171,9 +157,8 @@ def not_finite(content: bytes, rng: random.Random) -> bytes:
 
 
 def another_file(content: bytes, rng: random.Random) -> bytes:
-    return rng.choice(
-        [b"<html>404</html>" * 500, b"PK\x03\x04" + content, b"\x80\x02}q\x00.", b"version https://git-lfs"]
-    )
+    others = [b"<html>404</html>" * 500, b"PK\x03\x04" + content, b"\x80\x02}q\x00.", b"version https://git-lfs"]
+    return rng.choice(others)
 
 
 def entry(header: dict, rng: random.Random) -> dict:
@@ -194,7 +179,7 @@ def test_a_mutated_file_is_refused_or_harmless(model, folder, fault, repeats, mu
     num_refused = 0
     for trial in range(repeats(240 if mutate is flip_in_header else 64, 2000)):
         (folder / WEIGHTS).write_bytes(mutate(content, rng))
-        found = attempt(lambda: D2iTGrainModel.from_pretrained(folder))
+        found = attempt(partial(load, folder))
         num_refused += found.error is not None
         problem = problem_of(found, model, str(folder))
         count.tried(f"{trial}: {problem}", silent=problem is not None)
@@ -211,8 +196,7 @@ def test_any_changed_byte_of_a_sealed_model_is_refused(model, tmp_path, fault, r
         at = rng.randrange(len(content))
         changed[at] ^= 1 << rng.randrange(8)
         (tmp_path / WEIGHTS).write_bytes(changed)
-        problem = attempt(lambda: D2iTGrainModel.from_pretrained(tmp_path)).problem(str(tmp_path / WEIGHTS), "damaged")
-        count.tried(f"byte {at}: {problem}", silent=problem is not None)
+        count.refused(partial(load, tmp_path), str(tmp_path / WEIGHTS), "damaged", what=f"byte {at}")
 
 
 @pytest.mark.parametrize("sealed", [True, False])
@@ -224,21 +208,14 @@ def test_two_tensors_that_change_places_are_noticed_under_a_seal(model, tmp_path
     save_file(weights | {first: weights[second], second: weights[first]}, tmp_path / WEIGHTS)
     if not sealed:
         (tmp_path / "manifest.json").unlink()
-        assert torch.equal(D2iTGrainModel.from_pretrained(tmp_path).state_dict()[first], weights[second])
+        assert torch.equal(load(tmp_path).state_dict()[first], weights[second])
         return
-    problem = attempt(lambda: D2iTGrainModel.from_pretrained(tmp_path)).problem(str(tmp_path / WEIGHTS))
-    fault("safetensors with a manifest: tensors exchanged").tried(problem, silent=problem is not None)
+    fault("safetensors with a manifest: tensors exchanged").refused(partial(load, tmp_path), str(tmp_path / WEIGHTS))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Several files
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-def tried(count, model: torch.nn.Module, folder: Path, what: object, *names: str) -> None:
-    """Load a model that must be refused with these names."""
-    problem = attempt(lambda: D2iTGrainModel.from_pretrained(folder)).problem(*names)
-    count.tried(f"{what}: {problem}", silent=problem is not None)
 
 
 def test_shards_and_their_index_must_agree(model, folder, fault):
@@ -249,42 +226,32 @@ def test_shards_and_their_index_must_agree(model, folder, fault):
     index = json.loads((folder / INDEX).read_text())
     places = index["weight_map"]
     shards = sorted(set(places.values()))
-    assert len(shards) > 2 and problem_of(attempt(lambda: D2iTGrainModel.from_pretrained(folder)), model) is None
+    assert len(shards) > 2 and problem_of(attempt(partial(load, folder)), model) is None
     name = next(key for key, shard in places.items() if shard == shards[0])
-    changes = [
-        places | {name: shards[1]},
+    elsewhere = [f"../{folder.name}/{shards[0]}", str(folder / shards[0]), f"sub/{shards[0]}", f"..\\{shards[0]}"]
+    no_names = ["weights.bin", ".safetensors", "", None, [shards[0]], "\x00.safetensors"]
+    changes = [places | {name: place} for place in (shards[1], *elsewhere, *no_names)]
+    changes += [
         places | {"extra.weight": shards[0]},
         {key: shard for key, shard in places.items() if key != name},
         {key: shard for key, shard in places.items() if shard != shards[0]},
-        places | {name: f"../{folder.name}/{shards[0]}"},
-        places | {name: str(folder / shards[0])},
-        places | {name: f"sub/{shards[0]}"},
-        places | {name: f"..\\{shards[0]}"},
-        places | {name: "weights.bin"},
-        places | {name: ".safetensors"},
-        places | {name: ""},
-        places | {name: None},
-        places | {name: [shards[0]]},
-        places | {name: "\x00.safetensors"},
-        {},
-        [],
-        None,
-    ]
+        {}, [], None,
+    ]  # fmt: skip
     for change in changes:
         (folder / INDEX).write_text(json.dumps(index | {"weight_map": change}))
-        tried(count, model, folder, change, str(folder))
+        count.refused(partial(load, folder), str(folder), what=change)
     for text in ("", "[]", "{}", json.dumps({"weight_map": places}), json.dumps(index)[:-20]):
         (folder / INDEX).write_text(text)
-        tried(count, model, folder, text[:20], str(folder / INDEX))
+        count.refused(partial(load, folder), str(folder / INDEX), what=text[:20])
     (folder / INDEX).write_text(json.dumps(index))
     for shard in shards:
         content = (folder / shard).read_bytes()
         (folder / shard).unlink()
-        tried(count, model, folder, f"{shard} missing", str(folder / shard), "missing")
+        count.refused(partial(load, folder), str(folder / shard), "missing", what=f"{shard} missing")
         (folder / shard).write_bytes(content[:-1])
-        tried(count, model, folder, f"{shard} cut", str(folder / shard))
+        count.refused(partial(load, folder), str(folder / shard), what=f"{shard} cut")
         (folder / shard).write_bytes(content)
-    assert problem_of(attempt(lambda: D2iTGrainModel.from_pretrained(folder)), model) is None
+    assert problem_of(attempt(partial(load, folder)), model) is None
 
 
 def test_a_tensor_in_two_shards_is_refused(model, folder, fault):
@@ -298,12 +265,12 @@ def test_a_tensor_in_two_shards_is_refused(model, folder, fault):
     other = next(place for place in places.values() if place != shard)
     zeros = torch.zeros_like(load_file(folder / shard)[name])
     save_file(load_file(folder / other) | {name: zeros}, folder / other)
-    tried(count, model, folder, name, str(folder / INDEX), other, name)
+    count.refused(partial(load, folder), str(folder / INDEX), other, name, what=name)
 
 
-@pytest.mark.parametrize("read", [D2iTGrainModel.from_pretrained, convert_autoencoder_kl])
+@pytest.mark.parametrize("read", [load, convert_autoencoder_kl])
 def test_an_absurd_header_is_refused_from_its_first_bytes(tmp_path, fault, read):
-    """safetensors itself reads headers of up to 100 MB, and looks for overlaps after it has read one."""
+    """safetensors itself reads headers of up to 100 MB."""
     count = fault("header that is absurdly long, or contradicts itself")
     if read == convert_autoencoder_kl:
         AutoencoderKL(norm_num_groups=4, block_out_channels=(4,), sample_size=8).save_pretrained(tmp_path)
@@ -315,14 +282,10 @@ def test_an_absurd_header_is_refused_from_its_first_bytes(tmp_path, fault, read)
     first, second = sorted(names, key=lambda name: header[name]["data_offsets"])[:2]
     overlap = header | {second: header[second] | {"data_offsets": [n - 4 for n in header[second]["data_offsets"]]}}
     gap = {name: entry for name, entry in header.items() if name != first}
-    for what, changed, words in (
-        ("padded", json.dumps(header).encode() + b" " * 2**21, "header"),
-        ("overlap", overlap, "offset"),
-        ("gap", gap, "offset"),
-    ):
+    padded = json.dumps(header).encode() + b" " * 2**21
+    for changed in (padded, overlap, gap):
         (tmp_path / WEIGHTS).write_bytes(join(changed, data))
-        problem = attempt(lambda: read(tmp_path)).problem(str(tmp_path / WEIGHTS), words)
-        count.tried((what, problem), silent=problem is not None)
+        count.refused(partial(read, tmp_path), str(tmp_path / WEIGHTS), "header")
 
 
 def test_weights_that_were_not_saved_with_the_rest_are_refused(model, tmp_path, fault):
@@ -332,13 +295,11 @@ def test_weights_that_were_not_saved_with_the_rest_are_refused(model, tmp_path, 
     model.save_pretrained(tmp_path / "b", max_shard_size="8KB")
     for file in (tmp_path / "b").glob("diffusion*"):
         file.rename(tmp_path / "a" / file.name)
-    tried(count, model, tmp_path / "a", "shards", str(tmp_path / "a"), "was not saved with the rest")
+    count.refused(partial(load, tmp_path / "a"), str(tmp_path / "a"), "manifest.json", what="shards")
     (tmp_path / "a" / INDEX).unlink()
-    assert problem_of(attempt(lambda: D2iTGrainModel.from_pretrained(tmp_path / "a")), model) is None
+    assert problem_of(attempt(lambda: load(tmp_path / "a")), model) is None
     (tmp_path / "a" / WEIGHTS).rename(tmp_path / "a" / "diffusion_pytorch_model.fp16.safetensors")
-    found = attempt(lambda: D2iTGrainModel.from_pretrained(tmp_path / "a", variant="fp16"))
-    problem = found.problem("fp16.safetensors", "was not saved with the rest")
-    count.tried(problem, silent=problem is not None)
+    count.refused(partial(load, tmp_path / "a", variant="fp16"), "fp16.safetensors", "manifest.json")
 
 
 @pytest.mark.parametrize("name", ["model.fp16.safetensors.index.json", "model.safetensors.fp16.index.json"])
@@ -347,18 +308,16 @@ def test_an_index_that_only_diffusers_would_read_is_refused(model, tmp_path, fau
     model.save_pretrained(tmp_path, variant="fp16")
     index = tmp_path / name.replace("model", "diffusion_pytorch_model")
     index.write_text(json.dumps({"metadata": {}, "weight_map": {}}))
-    problem = attempt(lambda: D2iTGrainModel.from_pretrained(tmp_path, variant="fp16")).problem(str(index))
-    fault("index of shards of a form that is not read").tried(problem, silent=problem is not None)
+    fault("index of shards of a form that is not read").refused(partial(load, tmp_path, variant="fp16"), str(index))
 
 
 def test_weights_that_a_smaller_dtype_cannot_hold_are_refused(model, folder, fault):
     count = fault("weights too large for the dtype they are cast to")
     weights = load_file(folder / WEIGHTS)
     save_file(weights | {"norm_out.proj_out.bias": torch.tensor([1e5, 0.0])}, folder / WEIGHTS)
-    assert D2iTGrainModel.from_pretrained(folder, torch_dtype=torch.bfloat16).dtype == torch.bfloat16
-    found = attempt(lambda: D2iTGrainModel.from_pretrained(folder, torch_dtype=torch.float16))
-    problem = found.problem(str(folder / WEIGHTS), "`norm_out.proj_out.bias`", "torch.float16")
-    count.tried(problem, silent=problem is not None)
+    assert load(folder, torch_dtype=torch.bfloat16).dtype == torch.bfloat16
+    half = partial(load, folder, torch_dtype=torch.float16)
+    count.refused(half, str(folder / WEIGHTS), "`norm_out.proj_out.bias`", "torch.float16")
 
 
 def test_two_kinds_of_half_precision_in_one_model_are_refused(model, folder, fault):
@@ -366,11 +325,11 @@ def test_two_kinds_of_half_precision_in_one_model_are_refused(model, folder, fau
     weights = {key: value.bfloat16() for key, value in load_file(folder / WEIGHTS).items()}
     name = "null_fine_ratio"
     save_file(weights, folder / WEIGHTS)
-    assert D2iTGrainModel.from_pretrained(folder, torch_dtype=torch.bfloat16).dtype == torch.bfloat16
+    assert load(folder, torch_dtype=torch.bfloat16).dtype == torch.bfloat16
     header, data = split((folder / WEIGHTS).read_bytes())
     header[name]["dtype"] = "F16"
     (folder / WEIGHTS).write_bytes(join(header, data))
-    tried(count, model, folder, name, str(folder / WEIGHTS), name, "F16", "BF16")
+    count.refused(partial(load, folder), str(folder / WEIGHTS), name, "F16", "BF16", what=name)
 
 
 def test_a_pipeline_is_sealed_with_all_its_parts(make_pipeline, tmp_path, fault):
@@ -383,8 +342,7 @@ def test_a_pipeline_is_sealed_with_all_its_parts(make_pipeline, tmp_path, fault)
     for name in (f"transformer/{WEIGHTS}", "scheduler/scheduler_config.json"):
         content = (tmp_path / "a" / name).read_bytes()
         (tmp_path / "a" / name).write_bytes((tmp_path / "b" / name).read_bytes())
-        problem = attempt(lambda: D2iTPipeline.from_pretrained(tmp_path / "a")).problem(str(tmp_path / "a" / name))
-        count.tried((name, problem), silent=problem is not None)
+        count.refused(partial(D2iTPipeline.from_pretrained, tmp_path / "a"), str(tmp_path / "a" / name), what=name)
         (tmp_path / "a" / name).write_bytes(content)
     # A part that is saved by itself answers for itself: this is how a user exchanges one
     torch.nn.init.zeros_(pipe.transformer.patch_embed.bias)
@@ -406,7 +364,7 @@ def test_foreign_weights_are_read_with_the_same_care(tmp_path, fault, repeats):
     content = (tmp_path / WEIGHTS).read_bytes()
     expected = convert_autoencoder_kl(tmp_path)[0]
     rng = random.Random(0)
-    harmful: list[Callable] = [mutate for mutate in MUTATIONS if mutate is not not_finite]
+    harmful = [mutate for mutate in MUTATIONS if mutate is not not_finite]
     for trial in range(repeats(60, 1000)):
         mutate = harmful[trial % len(harmful)]
         (tmp_path / WEIGHTS).write_bytes(mutate(content, rng))

@@ -4,6 +4,7 @@
 import inspect
 import json
 import os
+import re
 import tempfile
 from pathlib import Path
 from typing import get_type_hints
@@ -15,7 +16,7 @@ from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
 
 from diffusers_d2it import D2iTContentModel, D2iTGrainModel, D2iTPipeline, DynamicAutoencoderKL, load_preset
-from diffusers_d2it.files.folders import is_sealed, verify
+from diffusers_d2it.files.folders import verify
 from diffusers_d2it.models import configs
 
 
@@ -37,12 +38,14 @@ def names_in(folder: str | Path) -> list[str]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("fault", ["missing", "foreign", "shape"])
+@pytest.mark.parametrize("shards", [{}, {"max_shard_size": "100KB"}])
+@pytest.mark.parametrize("fault", ["missing", "foreign", "shape", "nan", "inf", "-inf"])
 @pytest.mark.parametrize("factory", ["make_vae", "make_grain_model", "make_content_model"])
-def test_a_checkpoint_with_other_weights_is_refused_by_name(request, tmp_path, factory, fault):
+def test_a_checkpoint_with_other_weights_is_refused_by_name(request, tmp_path, factory, fault, shards):
     model = request.getfixturevalue(factory)()
-    model.save_pretrained(tmp_path)
-    file = tmp_path / WEIGHTS
+    model.save_pretrained(tmp_path, **shards)
+    (tmp_path / "manifest.json").unlink()
+    file = sorted(tmp_path.glob("*.safetensors"))[0]
     weights = load_file(file)
     key = sorted(weights)[len(weights) // 2]
     if fault == "missing":
@@ -50,23 +53,14 @@ def test_a_checkpoint_with_other_weights_is_refused_by_name(request, tmp_path, f
     elif fault == "foreign":
         key = "quant_conv.weight"
         weights[key] = torch.zeros(8, 8, 1, 1)
-    else:
+    elif fault == "shape":
         weights[key] = torch.zeros(*weights[key].shape, 2)
+    else:
+        weights[key].view(-1)[-1] = float(fault)
     save_file(weights, file, metadata={"format": "pt"})
-    (tmp_path / "manifest.json").unlink()
-    with pytest.raises(ValueError, match=key.replace(".", r"\.")):
+    with pytest.raises(ValueError, match=re.escape(key)) as caught:
         type(model).from_pretrained(tmp_path)
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("shards", [{}, {"max_shard_size": "100KB"}])
-def test_weights_that_are_not_finite_are_refused_by_name(make_vae, tmp_path, value, shards):
-    vae = make_vae()
-    with torch.no_grad():
-        vae.decoder.conv_out.bias[1] = value
-    vae.save_pretrained(tmp_path, **shards)
-    with pytest.raises(ValueError, match=r"safetensors: `decoder.conv_out.bias` must be finite"):
-        DynamicAutoencoderKL.from_pretrained(tmp_path)
+    assert str(tmp_path) in str(caught.value)
 
 
 @pytest.mark.parametrize("cls", CLASSES)
@@ -106,7 +100,7 @@ def test_the_size_that_is_checked_is_about_that_of_the_model(monkeypatch, cls, n
         monkeypatch.setattr(configs, "MAX_PARAMETERS", size * 1.25)
         cls(**load_preset(name))
         monkeypatch.setattr(configs, "MAX_PARAMETERS", size / 1.25)
-        with pytest.raises(ValueError, match="ask for about"):
+        with pytest.raises(ValueError, match="parameters"):
             cls(**load_preset(name))
 
 
@@ -114,7 +108,7 @@ def test_arguments_replace_keys_of_the_file_and_are_checked_like_them(make_vae, 
     make_vae().save_pretrained(tmp_path)
     vae = DynamicAutoencoderKL.from_pretrained(tmp_path, scaling_factor=0.5, calibration=None)
     assert vae.config.scaling_factor == 0.5 and vae.config.calibration is None
-    with pytest.raises(ValueError, match=r"config.json with the arguments scaling_factor: `scaling_factor`.*got nan"):
+    with pytest.raises(ValueError, match=r"config.json.* scaling_factor: `scaling_factor`.*nan"):
         DynamicAutoencoderKL.from_pretrained(tmp_path, scaling_factor=float("nan"))
 
 
@@ -131,7 +125,7 @@ def test_a_part_of_a_pipeline_loads_alone_and_is_checked_against_the_manifest_of
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
-    with pytest.raises(ValueError, match=f"{file} is damaged"):
+    with pytest.raises(ValueError, match=str(file)):
         D2iTGrainModel.from_pretrained(tmp_path / "pipeline", subfolder="grain_model")
 
 
@@ -177,48 +171,29 @@ def test_variants_lie_beside_one_another(make_grain_model, tmp_path):
     assert same_weights(D2iTGrainModel.from_pretrained(tmp_path, variant="fp16", torch_dtype=torch.float16), half)
     (tmp_path / "diffusion_pytorch_model.fp16.safetensors").unlink()
     assert same_weights(D2iTGrainModel.from_pretrained(tmp_path), full)  # what is not read may be gone
-    with pytest.raises(ValueError, match="fp16.safetensors is missing"):
+    with pytest.raises(ValueError, match="fp16.safetensors"):
         D2iTGrainModel.from_pretrained(tmp_path, variant="fp16")
 
 
-def test_no_shards_of_an_earlier_save_are_left(make_grain_model, tmp_path):
-    models = [make_grain_model(seed=seed) for seed in range(4)]
-    for model, size in zip(models, ("20KB", "60KB", "10GB", "20KB")):
-        model.save_pretrained(tmp_path, max_shard_size=size)
-        verify(tmp_path)
-        assert same_weights(D2iTGrainModel.from_pretrained(tmp_path), model)
-        shards = [name for name in names_in(tmp_path) if "-of-" in name]
-        assert len(shards) == (int(shards[0][-17:-12]) if shards else 0), shards
-        assert (tmp_path / WEIGHTS).exists() == (not shards)
-
-
-def test_any_folder_will_do(make_grain_model, make_pipeline, tmp_path, monkeypatch):
-    model, pipe = make_grain_model(), make_pipeline()
-    (tmp_path / "empty").mkdir()
-    monkeypatch.chdir(tmp_path / "empty")
+@pytest.mark.parametrize("factory", ["make_grain_model", "make_pipeline"])
+def test_any_folder_will_do(request, factory, tmp_path, monkeypatch):
+    saved = request.getfixturevalue(factory)()
+    monkeypatch.chdir(tmp_path)
     with tempfile.TemporaryDirectory() as temporary:
-        for folder in (".", "new", "new/deep/er", temporary, tmp_path / "empty" / "path"):
-            model.save_pretrained(folder)
-            assert same_weights(D2iTGrainModel.from_pretrained(folder), model) and is_sealed(folder)
-    (tmp_path / "other").mkdir()
-    monkeypatch.chdir(tmp_path / "other")
-    with tempfile.TemporaryDirectory() as temporary:
-        for folder in (".", "new", temporary):
-            pipe.save_pretrained(folder)
-            assert same_weights(D2iTPipeline.from_pretrained(folder).transformer, pipe.transformer)
+        for folder in (".", "new", "new/deep/er", temporary, tmp_path / "path"):
+            saved.save_pretrained(folder)
             verify(folder)
+            loaded = type(saved).from_pretrained(folder)
+            pairs = [(loaded, saved)] if factory == "make_grain_model" else [(loaded.transformer, saved.transformer)]
+            assert all(same_weights(*pair) for pair in pairs)
     assert not [name for _, folders, files in os.walk(tmp_path) for name in folders + files if name[0] == "."]
 
 
-def test_a_pipeline_can_be_saved_over_another_one(make_pipeline, make_grain_model, tmp_path):
-    first, second = make_pipeline(), make_pipeline(grain_model=make_grain_model(seed=9))
-    first.save_pretrained(tmp_path, max_shard_size="20KB")
-    (tmp_path / "vae" / "note.txt").write_text("kept")
-    second.save_pretrained(tmp_path)
-    verify(tmp_path)
-    assert same_weights(D2iTPipeline.from_pretrained(tmp_path).grain_model, second.grain_model)
-    assert not [name for name in names_in(tmp_path) if "-of-" in name or "index.json" in name and "/" in name]
-    assert (tmp_path / "vae" / "note.txt").read_text() == "kept"
+@pytest.mark.parametrize("factory", ["make_grain_model", "make_pipeline"])
+def test_an_argument_that_nobody_has_is_refused_before_anything_is_saved(request, factory, tmp_path):
+    with pytest.raises(TypeError, match="max_shard_sizes"):
+        request.getfixturevalue(factory)().save_pretrained(tmp_path / "new", max_shard_sizes="5GB")
+    assert names_in(tmp_path) == []
 
 
 def test_only_the_main_process_writes(make_grain_model, tmp_path):
@@ -229,11 +204,11 @@ def test_only_the_main_process_writes(make_grain_model, tmp_path):
 def test_nothing_but_safetensors_is_saved(make_grain_model, make_pipeline, tmp_path):
     (tmp_path / "file").touch()
     for saved in (make_grain_model(), make_pipeline()):
-        with pytest.raises(ValueError, match="`safe_serialization` must be True"):
+        with pytest.raises(ValueError, match="`safe_serialization`.*True"):
             saved.save_pretrained(tmp_path / "new", safe_serialization=False)
-        with pytest.raises(ValueError, match="`use_flashpack` must be False"):
+        with pytest.raises(ValueError, match="`use_flashpack`.*False"):
             saved.save_pretrained(tmp_path / "new", use_flashpack=True)
-        with pytest.raises(ValueError, match=f"{tmp_path / 'file'} must be a folder"):
+        with pytest.raises(ValueError, match=str(tmp_path / "file")):
             saved.save_pretrained(tmp_path / "file")
     assert names_in(tmp_path) == ["file"]
 
