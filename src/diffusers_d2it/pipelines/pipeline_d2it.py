@@ -212,7 +212,7 @@ class D2iTPipeline(StrictPipeline):
     def check_inputs(
         self,
         *,
-        batch_size: int,
+        num_labels: int,
         num_images_per_prompt: int,
         num_inference_steps: int,
         guidance_scale: float,
@@ -242,6 +242,7 @@ class D2iTPipeline(StrictPipeline):
                 "callback_on_step_end_tensor_inputs": callback_on_step_end_tensor_inputs,
             }
         )
+        batch_size = num_labels * num_images_per_prompt
         if guidance_interval[0] > guidance_interval[1]:
             raise ValueError(f"`guidance_interval` must be (start, stop) with start <= stop, got {guidance_interval}.")
         if callback_on_step_end is not None and not callable(callback_on_step_end):
@@ -402,9 +403,8 @@ class D2iTPipeline(StrictPipeline):
         # 1. Arguments
         ids = class_ids(class_labels, self.transformer.config.num_classes, self.id2label)
         num_labels = 1 if ids is None else len(ids)
-        batch_size = num_labels * num_images_per_prompt
         self.check_inputs(
-            batch_size=batch_size,
+            num_labels=num_labels,
             num_images_per_prompt=num_images_per_prompt,
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
@@ -420,6 +420,7 @@ class D2iTPipeline(StrictPipeline):
             callback_on_step_end=callback_on_step_end,
             callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
         )
+        batch_size = num_labels * num_images_per_prompt
         size = map_size(grain_map, latents, height, width, self.vae, self.transformer)
         device = self._execution_device
         self._guidance_scale = guidance_scale
