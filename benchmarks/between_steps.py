@@ -14,7 +14,6 @@ Graphs are counted over the steps of a call, and over calls with different grain
 all-fine one. On the CPU the backend does nothing, so only dynamo's guards matter.
 """
 
-import argparse
 import functools
 import warnings
 from collections.abc import Callable, Iterator
@@ -23,13 +22,14 @@ from unittest.mock import patch
 
 import diffusers
 import torch
-from common import Claim, parse_args, report
+from common import Bench, main
+from peers import random_pipeline
 from torch._dynamo.utils import counters
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from diffusers_d2it import D2iTContentModel, D2iTPipeline, DynamicAutoencoderKL, load_preset
+from diffusers_d2it import D2iTContentModel, D2iTPipeline, load_preset
 from diffusers_d2it.grains import GrainLayout
 
 
@@ -241,63 +241,49 @@ def make_scheduler(name: str):
 
 def build_pipeline(device: str) -> D2iTPipeline:
     """A pipeline without a grain model: content-xl in bf16 on a GPU, content-tiny on the CPU."""
-    size, vae = ("content-xl", "dvae-f8f16") if device == "cuda" else ("content-tiny", "dvae-tiny")
-    pipe = D2iTPipeline(
-        vae=DynamicAutoencoderKL(**load_preset(vae)).eval(),
-        grain_model=None,
-        transformer=D2iTContentModel(**load_preset(size)).eval(),
-        scheduler=make_scheduler("DDIMScheduler"),
-        grain_scheduler=None,
-    )
-    pipe.set_progress_bar_config(disable=True)
-    return pipe.to("cuda", torch.bfloat16) if device == "cuda" else pipe
+    size, vae, dtype = ("content-xl", "dvae-f8f16", torch.bfloat16)
+    if device == "cpu":
+        size, vae, dtype = ("content-tiny", "dvae-tiny", torch.float32)
+    return random_pipeline(D2iTContentModel(**load_preset(size)).eval(), vae, None, device, dtype)
 
 
-def count_all_traffic(pipe: D2iTPipeline, grain_map: torch.Tensor, form: str) -> tuple[int, dict[str, float]]:
-    """Traffic of the loop over all schedulers, and notes of each scheduler's."""
-    total, notes = 0, {}
+def count_all_traffic(bench: Bench, pipe: D2iTPipeline, grain_map: torch.Tensor, form: str) -> int:
+    """Traffic of the loop over all schedulers; that of each is noted."""
+    total = 0
     for name in SCHEDULERS:
         pipe.scheduler = make_scheduler(name)
         of_loop, of_scheduler = host_traffic(pipe, grain_map)
-        notes[f"{name}, {form}: host traffic a step"] = len(of_loop) / (NUM_STEPS - 1)
-        notes[f"{name}, {form}: inside its own step"] = len(of_scheduler) / (NUM_STEPS - 1)
+        bench.note(f"{name}, {form}: host traffic a step", len(of_loop) / (NUM_STEPS - 1))
+        bench.note(f"{name}, {form}: inside its own step", len(of_scheduler) / (NUM_STEPS - 1))
         total += len(of_loop)
-    return total, notes
+    return total
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    args = parse_args(parser, "between_steps")
-    cuda = args.device == "cuda"
-
+def measure(bench: Bench) -> str:
     torch.manual_seed(0)
-    pipe = build_pipeline(args.device)
+    pipe = build_pipeline(bench.device)
     side = pipe.transformer.config.sample_size // pipe.transformer.patch_size
     grain_maps = different_maps(NUM_MAPS, (BATCH_SIZE, side, side))
-    pipe.transformer.compile_repeated_blocks(**({} if cuda else {"backend": "eager"}))
+    pipe.transformer.compile_repeated_blocks(**({} if bench.cuda else {"backend": "eager"}))
     graphs = count_graphs(pipe, grain_maps)
+    traffic = count_all_traffic(bench, pipe, grain_maps[0], "compiled") if bench.cuda else 0
+    pipe = build_pipeline(bench.device)
+    traffic += count_all_traffic(
+        bench, pipe if bench.cuda else move_to_meta(pipe, grain_maps[0]), grain_maps[0], "eager"
+    )
+
+    bench.note("graphs of the first map", graphs[0][-1])
     found = {
+        "host traffic between steps, outside of the schedulers": traffic,
         "graphs compiled between the steps of a call": sum(call[-1] - call[0] for call in graphs),
         f"graphs compiled for maps 3 to {NUM_MAPS}": graphs[-1][-1] - graphs[1][-1],
     }
-    notes = {"graphs of the first map": graphs[0][-1]}
-
-    traffic = 0
-    if cuda:
-        traffic, more = count_all_traffic(pipe, grain_maps[0], "compiled")
-        notes |= more
-    pipe = build_pipeline(args.device)
-    pipe = pipe if cuda else move_to_meta(pipe, grain_maps[0])
-    more_traffic, more = count_all_traffic(pipe, grain_maps[0], "eager")
-    found = {"host traffic between steps, outside of the schedulers": traffic + more_traffic} | found
-    notes |= more
-
-    claims = [Claim(text, number, 0, goal=9) for text, number in found.items()] if cuda else []
-    if not cuda:
-        notes = {f"{text}, content-tiny": number for text, number in found.items()} | notes
-    title = f"Between the steps of sampling, {'content-xl on a GPU' if cuda else 'content-tiny on the meta device'}"
-    report(args, title, {}, claims, notes)
+    for text, number in found.items():
+        bench.claim(text, number, 0, goal=9)
+    return (
+        f"Between the steps of sampling, {'content-xl on a GPU' if bench.cuda else 'content-tiny on the meta device'}"
+    )
 
 
 if __name__ == "__main__":
-    main()
+    main(measure)

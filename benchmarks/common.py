@@ -1,44 +1,121 @@
 # Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
-"""What the benchmarks share: photographs and their grain maps, interleaved timing, peak memory, the report."""
+"""What the benchmarks share: one `main` with its flags, interleaved timing, peak memory, claims and the result file.
+
+A benchmark is a function that measures, and its own flags:
+
+    def measure(bench: Bench, width: int) -> str:
+        median = bench.time({"ours": ..., "theirs": ...})
+        bench.claim("ours / theirs", median["ours"] / median["theirs"], 0.5, goal=4)
+        return f"Title of the report, width {width}"
+
+    if __name__ == "__main__":
+        main(measure, width=Flag({"cpu": 64, "cuda": 1152}, "width of the model"))
+"""
 
 import argparse
 import datetime
+import importlib.util
+import inspect
 import json
 import os
 import platform
 import statistics
+import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
+from types import ModuleType
+from typing import Any
+from unittest.mock import patch
 
 import diffusers
 import torch
-from PIL import Image, ImageOps
+from goals import GOALS
 from torch.profiler import ProfilerActivity, profile
-
-from diffusers_d2it.entropy import region_entropy
 
 
 RESULTS = Path(__file__).parent / "results"
-PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "rocket")  # they come with scikit-image, nothing is downloaded
+DEVICES = ("cpu", "cuda")
 
 
-def parse_args(parser: argparse.ArgumentParser, name: str) -> argparse.Namespace:
-    """Add what every benchmark takes, parse, and set the number of threads."""
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+# ---------------------------------------------------------------------------------------------------------------------
+# One main for all
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Flag:
+    """A flag of one script, an argument of its `measure`.
+
+    Args:
+        default: a number, a name or a list; {"cpu": ..., "cuda": ...} where it depends on the device.
+        help: what it is, and which values it takes.
+        valid: tells whether it takes a value.
+    """
+
+    default: Any
+    help: str
+    valid: Callable[[Any], bool] = lambda value: True
+
+    def add(self, parser: argparse.ArgumentParser, name: str) -> None:
+        of_cpu = self.for_device("cpu")
+        kind = {"nargs": "+", "type": type(of_cpu[0])} if isinstance(of_cpu, list) else {"type": type(of_cpu)}
+        if isinstance(of_cpu, bool):
+            kind = {"action": argparse.BooleanOptionalAction}
+        elif of_cpu is None:
+            kind = {}
+        shown = " or ".join(f"{value} ({device})" for device, value in self._of_devices().items())
+        parser.add_argument(f"--{name}", help=f"{self.help}; default: {shown}", **kind)
+
+    def for_device(self, device: str) -> Any:
+        return self._of_devices()[device] if isinstance(self.default, dict) else self.default
+
+    def _of_devices(self) -> dict[str, Any]:
+        return self.default if isinstance(self.default, dict) else {"any device": self.default}
+
+
+def main(
+    measure: Callable[..., str],
+    devices: Sequence[str] = DEVICES,
+    most_turns: dict[str, int] | None = None,
+    **flags: Flag,
+) -> None:
+    """Parse the flags, measure, print what was found and write it to `results/NAME.json`.
+
+    Args:
+        measure: of a `Bench` and the values of `flags`; returns the title of its report.
+        devices: that it measures on.
+        most_turns: of a device, at most, where turns take long.
+        flags: its own.
+    """
+    name, description = Path(inspect.getfile(measure)).stem, sys.modules[measure.__module__].__doc__
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for flag_name, flag in flags.items():
+        flag.add(parser, flag_name)
+    parser.add_argument("--device", choices=devices, default="cpu")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of torch")
-    parser.add_argument("--repeats", type=int, default=20, help="timed runs of each side, after 3 to warm up")
+    parser.add_argument("--repeats", type=int, default=20, help="timed turns of each side, after some to warm up")
     parser.add_argument("--output", type=Path, help="where the result is written; default: in benchmarks/results")
     args = parser.parse_args()
-    args.output = args.output or result_path(name, args.device)
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no CUDA device.")
     if args.repeats < 1 or args.threads < 1:
         parser.error("--repeats and --threads must be at least 1.")
+    settings = {}
+    for flag_name, flag in flags.items():
+        value = getattr(args, flag_name)
+        settings[flag_name] = value = flag.for_device(args.device) if value is None else value
+        if not all(flag.valid(one) for one in (value if isinstance(value, list) else [value])):
+            parser.error(f"--{flag_name} {value}: {flag.help}.")
+
     torch.set_num_threads(args.threads)
-    return args
+    bench = Bench(args.device, args.threads, min(args.repeats, (most_turns or {}).get(args.device, args.repeats)))
+    title = measure(bench, **settings)
+    bench.report(title, settings, args.output or result_path(name, args.device))
 
 
 def result_path(name: str, device: str) -> Path:
@@ -47,45 +124,7 @@ def result_path(name: str, device: str) -> Path:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Inputs
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def load_photographs(folder: str | None, limit: int = 4, size: int = 256) -> torch.Tensor:
-    """Photographs as (N, 3, size, size) in [-1, 1], cut to their central square and scaled.
-
-    Args:
-        folder: a folder of images, sorted by name; None takes four that come with scikit-image.
-        limit: N at most.
-        size: side in pixels.
-
-    Raises:
-        ValueError: no image in the folder.
-    """
-    if folder is None:
-        from skimage import data
-
-        images = [Image.fromarray(getattr(data, name)()) for name in PHOTOGRAPHS[:limit]]
-    else:
-        suffixes = {".jpg", ".jpeg", ".png", ".webp"}
-        paths = sorted(path for path in Path(folder).iterdir() if path.suffix.lower() in suffixes)
-        if not paths:
-            raise ValueError(f"no image ({', '.join(sorted(suffixes))}) in {folder!r}.")
-        images = [Image.open(path) for path in paths[:limit]]
-    images = [ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.LANCZOS) for image in images]
-    bytes_ = [torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8) for image in images]
-    pixels = torch.stack(bytes_).view(-1, size, size, 3).permute(0, 3, 1, 2).float() / 127.5 - 1
-    return pixels.contiguous()
-
-
-def real_grain_maps(pixels: torch.Tensor, fine_ratio: float) -> torch.Tensor:
-    """Maps (N, h, w) of images, two grains, with this share of fine regions over all of them, not in each."""
-    entropy = region_entropy(pixels)
-    return (entropy > torch.quantile(entropy, 1 - fine_ratio)).long()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Time and memory
+# What is found
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -101,79 +140,6 @@ class Timing:
         return f"{self.median:9.3f} ms  ({self.minimum:.3f} to {self.maximum:.3f})"
 
 
-def time_sides(
-    sides: dict[str, Callable[[], object]], args: argparse.Namespace, warmup: int = 3, shortest_turn: float = 0.02
-) -> dict[str, Timing]:
-    """Time functions in turns, A B A B ..., so that whatever slows the machine down slows all of them.
-
-    Args:
-        sides: functions by name.
-        args: from `parse_args`: device, threads, number of timed turns.
-        warmup: turns of each side that do not count.
-        shortest_turn: seconds. In its turn a side is called until this has passed, or once, and the turn counts as the
-            mean of its calls: otherwise a short side is measured on the cold caches that a long one leaves behind.
-    """
-    clock = clock_of(args)
-    milliseconds: dict[str, list[float]] = {name: [] for name in sides}
-    for turn in range(warmup + args.repeats):
-        for name, function in sides.items():
-            calls, elapsed = 0, 0.0
-            _synchronize(args.device)
-            start = clock()
-            while elapsed < shortest_turn:
-                function()
-                _synchronize(args.device)
-                calls, elapsed = calls + 1, clock() - start
-            if turn >= warmup:
-                milliseconds[name].append(1e3 * elapsed / calls)
-    return {name: Timing(min(times), statistics.median(times), max(times)) for name, times in milliseconds.items()}
-
-
-def clock_of(args: argparse.Namespace) -> Callable[[], float]:
-    """Processor time of this process where it works on one CPU thread, otherwise the time on the wall.
-
-    On one thread the two agree on an idle machine, and only the first leaves out the turns that other programs take.
-    """
-    return time.process_time if args.device == "cpu" and args.threads == 1 else time.perf_counter
-
-
-def peak_memory(function: Callable[[], object], device: str) -> float:
-    """MiB that a function holds at its peak beyond what is live before it, its result included.
-
-    On the CPU the profiler reports every allocation and release of torch's allocator, and the peak is that of their
-    running sum. It repeats exactly, unlike a resident-set size, which also holds what the C library keeps for later.
-    Scratch memory inside a BLAS is not seen. On CUDA the caching allocator keeps the same count itself.
-    """
-    function()  # what is built once and cached is not counted
-    if device == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        function()
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        function()
-    with tempfile.TemporaryDirectory() as folder:
-        trace = Path(folder) / "trace.json"
-        profiler.export_chrome_trace(str(trace))
-        events = json.loads(trace.read_text(encoding="utf-8"))["traceEvents"]
-    live = peak = 0
-    for event in sorted((event for event in events if event.get("name") == "[memory]"), key=lambda event: event["ts"]):
-        live += event["args"]["Bytes"]
-        peak = max(peak, live)
-    return peak / 2**20
-
-
-def _synchronize(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The report
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Claim:
     """One number that is promised.
@@ -183,8 +149,7 @@ class Claim:
         measured: the number.
         limit: what is promised: at most this, or at least this.
         at_least: the direction.
-        goal: number of the goal in `goals.py` that it belongs to, on the device that was measured; None for a promise
-            of its own. A number that is promised for a GPU only is a note on a CPU, not a claim.
+        goal: number of the goal in `goals.py` that it belongs to; None for a promise of its own.
     """
 
     text: str
@@ -201,37 +166,182 @@ class Claim:
         return f"{self.text}: {self.measured:.3g}, goal {'>=' if self.at_least else '<='} {self.limit:.3g}"
 
 
-def report(
-    args: argparse.Namespace,
-    title: str,
-    timings: dict[str, Timing],
-    claims: list[Claim],
-    notes: dict[str, float],
-) -> None:
-    """Print timings, claims, notes and the machine, and write them to `args.output` as JSON."""
-    machine = describe_machine(args.device)
-    machine["date"] = datetime.date.today().isoformat()
-    machine["clock"] = "processor time" if clock_of(args) is time.process_time else "time on the wall"
-    print(title)
-    print("  " + ", ".join(f"{key} {value}" for key, value in machine.items()))
-    for name, timing in timings.items():
-        print(f"  {name:<44} {timing}")
-    for name, value in notes.items():
-        print(f"  {name:<44} {value:9.3g}")
-    for claim in claims:
-        print(f"  {claim}: {'reached' if claim.reached else 'NOT REACHED'}")
+class Bench:
+    """How a benchmark is to measure, and what it has found.
 
-    result = {
-        "title": title,
-        "machine": machine,
-        "settings": {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()},
-        "milliseconds": {name: vars(timing) for name, timing in timings.items()},
-        "notes": notes,
-        "claims": [{**vars(claim), "reached": claim.reached} for claim in claims],
-    }
-    del result["settings"]["output"]
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    Args:
+        device: "cpu" or "cuda".
+        threads: of torch on the CPU.
+        repeats: timed turns of each side.
+    """
+
+    def __init__(self, device: str, threads: int, repeats: int):
+        self.device, self.threads, self.repeats = device, threads, repeats
+        self.timings: dict[str, Timing] = {}
+        self.notes: dict[str, float] = {}
+        self.claims: list[Claim] = []
+        self.more: dict[str, Any] = {}  # further parts of the result file
+
+    @property
+    def cuda(self) -> bool:
+        return self.device == "cuda"
+
+    @property
+    def clock(self) -> Callable[[], float]:
+        """Processor time of this process where it works on one CPU thread, otherwise the time on the wall.
+
+        On one thread the two agree on an idle machine, and only the first leaves out the turns of other programs.
+        """
+        return time.process_time if self.device == "cpu" and self.threads == 1 else time.perf_counter
+
+    def time(
+        self,
+        sides: dict[str, Callable[[], object]],
+        warmup: int = 3,
+        repeats: int | None = None,
+        shortest_turn: float = 0.02,
+    ) -> dict[str, float]:
+        """Time functions in turns, A B A B ..., so that whatever slows the machine down slows all of them.
+
+        Args:
+            sides: functions by name.
+            warmup: turns of each side that do not count.
+            repeats: turns that do, at most those asked for.
+            shortest_turn: seconds. In its turn a side is called until this has passed, or once, and the turn counts as
+                the mean of its calls: otherwise a short side is measured on the cold caches that a long one leaves.
+
+        Returns:
+            The median of each side, in milliseconds a call.
+        """
+        milliseconds: dict[str, list[float]] = {name: [] for name in sides}
+        for turn in range(warmup + min(self.repeats, repeats or self.repeats)):
+            for name, function in sides.items():
+                calls, elapsed = 0, 0.0
+                self.synchronize()
+                start = self.clock()
+                while elapsed < shortest_turn:
+                    function()
+                    self.synchronize()
+                    calls, elapsed = calls + 1, self.clock() - start
+                if turn >= warmup:
+                    milliseconds[name].append(1e3 * elapsed / calls)
+        return {name: self.record(name, times) for name, times in milliseconds.items()}
+
+    def record(self, name: str, milliseconds: Sequence[float]) -> float:
+        """Keep the times of a side, measured elsewhere, and return their median."""
+        median = statistics.median(milliseconds)
+        self.timings[name] = Timing(min(milliseconds), median, max(milliseconds))
+        return median
+
+    def synchronize(self) -> None:
+        """Wait for the GPU."""
+        if self.cuda:
+            torch.cuda.synchronize()
+
+    def peak_memory(self, function: Callable[[], object]) -> float:
+        """MiB that a function holds at its peak beyond what is live before it, its result included.
+
+        On the CPU the profiler reports every allocation and release of torch's allocator, and the peak is that of
+        their running sum. It repeats exactly, unlike a resident-set size, which also holds what the C library keeps
+        for later. Scratch memory inside a BLAS is not seen. On CUDA the caching allocator keeps the same count itself.
+        """
+        function()  # what is built once and cached is not counted
+        if self.cuda:
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            function()
+            return (torch.cuda.max_memory_allocated() - before) / 2**20
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            function()
+        with tempfile.TemporaryDirectory() as folder:
+            trace = Path(folder) / "trace.json"
+            profiler.export_chrome_trace(str(trace))
+            events = json.loads(trace.read_text(encoding="utf-8"))["traceEvents"]
+        changes = [(event["ts"], event["args"]["Bytes"]) for event in events if event.get("name") == "[memory]"]
+        live = peak = 0
+        for _, change in sorted(changes, key=lambda change: change[0]):
+            live += change
+            peak = max(peak, live)
+        return peak / 2**20
+
+    def note(self, text: str, value: float) -> None:
+        """Keep a number that nothing is promised about."""
+        self.notes[text] = float(value)
+
+    def claim(self, text: str, measured: float, limit: float, at_least: bool = False, goal: int | None = None) -> None:
+        """Keep a number with what is promised of it: at most `limit`, or at least.
+
+        What a goal promises of another device is a note here: a small form of it has been measured.
+        """
+        if goal is not None and self.device not in GOALS[goal].devices:
+            self.note(f"{text}; small form", measured)
+        else:
+            self.claims.append(Claim(text, float(measured), limit, at_least, goal))
+
+    def report(self, title: str, settings: dict[str, Any], output: Path) -> None:
+        """Print all of it with the machine, and write it as JSON."""
+        machine = describe_machine(self.device)
+        machine["date"] = datetime.date.today().isoformat()
+        machine["clock"] = "processor time" if self.clock is time.process_time else "time on the wall"
+        print(title)
+        print("  " + ", ".join(f"{key} {value}" for key, value in machine.items()))
+        for name, timing in self.timings.items():
+            print(f"  {name:<44} {timing}")
+        for name, value in self.notes.items():
+            print(f"  {name:<44} {value:9.3g}")
+        for claim in self.claims:
+            print(f"  {claim}: {'reached' if claim.reached else 'NOT REACHED'}")
+        result = {
+            "title": title,
+            "machine": machine,
+            "settings": settings | {"device": self.device, "threads": self.threads, "repeats": self.repeats},
+            "milliseconds": {name: vars(timing) for name, timing in self.timings.items()},
+            "notes": self.notes,
+            "claims": [{**vars(claim), "reached": claim.reached} for claim in self.claims],
+        }
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(json.dumps(result | self.more, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Scripts, processes and the machine
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def load_script(name: str) -> ModuleType:
+    """A script of examples/ as a module."""
+    path = Path(__file__).parents[1] / "examples" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, path)
+    script = importlib.util.module_from_spec(spec)
+    with patch.object(sys, "path", [str(path.parent), *sys.path]):  # scripts import what stands beside them
+        spec.loader.exec_module(script)
+    return script
+
+
+def in_fresh_process(function: Callable, *arguments, threads: int = 1, **environment: str) -> Any:
+    """What a function of a script returns in a process of its own, that has imported the script and nothing more.
+
+    Args:
+        function: found by its name in its module.
+        arguments: of the function.
+        threads: of every library that has some.
+        environment: further variables of the process.
+    """
+    counts = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), str(threads))
+    with patch.dict(os.environ, counts | environment), ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def process_memory(key: str) -> float:
+    """MiB of this process by Linux: VmRSS resident now, VmHWM at its peak; RssAnon what cannot be dropped."""
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return int(next(line.split()[1] for line in lines if line.startswith(f"{key}:"))) / 1024
+
+
+def forget_peak_memory() -> None:
+    """Let the peak of resident memory start anew."""
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
 
 
 def describe_machine(device: str) -> dict[str, str | int | float]:

@@ -10,12 +10,12 @@ of four tiles a side whole and in tiles. The defaults of a CPU are small: with t
 What tiles do to an image is measured on photographs with the bundled checkpoint, whose weights are trained.
 """
 
-import argparse
 import copy
 
 import torch
-from common import Claim, load_photographs, parse_args, peak_memory, report, time_sides
+from common import Bench, Flag, main
 from peers import cast
+from photo_maps import load_photographs
 
 from diffusers_d2it import DynamicAutoencoderKL, bundled_checkpoint, load_preset
 
@@ -37,32 +37,30 @@ def tiled(vae: DynamicAutoencoderKL, tile: int) -> DynamicAutoencoderKL:
     return vae
 
 
-def compare_formats(vae: DynamicAutoencoderKL, args: argparse.Namespace) -> tuple[dict, dict]:
-    """One image in both layouts of the memory and both dtypes: timings and notes."""
-    latents = torch.randn(1, 4, args.size // 8, args.size // 8, device=args.device)
-    channels_last = {"memory_format": torch.channels_last}
+def compare_formats(bench: Bench, vae: DynamicAutoencoderKL, size: int) -> None:
+    """One image in both layouts of the memory and both dtypes."""
+    latents = torch.randn(1, 4, size // 8, size // 8, device=bench.device)
     models = {
         "contiguous, float32": vae,
-        "channels last, float32": copy.deepcopy(vae).to(**channels_last),
-        "contiguous, bfloat16": cast(copy.deepcopy(vae), args.device, torch.bfloat16),
-        "channels last, bfloat16": cast(copy.deepcopy(vae), args.device, torch.bfloat16).to(**channels_last),
+        "contiguous, bfloat16": cast(copy.deepcopy(vae), bench.device, torch.bfloat16),
     }
+    for dtype in ("float32", "bfloat16"):
+        plain = copy.deepcopy(models[f"contiguous, {dtype}"])
+        models[f"channels last, {dtype}"] = plain.to(memory_format=torch.channels_last)
     sides = {
         name: lambda model=model: model.decode(latents.to(model.dtype), return_dict=False)[0]
         for name, model in models.items()
     }
-    timings = time_sides(sides, args, warmup=1)
+    median = bench.time(sides, warmup=1)
     expected = sides["contiguous, float32"]()
-    notes = {}
     for name, decode in sides.items():
-        notes[f"{name}: MiB"] = peak_memory(decode, args.device)
-        notes[f"{name}: relative error"] = relative_error(decode(), expected)
+        bench.note(f"{name}: MiB", bench.peak_memory(decode))
+        bench.note(f"{name}: relative error", relative_error(decode(), expected))
     for dtype in ("float32", "bfloat16"):
-        ratio = timings[f"channels last, {dtype}"].median / timings[f"contiguous, {dtype}"].median
-        notes[f"channels last / contiguous, {dtype}"] = ratio
+        ratio = median[f"channels last, {dtype}"] / median[f"contiguous, {dtype}"]
+        bench.note(f"channels last / contiguous, {dtype}", ratio)
     kept = layers_in_channels_last(models["channels last, float32"], latents)
-    notes["share of layers whose output stays channels last"] = kept
-    return timings, notes
+    bench.note("share of layers whose output stays channels last", kept)
 
 
 def layers_in_channels_last(vae: DynamicAutoencoderKL, latents: torch.Tensor) -> float:
@@ -80,43 +78,39 @@ def layers_in_channels_last(vae: DynamicAutoencoderKL, latents: torch.Tensor) ->
     return sum(kept) / len(kept)
 
 
-def compare_slicing(vae: DynamicAutoencoderKL, args: argparse.Namespace) -> tuple[dict, dict]:
-    """A batch at once and image by image: timings and notes."""
-    latents = torch.randn(NUM_SLICED, 4, args.tile // 8, args.tile // 8, device=args.device)
+def compare_slicing(bench: Bench, vae: DynamicAutoencoderKL, tile: int) -> None:
+    """A batch at once and image by image."""
+    latents = torch.randn(NUM_SLICED, 4, tile // 8, tile // 8, device=bench.device)
     sliced = copy.copy(vae)
     sliced.enable_slicing()
     sides = {
-        f"{NUM_SLICED} images of {args.tile} px, {name}": lambda model=model: model.decode(latents).sample
+        f"{NUM_SLICED} images of {tile} px, {name}": lambda model=model: model.decode(latents).sample
         for name, model in (("at once", vae), ("sliced", sliced))
     }
-    timings = time_sides(sides, args, warmup=1)
-    notes = {f"{name}: MiB": peak_memory(decode, args.device) for name, decode in sides.items()}
+    bench.time(sides, warmup=1)
+    for name, decode in sides.items():
+        bench.note(f"{name}: MiB", bench.peak_memory(decode))
     at_once, one_by_one = (decode() for decode in sides.values())
-    notes["sliced: relative error"] = relative_error(one_by_one, at_once)
-    return timings, notes
+    bench.note("sliced: relative error", relative_error(one_by_one, at_once))
 
 
-def compare_tiling(vae: DynamicAutoencoderKL, args: argparse.Namespace) -> tuple[dict, dict, list[Claim]]:
-    """Images of two and four tiles a side, whole and in tiles: timings of the smaller, peaks of both."""
-    peaks, notes, timings = {}, {}, {}
+def compare_tiling(bench: Bench, vae: DynamicAutoencoderKL, tile: int) -> None:
+    """Images of two and four tiles a side, whole and in tiles: times of the smaller, peaks of both."""
+    models, peaks = {"whole": vae, "tiled": tiled(vae, tile)}, {}
     for tiles in (2, 4):
-        side = tiles * args.tile
-        latents = torch.randn(1, 4, side // 8, side // 8, device=args.device)
-        sides = {
-            f"{side} px, {name}": lambda model=model, z=latents: model.decode(z).sample
-            for name, model in (("whole", vae), ("tiled", tiled(vae, args.tile)))
-        }
+        side = tiles * tile
+        latents = torch.randn(1, 4, side // 8, side // 8, device=bench.device)
+        sides = {name: lambda model=model, z=latents: model.decode(z).sample for name, model in models.items()}
         if tiles == 2:
-            timings = time_sides(sides, args, warmup=1)
-            whole, in_tiles = (timing.median for timing in timings.values())
-            notes[f"{side} px, tiled / whole, time"] = in_tiles / whole
+            whole, in_tiles = bench.time({f"{side} px, {name}": decode for name, decode in sides.items()}, 1).values()
+            bench.note(f"{side} px, tiled / whole, time", in_tiles / whole)
         for name, decode in sides.items():
-            peaks[name] = notes[f"{name}: MiB"] = peak_memory(decode, args.device)
-    small, large = (f"{tiles * args.tile} px" for tiles in (2, 4))
-    notes["MiB of the larger image"] = 3 * (4 * args.tile) ** 2 * 4 / 2**20
-    notes[f"peak of {large} over {small}, whole"] = peaks[f"{large}, whole"] / peaks[f"{small}, whole"]
-    growth = peaks[f"{large}, tiled"] / peaks[f"{small}, tiled"]
-    return timings, notes, [Claim(f"peak memory of {large} over {small}, tiled", growth, 1.2)]
+            peaks[tiles, name] = bench.peak_memory(decode)
+            bench.note(f"{side} px, {name}: MiB", peaks[tiles, name])
+    growth = f"{4 * tile} px over {2 * tile} px"
+    bench.note("MiB of the larger image", 3 * (4 * tile) ** 2 * 4 / 2**20)
+    bench.note(f"peak of {growth}, whole", peaks[4, "whole"] / peaks[2, "whole"])
+    bench.claim(f"peak memory of {growth}, tiled", peaks[4, "tiled"] / peaks[2, "tiled"], 1.2)
 
 
 def seams(device: str) -> float:
@@ -127,27 +121,22 @@ def seams(device: str) -> float:
     return relative_error(tiled(vae, vae.config.sample_size).decode(latents).sample, vae.decode(latents).sample)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", type=int, help="side in pixels of the image of layouts; default: 256, on a CPU 128")
-    parser.add_argument("--tile", type=int, help="side of a tile in pixels; default: 256, on a CPU 64")
-    args = parse_args(parser, "decoding")
-    args.size = args.size or (128 if args.device == "cpu" else 256)
-    args.tile = args.tile or (64 if args.device == "cpu" else 256)
-    if args.size % 16 or args.tile % 32 or args.size < 16 or args.tile < 32:
-        parser.error("--size must be a multiple of 16, --tile of 32.")
-
+@torch.no_grad()
+def measure(bench: Bench, size: int, tile: int) -> str:
     torch.manual_seed(0)
-    vae = DynamicAutoencoderKL(**load_preset(PRESET)).to(args.device).eval()
-    with torch.no_grad():
-        timings, notes = compare_formats(vae, args)
-        for compare in (compare_slicing, compare_tiling):
-            more_timings, more_notes, *claims = compare(vae, args)
-            timings |= more_timings
-            notes |= more_notes
-        notes["photographs, bundled checkpoint, tiled: relative error"] = seams(args.device)
-    report(args, f"Decoder of {PRESET}, {args.size} px; tiles of {args.tile} px", timings, claims[0], notes)
+    vae = DynamicAutoencoderKL(**load_preset(PRESET)).to(bench.device).eval()
+    compare_formats(bench, vae, size)
+    compare_slicing(bench, vae, tile)
+    compare_tiling(bench, vae, tile)
+    bench.note("photographs, bundled checkpoint, tiled: relative error", seams(bench.device))
+    return f"Decoder of {PRESET}, {size} px; tiles of {tile} px"
 
 
 if __name__ == "__main__":
-    main()
+    main(
+        measure,
+        size=Flag(
+            {"cpu": 128, "cuda": 256}, "side of an image in pixels, a multiple of 16", lambda n: n % 16 == 0 < n
+        ),
+        tile=Flag({"cpu": 64, "cuda": 256}, "side of a tile in pixels, a multiple of 32", lambda n: n % 32 == 0 < n),
+    )

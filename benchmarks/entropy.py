@@ -6,11 +6,10 @@
 The direct side takes one exponential for every pixel and every bin. Errors are against it in double precision.
 """
 
-import argparse
-
 import torch
-from common import Claim, load_photographs, parse_args, peak_memory, report, time_sides
+from common import Bench, main
 from einops import rearrange
+from photo_maps import IMAGES, load_photographs
 
 from diffusers_d2it.entropy import LUMA_WEIGHTS, NUM_BINS, SIGMA, region_entropy
 
@@ -44,38 +43,24 @@ def synthetic_images(device: str) -> dict[str, torch.Tensor]:
     return {name: image.to(device) for name, image in images.items()}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", help="folder of photographs; default: four that come with scikit-image")
-    args = parse_args(parser, "entropy")
-
-    with torch.no_grad():
-        photographs = load_photographs(args.images).to(args.device)
-        image = photographs[:1]
-        sides = {"region_entropy": lambda: region_entropy(image), "direct broadcast": lambda: direct_entropy(image)}
-        timings = time_sides(sides, args)
-        memory = {name: peak_memory(function, args.device) for name, function in sides.items()}
-        errors = {name: max_error(images) for name, images in synthetic_images(args.device).items()}
-        errors = {"photographs": max_error(photographs), **errors}
-
-    goal = 10 if args.device == "cpu" else None
-    fast, direct = timings["region_entropy"].median, timings["direct broadcast"].median
-    report(
-        args,
-        "entropy of one 256x256 image",
-        timings,
-        [
-            Claim("ms an image", fast, 2.0, goal=goal),
-            Claim("direct broadcast / region_entropy", direct / fast, 100, at_least=True, goal=goal),
-            Claim("error in nats", max(errors.values()), 2e-5, goal=goal),
-            Claim("MiB an image", memory["region_entropy"], 8, goal=goal),
-        ],
-        notes={
-            **{f"error on {name} (nats)": error for name, error in errors.items()},
-            **{f"peak memory of {name} (MiB)": mebibytes for name, mebibytes in memory.items()},
-        },
-    )
+@torch.no_grad()
+def measure(bench: Bench, images: str | None) -> str:
+    photographs = load_photographs(images).to(bench.device)
+    image = photographs[:1]
+    sides = {"region_entropy": lambda: region_entropy(image), "direct broadcast": lambda: direct_entropy(image)}
+    fast, direct = bench.time(sides).values()
+    memory = {name: bench.peak_memory(function) for name, function in sides.items()}
+    errors = {"photographs": max_error(photographs)}
+    errors |= {name: max_error(images) for name, images in synthetic_images(bench.device).items()}
+    bench.claim("ms an image", fast, 2.0, goal=10)
+    bench.claim("direct broadcast / region_entropy", direct / fast, 100, at_least=True, goal=10)
+    bench.claim("error in nats", max(errors.values()), 2e-5, goal=10)
+    bench.claim("MiB an image", memory["region_entropy"], 8, goal=10)
+    for name, error in errors.items():
+        bench.note(f"error on {name} (nats)", error)
+    bench.note("peak memory of direct broadcast (MiB)", memory["direct broadcast"])
+    return "entropy of one 256x256 image"
 
 
 if __name__ == "__main__":
-    main()
+    main(measure, images=IMAGES)

@@ -10,62 +10,55 @@ same width and depth is loaded without the checks of this library; both files ho
 float32 file of the same model, cast while it is loaded, is noted.
 """
 
-import argparse
-import json
-import statistics
-import subprocess
-import sys
 import tempfile
+import threading
+import time
 from pathlib import Path
 
 import torch
-from common import Claim, Timing, parse_args, report
-from diffusers import DiTTransformer2DModel
-from torch import nn
+from common import Bench, Flag, forget_peak_memory, in_fresh_process, main, process_memory
+from diffusers import DiTTransformer2DModel, ModelMixin
+from peers import cast
 
 from diffusers_d2it import D2iTContentModel, load_preset
 
 
-MOST_TURNS = 3  # a turn starts a process, and memory repeats to a few MiB
-MIB = 2**20
-
-# Prints KiB of the peaks of resident and anonymous memory, seconds of loading, and the sum of all weights.
-LOAD = """
-import json, sys, threading, time
-from pathlib import Path
-import torch
-from diffusers import DiTTransformer2DModel
-from diffusers_d2it import D2iTContentModel
-torch.set_num_threads(int(sys.argv[3]))
-clock = time.thread_time if sys.argv[3] == "1" else time.perf_counter  # as in common.py, without the thread below
-def status(key):
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line.split()[1] for line in lines if line.startswith(key + ":")))
-def watch():
-    while not done.wait(0.002):
-        anonymous.append(status("RssAnon"))
-Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-before, anonymous, done = status("VmRSS"), [status("RssAnon")], threading.Event()
-watcher = threading.Thread(target=watch)
-watcher.start()
-start = clock()
-model = {"d2it": D2iTContentModel, "diffusers": DiTTransformer2DModel}[sys.argv[1]].from_pretrained(
-    sys.argv[2], dtype=torch.bfloat16
-)
-seconds = clock() - start
-parts = (part for weight in model.state_dict().values() for part in weight.flatten().split(2**18))
-total = sum(part.sum(dtype=torch.float64).item() for part in parts)
-assert all(weight.dtype == torch.bfloat16 for weight in model.state_dict().values())
-done.set()
-watcher.join()
-print(json.dumps([status("VmHWM") - before, max(anonymous) - anonymous[0], seconds, total]))
-"""
+MOST_TURNS = {"cpu": 3}  # a turn starts a process, and memory repeats to a few MiB
 
 
-def random_model(cls: type, config: dict, dtype: torch.dtype) -> torch.nn.Module:
+def load(cls: type[ModelMixin], folder: str, threads: int) -> tuple[float, float, float, float]:
+    """MiB of the peaks of resident and of anonymous memory, milliseconds of loading, and the sum of all weights."""
+    torch.set_num_threads(threads)
+    clock = time.thread_time if threads == 1 else time.perf_counter  # as of a `Bench`, without the thread below
+    forget_peak_memory()
+    before, anonymous, done = process_memory("VmRSS"), [process_memory("RssAnon")], threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.002):
+            anonymous.append(process_memory("RssAnon"))
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    start = clock()
+    model = cls.from_pretrained(folder, dtype=torch.bfloat16)
+    milliseconds, total = 1e3 * (clock() - start), sum_of(model)
+    done.set()
+    watcher.join()
+    if any(weight.dtype != torch.bfloat16 for weight in model.state_dict().values()):
+        raise RuntimeError("not all weights were loaded as bfloat16.")
+    return process_memory("VmHWM") - before, max(anonymous) - anonymous[0], milliseconds, total
+
+
+def sum_of(model: torch.nn.Module) -> float:
+    """Of all weights, each of which is read once."""
+    parts = (part for weight in model.state_dict().values() for part in weight.flatten().split(2**18))
+    return sum(part.sum(dtype=torch.float64).item() for part in parts)
+
+
+def random_model(cls: type[ModelMixin], config: dict, dtype: torch.dtype) -> ModelMixin:
     """A model of random weights that are exact in bfloat16, without a copy in another dtype."""
     with torch.device("meta"):
-        model = nn.Module.to(cls(**config), dtype)  # that of diffusers warns of modules that need float32: none here
+        model = cast(cls(**config), "meta", dtype)
     model.to_empty(device="cpu")
     with torch.no_grad():
         for parameter in model.parameters():
@@ -84,62 +77,37 @@ def same_size_dit(preset: dict) -> dict:
     }
 
 
-def measure(
-    cls: type, config: dict, dtype: torch.dtype, turns: int, threads: int
-) -> tuple[float, list[tuple[float, ...]]]:
-    """MiB of a model's file, and of every turn MiB of the two peaks and the seconds of loading.
-
-    Raises:
-        RuntimeError: other weights were loaded than were saved.
-    """
+def measure_side(bench: Bench, name: str, cls: type[ModelMixin], config: dict, dtype: torch.dtype) -> float:
+    """Peak of resident memory over the size of the file of a model, which is loaded in processes of their own."""
     model = random_model(cls, config, dtype)
-    parts = (part for weight in model.state_dict().values() for part in weight.flatten().split(2**18))
-    expected = sum(part.sum(dtype=torch.float64).item() for part in parts)
+    expected = sum_of(model)
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         del model
-        size = sum(file.stat().st_size for file in Path(folder).glob("*.safetensors")) / MIB
-        kind = "d2it" if cls is D2iTContentModel else "diffusers"
-        command = [sys.executable, "-c", LOAD, kind, folder, str(threads)]
-        measured = []
-        for _ in range(turns):
-            output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-            resident, anonymous, seconds, total = json.loads(output.splitlines()[-1])
-            if total != expected:
-                raise RuntimeError(f"the loaded weights add up to {total}, the saved ones to {expected}.")
-            measured.append((resident / 1024, anonymous / 1024, seconds))
-    return size, measured
+        size = sum(file.stat().st_size for file in Path(folder).glob("*.safetensors")) / 2**20
+        turns = [
+            in_fresh_process(load, cls, folder, bench.threads, threads=bench.threads) for _ in range(bench.repeats)
+        ]
+    resident, anonymous, milliseconds, totals = zip(*turns)
+    if set(totals) != {expected}:
+        raise RuntimeError(f"the loaded weights add up to {totals}, the saved ones to {expected}.")
+    bench.record(f"{name}, from_pretrained", milliseconds)
+    bench.note(f"{name}, MiB of the file", size)
+    bench.note(f"{name}, resident peak / file", max(resident) / size)
+    bench.note(f"{name}, anonymous peak / file", max(anonymous) / size)
+    return max(resident) / size
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", default="content-xl", help="preset of the content model")
-    args = parse_args(parser, "loading")
-    if args.device != "cpu" or not Path("/proc/self/clear_refs").is_file():
-        parser.error("this is about the CPU, and reads /proc of Linux.")
-
+def measure(bench: Bench, preset: str) -> str:
     torch.manual_seed(0)
-    preset = load_preset(args.preset)
-    sides = {
-        "D2iTContentModel": (D2iTContentModel, preset, torch.bfloat16),
-        "diffusers' DiT": (DiTTransformer2DModel, same_size_dit(preset), torch.bfloat16),
-        "D2iTContentModel, float32 file": (D2iTContentModel, preset, torch.float32),
-    }
-    timings, claims, notes = {}, [], {}
-    for name, (cls, config, dtype) in sides.items():
-        size, measured = measure(cls, config, dtype, min(args.repeats, MOST_TURNS), args.threads)
-        resident, anonymous, seconds = zip(*measured)
-        times = [1e3 * second for second in seconds]
-        timings[f"{name}, from_pretrained"] = Timing(min(times), statistics.median(times), max(times))
-        notes[f"{name}, MiB of the file"] = size
-        notes[f"{name}, resident peak / file"] = max(resident) / size
-        notes[f"{name}, anonymous peak / file"] = max(anonymous) / size
-        if name == "D2iTContentModel":
-            goal = 12 if args.preset == "content-xl" else None
-            claims.append(Claim("peak host memory / file", max(resident) / size, 1.1, goal=goal))
-
-    report(args, f"Loading {args.preset} as bfloat16 in a fresh process", timings, claims, notes)
+    config = load_preset(preset)
+    ours = measure_side(bench, "D2iTContentModel", D2iTContentModel, config, torch.bfloat16)
+    measure_side(bench, "diffusers' DiT", DiTTransformer2DModel, same_size_dit(config), torch.bfloat16)
+    measure_side(bench, "D2iTContentModel, float32 file", D2iTContentModel, config, torch.float32)
+    bench.claim("peak host memory / file", ours, 1.1, goal=12 if preset == "content-xl" else None)
+    return f"Loading {preset} as bfloat16 in a fresh process"
 
 
 if __name__ == "__main__":
-    main()
+    preset = Flag("content-xl", "preset of the content model")
+    main(measure, devices=("cpu",), most_turns=MOST_TURNS, preset=preset)

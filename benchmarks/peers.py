@@ -8,19 +8,19 @@ fine. So `original_dit_of(backbone)` and `diffusers_dit_of(backbone)` compute wh
 
 import copy
 import dataclasses
-import logging
+from collections.abc import Callable
 
 import torch
-from diffusers import DiTTransformer2DModel
+from diffusers import DDIMScheduler, DiffusionPipeline, DiTTransformer2DModel
 from original_dit import CHANNELS, LAYER_NORM_EPS, PATCH_SIZE, DiTShape, OriginalDiT
 from torch import nn
 
-from diffusers_d2it import D2iTContentModel
-from diffusers_d2it.grain_layout import GrainLayout
-from diffusers_d2it.models import fallbacks
+from diffusers_d2it import D2iTContentModel, D2iTGrainModel, D2iTPipeline, DynamicAutoencoderKL, load_preset
+from diffusers_d2it.grains import tie
 
 
 XL = DiTShape(num_layers=28, heads=16, head_dim=72, sample_size=32)  # DiT-XL/2 at 256x256 pixels
+Forward = Callable[[], torch.Tensor]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -60,13 +60,6 @@ def backbone(shape: DiTShape) -> D2iTContentModel:
     model = content_model(dataclasses.replace(shape, num_layers=shape.num_layers + 1), num_refine_layers=1)
     model.refine_nets = nn.ModuleList()
     return model
-
-
-def all_fine_layout(model: D2iTContentModel, batch_size: int, device: str) -> GrainLayout:
-    """Layout of a map without coarse regions: on it, a backbone is a DiT."""
-    side = model.config.sample_size // PATCH_SIZE
-    grain_map = torch.ones(batch_size, side, side, dtype=torch.int64, device=device)
-    return GrainLayout.from_grain_map(grain_map, model.config.num_grains, model.config.window_size)
 
 
 def original_dit_of(model: D2iTContentModel) -> OriginalDiT:
@@ -161,25 +154,103 @@ def _loaded(dit: nn.Module, state: dict[str, torch.Tensor], missing: set[str]) -
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """What one step of sampling works on, the same for all sides.
+
+    Args:
+        latents: tied, (B, C, H, W).
+        timestep, class_labels: (B,).
+        grain_map: (B, h, w).
+    """
+
+    latents: torch.Tensor
+    timestep: torch.Tensor
+    class_labels: torch.Tensor
+    grain_map: torch.Tensor
+
+    @classmethod
+    def random(cls, grain_map: torch.Tensor, num_classes: int = 1000, cells: int = PATCH_SIZE) -> "Inputs":
+        """For a map (B, h, w) whose regions have so many cells a side."""
+        batch_size, (height, width) = len(grain_map), (cells * side for side in grain_map.shape[1:])
+        latents = tie(torch.randn(batch_size, CHANNELS, height, width, device=grain_map.device), grain_map)
+        timestep = torch.randint(1000, (batch_size,), device=grain_map.device)
+        return cls(latents, timestep, torch.randint(num_classes, (batch_size,), device=grain_map.device), grain_map)
+
+    def guided(self, num_classes: int = 1000) -> "Inputs":
+        """Twice the batch: with class labels and without."""
+        labels = torch.cat([self.class_labels, torch.full_like(self.class_labels, num_classes)])
+        latents, grain_map = self.latents.repeat(2, 1, 1, 1), self.grain_map.repeat(2, 1, 1)
+        return Inputs(latents, self.timestep.repeat(2), labels, grain_map)
+
+    def all_fine(self) -> "Inputs":
+        """On a map without coarse regions, where a backbone is a DiT."""
+        return dataclasses.replace(self, grain_map=torch.ones_like(self.grain_map))
+
+    def to(self, dtype: torch.dtype) -> "Inputs":
+        return dataclasses.replace(self, latents=self.latents.to(dtype))
+
+
+def forward_of(model: nn.Module, inputs: Inputs) -> Forward:
+    """What one step of sampling calls. What depends on the map alone is prepared here, once for all steps."""
+    latents, timestep, labels = inputs.latents, inputs.timestep, inputs.class_labels
+    if isinstance(model, OriginalDiT):
+        return lambda: model(latents, timestep, labels)
+    if isinstance(model, DiTTransformer2DModel):
+        return lambda: model(latents, timestep=timestep, class_labels=labels, return_dict=False)[0]
+    layout = model.prepare_grain_map(inputs.grain_map)
+    return lambda: model(latents, timestep, layout, labels, return_dict=False)[0]
+
+
 def cast(model: nn.Module, device: str, dtype: torch.dtype) -> nn.Module:
     """The model, moved in place. The `to` of diffusers would warn of modules kept in fp32, of which there are none."""
     return nn.Module.to(model, device=device, dtype=dtype)
 
 
 def compiled(model: nn.Module) -> nn.Module:
-    """A copy, compiled as one graph.
-
-    Where the compiler fails, our models run on uncompiled after a warning. Here that is an error: what is timed must
-    be what it is called.
-    """
-    logging.getLogger(fallbacks.__name__).addFilter(_refuse_fallback)
+    """A copy, compiled as one graph."""
     model = copy.deepcopy(model)
     model.compile()
     return model
 
 
-def _refuse_fallback(record: logging.LogRecord) -> bool:
-    raise RuntimeError(f"a fast path cannot serve: {record.getMessage()}")
+def sharing_weights(model: nn.Module) -> nn.Module:
+    """A copy of the modules, not of their weights: it may be checkpointed or compiled by itself."""
+    return copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
+
+
+def with_fused_projections(model: D2iTContentModel) -> D2iTContentModel:
+    """A copy whose query, key and value are one matrix product each, as diffusers joins them on wish."""
+    model = copy.deepcopy(model)
+    model.fuse_qkv_projections()
+    return model
+
+
+def random_pipeline(
+    transformer: D2iTContentModel, vae: str, grain_model: str | None, device: str, dtype: torch.dtype
+) -> D2iTPipeline:
+    """A pipeline of a content model and of the presets of the other two, whose weights are random.
+
+    As it starts, a grain model draws maps without fine regions.
+    """
+    grains = None
+    if grain_model is not None:
+        labels = {"num_classes": transformer.config.num_classes}
+        grains = D2iTGrainModel(**load_preset(grain_model) | labels).eval()
+        for parameter in grains.parameters():
+            nn.init.normal_(parameter, std=0.02)
+    parts = (DynamicAutoencoderKL(**load_preset(vae)).eval(), grains, transformer)
+    for part in filter(None, parts):
+        cast(part, device, dtype)
+    ddim = {"clip_sample": False, "timestep_spacing": "trailing"}
+    grain_scheduler = None if grains is None else DDIMScheduler(prediction_type="sample", **ddim)
+    return quiet(D2iTPipeline(*parts, DDIMScheduler(**ddim), grain_scheduler))
+
+
+def quiet(pipe: DiffusionPipeline) -> DiffusionPipeline:
+    """The pipeline, without its progress bar."""
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
 
 def relative_error(output: torch.Tensor, expected: torch.Tensor) -> float:

@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
-"""Grain maps of as many crops of photographs as a benchmark asks for, of any size and number of grains.
+"""Photographs, and grain maps of as many crops of them as a benchmark asks for, of any size and number of grains.
 
 The photographs are the colour ones that come with scikit-image, nothing is downloaded. The largest has 1411 pixels a
 side, most have about 500: a crop of 1024 pixels is mostly an enlarged one, smoother than a photograph of that size.
@@ -9,11 +9,15 @@ Shapes:
     N images, h w sides of the grain map in regions, k grains
 """
 
+from pathlib import Path
+
 import numpy as np
 import torch
-from PIL import Image
+from common import Flag
+from PIL import Image, ImageOps
 
 from diffusers_d2it.entropy import region_entropy
+from diffusers_d2it.pixels import from_uint8
 
 
 CELL_SIZE = 8  # pixels along a side of the finest cell of latents
@@ -21,36 +25,52 @@ PHOTOGRAPHS = (
     "astronaut",
     "chelsea",
     "coffee",
+    "rocket",
+    "retina",
     "hubble_deep_field",
     "immunohistochemistry",
-    "retina",
-    "rocket",
     "stereo_motorcycle",
 )
+IMAGES = Flag(None, "folder of photographs, instead of those of scikit-image")
 
 
-def photograph_entropies(count: int, size: int, region_size: int, seed: int = 0) -> torch.Tensor:
+def load_photographs(folder: str | None, limit: int = 4, size: int = 256) -> torch.Tensor:
+    """Photographs as (N, 3, size, size) in [-1, 1], cut to their central square and scaled.
+
+    Args:
+        folder: a folder of images, sorted by name; None takes those of scikit-image.
+        limit: N at most.
+        size: side in pixels.
+
+    Raises:
+        ValueError: no image in the folder.
+    """
+    if folder is None:
+        images = _photographs(limit)
+    else:
+        endings = Image.registered_extensions()
+        paths = sorted(path for path in Path(folder).iterdir() if path.suffix.lower() in endings)
+        if not paths:
+            raise ValueError(f"`images`: {folder} must hold images, got none.")
+        images = [Image.open(path).convert("RGB") for path in paths[:limit]]
+    return torch.stack([_pixels(ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)) for image in images])
+
+
+def photograph_entropies(count: int, size: int, region_size: int) -> torch.Tensor:
     """Entropy of the regions of random crops, (N, h, w): each photograph in turn, 0.6 to 1 of its shorter side.
 
     Args:
         count: N.
         size: side of a crop in pixels after scaling.
         region_size: side of a region in pixels; divides `size`.
-        seed: fixes the crops.
     """
-    from skimage import data
-
-    draw = np.random.default_rng(seed)
-    arrays = (getattr(data, name)() for name in PHOTOGRAPHS[:count])
-    photographs = [Image.fromarray(array[0] if isinstance(array, tuple) else array) for array in arrays]
-    entropies = []
+    draw, photographs, entropies = np.random.default_rng(0), _photographs(count), []
     for index in range(count):
         photograph = photographs[index % len(photographs)]
         side = int(min(photograph.size) * draw.uniform(0.6, 1))
         left, top = (int(draw.integers(extent - side + 1)) for extent in photograph.size)
         crop = photograph.crop((left, top, left + side, top + side)).resize((size, size), Image.Resampling.LANCZOS)
-        pixels = torch.from_numpy(np.asarray(crop).copy()).permute(2, 0, 1)[None].float() / 127.5 - 1
-        entropies.append(region_entropy(pixels, region_size))
+        entropies.append(region_entropy(_pixels(crop)[None], region_size))
     return torch.cat(entropies)
 
 
@@ -62,5 +82,23 @@ def maps_of_shares(entropy: torch.Tensor, shares: tuple[float, ...]) -> torch.Te
         shares: of each grain, coarsest first; they sum to 1.
     """
     rank = entropy.flatten().argsort().argsort()
-    bounds = (torch.tensor(shares).cumsum(0)[:-1] * len(rank)).round()
+    bounds = (torch.tensor(shares, device=rank.device).cumsum(0)[:-1] * len(rank)).round()
     return torch.bucketize(rank.float(), bounds, right=True).view(entropy.shape)
+
+
+def real_grain_maps(pixels: torch.Tensor, fine_ratio: float, count: int | None = None) -> torch.Tensor:
+    """Maps (N, h, w) of images, two grains, with this share of fine regions over all; over and over, up to `count`."""
+    maps = maps_of_shares(region_entropy(pixels), (1 - fine_ratio, fine_ratio))
+    return maps if count is None else maps.repeat(-(-count // len(maps)), 1, 1)[:count]
+
+
+def _photographs(limit: int) -> list[Image.Image]:
+    from skimage import data
+
+    arrays = (getattr(data, name)() for name in PHOTOGRAPHS[:limit])
+    return [Image.fromarray(array[0] if isinstance(array, tuple) else array).convert("RGB") for array in arrays]
+
+
+def _pixels(image: Image.Image) -> torch.Tensor:
+    """(3, height, width) in [-1, 1]."""
+    return from_uint8(torch.from_numpy(np.array(image))).permute(2, 0, 1).contiguous()

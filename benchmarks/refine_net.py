@@ -8,18 +8,17 @@ on the map alone is prepared beforehand on both sides, as sampling prepares it o
 reported by itself. The backward pass, to weights and inputs, is timed at the first fine ratio.
 """
 
-import argparse
-from collections.abc import Callable
-
 import torch
-from common import Claim, load_photographs, parse_args, real_grain_maps, report, time_sides
+from common import Bench, Flag, main
 from dense_refine import DenseLayout, dense_refine
+from peers import Forward
+from photo_maps import IMAGES, load_photographs, real_grain_maps
 from torch import nn
 
-from diffusers_d2it.grain_layout import GrainLayout
+from diffusers_d2it import load_preset
 from diffusers_d2it.grains import fine_share, grain_map_to_cells, tie
+from diffusers_d2it.models.packing import pack_levels
 from diffusers_d2it.models.transformer_d2it_content import RefineNet
-from diffusers_d2it.presets import load_preset
 
 
 NUM_GRAINS = 2
@@ -46,86 +45,70 @@ def build_refine_net(preset: dict) -> RefineNet:
     return refine_net
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--fine_ratio", type=float, nargs="+", default=[0.5, 0.3, 0.7], help="shares of fine regions")
-    parser.add_argument("--preset", default="content-b", help="preset of the content model")
-    parser.add_argument("--batch_size", type=int, default=4, help="photographs")
-    parser.add_argument("--images", help="folder of photographs; default: four that come with scikit-image")
-    args = parse_args(parser, "refine_net")
-    if not all(0 < fine_ratio <= 1 for fine_ratio in args.fine_ratio):
-        parser.error("--fine_ratio: shares lie above 0, without fine regions there is nothing to time, and up to 1.")
+def random_inputs(refine_net: RefineNet, grain_map: torch.Tensor) -> list[torch.Tensor]:
+    """What RefineNet is called with but the layout: tokens of the Multi-grained Net, latents, rough noise, ..."""
+    (batch, rows, columns), dim, device = grain_map.shape, refine_net.up_proj.in_features, grain_map.device
+    latents = torch.randn(batch, CHANNELS, 2 * rows, 2 * columns, device=device)
+    return [
+        torch.randn(batch * rows * columns, dim, device=device),
+        tie(latents, grain_map),
+        torch.randn_like(latents),
+        torch.randint(0, 1000, (batch,), device=device),
+        torch.randn(batch, dim, device=device),
+    ]
 
+
+def compare(bench: Bench, refine_net: RefineNet, grain_map: torch.Tensor, backward: bool) -> None:
+    """Packed against dense on some maps (N, h, w)."""
+    share = fine_share(grain_map, NUM_GRAINS).mean().item()
+    preparations = {
+        f"packed, layout, r = {share:.2f}": lambda: pack_levels(grain_map, NUM_GRAINS, WINDOW_SIZE, False),
+        f"dense, layout, r = {share:.2f}": lambda: DenseLayout.from_grain_map(grain_map, WINDOW_SIZE),
+    }
+    (packed_layout,), dense_layout = (prepare() for prepare in preparations.values())
+    bench.time(preparations)
+    inputs = random_inputs(refine_net, grain_map)
+    sides = {
+        f"packed, r = {share:.2f}": lambda: refine_net(*inputs, packed_layout)[0],
+        f"dense, r = {share:.2f}": lambda: dense_refine(refine_net, *inputs, dense_layout),
+    }
+    with torch.no_grad():
+        output, expected = (forward() for forward in sides.values())
+        fine = grain_map_to_cells(grain_map, 2)[:, None].bool().expand_as(expected)
+        error = ((output - expected)[fine].abs().max() / expected[fine].abs().max()).item()
+        packed, dense = bench.time(sides).values()
+    goal = None if bench.cuda else 4
+    bench.claim(f"packed / dense at fine share {share:.2f}", packed / dense, share + 0.05, goal=goal)
+    bench.claim(f"difference on fine cells at {share:.2f}, relative", error, 1e-5, goal=goal)
+
+    if backward:
+        inputs[0].requires_grad_()
+        inputs[2].requires_grad_()
+        weights = torch.randn_like(expected)
+
+        def step(forward: Forward) -> None:
+            refine_net.zero_grad(set_to_none=True)
+            (forward() * weights).sum().backward()
+
+        steps = {f"{name}, backward included": lambda f=forward: step(f) for name, forward in sides.items()}
+        packed, dense = bench.time(steps).values()
+        bench.note(f"packed / dense at {share:.2f}, backward included", packed / dense)
+
+
+def measure(bench: Bench, fine_ratio: list[float], preset: str, batch_size: int, images: str | None) -> str:
     torch.manual_seed(0)
-    refine_net = build_refine_net(load_preset(args.preset)).to(args.device)
-    dim = refine_net.up_proj.in_features
-    photographs = load_photographs(args.images, args.batch_size).to(args.device)
-    batch = len(photographs)
-
-    goal = 4 if args.device == "cpu" else None
-    timings, claims, notes = {}, [], {}
-    for fine_ratio in args.fine_ratio:
-        grain_map = real_grain_maps(photographs, fine_ratio)
-        rows, columns = grain_map.shape[1:]
-        share = fine_share(grain_map, NUM_GRAINS).mean().item()
-        latents = torch.randn(batch, CHANNELS, 2 * rows, 2 * columns, device=args.device)
-        inputs = [
-            torch.randn(batch * rows * columns, dim, device=args.device),  # tokens of the Multi-grained Net
-            tie(latents, grain_map),
-            torch.randn_like(latents),  # the rough noise
-            torch.randint(0, 1000, (batch,), device=args.device),
-            torch.randn(batch, dim, device=args.device),
-        ]
-
-        preparation = {
-            f"packed, layout, r = {share:.2f}": lambda m=grain_map: GrainLayout.from_grain_map(
-                m, NUM_GRAINS, WINDOW_SIZE
-            ),
-            f"dense, layout, r = {share:.2f}": lambda m=grain_map: DenseLayout.from_grain_map(m, WINDOW_SIZE),
-        }
-        packed_layout, dense_layout = (function() for function in preparation.values())
-        timings |= time_sides(preparation, args)
-
-        def packed(inputs: list = inputs, layout: GrainLayout = packed_layout) -> torch.Tensor:
-            return refine_net(*inputs, layout.levels[0])[0]
-
-        def dense(inputs: list = inputs, layout: DenseLayout = dense_layout) -> torch.Tensor:
-            return dense_refine(refine_net, *inputs, layout)
-
-        with torch.no_grad():
-            expected = dense()
-            fine = grain_map_to_cells(grain_map, 2)[:, None].bool().expand_as(expected)
-            error = ((packed() - expected)[fine].abs().max() / expected[fine].abs().max()).item()
-            packed_name, dense_name = f"packed, r = {share:.2f}", f"dense, r = {share:.2f}"
-            timings |= time_sides({packed_name: packed, dense_name: dense}, args)
-        ratio = timings[packed_name].median / timings[dense_name].median
-        claims.append(Claim(f"packed / dense at fine share {share:.2f}", ratio, share + 0.05, goal=goal))
-        claims.append(Claim(f"difference on fine cells at {share:.2f}, relative", error, 1e-5, goal=goal))
-
-        if fine_ratio == args.fine_ratio[0]:
-            inputs[0].requires_grad_()
-            inputs[2].requires_grad_()
-            weights = torch.randn_like(expected)
-            packed_name += ", backward included"
-            dense_name += ", backward included"
-            timings |= time_sides(
-                {
-                    packed_name: lambda f=packed, w=weights: _train_step(f, w, refine_net),
-                    dense_name: lambda f=dense, w=weights: _train_step(f, w, refine_net),
-                },
-                args,
-            )
-            ratio = timings[packed_name].median / timings[dense_name].median
-            notes[f"packed / dense at {share:.2f}, backward included"] = ratio
-
-    title = f"RefineNet of {args.preset}, {batch} images, {2 * rows}x{2 * columns} latents"
-    report(args, title, timings, claims, notes)
-
-
-def _train_step(forward: Callable[[], torch.Tensor], weights: torch.Tensor, refine_net: RefineNet) -> None:
-    refine_net.zero_grad(set_to_none=True)
-    (forward() * weights).sum().backward()
+    refine_net = build_refine_net(load_preset(preset)).to(bench.device)
+    photographs = load_photographs(images, batch_size).to(bench.device)
+    for index, ratio in enumerate(fine_ratio):
+        compare(bench, refine_net, real_grain_maps(photographs, ratio), backward=index == 0)
+    return f"RefineNet of {preset}, {len(photographs)} images, 32x32 latents"
 
 
 if __name__ == "__main__":
-    main()
+    main(
+        measure,
+        fine_ratio=Flag([0.5, 0.3, 0.7], "shares of fine regions, above 0 and up to 1", lambda ratio: 0 < ratio <= 1),
+        preset=Flag("content-b", "preset of the content model"),
+        batch_size=Flag(4, "photographs"),
+        images=IMAGES,
+    )

@@ -15,7 +15,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from common import Claim, result_path
+from common import DEVICES, Claim, result_path
 from goals import GOALS
 
 
@@ -42,13 +42,13 @@ BENCHMARKS = (
 )
 CPU_ONLY = ("training_step", "loading", "frechet")
 OPTIONS = {"training_step": ["--threads", "2"]}  # loading beside computing
-DEVICES = {"cpu": "CPU", "cuda": "GPU"}
+NAMES = {"cpu": "CPU", "cuda": "GPU"}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=BENCHMARKS, default=BENCHMARKS, help="some of them")
-    parser.add_argument("--device", choices=list(DEVICES), default="cpu")
+    parser.add_argument("--device", choices=DEVICES, default="cpu")
     parser.add_argument("--table", action="store_true", help="only print the table of the results that are there")
     args, options = parser.parse_known_args()
 
@@ -64,9 +64,7 @@ def run(name: str, device: str, options: list[str]) -> bool:
         return True
     result_path(name, device).unlink(missing_ok=True)  # a result of another run must not pass for one of this run
     script = Path(__file__).with_name(f"{name}.py")
-    completed = subprocess.run(
-        [sys.executable, str(script), "--device", device, *OPTIONS.get(name, []), *options], check=False
-    )
+    completed = subprocess.run([sys.executable, script, "--device", device, *OPTIONS.get(name, []), *options])
     print(flush=True)
     return completed.returncode == 0
 
@@ -74,34 +72,28 @@ def run(name: str, device: str, options: list[str]) -> bool:
 def print_goals() -> None:
     """The table: a goal, then a line for each claim on each of its devices."""
     claims = {device: claims_of(device) for device in DEVICES}
-    for goal in GOALS:
-        print(f"{goal.number:>2}. {goal.text}")
+    for number, goal in GOALS.items():
+        print(f"{number:>2}. {goal.text}")
         for device in goal.devices:
-            found = [claim for claim in claims[device] if claim.goal == goal.number]
-            for claim in found:
-                print(f"      {DEVICES[device]}  {verdict(claim):<12}  {claim}")
-            if not found:
-                print(f"      {DEVICES[device]}  not measured")
+            print_claims(device, [claim for claim in claims[device] if claim.goal == number] or ["not measured"])
     print("Beside the goals")
-    for device, of_device in claims.items():
-        for claim in of_device:
-            if claim.goal is None:
-                print(f"      {DEVICES[device]}  {verdict(claim):<12}  {claim}")
+    for device in DEVICES:
+        print_claims(device, [claim for claim in claims[device] if claim.goal is None])
 
 
-def verdict(claim: Claim) -> str:
-    return "reached" if claim.reached else "NOT REACHED"
+def print_claims(device: str, claims: list[Claim | str]) -> None:
+    for claim in claims:
+        verdict = f"{'reached' if claim.reached else 'NOT REACHED':<12}  " if isinstance(claim, Claim) else ""
+        print(f"      {NAMES[device]}  {verdict}{claim}")
 
 
 def claims_of(device: str) -> list[Claim]:
     """All claims that the results of a device hold."""
     claims = []
-    for name in BENCHMARKS:
-        path = result_path(name, device)
+    for path in (result_path(name, device) for name in BENCHMARKS):
         if path.is_file():
-            for fields in json.loads(path.read_text(encoding="utf-8"))["claims"]:
-                del fields["reached"]
-                claims.append(Claim(**fields))
+            found = json.loads(path.read_text(encoding="utf-8"))["claims"]
+            claims += [Claim(**{key: value for key, value in one.items() if key != "reached"}) for one in found]
     return claims
 
 

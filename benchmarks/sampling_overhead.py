@@ -10,43 +10,28 @@ overhead: that of the pipeline (`pipeline_overhead.py`), seeds, PNGs, and what i
 one. Loading is left out. On one CPU thread the clock is processor time of all threads, so writing PNGs counts fully.
 """
 
-import argparse
-import importlib.util
 import os
 import statistics
-import sys
 import tempfile
-from contextlib import ExitStack
 from pathlib import Path
 from unittest.mock import patch
 
 import torch
-from common import Claim, Timing, clock_of, parse_args, report
-from pipeline_overhead import BUNDLED, DECODER, DENOISER, GRAINS, MOST_TURNS, Stopwatch, build_pipeline
+from common import Bench, Flag, load_script, main
+from pipeline_overhead import BUNDLED, MOST_TURNS, PRESET, Stopwatch, build_pipeline, report_parts
 
-from diffusers_d2it import D2iTContentModel, D2iTPipeline, DynamicAutoencoderKL, bundled_checkpoint
+from diffusers_d2it import bundled_checkpoint
 from diffusers_d2it.sampling.folder import SampleFolder
 
 
-SCRIPT = Path(__file__).parent.parent / "examples" / "sample_d2it.py"
-sys.path.append(str(SCRIPT.parent))  # where it finds flags.py
-SET = "whole set"
 WAITING = "last PNGs, checks, .npz, protocol"
 
 
-def load_script():
-    """The script as a module."""
-    spec = importlib.util.spec_from_file_location(SCRIPT.stem, SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def time_sets(flags: list[str], args: argparse.Namespace) -> list[dict[str, float]]:
+def time_sets(bench: Bench, flags: list[str]) -> list[dict[str, float]]:
     """Milliseconds of every set and of its parts, after one to warm up."""
-    script, watch, clock = load_script(), Stopwatch(args), clock_of(args)
+    script, watch, clock = load_script("sample_d2it"), Stopwatch(bench), bench.clock
     enter, finish = SampleFolder.__enter__, SampleFolder.finish
-    times = {}
+    times, turns = {}, []
 
     def timed_enter(samples: SampleFolder) -> SampleFolder:
         entered = enter(samples)
@@ -56,72 +41,51 @@ def time_sets(flags: list[str], args: argparse.Namespace) -> list[dict[str, floa
     def timed_finish(samples: SampleFolder) -> dict:
         drawn = clock()
         protocol = finish(samples)
-        times["whole"], times["finish"] = clock() - times["start"], clock() - drawn
+        times["set"], times[WAITING] = clock() - times.pop("start"), clock() - drawn
         return protocol
 
-    turns = []
-    with ExitStack() as stack:
-        for owner, method, part in (
-            (D2iTPipeline, "prepare_grain_map", GRAINS),
-            (D2iTContentModel, "forward", DENOISER),
-            (DynamicAutoencoderKL, "decode", DECODER),
-        ):
-            stack.enter_context(patch.object(owner, method, watch.timed(part, getattr(owner, method))))
-        stack.enter_context(patch.object(SampleFolder, "__enter__", timed_enter))
-        stack.enter_context(patch.object(SampleFolder, "finish", timed_finish))
-        for _ in range(1 + args.repeats):
+    with (
+        watch.parts(),
+        patch.object(SampleFolder, "__enter__", timed_enter),
+        patch.object(SampleFolder, "finish", timed_finish),
+    ):
+        for _ in range(1 + bench.repeats):
             with tempfile.TemporaryDirectory() as folder:
                 script.main(script.parse_args([*flags, "--output_dir", str(Path(folder) / "samples")]))
-            turns.append(watch.read() | {SET: 1e3 * times["whole"], WAITING: 1e3 * times["finish"]})
+            turns.append(watch.read() | {part: 1e3 * seconds for part, seconds in times.items()})
     return turns[1:]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--preset", help=f"of the content model, or '{BUNDLED}'; default: content-xl, on a CPU bundled"
-    )
-    parser.add_argument("--num_images", type=int, default=32, help="images of a set")
-    parser.add_argument("--batch_size", type=int, default=8, help="images of a call")
-    parser.add_argument("--num_inference_steps", type=int, default=20, help="of denoising")
-    args = parse_args(parser, "sampling_overhead")
-    args.preset = args.preset or (BUNDLED if args.device == "cpu" else "content-xl")
-    args.repeats = min(args.repeats, MOST_TURNS["cpu"])
-    if args.device == "cpu":
+def measure(bench: Bench, preset: str, num_images: int, batch_size: int, num_inference_steps: int) -> str:
+    if not bench.cuda:
         os.environ["ACCELERATE_USE_CPU"] = "true"
-
-    flags = ["--num_images", args.num_images, "--batch_size", args.batch_size, "--format", "both"]
-    flags = [*map(str, flags), "--num_inference_steps", str(args.num_inference_steps)]
+    flags = f"--num_images {num_images} --batch_size {batch_size} --num_inference_steps {num_inference_steps}"
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as checkpoint:
-        if args.preset == BUNDLED:
-            flags += ["--checkpoint", bundled_checkpoint()]
+        if preset == BUNDLED:
+            flags += f" --checkpoint {bundled_checkpoint()}"
         else:
-            build_pipeline(args.preset, "cpu").save_pretrained(checkpoint)
+            build_pipeline(preset, "cpu").save_pretrained(checkpoint)
             # Random weights would draw maps of any share
-            flags += ["--checkpoint", checkpoint, "--fine_ratio", "0.5"]
-            flags += ["--dtype", "bfloat16" if args.device == "cuda" else "float32"]
-        turns = time_sets(flags, args)
+            flags += f" --checkpoint {checkpoint} --fine_ratio 0.5 --dtype {'bfloat16' if bench.cuda else 'float32'}"
+        turns = time_sets(bench, [*flags.split(), "--format", "both"])
 
-    timings = {}
-    for part in (SET, GRAINS, DENOISER, DECODER, WAITING):
-        times = [turn[part] for turn in turns]
-        timings[part] = Timing(min(times), statistics.median(times), max(times))
-    outside = [turn[SET] - turn[GRAINS] - turn[DENOISER] - turn[DECODER] for turn in turns]
-    overhead = statistics.median(rest / (turn[DENOISER] + turn[DECODER]) for rest, turn in zip(outside, turns))
-    claims = [Claim("rest of a set over denoiser and decoder", overhead, 0.03)]
-    notes = {
-        "rest of the set, ms an image": statistics.median(outside) / args.num_images,
-        "of it once for a set, or after the last image": statistics.median(
-            turn[WAITING] / rest for rest, turn in zip(outside, turns)
-        ),
-    }
-    title = (
-        f"{SCRIPT.name} with {args.preset}: {args.num_images} images in batches of {args.batch_size},"
-        f" {args.num_inference_steps} steps, guided"
+    outside = report_parts(bench, "set", turns, goal=None)
+    bench.note("rest of the set, ms an image", statistics.median(outside) / num_images)
+    once = statistics.median(turn[WAITING] / rest for rest, turn in zip(outside, turns))
+    bench.note("of it once for a set, or after the last image", once)
+    return (
+        f"sample_d2it.py with {preset}: {num_images} images in batches of {batch_size},"
+        f" {num_inference_steps} steps, guided"
     )
-    report(args, title, timings, claims, notes)
 
 
 if __name__ == "__main__":
-    main()
+    main(
+        measure,
+        most_turns=MOST_TURNS | {"cuda": MOST_TURNS["cpu"]},
+        preset=PRESET,
+        num_images=Flag(32, "images of a set"),
+        batch_size=Flag(8, "images of a call"),
+        num_inference_steps=Flag(20, "of denoising"),
+    )

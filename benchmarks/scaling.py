@@ -14,18 +14,17 @@ Maps are those of crops of photographs, and prepared beforehand, as sampling doe
 the side, so the Multi-grained Net has a quarter of the tokens. Memory is the peak beyond weights and inputs.
 """
 
-import argparse
+import dataclasses
 from collections.abc import Callable
 
 import numpy as np
 import torch
-from common import Claim, Timing, parse_args, peak_memory, report, time_sides
+from common import Bench, main
 from original_dit import CHANNELS, PATCH_SIZE, DiTShape, OriginalDiT
-from peers import XL, cast, randomized
+from peers import XL, Forward, Inputs, cast, forward_of, randomized
 from photo_maps import CELL_SIZE, maps_of_shares, photograph_entropies
 
 from diffusers_d2it import D2iTContentModel
-from diffusers_d2it.grains import tie
 
 
 SIDES = (32, 64, 128)  # cells
@@ -36,17 +35,12 @@ SMALL = DiTShape(num_layers=3, heads=2, head_dim=32, sample_size=32)
 
 
 class Scaling:
-    """Makes the forwards of a shape, and measures them.
+    """Makes the forwards of a shape, and measures them."""
 
-    Args:
-        args: from `parse_args`.
-    """
-
-    def __init__(self, args: argparse.Namespace):
-        self.args = args
-        cuda = args.device == "cuda"
-        self.shape, self.num_refine_layers = (XL, 5) if cuda else (SMALL, 1)
-        self.dtype = torch.bfloat16 if cuda else torch.float32
+    def __init__(self, bench: Bench):
+        self.bench = bench
+        self.shape, self.num_refine_layers = (XL, 5) if bench.cuda else (SMALL, 1)
+        self.dtype = torch.bfloat16 if bench.cuda else torch.float32
         self.models = {num_grains: self._content_model(num_grains) for num_grains in SHARES}
 
     def _content_model(self, num_grains: int) -> D2iTContentModel:
@@ -59,53 +53,41 @@ class Scaling:
             attention_head_dim=self.shape.head_dim,
             num_classes=self.shape.num_classes,
         )
-        return cast(randomized(model), self.args.device, self.dtype)
+        return cast(randomized(model), self.bench.device, self.dtype)
 
-    def _conditioning(self, batch_size: int) -> tuple[torch.Tensor, torch.Tensor]:
-        timestep = torch.full((batch_size,), 500, device=self.args.device)
-        return timestep, torch.zeros(batch_size, dtype=torch.int64, device=self.args.device)
-
-    def d2it(self, side: int, batch_size: int = 1, shares: tuple[float, ...] = SHARES[2]) -> Callable[[], object]:
+    def d2it(self, side: int, batch_size: int = 1, shares: tuple[float, ...] = SHARES[2]) -> Forward:
         """A forward of the content model of as many grains as there are shares."""
-        region_size = CELL_SIZE << (len(shares) - 1)
-        entropy = photograph_entropies(batch_size, CELL_SIZE * side, region_size)
-        grain_map = maps_of_shares(entropy, shares).to(self.args.device)
-        latents = torch.randn(batch_size, CHANNELS, side, side, device=self.args.device, dtype=self.dtype)
-        latents, (timestep, labels) = tie(latents, grain_map), self._conditioning(batch_size)
-        model = self.models[len(shares)]
-        layout = model.prepare_grain_map(grain_map)
-        return lambda: model(latents, timestep, layout, labels, return_dict=False)[0]
+        cells = 1 << (len(shares) - 1)  # along a side of a region
+        entropy = photograph_entropies(batch_size, CELL_SIZE * side, CELL_SIZE * cells)
+        grain_map = maps_of_shares(entropy, shares).to(self.bench.device)
+        return forward_of(self.models[len(shares)], Inputs.random(grain_map, cells=cells).to(self.dtype))
 
     def refine_net(self, side: int, fine_ratio: float) -> tuple[Callable[[], object], int]:
         """A forward of RefineNet alone, and its number of fine tokens."""
-        forward, refine_net, inputs = (
-            self.d2it(side, 1, (1 - fine_ratio, fine_ratio)),
-            self.models[2].refine_nets[0],
-            [],
-        )
+        forward, inputs = self.d2it(side, 1, (1 - fine_ratio, fine_ratio)), []
+        refine_net = self.models[2].refine_nets[0]
         handle = refine_net.register_forward_pre_hook(lambda module, arguments: inputs.extend(arguments))
         forward()
         handle.remove()
         return lambda: refine_net(*inputs), len(inputs[-1].tokens)
 
-    def dit(self, side: int) -> Callable[[], object]:
+    def dit(self, side: int) -> Forward:
         """A forward of the DiT with a token for every cell.
 
         The plain statement has patches of 2. On latents of twice the side it has the tokens of patches of 1, and but
         for the values of a patch it does the same.
         """
-        shape = DiTShape(
-            self.shape.num_layers, self.shape.heads, self.shape.head_dim, PATCH_SIZE * side, self.shape.num_classes
-        )
-        model = cast(OriginalDiT(shape), self.args.device, self.dtype).eval()
-        latents = torch.randn(1, CHANNELS, PATCH_SIZE * side, PATCH_SIZE * side, device=self.args.device)
-        latents, (timestep, labels) = latents.to(self.dtype), self._conditioning(1)
-        return lambda: model(latents, timestep, labels)
+        shape = dataclasses.replace(self.shape, sample_size=PATCH_SIZE * side)
+        fine = torch.ones(1, side, side, dtype=torch.int64, device=self.bench.device)
+        model = cast(OriginalDiT(shape), self.bench.device, self.dtype).eval()
+        return forward_of(model, Inputs.random(fine).to(self.dtype))
 
-    def measure(self, forwards: dict[str, Callable[[], object]]) -> tuple[dict[str, Timing], dict[str, float]]:
-        """Times in turns, and peaks in MiB."""
-        timings = time_sides(forwards, self.args, warmup=1)
-        return timings, {name: peak_memory(forward, self.args.device) for name, forward in forwards.items()}
+    def measure(self, forwards: dict[str, Forward]) -> tuple[dict[str, float], dict[str, float]]:
+        """Medians of times in turns, and peaks in MiB, which are noted."""
+        memory = {name: self.bench.peak_memory(forward) for name, forward in forwards.items()}
+        for name, peak in memory.items():
+            self.bench.note(f"MiB, {name}", peak)
+        return self.bench.time(forwards, warmup=1), memory
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -125,105 +107,78 @@ def line(sizes: list[float], values: list[float]) -> tuple[float, float, float]:
     return float(slope), float(intercept), float(1 - residuals.var() / np.var(values))
 
 
-def growth(what: str, sizes: list[float], names: list[str], timings: dict, memory: dict) -> dict[str, float]:
-    """Exponents of the times and peaks of these sides."""
-    return {
-        f"exponent of time in {what}": exponent(sizes, [timings[name].median for name in names]),
-        f"exponent of memory in {what}": exponent(sizes, [memory[name] for name in names]),
-    }
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # What grows
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-Result = tuple[dict[str, Timing], dict[str, float], list[Claim]]  # timings, notes, claims
-
-
-def over_resolution(scaling: Scaling) -> Result:
+def over_resolution(scaling: Scaling) -> None:
     """Images of 256, 512 and 1024 pixels, with a DiT of all cells beside."""
-    ours, theirs = ([f"{model}, {side} cells a side" for side in SIDES] for model in ("D2iT", "DiT of all cells"))
-    forwards = {name: scaling.d2it(side) for name, side in zip(ours, SIDES)}
-    forwards |= {name: scaling.dit(side) for name, side in zip(theirs, SIDES)}
-    timings, memory = scaling.measure(forwards)
-    cells = [side**2 for side in SIDES]
-    notes = growth("cells, D2iT", cells, ours, timings, memory)
-    notes |= growth("cells, DiT of all cells", cells, theirs, timings, memory)
-    for name, other, side in zip(ours, theirs, SIDES):
-        notes[f"D2iT / DiT of all cells, {side} cells a side, time"] = timings[name].median / timings[other].median
-        notes[f"D2iT / DiT of all cells, {side} cells a side, memory"] = memory[name] / memory[other]
-    claim = Claim("exponent of D2iT's memory in cells", notes.pop("exponent of memory in cells, D2iT"), 1.1)
-    return timings, notes | {f"MiB, {name}": value for name, value in memory.items()}, [claim]
+    bench, cells = scaling.bench, [side**2 for side in SIDES]
+    names = {model: [f"{model}, {side} cells a side" for side in SIDES] for model in ("D2iT", "DiT of all cells")}
+    forwards = dict(zip(names["D2iT"], map(scaling.d2it, SIDES)))
+    forwards |= zip(names["DiT of all cells"], map(scaling.dit, SIDES))
+    median, memory = scaling.measure(forwards)
+    for model, of_model in names.items():
+        bench.note(f"exponent of time in cells, {model}", exponent(cells, [median[name] for name in of_model]))
+    theirs = names["DiT of all cells"]
+    bench.note("exponent of memory in cells, DiT of all cells", exponent(cells, [memory[name] for name in theirs]))
+    for name, other, side in zip(*names.values(), SIDES):
+        bench.note(f"D2iT / DiT of all cells, {side} cells a side, time", median[name] / median[other])
+        bench.note(f"D2iT / DiT of all cells, {side} cells a side, memory", memory[name] / memory[other])
+    ours = exponent(cells, [memory[name] for name in names["D2iT"]])
+    bench.claim("exponent of D2iT's memory in cells", ours, 1.1)
 
 
-def over_batch(scaling: Scaling) -> Result:
+def over_batch(scaling: Scaling) -> None:
     """One to eight images."""
     names = [f"D2iT, {SIDES[0]} cells a side, batch {batch_size}" for batch_size in BATCHES]
-    forwards = {name: scaling.d2it(SIDES[0], batch_size) for name, batch_size in zip(names, BATCHES)}
-    timings, memory = scaling.measure(forwards)
-    notes = growth("images", list(BATCHES), names, timings, memory)
-    return timings, notes | {f"MiB, {name}": value for name, value in memory.items()}, []
+    found = scaling.measure({name: scaling.d2it(SIDES[0], size) for name, size in zip(names, BATCHES)})
+    for what, values in zip(("time", "memory"), found):
+        scaling.bench.note(f"exponent of {what} in images", exponent(list(BATCHES), [values[name] for name in names]))
 
 
-def over_fine_ratio(scaling: Scaling) -> Result:
+def over_fine_ratio(scaling: Scaling) -> None:
     """No fine region to all: the whole forward, and the memory of RefineNet at the highest resolution."""
+    bench, side = scaling.bench, SIDES[-1]
     names = [f"D2iT, {SIDES[1]} cells a side, fine share {ratio}" for ratio in FINE_RATIOS]
-    shares = [(1 - ratio, ratio) for ratio in FINE_RATIOS]
-    forwards = {name: scaling.d2it(SIDES[1], 1, share) for name, share in zip(names, shares)}
-    timings, memory = scaling.measure(forwards)
-    notes = {f"MiB, {name}": value for name, value in memory.items()}
-    times = [timings[name].median for name in names]
-    slope, intercept, explained = line(FINE_RATIOS, times)
-    notes["time, all regions fine / none, by the line"] = (slope + intercept) / intercept
-    notes["share of the times' variance on a line in the fine share"] = explained
+    forwards = {name: scaling.d2it(SIDES[1], 1, (1 - ratio, ratio)) for name, ratio in zip(names, FINE_RATIOS)}
+    median, _ = scaling.measure(forwards)
+    slope, intercept, explained = line(FINE_RATIOS, [median[name] for name in names])
+    bench.note("time, all regions fine / none, by the line", (slope + intercept) / intercept)
+    bench.note("share of the times' variance on a line in the fine share", explained)
 
-    packed = [scaling.refine_net(SIDES[-1], ratio) for ratio in FINE_RATIOS[1:]]
-    tokens = [num_tokens for _, num_tokens in packed]
-    peaks = [peak_memory(forward, scaling.args.device) for forward, _ in packed]
-    slope, intercept, explained = line(tokens, peaks)
-    notes[f"RefineNet, {SIDES[-1]} cells a side: MiB for 1000 fine tokens"] = 1000 * slope
-    notes[f"RefineNet, {SIDES[-1]} cells a side: MiB for any map"] = intercept
-    text = f"RefineNet, {SIDES[-1]} cells a side: share of the peaks' variance on a line in fine tokens"
-    return timings, notes, [Claim(text, explained, 0.99, at_least=True)]
+    packed = [scaling.refine_net(side, ratio) for ratio in FINE_RATIOS[1:]]
+    peaks = [bench.peak_memory(forward) for forward, _ in packed]
+    slope, intercept, explained = line([num_tokens for _, num_tokens in packed], peaks)
+    bench.note(f"RefineNet, {side} cells a side: MiB for 1000 fine tokens", 1000 * slope)
+    bench.note(f"RefineNet, {side} cells a side: MiB for any map", intercept)
+    text = f"RefineNet, {side} cells a side: share of the peaks' variance on a line in fine tokens"
+    bench.claim(text, explained, 0.99, at_least=True)
 
 
-def over_grains(scaling: Scaling) -> Result:
+def over_grains(scaling: Scaling) -> None:
     """Two and three grains in equal shares, at the two higher resolutions."""
-    forwards = {
-        f"D2iT, {side} cells a side, {num_grains} grains": scaling.d2it(side, 1, shares)
-        for side in SIDES[1:]
-        for num_grains, shares in SHARES.items()
-    }
-    timings, memory = scaling.measure(forwards)
-    notes = {f"MiB, {name}": value for name, value in memory.items()}
+    names = {(side, k): f"D2iT, {side} cells a side, {k} grains" for side in SIDES[1:] for k in SHARES}
+    found = scaling.measure({name: scaling.d2it(side, 1, SHARES[k]) for (side, k), name in names.items()})
     for side in SIDES[1:]:
-        two, three = (f"D2iT, {side} cells a side, {num_grains} grains" for num_grains in SHARES)
-        notes[f"three grains / two, {side} cells a side, time"] = timings[three].median / timings[two].median
-        notes[f"three grains / two, {side} cells a side, memory"] = memory[three] / memory[two]
-    return timings, notes, []
+        for what, values in zip(("time", "memory"), found):
+            ratio = values[names[side, 3]] / values[names[side, 2]]
+            scaling.bench.note(f"three grains / two, {side} cells a side, {what}", ratio)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    args = parse_args(parser, "scaling")
-
+@torch.no_grad()
+def measure(bench: Bench) -> str:
     torch.manual_seed(0)
-    scaling = Scaling(args)
-    timings, notes, claims = {}, {}, []
-    with torch.no_grad():
-        for measure in (over_resolution, over_batch, over_fine_ratio, over_grains):
-            more_timings, more_notes, more_claims = measure(scaling)
-            timings |= more_timings
-            notes |= more_notes
-            claims += more_claims
-    shape = scaling.shape
-    title = (
-        f"Growth of a forward: width {shape.width}, {shape.num_layers - scaling.num_refine_layers} blocks and"
-        f" {scaling.num_refine_layers} of each RefineNet, DiT of {shape.num_layers}, {scaling.dtype}"
+    scaling = Scaling(bench)
+    for grow in (over_resolution, over_batch, over_fine_ratio, over_grains):
+        grow(scaling)
+    shape, num_refine_layers = scaling.shape, scaling.num_refine_layers
+    return (
+        f"Growth of a forward: width {shape.width}, {shape.num_layers - num_refine_layers} blocks and"
+        f" {num_refine_layers} of each RefineNet, DiT of {shape.num_layers}, {scaling.dtype}"
     )
-    report(args, title, timings, claims, notes)
 
 
 if __name__ == "__main__":
-    main()
+    main(measure)

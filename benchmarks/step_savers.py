@@ -12,14 +12,13 @@ grain maps, so that only the saver differs. For each saver:
 - error: relative error of its latents against a converged run, DDIM with many steps. The full run has one too, and a
   better solver moves samples away from the full run by as much: it is to be judged by this column.
 
-Guidance intervals and lighter passes without a label ask for other samples rather than for the same ones faster.
-Whether those are worse is for the Fréchet distance to say, which is not measured here.
+Guidance intervals ask for other samples rather than for the same ones faster. Whether those are worse is for the
+Fréchet distance to say, which is not measured here.
 
 DDIM is written here as DPM-Solver++ of order 1, which is the same: `DDIMScheduler` steps over `1000 // steps` training
 steps, and so misses its own timesteps where that does not divide.
 """
 
-import argparse
 import contextlib
 import io
 import json
@@ -27,7 +26,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
-from common import Timing, parse_args, report, time_sides
+from common import Bench, Flag, main
 from diffusers import (
     DPMSolverMultistepScheduler,
     FirstBlockCacheConfig,
@@ -35,17 +34,15 @@ from diffusers import (
     PyramidAttentionBroadcastConfig,
     TaylorSeerCacheConfig,
 )
+from peers import quiet
 
-from diffusers_d2it import D2iTPipeline, bundled_checkpoint
-from diffusers_d2it.presets import load_sampler
+from diffusers_d2it import D2iTPipeline, bundled_checkpoint, load_sampler
 
 
 STEPS = 50
 GUIDANCE = 4.0
 FULL = f"full run: DDIM, {STEPS} steps"
-MOST_TURNS = {"cpu": 5, "cuda": 100}  # of some fifteen calls that take seconds on a CPU
-BATCH_SIZE = {"cpu": 3, "cuda": 64}
-REFERENCE_STEPS = {"cpu": 250, "cuda": 1000}
+MOST_TURNS = {"cpu": 5}  # of some fifteen calls that take seconds
 EVERY_BLOCK = [r"(refine_nets\.\d+\.)?transformer_blocks\.\d+"]
 
 
@@ -113,7 +110,6 @@ def make_savers(mag_ratios: list[float]) -> dict[str, Saver]:
         "TaylorSeer, blocks, every 5th": Saver(cache=taylor(5, EVERY_BLOCK)),
         "guidance_interval (0, 0.8)": Saver(arguments={"guidance_interval": (0.0, 0.8)}),
         "guidance_interval (0.2, 0.8)": Saver(arguments={"guidance_interval": (0.2, 0.8)}),
-        "null_fine_ratio 0.25": Saver(arguments={"null_fine_ratio": 0.25}),
     }
 
 
@@ -167,7 +163,7 @@ def compare(
     pipe: D2iTPipeline,
     inputs: Inputs,
     samples: dict[str, torch.Tensor],
-    timings: dict[str, Timing],
+    median: dict[str, float],
     converged: torch.Tensor,
 ) -> list[dict]:
     """A row for the full run and for every saver."""
@@ -177,7 +173,7 @@ def compare(
     for name, latents in samples.items():
         if name == FULL:
             continue
-        speed_up = timings[FULL].median / timings[name].median
+        speed_up = median[FULL] / median[name]
         steps = max(1, round(STEPS / speed_up))
         if steps not in plain_runs:
             plain_runs[steps] = sample(pipe, Saver(steps), inputs)
@@ -198,11 +194,10 @@ def compare(
 
 
 def print_rows(rows: list[dict]) -> None:
+    full, *savers = rows
     print(f"{'':<34} {'speed-up':>8} {'change':>8} {'PSNR':>6} {'error':>8}   DDIM in that time: change, error")
-    for row in rows:
-        if row["saver"] == FULL:
-            print(f"{FULL:<34} {1:8.2f} {'':>8} {'':>6} {row['error']:8.4f}")
-            continue
+    print(f"{FULL:<34} {1:8.2f} {'':>8} {'':>6} {full['error']:8.4f}")
+    for row in savers:
         print(
             f"{row['saver']:<34} {row['speed_up']:8.2f} {row['change']:8.4f} {row['psnr']:6.1f} {row['error']:8.4f}"
             f"   {row['ddim_steps']:>2} steps: {row['ddim_change']:.4f}, {row['ddim_error']:.4f}"
@@ -210,35 +205,26 @@ def print_rows(rows: list[dict]) -> None:
     print("Fréchet distance: not measured")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batch_size", type=int, help="images of a call; default: 3, on a GPU 64")
-    parser.add_argument("--reference_steps", type=int, help="of the converged run; default: 250, on a GPU 1000")
-    args = parse_args(parser, "step_savers")
-    args.batch_size = args.batch_size or BATCH_SIZE[args.device]
-    args.reference_steps = args.reference_steps or REFERENCE_STEPS[args.device]
-    args.repeats = min(args.repeats, MOST_TURNS[args.device])
-
-    pipe = D2iTPipeline.from_pretrained(bundled_checkpoint()).to(args.device)
-    pipe.set_progress_bar_config(disable=True)
+def measure(bench: Bench, batch_size: int, reference_steps: int) -> str:
+    pipe = quiet(D2iTPipeline.from_pretrained(bundled_checkpoint())).to(bench.device)
     pipe.scheduler = ddim(pipe)
-    inputs = Inputs.draw(pipe, args.batch_size, seed=0)
-    mag_ratios = calibrate_mag_cache(pipe, Inputs.draw(pipe, args.batch_size, seed=1))  # of other images
+    inputs = Inputs.draw(pipe, batch_size, seed=0)
+    mag_ratios = calibrate_mag_cache(pipe, Inputs.draw(pipe, batch_size, seed=1))  # of other images
 
     savers = {FULL: Saver(), **make_savers(mag_ratios)}
     samples = {name: sample(pipe, saver, inputs) for name, saver in savers.items()}  # and a warm-up
-    converged = sample(pipe, Saver(args.reference_steps), inputs)
+    converged = sample(pipe, Saver(reference_steps), inputs)
     sides = {name: lambda saver=saver: sample(pipe, saver, inputs) for name, saver in savers.items()}
-    timings = time_sides(sides, args, warmup=0)
-    rows = compare(pipe, inputs, samples, timings, converged)
-
-    title = f"Step savers on the bundled checkpoint, {args.batch_size} images, guidance {GUIDANCE:g}"
-    report(args, title, timings, claims=[], notes={})
+    rows = compare(pipe, inputs, samples, bench.time(sides, warmup=0), converged)
     print_rows(rows)
-    result = json.loads(args.output.read_text(encoding="utf-8"))
-    result |= {"savers": rows, "mag_ratios": mag_ratios}
-    args.output.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    bench.more = {"savers": rows, "mag_ratios": mag_ratios}
+    return f"Step savers on the bundled checkpoint, {batch_size} images, guidance {GUIDANCE:g}"
 
 
 if __name__ == "__main__":
-    main()
+    main(
+        measure,
+        most_turns=MOST_TURNS,
+        batch_size=Flag({"cpu": 3, "cuda": 64}, "images of a call"),
+        reference_steps=Flag({"cpu": 250, "cuda": 1000}, "of the converged run"),
+    )

@@ -6,24 +6,23 @@ Shapes:
 """
 
 import copy
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import astuple, dataclass
 
 import torch
 import torch.nn.functional as F
-from dense_refine import DenseLayout, dense_refine
-from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from accelerate import Accelerator
+from common import Bench
+from diffusers.training_utils import EMAModel
 from original_dit import CHANNELS, DiTShape, OriginalDiT
+from peers import sharing_weights
 from photo_maps import maps_of_shares, photograph_entropies
 from torch import nn
 
 from diffusers_d2it import D2iTContentModel
-from diffusers_d2it.grain_layout import GrainLayout
-from diffusers_d2it.grains import tie
+from diffusers_d2it.grains import GrainLayout, tie
 from diffusers_d2it.losses import multi_grained_loss
-from diffusers_d2it.models.transformer_d2it_content import RefineNet
 from diffusers_d2it.objectives import DiffusionObjective
-from diffusers_d2it.training.averaging import WeightAverage
-from diffusers_d2it.training.gate import GatedAccelerator
 
 
 NUM_BATCHES = 4
@@ -48,7 +47,7 @@ class Batch:
 
     def images(self, start: int, stop: int) -> "Batch":
         """Some of the images."""
-        return Batch(*(x[start:stop] for x in (self.latents, self.grain_map, self.class_labels)))
+        return Batch(*(x[start:stop] for x in astuple(self)))
 
 
 def make_batches(shape: DiTShape, batch_size: int, fine_ratio: float, device: str) -> list[Batch]:
@@ -61,38 +60,6 @@ def make_batches(shape: DiTShape, batch_size: int, fine_ratio: float, device: st
     return [Batch(*row) for row in rows]
 
 
-def sharing_weights(model: D2iTContentModel) -> D2iTContentModel:
-    """A copy of the modules, not of their weights: it may be checkpointed or compiled by itself."""
-    return copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
-
-
-class DenseRefineNet(nn.Module):
-    """A RefineNet that works on the whole grid (`dense_refine.py`), with the weights of a packed one."""
-
-    def __init__(self, refine_net: RefineNet):
-        super().__init__()
-        self.refine_net = refine_net
-
-    def forward(self, parents: torch.Tensor, *inputs) -> tuple[torch.Tensor, torch.Tensor]:
-        return dense_refine(self.refine_net, parents, *inputs), parents
-
-
-class DenseContentModel(nn.Module):
-    """A content model whose RefineNet works on the whole grid, on the weights of a packed one."""
-
-    def __init__(self, model: D2iTContentModel):
-        super().__init__()
-        self.model = sharing_weights(model)
-        self.model.refine_nets = nn.ModuleList([DenseRefineNet(model.refine_nets[0])])
-
-    def forward(
-        self, noised: torch.Tensor, timesteps: torch.Tensor, grain_map: torch.Tensor, class_labels: torch.Tensor
-    ) -> Transformer2DModelOutput:
-        side = self.model.config.window_size
-        layout = GrainLayout(grain_map, (DenseLayout.from_grain_map(grain_map, side),), side)
-        return self.model(noised, timesteps, layout, class_labels)
-
-
 class Training:
     """Our training: one set of weights, moments and averages for all variants of the content model.
 
@@ -102,31 +69,33 @@ class Training:
     """
 
     def __init__(self, model: D2iTContentModel, device: str):
-        self.accelerator = GatedAccelerator(cpu=device == "cpu", mixed_precision="bf16" if device == "cuda" else "no")
+        self.accelerator = Accelerator(cpu=device == "cpu", mixed_precision="bf16" if device == "cuda" else "no")
         self.objective = DiffusionObjective()
         self.weights = list(model.parameters())
         optimizer = torch.optim.AdamW(self.weights, lr=LEARNING_RATE, weight_decay=0.0, fused=True)
         self.optimizer = self.accelerator.prepare(optimizer)
-        self.ema = WeightAverage(self.accelerator, model, EMA_DECAY)
+        self.ema = EMAModel(self.weights, decay=EMA_DECAY, foreach=True)
 
-    def noised(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def noised(self, layout: GrainLayout, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Fresh noise, timesteps and noised latents of a batch."""
-        noise = tie(torch.randn_like(batch.latents), batch.grain_map)
+        noise = layout.tie(torch.randn_like(batch.latents))
         timesteps = torch.randint(1000, (len(noise),), device=noise.device)
         return noise, timesteps, self.objective.add_noise(batch.latents, noise, timesteps)
 
     def loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
         """Loss of a batch, the layout of whose map is found on the way, as in training."""
-        noise, timesteps, noised = self.noised(batch)
+        layout = model.prepare_grain_map(batch.grain_map)
+        noise, timesteps, noised = self.noised(layout, batch)
         with self.accelerator.autocast():
-            prediction = model(noised, timesteps, batch.grain_map, batch.class_labels).sample
-        return multi_grained_loss(prediction, noise, batch.grain_map)["loss"]
+            prediction = model(noised, timesteps, layout, batch.class_labels).sample
+        return multi_grained_loss(prediction, noise, layout)["loss"]
 
     def step(self, model: nn.Module, batch: Batch) -> None:
         """One update."""
         self.accelerator.backward(self.loss(model, batch))
-        self.accelerator.clip_grad_norm_(self.weights, 1.0)
-        self.optimizer.step()
+        norm = self.accelerator.clip_grad_norm_(self.weights, 1.0)
+        if norm.isfinite():
+            self.optimizer.step()
         self.optimizer.zero_grad()
         self.ema.step(self.weights)
 
@@ -157,11 +126,12 @@ class OriginalTraining:
                 averaged.mul_(EMA_DECAY).add_(weight, alpha=1 - EMA_DECAY)
 
 
-def state_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Bytes that a training keeps between steps: weights, their average, moments."""
+def memory_of(bench: Bench, optimizer: torch.optim.Optimizer, step: Callable[[], None]) -> float:
+    """GiB that a training needs at the peak of a step: what it keeps, weights, average, moments, and what comes up."""
+    peak = bench.peak_memory(step)
     weights = [weight for group in optimizer.param_groups for weight in group["params"]]
     moments = [value for state in optimizer.state_dict()["state"].values() for value in state.values()]
-    return sum(tensor.nbytes for tensor in [*weights, *weights, *moments])
+    return peak / 2**10 + sum(tensor.nbytes for tensor in [*weights, *weights, *moments]) / 2**30
 
 
 def variants(model: D2iTContentModel, compile_too: bool) -> dict[str, D2iTContentModel]:

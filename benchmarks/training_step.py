@@ -10,12 +10,7 @@ default; a worker is timed too, but to hand a batch over takes it longer than to
 memory of a process that has read every image of a cache, and of one ten times as large.
 """
 
-import argparse
-import importlib.util
-import os
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -24,32 +19,17 @@ from unittest.mock import patch
 
 import torch
 from accelerate import Accelerator
-from common import Claim, Timing, load_photographs, parse_args, report
+from common import Bench, Flag, in_fresh_process, load_script, main, process_memory
 from diffusers import DDIMScheduler
+from photo_maps import load_photographs
 
 from diffusers_d2it import D2iTGrainModel, DynamicAutoencoderKL, load_preset
-from diffusers_d2it.data.latent_cache import LatentCachePlan, describe_vae
+from diffusers_d2it.data.latent_cache import LatentCache, LatentCachePlan, describe_vae
 from diffusers_d2it.data.latent_cache_writer import EncodedRows, LatentCacheWriter, encode_images
 
 
 BATCH_SIZE = 32
 RESOLUTION = 32  # of dvae-tiny
-SCRIPT = Path(__file__).parent.parent / "examples" / "train_d2it.py"
-
-# Anonymous memory in KiB after every image was read; what the file system keeps of the shards is not part of it.
-MEASURE_MEMORY = """
-import sys
-from pathlib import Path
-from unittest.mock import patch
-import torch
-from diffusers_d2it.data.latent_cache import LatentCache
-torch.set_num_threads(1)
-cache = LatentCache(sys.argv[1], None, seed=0)
-for index in range(len(cache)):
-    cache[index]
-status = Path("/proc/self/status").read_text()
-print(next(line.split()[1] for line in status.splitlines() if line.startswith("RssAnon:")))
-"""
 
 
 def crops(num_images: int) -> torch.Tensor:
@@ -88,10 +68,7 @@ def write_cache(folder: Path, vae: DynamicAutoencoderKL, num_images: int, rows_p
 
 def time_steps(folder: Path, output: Path, num_workers: int, num_steps: int) -> list[tuple[float, float, float]]:
     """Milliseconds of waiting, of the update and of the whole step, for the steps of a run but the first and last."""
-    sys.path.append(str(SCRIPT.parent))  # where it finds its flags
-    spec = importlib.util.spec_from_file_location(SCRIPT.stem, SCRIPT)
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
+    script = load_script("train_d2it")
     asked, given, updated = [], [], []
     batches_from = script.batches_from
 
@@ -125,24 +102,17 @@ def time_steps(folder: Path, output: Path, num_workers: int, num_steps: int) -> 
     return list(zip(waited, update, whole))[3:]
 
 
-def anonymous_memory(cache: Path) -> int:
-    """KiB of a fresh process that has read all of a cache."""
-    # The C library returns what is freed at once, instead of keeping it as it sees fit
-    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
-    command = [sys.executable, "-c", MEASURE_MEMORY, str(cache)]
-    return int(subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout)
+def anonymous_memory(cache: Path) -> float:
+    """MiB after every image of a cache was read; what the file system keeps of the shards is not part of it."""
+    images = LatentCache(cache, None, seed=0)
+    for index in range(len(images)):
+        images[index]
+    return process_memory("RssAnon")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--num_images", type=int, default=2048, help="images of the smaller cache")
-    args = parse_args(parser, "training_step")
-    if args.device != "cpu" or not Path("/proc/self/status").is_file():
-        parser.error("this is about the CPU, and reads /proc of Linux.")
-
+def measure(bench: Bench, num_images: int) -> str:
     torch.manual_seed(0)
-    vae = DynamicAutoencoderKL(**load_preset("dvae-tiny")).eval()
-    timings, claims, notes, shares = {}, [], {}, {}
+    vae, shares = DynamicAutoencoderKL(**load_preset("dvae-tiny")).eval(), {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         vae.save_pretrained(folder / "vae")
@@ -150,27 +120,29 @@ def main() -> None:
         DDIMScheduler(prediction_type="sample", clip_sample=False).save_pretrained(folder / "grain_scheduler")
         caches = [folder / "small", folder / "large"]
         for cache, times in zip(caches, (1, 10)):
-            write_cache(cache, vae, times * args.num_images, rows_per_shard=args.num_images // 4)
+            write_cache(cache, vae, times * num_images, rows_per_shard=num_images // 4)
         for num_workers in (0, 1):
-            steps = time_steps(folder, folder / f"run-{num_workers}", num_workers, num_steps=10 * args.repeats)
-            for i, name in enumerate(("waiting", "optimizer and average", "step")):
-                times = [step[i] for step in steps]
-                timing = Timing(min(times), statistics.median(times), max(times))
-                timings[f"{name}, {num_workers} workers"] = timing
-            shares[num_workers] = [statistics.median(step[i] / step[2] for step in steps) for i in (0, 1)]
-        claims.append(Claim("waiting, share of a step", shares[0][0], 0.05))
-        claims.append(Claim("optimizer and average, share of a step", shares[0][1], 0.10))
-        notes["waiting, share of a step with a worker"] = shares[1][0]
+            steps = time_steps(folder, folder / f"run-{num_workers}", num_workers, num_steps=10 * bench.repeats)
+            for part, times in zip(("waiting", "optimizer and average", "step"), zip(*steps)):
+                bench.record(f"{part}, {num_workers} workers", times)
+            shares[num_workers] = [statistics.median(step[part] / step[2] for step in steps) for part in (0, 1)]
+        bench.claim("waiting, share of a step", shares[0][0], 0.05)
+        bench.claim("optimizer and average, share of a step", shares[0][1], 0.10)
+        bench.note("waiting, share of a step with a worker", shares[1][0])
 
-        sizes = [sum(path.stat().st_size for path in cache.rglob("*.safetensors")) / 2**20 for cache in caches]
-        memory = [statistics.median(anonymous_memory(cache) for _ in range(3)) / 1024 for cache in caches]
-        for name, size, used in zip(("a cache", "ten times as many images"), sizes, memory):
-            notes[f"MiB of {name}"], notes[f"MiB of anonymous memory, {name}"] = size, used
+        # The C library returns what is freed at once, instead of keeping it as it sees fit
+        at_once = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
+        sizes, memory = [], []
+        for text, cache in zip(("a cache", "ten times as many images"), caches):
+            sizes.append(sum(path.stat().st_size for path in cache.rglob("*.safetensors")) / 2**20)
+            used = [in_fresh_process(anonymous_memory, cache, **at_once) for _ in range(3)]
+            memory.append(statistics.median(used))
+            bench.note(f"MiB of {text}", sizes[-1])
+            bench.note(f"MiB of anonymous memory, {text}", memory[-1])
         growth = (memory[1] - memory[0]) / (sizes[1] - sizes[0])
-        claims.append(Claim("growth of anonymous memory over growth of the cache", growth, 0.01))
-
-    report(args, f"Training from a latent cache, content-tiny, batch {BATCH_SIZE}", timings, claims, notes)
+        bench.claim("growth of anonymous memory over growth of the cache", growth, 0.01)
+    return f"Training from a latent cache, content-tiny, batch {BATCH_SIZE}"
 
 
 if __name__ == "__main__":
-    main()
+    main(measure, devices=("cpu",), num_images=Flag(2048, "images of the smaller cache"))

@@ -19,16 +19,16 @@ needs: weights, gradients, moments, average, activations.
 What a residual stream in bfloat16 saves and changes is measured forward and backward under autocast, on a CPU too.
 """
 
-import argparse
 import itertools
 from collections.abc import Callable
 
 import torch
-from common import Claim, Timing, parse_args, peak_memory, report, time_sides
+from common import Bench, Flag, main
+from dense_refine import DenseContentModel
 from forward_mfu import count_operations
 from matmul_peak import matmul_peak
 from original_dit import DiTShape
-from peers import XL, cast, content_model
+from peers import XL, cast, content_model, sharing_weights
 from torch import nn
 from training_sides import (
     CHECKPOINTED,
@@ -38,12 +38,10 @@ from training_sides import (
     ORIGINAL,
     PACKED,
     Batch,
-    DenseContentModel,
     OriginalTraining,
     Training,
     make_batches,
-    sharing_weights,
-    state_bytes,
+    memory_of,
     variants,
 )
 
@@ -54,22 +52,14 @@ SMALL = DiTShape(num_layers=6, heads=8, head_dim=32, sample_size=32)
 COUNTED_IMAGES = 4  # whose operations are counted at a time, attention written out
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Measurements
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def time_steps(steps: dict[str, Callable[[Batch], None]], batches: list[Batch], args: argparse.Namespace) -> dict:
-    """Timings of the sides, each of which goes through the batches by itself."""
+def time_steps(
+    bench: Bench, steps: dict[str, Callable[[Batch], None]], batches: list[Batch], suffix: str = ""
+) -> dict:
+    """Medians of the sides, each of which goes through the batches by itself."""
     rounds = {name: itertools.cycle(batches) for name in steps}
-    sides = {name: lambda step=step, b=rounds[name]: step(next(b)) for name, step in steps.items()}
-    return time_sides(sides, args, warmup=len(batches))  # every batch has been seen, whatever its maps ask for
-
-
-def memory_of(training: Training | OriginalTraining, step: Callable, batch: Batch, device: str) -> float:
-    """GiB that a training needs at the peak of a step."""
-    peak = peak_memory(lambda: step(batch), device)
-    return peak / 2**10 + state_bytes(training.optimizer) / 2**30
+    sides = {name + suffix: lambda step=step, b=rounds[name]: step(next(b)) for name, step in steps.items()}
+    median = bench.time(sides, warmup=len(batches))  # every batch has been seen, whatever its maps ask for
+    return {name: median[name + suffix] for name in steps}
 
 
 def operations_of(training: Training, model: nn.Module, batches: list[Batch]) -> float:
@@ -93,111 +83,99 @@ def gradient_error(training: Training, models: dict[str, nn.Module], batch: Batc
     return max(((other - first).norm() / first.norm()).item() for other in others)
 
 
-def compare_residual_dtypes(
-    training: Training, model: D2iTContentModel, batch: Batch, args: argparse.Namespace
-) -> tuple[dict[str, Timing], dict[str, float]]:
-    """The residual stream in float32 and in bfloat16, under autocast: timings and notes of forward and backward."""
-    _, timesteps, noised = training.noised(batch)
-    inputs = (noised, timesteps, batch.grain_map, batch.class_labels)
+def compare_residual_dtypes(bench: Bench, training: Training, model: D2iTContentModel, batch: Batch, compile: bool):
+    """The residual stream in float32 and in bfloat16, forward and backward under autocast."""
+    layout = model.prepare_grain_map(batch.grain_map)
+    _, timesteps, noised = training.noised(layout, batch)
+    inputs = (noised, timesteps, layout, batch.class_labels)
     with torch.no_grad():
         expected = model(*inputs).sample
-    sides, notes = {}, {}
+    sides = {}
     for dtype in (torch.float32, torch.bfloat16):
         name = f"autocast, residual stream in {dtype}".replace("torch.", "")
         variant = sharing_weights(model)
         variant.set_residual_dtype(dtype)
-        with torch.no_grad(), torch.autocast(args.device, torch.bfloat16):
+        with torch.no_grad(), torch.autocast(bench.device, torch.bfloat16):
             difference = variant(*inputs).sample - expected
-        notes[f"{name}: relative error of the output"] = (difference.norm() / expected.norm()).item()
-        if args.compile:
+        bench.note(f"{name}: relative error of the output", (difference.norm() / expected.norm()).item())
+        if compile:
             variant.compile_repeated_blocks()
 
         def run(variant: D2iTContentModel = variant) -> None:
-            with torch.autocast(args.device, torch.bfloat16):
+            with torch.autocast(bench.device, torch.bfloat16):
                 loss = training.loss(variant, batch)
             loss.backward()
             training.optimizer.zero_grad()
 
         sides[f"{name}, forward and backward"] = run
-        notes[f"{name}: GiB of forward and backward"] = peak_memory(run, args.device) / 2**10
-    return time_sides(sides, args), notes
+        bench.note(f"{name}: GiB of forward and backward", bench.peak_memory(run) / 2**10)
+    bench.time(sides)
 
 
-def claims_and_notes(
-    timings: dict[str, Timing], half: dict[str, Timing], memory: dict[str, float], share: dict[str, float], args
-) -> tuple[list[Claim], dict[str, float]]:
-    """Goals 6 and 7: claims at the size they speak of, notes otherwise."""
-    best, checkpointed = (COMPILED, COMPILED_CHECKPOINTED) if COMPILED in timings else (PACKED, CHECKPOINTED)
-    speed = {name: args.batch_size / (1e-3 * timing.median) for name, timing in timings.items()}
-    promised = (
-        (f"share of the matrix product peak, {best}", share[best], 0.40, True, 6),
-        (f"images a second, {best}", speed[best], 380, True, 6),
-        (f"original DiT / {best}, half the batch", half[ORIGINAL].median / half[best].median, 1.5, True, 6),
-        (f"GiB, {PACKED}", memory[PACKED], 130, False, 7),
-        (f"GiB, {CHECKPOINTED}", memory[CHECKPOINTED], 40, False, 7),
-        (f"{checkpointed} / {best}, time", timings[checkpointed].median / timings[best].median, 1.33, False, 7),
-    )
-    notes = {f"images a second, {name}": value for name, value in speed.items()}
-    notes |= {f"share of the matrix product peak, {name}": value for name, value in share.items()}
-    notes |= {f"GiB, {name}": value for name, value in memory.items()}
-    notes |= {f"{name} / {PACKED}, half the batch, time": t.median / half[PACKED].median for name, t in half.items()}
-    notes = {text: value for text, value in notes.items() if text not in {text for text, *_ in promised}}
-    if args.device == "cuda" and args.batch_size == 256 and args.fine_ratio == 0.5:
-        return [Claim(text, value, limit, more, goal) for text, value, limit, more, goal in promised], notes
-    return [], {f"{text}; small shape": value for text, value, *_ in promised} | notes
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--fine_ratio", type=float, default=0.5, help="share of fine regions over all batches")
-    parser.add_argument("--batch_size", type=int, help="default: 256 on CUDA, 4 on a CPU")
-    parser.add_argument(
-        "--compile",
-        action=argparse.BooleanOptionalAction,
-        help="compiled variants too; default: on CUDA, on a CPU it takes minutes",
-    )
-    args = parse_args(parser, "training_throughput")
-    cuda = args.device == "cuda"
-    shape, num_refine_layers, dtype = (XL, 5, torch.bfloat16) if cuda else (SMALL, 1, torch.float32)
-    args.batch_size = args.batch_size or (256 if cuda else 4)
-    args.compile = cuda if args.compile is None else args.compile
-    if args.batch_size % 2:
-        parser.error("--batch_size must be even.")
-
+def measure(bench: Bench, fine_ratio: float, batch_size: int, compile: bool) -> str:
+    shape, num_refine_layers, dtype = (XL, 5, torch.bfloat16) if bench.cuda else (SMALL, 1, torch.float32)
     torch.manual_seed(0)
-    batches = make_batches(shape, args.batch_size, args.fine_ratio, args.device)
-    halves = [batch.images(0, args.batch_size // 2) for batch in batches]
-    model = cast(content_model(shape, num_refine_layers), args.device, torch.float32).train()
-    training = Training(model, args.device)
-    models = variants(model, args.compile)
-    dense = DenseContentModel(model)
-    error = gradient_error(training, models | {DENSE: dense}, batches[0].images(0, COUNTED_IMAGES))
+    batches = make_batches(shape, batch_size, fine_ratio, bench.device)
+    halves = [batch.images(0, batch_size // 2) for batch in batches]
+    model = cast(content_model(shape, num_refine_layers), bench.device, torch.float32).train()
+    training = Training(model, bench.device)
+    models = variants(model, compile) | {DENSE: DenseContentModel(model)}
+    error = gradient_error(training, models, batches[0].images(0, COUNTED_IMAGES))
+    bench.note("largest relative difference of gradients", error)
     operations = operations_of(training, model, batches)
+    bench.note("billion multiply-adds an image, forward and backward", operations / 2e9 / batch_size)
 
     steps = {name: lambda batch, m=variant: training.step(m, batch) for name, variant in models.items()}
-    peak = matmul_peak(args.device, dtype)
-    timings = time_steps(steps, batches, args)
-    memory = {name: memory_of(training, step, batches[0], args.device) for name, step in steps.items()}
-
-    original = OriginalTraining(shape, args.device)
-    steps = {name: step for name, step in steps.items() if name in (PACKED, COMPILED)}
-    steps |= {DENSE: lambda batch: training.step(dense, batch), ORIGINAL: original.step}
-    half = time_steps(steps, halves, args)
+    at_full = {name: step for name, step in steps.items() if name != DENSE}
+    peak = matmul_peak(bench, dtype)
+    median = time_steps(bench, at_full, batches)
+    memory = {
+        name: memory_of(bench, training.optimizer, lambda s=step: s(batches[0])) for name, step in at_full.items()
+    }
+    original = OriginalTraining(shape, bench.device)
+    steps = {name: step for name, step in steps.items() if name in (PACKED, COMPILED, DENSE)}
+    steps[ORIGINAL] = original.step
+    half = time_steps(bench, steps, halves, ", half the batch")
     for name, step in steps.items():
-        owner = original if name == ORIGINAL else training
-        memory[f"{name}, half the batch"] = memory_of(owner, step, halves[0], args.device)
-    peak = max(peak, matmul_peak(args.device, dtype))
-    residual_timings, residual_notes = compare_residual_dtypes(training, model, halves[0], args)
+        optimizer = (original if name == ORIGINAL else training).optimizer
+        at_half = memory_of(bench, optimizer, lambda s=step: s(halves[0]))
+        bench.note(f"GiB, {name}, half the batch", at_half)
+        bench.note(f"{name} / {PACKED}, half the batch, time", half[name] / half[PACKED])
+    peak = max(peak, matmul_peak(bench, dtype))
+    bench.note("matrix product peak, TFLOP/s", peak / 1e12)
 
-    share = {name: operations / (1e-3 * timing.median) / peak for name, timing in timings.items()}
-    claims, notes = claims_and_notes(timings, half, memory, share, args)
-    notes["largest relative difference of gradients"] = error
-    notes["billion multiply-adds an image, forward and backward"] = operations / 2e9 / args.batch_size
-    notes["matrix product peak, TFLOP/s"] = peak / 1e12
-    title = f"Training: width {shape.width}, {shape.num_layers} blocks, batch {args.batch_size}, {dtype}"
-    timings |= {f"{name}, half the batch": timing for name, timing in half.items()} | residual_timings
-    report(args, title, timings, claims, notes | residual_notes)
+    best, checkpointed = (COMPILED, COMPILED_CHECKPOINTED) if compile else (PACKED, CHECKPOINTED)
+    promised = {  # limit, at least, goal; at the size that the goals speak of
+        f"share of the matrix product peak, {best}": (0.40, True, 6),
+        f"images a second, {best}": (380, True, 6),
+        f"original DiT / {best}, half the batch": (1.5, True, 6),
+        f"GiB, {PACKED}": (130, False, 7),
+        f"GiB, {CHECKPOINTED}": (40, False, 7),
+        f"{checkpointed} / {best}, time": (1.33, False, 7),
+    }
+    found = {
+        f"original DiT / {best}, half the batch": half[ORIGINAL] / half[best],
+        f"{checkpointed} / {best}, time": median[checkpointed] / median[best],
+    }
+    for name, milliseconds in median.items():
+        found[f"images a second, {name}"] = batch_size / (1e-3 * milliseconds)
+        found[f"share of the matrix product peak, {name}"] = operations / (1e-3 * milliseconds) / peak
+        found[f"GiB, {name}"] = memory[name]
+    for text, value in found.items():
+        if text in promised and (batch_size, fine_ratio) == (256, 0.5):
+            bench.claim(text, value, *promised[text])
+        else:
+            bench.note(text, value)
+    compare_residual_dtypes(bench, training, model, halves[0], compile)
+    return f"Training: width {shape.width}, {shape.num_layers} blocks, batch {batch_size}, {dtype}"
 
 
 if __name__ == "__main__":
-    main()
+    main(
+        measure,
+        fine_ratio=Flag(0.5, "share of fine regions over all batches"),
+        batch_size=Flag(
+            {"cpu": 4, "cuda": 256}, "images of a step, an even number", lambda size: size % 2 == 0 < size
+        ),
+        compile=Flag({"cpu": False, "cuda": True}, "compiled variants too, which takes minutes on a CPU"),
+    )

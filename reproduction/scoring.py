@@ -11,7 +11,7 @@ import math
 import statistics
 from argparse import Namespace
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import cache, cached_property
 from multiprocessing import get_context
 from unittest.mock import patch
@@ -21,7 +21,7 @@ from arms import ARMS
 from classifier import Classifier, accuracy, class_targets, load_split, trained_classifier
 from diffusers import DDIMScheduler
 from study import Study, write_json
-from train_arm import as_it_is, independent_cells
+from train_arm import independent_cells
 
 from diffusers_d2it import (
     D2iTContentModel,
@@ -34,9 +34,8 @@ from diffusers_d2it.evaluation.frechet import frechet_distance
 from diffusers_d2it.evaluation.grain_report import denoising_error_by_grain
 from diffusers_d2it.evaluation.map_sources import Sampling, draw_grain_maps, sample_images
 from diffusers_d2it.evaluation.statistics import FeatureStatistics
-from diffusers_d2it.grains import average_codes
+from diffusers_d2it.grains import GrainLayout
 from diffusers_d2it.objectives import make_objective
-from diffusers_d2it.pipelines import pipeline_d2it, tied_scheduler
 from diffusers_d2it.pixels import to_uint8
 
 
@@ -228,20 +227,18 @@ class Scorer:
 @contextmanager
 def untied_sampling():
     """Sample as if no code were tied: every cell goes its own way, and codes are averaged before they are decoded."""
-    prepare, decode, maps = D2iTPipeline.prepare_grain_map, D2iTPipeline.decode_latents, []
+    prepare, decode, average = D2iTPipeline.prepare_grain_map, D2iTPipeline.decode_latents, GrainLayout.average
+    maps = []
 
     def remembered(*arguments, **options):
         maps.append(prepare(*arguments, **options))
         return maps[-1]
 
     def averaged(pipe, latents, output_type="pil"):
-        return decode(pipe, average_codes(latents, maps.pop(), 0), output_type)
+        layout = GrainLayout.from_grain_map(maps.pop(), pipe.vae.num_grains)
+        return decode(pipe, average(layout, latents, grain=0), output_type)
 
-    with independent_cells(), ExitStack() as stack:
-        stack.enter_context(patch.object(tied_scheduler, "tie", as_it_is))
-        stack.enter_context(patch.object(pipeline_d2it, "check_tied", lambda *arguments: None))
-        stack.enter_context(patch.object(D2iTPipeline, "prepare_grain_map", remembered))
-        stack.enter_context(patch.object(D2iTPipeline, "decode_latents", averaged))
+    with independent_cells(), patch.multiple(D2iTPipeline, prepare_grain_map=remembered, decode_latents=averaged):
         yield
 
 

@@ -17,7 +17,7 @@ from train_arm import without_refine_net
 
 from diffusers_d2it import D2iTContentModel, DynamicAutoencoderKL
 from diffusers_d2it.data.latent_cache import LatentCache, read_codes
-from diffusers_d2it.grains import grain_map_from_entropy, tie
+from diffusers_d2it.grains import grain_map_from_entropy
 from diffusers_d2it.losses import multi_grained_loss
 
 
@@ -53,11 +53,12 @@ def _make_step(
         latents = vae.scale_latents(vae.posterior(moments, grain_map).mode())
 
     def step() -> None:
-        noise = tie(torch.randn_like(latents), grain_map)
+        layout = model.prepare_grain_map(grain_map)
+        noise = layout.tie(torch.randn_like(latents))
         timesteps = torch.randint(0, 1000, (len(latents),), device=device)
         with torch.autocast(device.type, torch.bfloat16, enabled=preset.mixed_precision == "bf16"):
-            prediction = model(latents + noise, timesteps, grain_map, batch["class_labels"]).sample
-        multi_grained_loss(prediction, noise, grain_map, arm.grain_weights)["loss"].backward()
+            prediction = model(latents + noise, timesteps, layout, batch["class_labels"]).sample
+        multi_grained_loss(prediction, noise, layout, arm.grain_weights)["loss"].backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()

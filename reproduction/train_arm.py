@@ -11,7 +11,7 @@ Nothing of the script is repeated here: names that it looks up are replaced in i
 import argparse
 import importlib.util
 import sys
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import ModuleType
 from unittest.mock import patch
@@ -19,7 +19,7 @@ from unittest.mock import patch
 import torch
 
 from diffusers_d2it import D2iTContentModel
-from diffusers_d2it.models import transformer_d2it_content
+from diffusers_d2it.grains import GrainLayout
 
 
 SCRIPT = Path(__file__).parents[1] / "examples" / "train_d2it.py"
@@ -41,17 +41,14 @@ def without_refine_net(model: D2iTContentModel) -> D2iTContentModel:
     return model
 
 
-def as_it_is(tensor: torch.Tensor, grain_map: torch.Tensor, grain: int = 0) -> torch.Tensor:
-    """`grains.tie` and `grains.average_codes`, left out."""
-    return tensor
-
-
 @contextmanager
 def independent_cells():
-    """Every cell of a coarse code has a prediction of its own, and may have a value of its own."""
-    with ExitStack() as stack:
-        stack.enter_context(patch.object(transformer_d2it_content, "check_tied", lambda *arguments: None))
-        stack.enter_context(patch.object(transformer_d2it_content, "average_codes", as_it_is))
+    """Every cell of a coarse code has noise and a prediction of its own, and may have a value of its own."""
+
+    def as_it_is(layout: GrainLayout, latents: torch.Tensor, grain: int = 0) -> torch.Tensor:
+        return latents
+
+    with patch.multiple(GrainLayout, tie=as_it_is, average=as_it_is, check_tied=as_it_is):
         yield
 
 
@@ -78,8 +75,6 @@ def main(args: argparse.Namespace) -> None:
     if args.without_refine_net:
         make_model = script.make_model
         script.make_model = lambda *arguments: without_refine_net(make_model(*arguments))
-    if args.independent_noise:
-        script.tie = as_it_is
     with independent_cells() if args.independent_noise else nullcontext():
         script.main(script.parse_args(args.flags))
 
