@@ -36,7 +36,7 @@ from torch.utils.data import Dataset
 from ..entropy import NUM_BINS, SIGMA
 from ..files import is_sealed, read_json
 from ..files import verify as verify_folder
-from ..files.folders import MANIFEST, check_sha256, check_size, file_sha256, settle
+from ..files.folders import MANIFEST, check_file, file_sha256, settle
 from ..models.autoencoder_kl_dynamic import DynamicAutoencoderKL
 from ..words import differences
 
@@ -194,8 +194,7 @@ def read_bad_images(folder: Path, shard: int) -> list[dict]:
     path = shard_folder(folder, shard)
     records = settle(path)["files"]
     for name, record in records.items():
-        check_size(path / name, record["bytes"])
-    check_sha256(path / BAD_IMAGES, records[BAD_IMAGES]["sha256"])
+        check_file(path / name, record, contents=name == BAD_IMAGES)
     return read_json(path / BAD_IMAGES)["bad_images"]
 
 

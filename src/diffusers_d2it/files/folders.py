@@ -120,8 +120,7 @@ def verify(folder: str | os.PathLike) -> None:
     """
     folder = Path(folder)
     for name, record in settle(folder)["files"].items():
-        check_size(folder / name, record["bytes"])
-        check_sha256(folder / name, record["sha256"])
+        check_file(folder / name, record)
 
 
 def lock(folder: str | os.PathLike, *, wait: float = 4.0) -> ExitStack:
@@ -266,14 +265,13 @@ def _commit_inside(staging: Path, folder: Path) -> None:
     series = {_series(name) for name in new}
     old = _read_manifest(folder)["files"] if is_sealed(folder) else {}
     kept = {name: record for name, record in old.items() if name not in new and _series(name) not in series}
-    around = [path.relative_to(folder).as_posix() for path in _neighbours(folder, new)]
-    manifest = {
-        "version": _VERSION,
-        "files": {**kept, **new},
-        "pending": staging.name,
-        # Of a sub-folder that was saved by itself before, the manifest does not hold any more
-        "stale": [name for name in around if name not in new and (_series(name) in series or _is_nested(name))],
-    }
+    parents = {(folder / name).parent for name in new}
+    around = [path for parent in sorted(parents) if parent.is_dir() for path in sorted(parent.iterdir())]
+    others = {path.relative_to(folder).as_posix() for path in around if path.is_file()} - new.keys()
+    # Of a sub-folder that was saved by itself before, the manifest does not hold any more
+    stale = sorted(name for name in others if _series(name) in series or name.endswith(f"/{MANIFEST}"))
+    files = {"version": _VERSION, "files": {**kept, **new}}
+    manifest = {**files, "pending": staging.name, "stale": stale}
     _write_manifest(folder, manifest)  # from here on the new files count
     _move_pending(staging, folder, manifest)
 
@@ -291,22 +289,11 @@ def _move_pending(staging: Path, folder: Path, manifest: dict) -> None:
     shutil.rmtree(staging, ignore_errors=True)
 
 
-def _is_nested(name: str) -> bool:
-    return name.endswith(f"/{MANIFEST}")
-
-
 def _series(name: str) -> object:
     """Equal for files of one set of weights: whole, in shards, or the index of the shards; variants differ."""
     if ".safetensors" not in name:
         return name
     return frozenset(_SHARD.sub("", name).split(".")) - {"index", "json"}
-
-
-def _neighbours(folder: Path, names: dict) -> Iterator[Path]:
-    """Files in the folders where these names are or will be."""
-    for parent in sorted({(folder / name).parent for name in names}):
-        if parent.is_dir():
-            yield from (path for path in sorted(parent.iterdir()) if path.is_file())
 
 
 def _files_of(folder: Path) -> Iterator[Path]:
@@ -407,19 +394,25 @@ def read_json(path: Path) -> dict:
     return stored
 
 
-def check_size(path: Path, num_bytes: int) -> None:
-    """Raise a ValueError unless a file is there and has its size."""
+def check_file(path: Path, *records: dict, contents: bool = True) -> None:
+    """Check a file against what manifests say of it.
+
+    Args:
+        path: of the file.
+        records: {"bytes", "sha256"} of each manifest that lists it; one has to fit.
+        contents: False compares the sizes alone.
+
+    Raises:
+        ValueError: it is missing, damaged or another file.
+    """
     if not path.is_file():
         raise ValueError(f"{path} is missing.")
-    if path.stat().st_size != num_bytes:
-        raise ValueError(f"{path} is damaged: it has {path.stat().st_size} bytes instead of {num_bytes}.")
-
-
-def check_sha256(path: Path, sha256: str) -> None:
-    """Raise a ValueError unless a file has its SHA-256."""
-    found = file_sha256(path)
-    if found != sha256:
-        raise ValueError(f"{path} is damaged or another file: its SHA-256 is {found} instead of {sha256}.")
+    size = path.stat().st_size
+    fitting = [record["sha256"] for record in records if record["bytes"] == size]
+    if not fitting:
+        raise ValueError(f"{path} is damaged: it has {size} bytes instead of {records[0]['bytes']}.")
+    if contents and (found := file_sha256(path)) not in fitting:
+        raise ValueError(f"{path} is damaged or another file: its SHA-256 is {found} instead of {fitting[0]}.")
 
 
 def file_sha256(path: Path) -> str:

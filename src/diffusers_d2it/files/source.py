@@ -11,7 +11,7 @@ from huggingface_hub import resolve_revision, snapshot_download
 from huggingface_hub.errors import HFValidationError, RevisionResolutionError
 from huggingface_hub.utils import validate_repo_id
 
-from ..words import shown
+from ..words import printable, shown
 from .weights import weight_names
 
 
@@ -54,23 +54,18 @@ def check_source(name: str | os.PathLike, subfolder: str | None, variant: str | 
         ValueError: `name` is a URL, a file, or neither a folder nor a name; `subfolder` leads out; `variant` is no
             word.
     """
+    expected = "`pretrained_model_name_or_path` must be a folder or a name on the Hub"
     if not isinstance(name, (str, os.PathLike)):
-        raise ValueError(f"`pretrained_model_name_or_path` must be a folder or a name on the Hub, got {shown(name)}.")
+        raise ValueError(f"{expected}, got {shown(name)}.")
     text = os.fspath(name)
-    if _URL.match(text):
-        raise ValueError(
-            f"`pretrained_model_name_or_path` must be a folder or a name on the Hub, got {shown(text)}: nothing is"
-            " loaded from a URL."
-        )
-    if os.path.isfile(text):
-        raise ValueError(
-            f"`pretrained_model_name_or_path` must be a folder or a name on the Hub, got the file {text}."
-        )
+    for what, found in (("URL", _URL.match(text)), ("file", os.path.isfile(text))):
+        if found:
+            raise ValueError(f"{expected}, got the {what} {shown(text)}.")
     if not os.path.isdir(text):
         try:
             validate_repo_id(text)
         except HFValidationError as error:
-            raise ValueError(f"{shown(text)} is neither a folder nor a name on the Hub: {error}") from None
+            raise ValueError(f"{expected}, got {shown(text)}: {printable(error)}") from None
     if subfolder is not None:
         parts = re.split(r"[/\\]", str(subfolder))
         if os.path.isabs(subfolder) or ".." in parts or _URL.match(str(subfolder)):
@@ -97,7 +92,9 @@ def pin(name: str, arguments: dict[str, Any]) -> dict[str, Any]:
     try:
         revision = resolve_revision(name, revision=arguments.get("revision"), local_files_only=local, **found)
     except RevisionResolutionError as error:
-        raise OSError(f"{shown(name)} is no folder, and as a name on the Hub it is not known: {error}") from error
+        raise OSError(
+            f"{shown(name)} is no folder, and as a name on the Hub it is not known: {printable(error)}"
+        ) from error
     return {
         **found,
         "force_download": bool(arguments.get("force_download")),

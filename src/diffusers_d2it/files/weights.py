@@ -9,7 +9,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ..words import printable, shown, visible
-from .folders import MANIFEST, check_sha256, check_size, file_sha256, read_json, settle
+from .folders import MANIFEST, check_file, read_json, settle
 
 
 MAX_HEADER = 2**21  # bytes: 15,000 tensors; safetensors itself reads 100 MB
@@ -232,22 +232,12 @@ def check_sealed(files: Iterable[Path], records: Mapping[Path, list[dict]]) -> N
     weights = {file.parent: file for file in sorted(records) if file.suffix == ".safetensors"}
     for file in (file.absolute() for file in files):
         if file in records:
-            _check_file(file, records[file])
+            check_file(file, *reversed(records[file]))
         elif file.parent in weights:
             raise ValueError(
                 f"{file} is in no {MANIFEST}, as {visible(weights[file.parent].name)} is: it was not saved with the"
                 " rest. Remove the manifest to load it all the same."
             )
-
-
-def _check_file(file: Path, records: list[dict]) -> None:
-    """Raise a ValueError unless a file is what one of its manifests says."""
-    size = file.stat().st_size if file.is_file() else None
-    fitting = [record["sha256"] for record in records if record["bytes"] == size]
-    if not fitting:
-        check_size(file, records[-1]["bytes"])
-    if file_sha256(file) not in fitting:
-        check_sha256(file, fitting[-1])
 
 
 def _lists(sealed: Path, folder: Path) -> bool:
