@@ -23,6 +23,7 @@ from diffusers_d2it import D2iTContentModel
 from diffusers_d2it.grains import GrainLayout, tie
 from diffusers_d2it.losses import multi_grained_loss
 from diffusers_d2it.objectives import DiffusionObjective
+from diffusers_d2it.training import FiniteGate
 
 
 NUM_BATCHES = 4
@@ -75,6 +76,7 @@ class Training:
         optimizer = torch.optim.AdamW(self.weights, lr=LEARNING_RATE, weight_decay=0.0, fused=True)
         self.optimizer = self.accelerator.prepare(optimizer)
         self.ema = EMAModel(self.weights, decay=EMA_DECAY, foreach=True)
+        self.gate = FiniteGate(self.accelerator)
 
     def noised(self, layout: GrainLayout, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Fresh noise, timesteps and noised latents of a batch."""
@@ -92,9 +94,8 @@ class Training:
 
     def step(self, model: nn.Module, batch: Batch) -> None:
         """One update."""
-        self.accelerator.backward(self.loss(model, batch))
-        norm = self.accelerator.clip_grad_norm_(self.weights, 1.0)
-        if norm.isfinite():
+        self.accelerator.backward(self.gate.watch(self.loss(model, batch)))
+        if self.gate.lets_through(self.accelerator.clip_grad_norm_(self.weights, 1.0)):
             self.optimizer.step()
         self.optimizer.zero_grad()
         self.ema.step(self.weights)

@@ -21,11 +21,13 @@ import torch
 from accelerate import Accelerator
 from common import Bench, Flag, in_fresh_process, load_script, main, process_memory
 from diffusers import DDIMScheduler
+from diffusers.training_utils import EMAModel
 from photo_maps import load_photographs
 
 from diffusers_d2it import D2iTGrainModel, DynamicAutoencoderKL, load_preset
 from diffusers_d2it.data.latent_cache import LatentCache, LatentCachePlan, describe_vae
 from diffusers_d2it.data.latent_cache_writer import EncodedRows, LatentCacheWriter, encode_images
+from diffusers_d2it.training import run as training_run
 
 
 BATCH_SIZE = 32
@@ -70,7 +72,7 @@ def time_steps(folder: Path, output: Path, num_workers: int, num_steps: int) -> 
     """Milliseconds of waiting, of the update and of the whole step, for the steps of a run but the first and last."""
     script = load_script("train_d2it")
     asked, given, updated = [], [], []
-    batches_from = script.batches_from
+    batches_from = training_run.batches_from
 
     def timed(*arguments) -> Iterator[dict]:
         batches = batches_from(*arguments)
@@ -89,12 +91,12 @@ def time_steps(folder: Path, output: Path, num_workers: int, num_steps: int) -> 
 
         return method
 
-    script.batches_from = timed
     flags = f"--latent_cache {folder / 'large'} --vae {folder / 'vae'} --grain {folder} --preset content-tiny"
     flags += f" --resolution {RESOLUTION} --train_batch_size {BATCH_SIZE} --dataloader_num_workers {num_workers}"
     flags += f" --max_train_steps {num_steps} --output_dir {output} --report_to none"
     optimizer = patch.object(torch.optim.AdamW, "step", timed_step(torch.optim.AdamW.step))
-    with optimizer, patch.object(script.WeightAverage, "step", timed_step(script.WeightAverage.step)):
+    average = patch.object(EMAModel, "step", timed_step(EMAModel.step))
+    with optimizer, average, patch.object(training_run, "batches_from", timed):
         script.main(script.parse_args(flags.split()))
     waited = [1e3 * (end - start) for start, end in zip(asked, given)]
     update = [1e3 * (weights + average) for weights, average in zip(updated[::2], updated[1::2])]

@@ -19,7 +19,7 @@ from accelerate.utils import InitProcessGroupKwargs
 from diffusers_d2it.data.latent_cache import LatentCachePlan, describe_vae
 from diffusers_d2it.data.latent_cache_writer import LatentCacheWriter, encode_shards
 from diffusers_d2it.data.source import load_images
-from diffusers_d2it.training.training_data import load_autoencoder
+from diffusers_d2it.training import load_autoencoder
 from flags import add_class_arguments, add_data_arguments, image_arguments
 
 

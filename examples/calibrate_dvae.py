@@ -21,7 +21,7 @@ from diffusers_d2it import DynamicAutoencoderKL
 from diffusers_d2it.data.bad_images import BadImages
 from diffusers_d2it.data.source import load_images
 from diffusers_d2it.files.folders import save_folder, write_text_durably
-from diffusers_d2it.training.measures import count_entropy
+from diffusers_d2it.training import count_entropy
 from flags import add_data_arguments, image_arguments
 
 

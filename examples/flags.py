@@ -5,9 +5,24 @@ import argparse
 import os
 import shlex
 import sys
+from collections.abc import Callable
 from typing import Any
 
 from diffusers_d2it import bundled_checkpoint, list_samplers
+
+
+# What a cache was written with: flags about images and classes do not go with one.
+_OF_IMAGES = (
+    "train_data_dir dataset_name dataset_config_name streaming image_column label_column num_classes id2label"
+    " unconditional".split()
+)
+# Flags that may change when a run is continued: where things lie, how long and how often, what changes no weight.
+_FREE = frozenset(
+    "output_dir resume_from_checkpoint max_train_steps checkpointing_steps checkpoints_total_limit validation_steps"
+    " report_to dataloader_num_workers gradient_checkpointing compile push_to_hub hub_model_id hub_private_repo"
+    " license train_data_dir latent_cache vae grain init_from repa_model calibration_images fid_model"
+    " skip_nonfinite_steps".split()
+)
 
 
 def make_parser(description: str) -> argparse.ArgumentParser:
@@ -21,6 +36,25 @@ def make_parser(description: str) -> argparse.ArgumentParser:
         formatter_class=_HelpFormatter,
         fromfile_prefix_chars="@",
     )
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """The type of a flag that is a whole number not less than `least`."""
+
+    def read(text: str) -> int:
+        value = int(text)
+        if value < least:
+            raise argparse.ArgumentTypeError(f"must be at least {least}, got {value}")
+        return value
+
+    return read
+
+
+class _FineRatio(argparse.Action):
+    def __call__(self, parser, namespace, ratios, option_string=None) -> None:
+        if len(ratios) > 2 or not all(0 <= ratio <= 1 for ratio in ratios) or ratios != sorted(ratios):
+            raise argparse.ArgumentError(self, f"must be one share in [0, 1], or two in ascending order, got {ratios}")
+        setattr(namespace, self.dest, ratios)
 
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
@@ -79,24 +113,28 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
         "--fine_ratio",
         type=float,
         nargs="+",
+        action=_FineRatio,
         metavar="RATIO",
         help="share of fine regions: one number, or two between which every batch draws its own",
     )
     group.add_argument("--mixed_precision", choices=["no", "bf16", "fp16"], default="no", help="autocast")
     group.add_argument("--gradient_checkpointing", action="store_true", help="less memory, more time")
     group.add_argument("--checkpointing_steps", type=int, default=1000, help="updates between two checkpoints")
-    group.add_argument("--checkpoints_total_limit", type=int, help="keep only the newest ones")
+    group.add_argument("--checkpoints_total_limit", type=at_least(1), help="keep only the newest ones")
     group.add_argument("--resume_from_checkpoint", help="path of a checkpoint, or 'latest'")
     group.add_argument("--validation_steps", type=int, default=1000, help="updates between two sample grids")
     group.add_argument(
         "--skip_nonfinite_steps",
-        type=int,
+        type=at_least(0),
         default=0,
         metavar="N",
         help="leave out up to N updates whose loss or gradient is not finite; with the next one the run stops",
     )
     group.add_argument(
-        "--overfit_batches", type=int, metavar="N", help="smoke test: train on the first N batches, the loss must fall"
+        "--overfit_batches",
+        type=at_least(1),
+        metavar="N",
+        help="smoke test: train on the first N batches, the loss must fall",
     )
     group.add_argument("--report_to", default="tensorboard", help="tracker known to accelerate, or 'none'")
 
@@ -108,6 +146,15 @@ def add_second_stage_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--latent_cache", help="folder written by cache_latents.py, instead of images")
     group.add_argument("--label_dropout", type=float, default=0.1, help="share of labels dropped, for guidance")
     group.add_argument("--compile", action="store_true", help="torch.compile the transformer's blocks")
+
+
+def check_second_stage(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """End the script unless there is either a cache or images, and no flag about the images that a cache holds."""
+    given = [flag for flag in _OF_IMAGES if getattr(args, flag)]
+    if args.latent_cache is not None and given:
+        parser.error(f"--latent_cache holds images and labels already: it does not go with --{given[0]}")
+    if args.latent_cache is None and args.train_data_dir is None and args.dataset_name is None:
+        parser.error("pass --latent_cache, --train_data_dir or --dataset_name")
 
 
 def add_hub_arguments(parser: argparse.ArgumentParser) -> None:
@@ -194,3 +241,13 @@ def run_arguments(args: argparse.Namespace, num_processes: int) -> dict[str, Any
         "train_steps": args.max_train_steps,
         "train_batch_size": args.train_batch_size * args.gradient_accumulation_steps * num_processes,
     }
+
+
+def lasting(args: argparse.Namespace) -> dict[str, Any]:
+    """The flags that must be the same when a run is resumed."""
+    flags = {name: value for name, value in vars(args).items() if name not in _FREE}
+    if args.streaming:  # its order depends on who reads which part
+        flags["dataloader_num_workers"] = args.dataloader_num_workers
+    if args.lr_scheduler not in ("constant", "constant_with_warmup"):  # the others end where the run ends
+        flags["max_train_steps"] = args.max_train_steps
+    return flags

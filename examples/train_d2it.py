@@ -13,11 +13,9 @@ import os
 import sys
 
 import torch
-from accelerate.utils import set_seed
 from diffusers import DDIMScheduler
-from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
 from diffusers.utils import make_image_grid
-from tqdm.auto import tqdm
 
 from diffusers_d2it import (
     D2iTContentModel,
@@ -27,33 +25,35 @@ from diffusers_d2it import (
     load_preset,
     visualize_grain_map,
 )
-from diffusers_d2it.data.bad_images import BadImages
+from diffusers_d2it.data import BadImages
 from diffusers_d2it.data.latent_cache import read_codes
-from diffusers_d2it.data.loaders import batches_from, make_loader, step_generator
-from diffusers_d2it.grains import GrainLayout, grain_map_from_entropy
-from diffusers_d2it.hub import check_push, publish
+from diffusers_d2it.grains import GrainLayout
 from diffusers_d2it.losses import multi_grained_loss, variance_loss
 from diffusers_d2it.objectives import OBJECTIVES, DiffusionObjective, FlowMatchingObjective, make_objective
-from diffusers_d2it.training.alignment import Alignment
-from diffusers_d2it.training.arguments import make_accelerator
-from diffusers_d2it.training.averaging import WeightAverage, use_ema
-from diffusers_d2it.training.checkpoints import Checkpoints, find_checkpoint
-from diffusers_d2it.training.smoke import SmokeTest
-from diffusers_d2it.training.states import is_sharded
-from diffusers_d2it.training.steps import StepLog, draw_fine_ratio, drop_labels, grain_signals
-from diffusers_d2it.training.stopping import StopSignals
-from diffusers_d2it.training.training_data import identity_of, load_autoencoder, load_training_data
-from diffusers_d2it.training.vision_features import VisionFeatures
+from diffusers_d2it.training import (
+    Alignment,
+    Checkpoints,
+    FiniteGate,
+    VisionFeatures,
+    draw_grain_map,
+    drop_labels,
+    find_checkpoint,
+    grain_signals,
+    identity_of,
+    load_autoencoder,
+    use_ema,
+)
 from flags import (
     add_class_arguments,
     add_data_arguments,
     add_hub_arguments,
     add_second_stage_arguments,
     add_training_arguments,
-    hub_arguments,
+    check_second_stage,
+    lasting,
     make_parser,
-    run_arguments,
 )
+from set_up import loader_of, publish_result, run_of, schedule_of, second_stage_data, start
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -85,6 +85,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--repa_layer", type=int, help="block whose tokens are aligned; default: a third of the way")
     group.add_argument("--repa_weight", type=float, default=0.5, help="weight of the alignment loss")
     args = parser.parse_args(arguments)
+    check_second_stage(parser, args)
     if args.repa_model is not None and args.latent_cache is not None:
         parser.error("--repa_model needs the images: pass --train_data_dir or --dataset_name, not --latent_cache")
     return args
@@ -146,18 +147,15 @@ def validate(pipe: D2iTPipeline, class_labels: list[int] | None, seed: int, path
 
 
 def main(args: argparse.Namespace) -> None:
-    accelerator = make_accelerator(args)
-    if accelerator.is_main_process:
-        check_push(**hub_arguments(args))
-    set_seed(args.seed)
-    checkpoint = find_checkpoint(accelerator, args)
+    accelerator = start(args)
+    checkpoint = find_checkpoint(accelerator, args.output_dir, args.resume_from_checkpoint)
 
     # 1. Data
     vae = load_autoencoder(args.vae, args.resolution).to(accelerator.device)
     bad_images = BadImages(os.path.join(args.output_dir, "bad_images.jsonl"))
-    data = load_training_data(accelerator, args, vae, bad_images)
+    data = second_stage_data(args, accelerator, vae, bad_images)
     num_classes = data.num_classes
-    loader = make_loader(accelerator, data, batch_size=args.train_batch_size, num_workers=args.dataloader_num_workers)
+    loader = loader_of(args, accelerator, data)
 
     # 2. Model, optimizer, average
     objective = make_objective(args.objective, args.snr_gamma, args.learn_sigma)
@@ -178,20 +176,25 @@ def main(args: argparse.Namespace) -> None:
         weight_decay=args.weight_decay,
         fused=True,
     )
-    lr_scheduler = get_scheduler(
-        args.lr_scheduler,
-        optimizer,
-        num_warmup_steps=args.lr_warmup_steps,
-        num_training_steps=args.max_train_steps,
-    )
+    lr_scheduler = schedule_of(args, optimizer)
     model, optimizer, loader, lr_scheduler = accelerator.prepare(transformer, optimizer, loader, lr_scheduler)
     others = {} if features is None else {"alignment": alignment}
     if features is not None:
         alignment = accelerator.prepare(alignment)
     trained = [*transformer.parameters(), *alignment.parameters()]  # under FSDP others than before `prepare`
-    ema = WeightAverage(accelerator, transformer, args.ema_decay)
+    ema = EMAModel(transformer.parameters(), decay=args.ema_decay, foreach=True)
+    gate = FiniteGate(accelerator, args.skip_nonfinite_steps)
     checkpoints = Checkpoints(
-        accelerator, args, transformer, ema, {"optimizer": optimizer}, lr_scheduler, others, identity_of(data, vae)
+        accelerator,
+        args.output_dir,
+        transformer,
+        ema,
+        {"optimizer": optimizer},
+        lr_scheduler,
+        gate,
+        others=others,
+        flags=lasting(args) | identity_of(data.fingerprint, vae),
+        total_limit=args.checkpoints_total_limit,
     )
     step = checkpoints.resume(checkpoint)
     accelerator.init_trackers("train_d2it", config=checkpoints.scalars())
@@ -204,24 +207,15 @@ def main(args: argparse.Namespace) -> None:
         id2label=data.id2label,
     )
     pipe.set_progress_bar_config(disable=True)
-    validates = accelerator.is_main_process and not is_sharded(transformer)  # alone it has no whole weights
 
     # 3. Train
-    log, smoke_test = StepLog(accelerator, args.train_batch_size), SmokeTest(args.max_train_steps)
-    stop = StopSignals(accelerator)
-    progress = tqdm(total=args.max_train_steps, initial=step, disable=not accelerator.is_main_process)
-    batch_index = step * args.gradient_accumulation_steps
-    batches = batches_from(accelerator, loader, batch_index, args.overfit_batches)
+    run = run_of(args, accelerator, step)
     model.train()
-    while step < args.max_train_steps:
-        batch = next(batches)
-        generator = step_generator(accelerator, args.seed, batch_index)
-        batch_index += 1
+    for batch, generator in run.batches(loader):
         with accelerator.accumulate(model, alignment):
             with torch.no_grad():
                 moments, entropy = read_codes(vae, batch)
-                ratio = draw_fine_ratio(args.fine_ratio, generator)
-                grain_map = grain_map_from_entropy(entropy, vae.thresholds(ratio))
+                grain_map, ratio = draw_grain_map(vae, entropy, args.fine_ratio, generator)
                 latents = vae.scale_latents(vae.posterior(moments, grain_map).sample(generator))
             layout = transformer.prepare_grain_map(grain_map)
             noise = layout.tie(torch.randn(latents.shape, generator=generator, device=latents.device))
@@ -235,56 +229,47 @@ def main(args: argparse.Namespace) -> None:
                 with accelerator.autocast():
                     losses["alignment"] = alignment(features(batch["pixels"], grain_map.shape[-2:]))
                 losses["loss"] = losses["loss"] + args.repa_weight * losses["alignment"]
-            accelerator.backward(losses["loss"])
+            accelerator.backward(gate.watch(losses["loss"]))
             if accelerator.sync_gradients:
-                accelerator.clip_grad_norm_(trained, args.max_grad_norm)
-            optimizer.step()
-            optimizer.zero_grad()
-        log.add(losses | grain_signals(vae, grain_map, ratio, latents))
+                norm = accelerator.clip_grad_norm_(trained, args.max_grad_norm)
+                if gate.lets_through(norm):
+                    optimizer.step()
+                    ema.step(transformer.parameters())
+                optimizer.zero_grad()
+                lr_scheduler.step()
+
+        run.note(losses | grain_signals(vae, grain_map, ratio, latents))
         if not accelerator.sync_gradients:
             continue
-        lr_scheduler.step()
-        ema.step(transformer.parameters())
-        step += 1
-
-        progress.update()
-        values = log.take()
-        progress.set_postfix(loss=f"{values['loss']:.4f}")
-        accelerator.log(values, step=step)
-        smoke_test.add(step, values["loss"])
-        exit_code = stop.exit_code()
-        if exit_code or step % args.checkpointing_steps == 0 or step == args.max_train_steps:
-            checkpoints.save(step)
-        if exit_code:
+        run.end_of_step(gradient_norm=norm)
+        if run.saves:
+            checkpoints.save(run.step)
+        if run.exit_code:
             accelerator.end_training()
-            sys.exit(exit_code)
-        if validates and (step % args.validation_steps == 0 or step == args.max_train_steps):
+            sys.exit(run.exit_code)
+        if run.validates(transformer):
             with use_ema(ema, transformer):
-                path = os.path.join(args.output_dir, "samples", f"step-{step:07d}.png")
                 labels = data.id2label and sorted(data.id2label)[:20]
-                stop.interruptible(validate, pipe, labels, args.seed, path)
-    stop.close()
-    if args.overfit_batches:
-        accelerator.print(smoke_test.result())
+                run.interruptible(validate, pipe, labels, args.seed, run.sample_path)
 
     # 4. The pipeline
     if accelerator.is_main_process:
         pipe.register_modules(transformer=checkpoints.averaged_model())
         folder = os.path.join(args.output_dir, "pipeline")
         pipe.save_pretrained(folder)
-        print(f"{folder}: the pipeline after {step} steps")
+        print(f"{folder}: the pipeline after {run.step} steps")
         if bad_images.summary():
             print(bad_images.summary())
     accelerator.wait_for_everyone()
     accelerator.end_training()
     if accelerator.is_main_process:
-        publish(
+        publish_result(
+            args,
+            accelerator,
             pipe,
             folder,
-            **hub_arguments(args),
-            **run_arguments(args, accelerator.num_processes),
             train_data=data.description,
-            sample_image=os.path.join(args.output_dir, "samples", f"step-{step:07d}.png"),
+            sample_image=run.sample_path,
             built_on=(args.vae, args.grain),
         )
 

@@ -18,39 +18,39 @@ from collections.abc import Iterable
 from functools import partial
 
 import torch
-from accelerate.utils import set_seed
 from diffusers.image_processor import VaeImageProcessor
-from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
 from diffusers.utils import make_image_grid
 from tqdm.auto import tqdm
 
 from diffusers_d2it import DynamicAutoencoderKL, load_preset, visualize_grain_map
-from diffusers_d2it.data.bad_images import BadImages
+from diffusers_d2it.data import BadImages, load_images
 from diffusers_d2it.data.images import check_resolution
-from diffusers_d2it.data.loaders import batches_from, first_batches, make_dataset, make_loader, step_generator
-from diffusers_d2it.data.source import load_images
-from diffusers_d2it.evaluation import FeatureExtractor, check_torchmetrics, load_features, reconstruction_scores
-from diffusers_d2it.hub import check_push, publish
-from diffusers_d2it.losses import adaptive_weight, adversarial_loss, dvae_loss, hinge_loss
-from diffusers_d2it.training.arguments import make_accelerator
-from diffusers_d2it.training.averaging import WeightAverage, use_ema
-from diffusers_d2it.training.checkpoints import Checkpoints, find_checkpoint
-from diffusers_d2it.training.discriminator import PatchDiscriminator
-from diffusers_d2it.training.measures import count_entropy, measure_latents
-from diffusers_d2it.training.perceptual import load_perceptual_loss
-from diffusers_d2it.training.smoke import SmokeTest
-from diffusers_d2it.training.states import is_sharded
-from diffusers_d2it.training.steps import StepLog, draw_fine_ratio, grain_signals
-from diffusers_d2it.training.stopping import StopSignals
-from flags import (
-    add_data_arguments,
-    add_hub_arguments,
-    add_training_arguments,
-    hub_arguments,
-    image_arguments,
-    make_parser,
-    run_arguments,
+from diffusers_d2it.data.loaders import first_batches, make_dataset
+from diffusers_d2it.evaluation import (
+    FeatureExtractor,
+    check_torchmetrics,
+    load_features,
+    load_lpips,
+    reconstruction_scores,
 )
+from diffusers_d2it.losses import adaptive_weight, adversarial_loss, dvae_loss, hinge_loss
+from diffusers_d2it.training import (
+    Checkpoints,
+    FiniteGate,
+    PatchDiscriminator,
+    count_entropy,
+    draw_fine_ratio,
+    find_checkpoint,
+    grain_signals,
+    measure_latents,
+    use_ema,
+)
+from flags import add_data_arguments, add_hub_arguments, add_training_arguments, image_arguments, lasting, make_parser
+from set_up import loader_of, publish_result, run_of, schedule_of, start
+
+
+ADVICE = "Training goes on without LPIPS with --perceptual_weight 0; reconstructions are then softer."
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -167,11 +167,8 @@ def score(
 
 
 def main(args: argparse.Namespace) -> None:
-    accelerator = make_accelerator(args)
-    if accelerator.is_main_process:
-        check_push(**hub_arguments(args))
-    set_seed(args.seed)
-    checkpoint = find_checkpoint(accelerator, args)
+    accelerator = start(args)
+    checkpoint = find_checkpoint(accelerator, args.output_dir, args.resume_from_checkpoint)
     if args.gan_weight > 0 and args.gan_start_step >= args.max_train_steps:
         accelerator.print(
             f"--gan_start_step {args.gan_start_step} is not before the end of this run, --max_train_steps"
@@ -180,7 +177,7 @@ def main(args: argparse.Namespace) -> None:
     perceptual = None
     check_resolution(args.resolution, region_size(args))
     if args.perceptual_weight > 0:
-        perceptual = load_perceptual_loss().to(accelerator.device)
+        perceptual = load_lpips("vgg", "`perceptual_weight`", ADVICE).to(accelerator.device)
     check_torchmetrics()  # what is missing is missed now
     features = None if args.fid_model is None else load_features(args.fid_model)
 
@@ -196,9 +193,7 @@ def main(args: argparse.Namespace) -> None:
         )
         calibration = counted.to_config(source.describe(args.resolution))
     dataset = make_dataset(accelerator, source, resolution=args.resolution, seed=args.seed, bad_images=bad_images)
-    loader = make_loader(
-        accelerator, dataset, batch_size=args.train_batch_size, num_workers=args.dataloader_num_workers
-    )
+    loader = loader_of(args, accelerator, dataset)
     samples = next(first_batches(source, args.resolution, 8, 8, bad_images)).to(accelerator.device)
 
     # 2. Model, discriminator, optimizers, average
@@ -216,43 +211,33 @@ def main(args: argparse.Namespace) -> None:
     )
     # At a constant rate: --lr_scheduler counts from the first step, and the discriminator joins later
     critic_optimizer = torch.optim.AdamW(critic.parameters(), lr=args.learning_rate, betas=(0.5, 0.9), fused=True)
-    lr_scheduler = get_scheduler(
-        args.lr_scheduler,
-        optimizer,
-        num_warmup_steps=args.lr_warmup_steps,
-        num_training_steps=args.max_train_steps,
-    )
+    lr_scheduler = schedule_of(args, optimizer)
     dvae_step = DvaeStep(vae)
     model, optimizer, loader, lr_scheduler, discriminator, critic_optimizer = accelerator.prepare(
         dvae_step, optimizer, loader, lr_scheduler, critic, critic_optimizer
     )
-    ema = WeightAverage(accelerator, vae, args.ema_decay)
+    ema = EMAModel(vae.parameters(), decay=args.ema_decay, foreach=True)
+    gate = FiniteGate(accelerator, args.skip_nonfinite_steps)
     checkpoints = Checkpoints(
         accelerator,
-        args,
+        args.output_dir,
         vae,
         ema,
         {"optimizer": optimizer, "discriminator_optimizer": critic_optimizer},
         lr_scheduler,
-        {"discriminator": critic},
-        {"data": dataset.fingerprint},
+        gate,
+        others={"discriminator": critic},
+        flags=lasting(args) | {"data": dataset.fingerprint},
+        total_limit=args.checkpoints_total_limit,
     )
     step = checkpoints.resume(checkpoint)
     accelerator.init_trackers("train_dvae", config=checkpoints.scalars())
 
-    validates = accelerator.is_main_process and not is_sharded(vae)  # alone it has no whole weights
-
     # 3. Train
-    log, smoke_test = StepLog(accelerator, args.train_batch_size), SmokeTest(args.max_train_steps)
-    stop = StopSignals(accelerator)
-    progress = tqdm(total=args.max_train_steps, initial=step, disable=not accelerator.is_main_process)
-    batch_index = step * args.gradient_accumulation_steps
-    batches = batches_from(accelerator, loader, batch_index, args.overfit_batches)
-    while step < args.max_train_steps:
-        pixels = next(batches)["pixels"]
-        generator = step_generator(accelerator, args.seed, batch_index)
-        batch_index += 1
-        adversarial = args.gan_weight > 0 and step >= args.gan_start_step
+    run = run_of(args, accelerator, step)
+    for batch, generator in run.batches(loader):
+        pixels = batch["pixels"]
+        adversarial = args.gan_weight > 0 and run.step >= args.gan_start_step
         with accelerator.accumulate(model, discriminator):
             with accelerator.autocast():
                 reconstruction, kl = model(pixels, draw_fine_ratio(args.fine_ratio, generator), generator)
@@ -267,47 +252,39 @@ def main(args: argparse.Namespace) -> None:
                     losses["gan_weight"] = adaptive_weight(losses["loss"], losses["adversarial"], last_layer)
                     pull = args.gan_weight * losses["gan_weight"] * losses["adversarial"]
                     losses["loss"] = losses["loss"] + pull
-            accelerator.backward(losses["loss"])
+            accelerator.backward(gate.watch(losses["loss"]))
             if accelerator.sync_gradients:
-                accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
-            optimizer.step()
-            optimizer.zero_grad()
+                norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+                if gate.lets_through(norm):
+                    optimizer.step()
+                    ema.step(vae.parameters())
+                optimizer.zero_grad()
+                lr_scheduler.step()
 
             if adversarial:
                 critic.requires_grad_(True)
                 with accelerator.autocast():
                     real, fake = discriminator(torch.cat([pixels, reconstruction.detach()])).chunk(2)
                 losses |= hinge_loss(real, fake)
-                accelerator.backward(losses["discriminator"])
+                accelerator.backward(gate.watch(losses["discriminator"]))
                 if accelerator.sync_gradients:
-                    accelerator.clip_grad_norm_(discriminator.parameters(), args.max_grad_norm)
-                critic_optimizer.step()
-                critic_optimizer.zero_grad()
-        log.add(losses | dvae_step.signals)
+                    norm = accelerator.clip_grad_norm_(discriminator.parameters(), args.max_grad_norm)
+                    if gate.lets_through(norm):
+                        critic_optimizer.step()
+                    critic_optimizer.zero_grad()
+
+        run.note(losses | dvae_step.signals)
         if not accelerator.sync_gradients:
             continue
-        lr_scheduler.step()
-        ema.step(vae.parameters())
-        step += 1
-
-        progress.update()
-        values = log.take()
-        progress.set_postfix(loss=f"{values['loss']:.4f}")
-        accelerator.log(values, step=step)
-        smoke_test.add(step, values["loss"])
-        exit_code = stop.exit_code()
-        if exit_code or step % args.checkpointing_steps == 0 or step == args.max_train_steps:
-            checkpoints.save(step)
-        if exit_code:
+        run.end_of_step(gradient_norm=norm)
+        if run.saves:
+            checkpoints.save(run.step)
+        if run.exit_code:
             accelerator.end_training()
-            sys.exit(exit_code)
-        if validates and (step % args.validation_steps == 0 or step == args.max_train_steps):
+            sys.exit(run.exit_code)
+        if run.validates(vae):
             with use_ema(ema, vae):
-                path = os.path.join(args.output_dir, "samples", f"step-{step:07d}.png")
-                accelerator.log(stop.interruptible(validate, vae, samples, path) or {}, step=step)
-    stop.close()
-    if args.overfit_batches:
-        accelerator.print(smoke_test.result())
+                accelerator.log(run.interruptible(validate, vae, samples, run.sample_path) or {}, step=run.step)
 
     # 4. Scale of the latents, and the model that the next stages read
     if accelerator.is_main_process:
@@ -318,20 +295,20 @@ def main(args: argparse.Namespace) -> None:
             measure_scale(vae, measured(), args.seed)
         folder = os.path.join(args.output_dir, "vae")
         vae.save_pretrained(folder)
-        print(f"{folder}: the autoencoder after {step} steps")
+        print(f"{folder}: the autoencoder after {run.step} steps")
         figures = score(vae, measured(), features, args)
         if bad_images.summary():
             print(bad_images.summary())
     accelerator.wait_for_everyone()
     accelerator.end_training()
     if accelerator.is_main_process:
-        publish(
+        publish_result(
+            args,
+            accelerator,
             vae,
             folder,
-            **hub_arguments(args),
-            **run_arguments(args, accelerator.num_processes),
             train_data=source.describe(args.resolution),
-            sample_image=os.path.join(args.output_dir, "samples", f"step-{step:07d}.png"),
+            sample_image=run.sample_path,
             sample_caption="Training images, their reconstructions, and their grain maps: red is fine, blue coarse.",
             figures=figures,
         )

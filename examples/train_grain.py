@@ -14,40 +14,40 @@ import os
 import sys
 
 import torch
-from accelerate.utils import set_seed
 from diffusers import DDIMScheduler
-from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
 from diffusers.utils import make_image_grid
 from PIL import Image
-from tqdm.auto import tqdm
 
 from diffusers_d2it import D2iTGrainModel, load_preset, visualize_grain_map
-from diffusers_d2it.data.bad_images import BadImages
+from diffusers_d2it.data import BadImages
 from diffusers_d2it.data.latent_cache import read_entropy
-from diffusers_d2it.data.loaders import batches_from, make_loader, step_generator
-from diffusers_d2it.files.folders import save_folder
-from diffusers_d2it.grains import fine_share, grain_map_from_entropy
-from diffusers_d2it.hub import check_push, publish
+from diffusers_d2it.files import save_folder
+from diffusers_d2it.grains import fine_share
 from diffusers_d2it.losses import grain_loss
 from diffusers_d2it.pipelines.grain_maps import sample_grain_map
-from diffusers_d2it.training.arguments import make_accelerator
-from diffusers_d2it.training.averaging import WeightAverage, use_ema
-from diffusers_d2it.training.checkpoints import Checkpoints, find_checkpoint
-from diffusers_d2it.training.smoke import SmokeTest
-from diffusers_d2it.training.states import is_sharded
-from diffusers_d2it.training.steps import StepLog, draw_fine_ratio, drop_labels, grain_signals
-from diffusers_d2it.training.stopping import StopSignals
-from diffusers_d2it.training.training_data import identity_of, load_autoencoder, load_training_data
+from diffusers_d2it.training import (
+    Checkpoints,
+    FiniteGate,
+    draw_grain_map,
+    drop_labels,
+    find_checkpoint,
+    grain_signals,
+    identity_of,
+    load_autoencoder,
+    use_ema,
+)
 from flags import (
     add_class_arguments,
     add_data_arguments,
     add_hub_arguments,
     add_second_stage_arguments,
     add_training_arguments,
-    hub_arguments,
+    check_second_stage,
+    lasting,
     make_parser,
-    run_arguments,
 )
+from set_up import loader_of, publish_result, run_of, schedule_of, second_stage_data, start
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -60,7 +60,9 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     group = parser.add_argument_group("grain model")
     group.add_argument("--preset", default="grain-s", help="a preset, or a JSON file with a model's configuration")
     group.add_argument("--ratio_dropout", type=float, default=0.5, help="share of maps trained without their ratio")
-    return parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
+    check_second_stage(parser, args)
+    return args
 
 
 @torch.no_grad()
@@ -75,18 +77,15 @@ def validate(model: D2iTGrainModel, scheduler, class_labels: torch.Tensor | None
 
 
 def main(args: argparse.Namespace) -> None:
-    accelerator = make_accelerator(args)
-    if accelerator.is_main_process:
-        check_push(**hub_arguments(args))
-    set_seed(args.seed)
-    checkpoint = find_checkpoint(accelerator, args)
+    accelerator = start(args)
+    checkpoint = find_checkpoint(accelerator, args.output_dir, args.resume_from_checkpoint)
 
     # 1. Data
     vae = load_autoencoder(args.vae, args.resolution)
     bad_images = BadImages(os.path.join(args.output_dir, "bad_images.jsonl"))
-    data = load_training_data(accelerator, args, vae, bad_images, moments=False)
+    data = second_stage_data(args, accelerator, vae, bad_images, moments=False)
     num_classes = data.num_classes
-    loader = make_loader(accelerator, data, batch_size=args.train_batch_size, num_workers=args.dataloader_num_workers)
+    loader = loader_of(args, accelerator, data)
 
     # 2. Model, optimizer, average
     config = load_preset(args.preset)
@@ -101,38 +100,33 @@ def main(args: argparse.Namespace) -> None:
     optimizer = torch.optim.AdamW(
         grain_model.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay, fused=True
     )
-    lr_scheduler = get_scheduler(
-        args.lr_scheduler,
-        optimizer,
-        num_warmup_steps=args.lr_warmup_steps,
-        num_training_steps=args.max_train_steps,
-    )
+    lr_scheduler = schedule_of(args, optimizer)
     model, optimizer, loader, lr_scheduler = accelerator.prepare(grain_model, optimizer, loader, lr_scheduler)
-    ema = WeightAverage(accelerator, grain_model, args.ema_decay)
+    ema = EMAModel(grain_model.parameters(), decay=args.ema_decay, foreach=True)
+    gate = FiniteGate(accelerator, args.skip_nonfinite_steps)
     checkpoints = Checkpoints(
-        accelerator, args, grain_model, ema, {"optimizer": optimizer}, lr_scheduler, identity=identity_of(data, vae)
+        accelerator,
+        args.output_dir,
+        grain_model,
+        ema,
+        {"optimizer": optimizer},
+        lr_scheduler,
+        gate,
+        flags=lasting(args) | identity_of(data.fingerprint, vae),
+        total_limit=args.checkpoints_total_limit,
     )
     step = checkpoints.resume(checkpoint)
     accelerator.init_trackers("train_grain", config=checkpoints.scalars())
-    validates = accelerator.is_main_process and not is_sharded(grain_model)  # alone it has no whole weights
     sample_labels = None
     if num_classes is not None:
         sample_labels = torch.tensor([sorted(data.id2label)[i % len(data.id2label)] for i in range(16)])
         sample_labels = sample_labels.to(accelerator.device)
 
     # 3. Train
-    log, smoke_test = StepLog(accelerator, args.train_batch_size), SmokeTest(args.max_train_steps)
-    stop = StopSignals(accelerator)
-    progress = tqdm(total=args.max_train_steps, initial=step, disable=not accelerator.is_main_process)
-    batch_index = step * args.gradient_accumulation_steps
-    batches = batches_from(accelerator, loader, batch_index, args.overfit_batches)
-    while step < args.max_train_steps:
-        batch = next(batches)
-        generator = step_generator(accelerator, args.seed, batch_index)
-        batch_index += 1
+    run = run_of(args, accelerator, step)
+    for batch, generator in run.batches(loader):
         with accelerator.accumulate(model):
-            ratio = draw_fine_ratio(args.fine_ratio, generator)
-            grain_map = grain_map_from_entropy(read_entropy(vae, batch), vae.thresholds(ratio))
+            grain_map, ratio = draw_grain_map(vae, read_entropy(vae, batch), args.fine_ratio, generator)
             state = grain_model.state_from_grain_map(grain_map, vae.num_grains)
             noise = torch.randn(state.shape, generator=generator, device=state.device)
             timesteps = torch.randint(
@@ -145,55 +139,46 @@ def main(args: argparse.Namespace) -> None:
             with accelerator.autocast():
                 logits = model(noised, timesteps, class_labels, share.masked_fill(dropped, float("nan"))).logits
             losses = grain_loss(logits, grain_map)
-            accelerator.backward(losses["loss"])
+            accelerator.backward(gate.watch(losses["loss"]))
             if accelerator.sync_gradients:
-                accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
-            optimizer.step()
-            optimizer.zero_grad()
-        log.add(losses | grain_signals(vae, grain_map, ratio))
+                norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+                if gate.lets_through(norm):
+                    optimizer.step()
+                    ema.step(grain_model.parameters())
+                optimizer.zero_grad()
+                lr_scheduler.step()
+
+        run.note(losses | grain_signals(vae, grain_map, ratio))
         if not accelerator.sync_gradients:
             continue
-        lr_scheduler.step()
-        ema.step(grain_model.parameters())
-        step += 1
-
-        progress.update()
-        values = log.take()
-        progress.set_postfix(loss=f"{values['loss']:.4f}")
-        accelerator.log(values, step=step)
-        smoke_test.add(step, values["loss"])
-        exit_code = stop.exit_code()
-        if exit_code or step % args.checkpointing_steps == 0 or step == args.max_train_steps:
-            checkpoints.save(step)
-        if exit_code:
+        run.end_of_step(gradient_norm=norm)
+        if run.saves:
+            checkpoints.save(run.step)
+        if run.exit_code:
             accelerator.end_training()
-            sys.exit(exit_code)
-        if validates and (step % args.validation_steps == 0 or step == args.max_train_steps):
+            sys.exit(run.exit_code)
+        if run.validates(grain_model):
             with use_ema(ema, grain_model):
-                path = os.path.join(args.output_dir, "samples", f"step-{step:07d}.png")
-                stop.interruptible(validate, grain_model, scheduler, sample_labels, args.seed, path)
-    stop.close()
-    if args.overfit_batches:
-        accelerator.print(smoke_test.result())
+                run.interruptible(validate, grain_model, scheduler, sample_labels, args.seed, run.sample_path)
 
     # 4. What train_d2it.py reads
     if accelerator.is_main_process:
         grain_model = checkpoints.averaged_model()
         grain_model.save_pretrained(os.path.join(args.output_dir, "grain_model"))
         save_folder(os.path.join(args.output_dir, "grain_scheduler"), scheduler.save_pretrained)
-        print(f"{args.output_dir}: grain_model and grain_scheduler after {step} steps")
+        print(f"{args.output_dir}: grain_model and grain_scheduler after {run.step} steps")
         if bad_images.summary():
             print(bad_images.summary())
     accelerator.wait_for_everyone()
     accelerator.end_training()
     if accelerator.is_main_process:
-        publish(
+        publish_result(
+            args,
+            accelerator,
             grain_model,
             args.output_dir,
-            **hub_arguments(args),
-            **run_arguments(args, accelerator.num_processes),
             train_data=data.description,
-            sample_image=os.path.join(args.output_dir, "samples", f"step-{step:07d}.png"),
+            sample_image=run.sample_path,
             sample_caption="Maps drawn by the model: red is fine.",
             subfolder="grain_model",
         )

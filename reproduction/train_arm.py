@@ -71,7 +71,7 @@ def parse_args() -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> None:
     script = load_script()
-    script.validate = script.publish = lambda *arguments, **options: None  # samples are drawn from the checkpoints
+    script.validate = script.publish_result = lambda *arguments, **options: None  # samples come from the checkpoints
     if args.without_refine_net:
         make_model = script.make_model
         script.make_model = lambda *arguments: without_refine_net(make_model(*arguments))

@@ -10,11 +10,10 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from accelerate import PartialState
+from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType
 
-from diffusers_d2it.training import arguments
-from diffusers_d2it.training.gate import GatedAccelerator
+from diffusers_d2it.training import run
 
 
 sys.path.append(str(Path(__file__).parent.parent))
@@ -25,15 +24,15 @@ from script_runs import load_script  # noqa: E402
 def main(script: str, *flags: str) -> None:
     PartialState(cpu=True)
     PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
-    arguments.GatedAccelerator = partial(GatedAccelerator, cpu=True)
+    run.Accelerator = partial(Accelerator, cpu=True)
     module = load_script(script)
-    is_sharded = module.is_sharded
+    is_sharded = run.is_sharded
 
     def must_be_sharded(model) -> bool:
         assert is_sharded(model), "this run is not sharded"
         return True
 
-    module.is_sharded = must_be_sharded
+    run.is_sharded = must_be_sharded
     module.main(module.parse_args(list(flags)))
 
 

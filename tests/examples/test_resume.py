@@ -47,7 +47,7 @@ def test_two_processes_share_the_work(d2it_arguments, tmp_path):
     assert (tmp_path / "pipeline" / "model_index.json").is_file()
     # One process would see half as many images in an update, in another order
     resume = ["--resume_from_checkpoint", "latest"]
-    with pytest.raises(ValueError, match=r"checkpoint-2 is of another run: num_processes: found 2, now 1\."):
+    with pytest.raises(ValueError, match="checkpoint-2.*num_processes 2.* 1"):
         call_train("train_d2it.py", tmp_path, 3, *arguments, *resume)
 
 
@@ -74,20 +74,20 @@ def test_a_sharded_run_ends_in_the_weights_of_an_averaged_one(grain_arguments, t
 
 
 def test_a_finished_folder_is_not_overwritten(dvae, dvae_arguments):
-    with pytest.raises(ValueError, match="is not empty, it holds checkpoint-2"):
+    with pytest.raises(ValueError, match="`output_dir`.*checkpoint-2"):
         call_train("train_dvae.py", dvae, STEPS, *dvae_arguments, "--preset", "dvae-tiny")
 
 
 def test_flags_that_change_the_result_must_be_those_of_the_checkpoint(grain, grain_arguments, tmp_path):
     arguments = [*grain_arguments, "--resume_from_checkpoint", grain / "checkpoint-4", "--seed", 8]
-    with pytest.raises(ValueError, match=r"checkpoint-4 is of another run: seed: found 7, now 8\."):
+    with pytest.raises(ValueError, match="checkpoint-4.*seed 7.* 8"):
         call_train("train_grain.py", tmp_path / "run", 6, *arguments)
 
 
 def test_another_number_of_classes_is_refused_on_resume(grain, dvae, folder, tmp_path):
     arguments = ["--train_data_dir", folder, "--preset", "grain-tiny", "--vae", dvae / "vae"]
     arguments += ["--gradient_accumulation_steps", 3, "--resume_from_checkpoint", grain / "checkpoint-4"]
-    with pytest.raises(ValueError, match="num_classes: found .*, now 9"):
+    with pytest.raises(ValueError, match="checkpoint-4.*num_classes.* 9"):
         call_train("train_grain.py", tmp_path, 6, *arguments, "--num_classes", 9)
 
 
@@ -95,12 +95,10 @@ def test_another_number_of_classes_is_refused_on_resume(grain, dvae, folder, tmp
     "change, message",
     [
         (["--resolution", 64], "resolution"),
-        (["--train_data_dir", "."], "--latent_cache holds images and labels already"),
-        (["--fine_ratio", 0.8, 0.3], "--fine_ratio must be one share in .0, 1., or two in ascending order"),
-        (["--push_to_hub"], "--push_to_hub needs --hub_model_id"),
-        (["--objective", "flow_matching", "--learn_sigma"], "`learn_sigma` belongs to"),
+        (["--push_to_hub"], "hub_model_id"),
+        (["--objective", "flow_matching", "--learn_sigma"], "`learn_sigma`"),
         (["--init_from", "nowhere"], "nowhere"),
-        (["--resume_from_checkpoint", "latest"], "no checkpoint in"),
+        (["--resume_from_checkpoint", "latest"], "`resume_from_checkpoint`.*latest"),
         (["--report_to", "carrier_pigeon"], "carrier_pigeon"),
     ],
 )
@@ -110,18 +108,12 @@ def test_arguments_that_contradict_one_another_are_named(d2it_arguments, tmp_pat
         call("train_d2it.py", *arguments, *d2it_arguments, *change)
 
 
-def test_alignment_from_a_cache_is_refused(d2it_arguments, tmp_path, capsys):
+@pytest.mark.parametrize(
+    "change",
+    ["--train_data_dir .", "--repa_model x", "--fine_ratio 0.8 0.3", "--fine_ratio 2", "--overfit_batches 0",
+     "--checkpoints_total_limit 0", "--skip_nonfinite_steps -1"],
+)  # fmt: skip
+def test_flags_that_cannot_be_used_are_named_at_once(d2it_arguments, tmp_path, capsys, change):
     with pytest.raises(SystemExit):
-        call(
-            "train_d2it.py",
-            "--output_dir",
-            tmp_path,
-            "--max_train_steps",
-            1,
-            *d2it_arguments,
-            "--preset",
-            "content-tiny",
-            "--repa_model",
-            "x",
-        )
-    assert "--repa_model needs the images" in capsys.readouterr().err
+        call("train_d2it.py", "--output_dir", tmp_path, "--max_train_steps", 1, *d2it_arguments, *change.split())
+    assert change.split()[0] in capsys.readouterr().err

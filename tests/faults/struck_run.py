@@ -3,36 +3,37 @@
 
     struck_run.py train_d2it.py <process>/<number of processes> <strike> <folder> --flags of the script ...
 
-After the third batch <folder>/struck holds the time, and the process is killed ("kill"), raises an error ("raise") or
+After the third batch <folder>/struck is written, and the process is killed ("kill"), raises an error ("raise") or
 goes on and waits for a signal from outside ("wait").
 """
 
 import os
 import signal
 import sys
-import time
 from pathlib import Path
 
 from script_runs import load_script
+
+from diffusers_d2it.training import run
 
 
 def main(script: str, process: str, strike: str, folder: str, *flags: str) -> None:
     module = load_script(script)
     index, num_processes = map(int, process.split("/"))
-    real = module.batches_from
+    real = run.batches_from
 
     def batches_from(accelerator, *args):
         for i, batch in enumerate(real(accelerator, *args)):
             assert accelerator.num_processes == num_processes
             if i == 3 and accelerator.process_index == index:
-                Path(folder, "struck").write_text(str(time.monotonic()))
+                Path(folder, "struck").touch()
                 if strike == "kill":
                     os.kill(os.getpid(), signal.SIGKILL)
                 if strike == "raise":
                     raise ValueError("injected: this process cannot go on")
             yield batch
 
-    module.batches_from = batches_from
+    run.batches_from = batches_from
     module.main(module.parse_args(list(flags)))
 
 

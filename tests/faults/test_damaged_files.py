@@ -4,7 +4,6 @@
 import os
 import shutil
 import warnings
-from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from ways_of_saving import SaveCache, SaveCheckpoint, SaveModel, SavePipeline
 from diffusers_d2it import D2iTGrainModel, D2iTPipeline
 from diffusers_d2it.data.latent_cache import LatentCache
 from diffusers_d2it.files.folders import MANIFEST
-from diffusers_d2it.training.checkpoints import find_checkpoint
+from diffusers_d2it.training import find_checkpoint
 
 
 def missing(path: Path) -> None:
@@ -66,10 +65,6 @@ def try_damages(count, folder: Path, load: Callable[[], object], needs_manifest:
     load()
 
 
-def resume_flags(folder: Path, resume: object) -> Namespace:
-    return Namespace(output_dir=str(folder), resume_from_checkpoint=str(resume))
-
-
 def test_checkpoints(tmp_path, make_pipeline, fault):
     named = fault("file of a checkpoint damaged, resumed by name")
     latest = fault("file of the newest checkpoint damaged")
@@ -78,12 +73,12 @@ def test_checkpoints(tmp_path, make_pipeline, fault):
     for version in (1, 2):
         way.save(version)
     newest = tmp_path / "checkpoint-2"
-    try_damages(named, newest, lambda: find_checkpoint(way.accelerator, resume_flags(tmp_path, newest)))
+    try_damages(named, newest, lambda: find_checkpoint(way.accelerator, tmp_path, newest))
 
     def load_latest() -> None:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            found = find_checkpoint(way.accelerator, resume_flags(tmp_path, "latest"))
+            found = find_checkpoint(way.accelerator, tmp_path, "latest")
         if found != newest:
             assert found == tmp_path / "checkpoint-1"
             raise ValueError(str(caught[0].message))  # names what was skipped
@@ -101,14 +96,14 @@ def test_a_checkpoint_under_another_name_or_without_a_manifest_is_not_one(tmp_pa
     (tmp_path / "checkpoint-10").touch()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        found = find_checkpoint(way.accelerator, resume_flags(tmp_path, "latest"))
+        found = find_checkpoint(way.accelerator, tmp_path, "latest")
     texts = [str(one.message) for one in caught]
     count.tried(found, lost=found != tmp_path / "checkpoint-3")
     for name in ("checkpoint-7", "checkpoint-9", "checkpoint-10"):
         count.tried(name, silent=not any(name in text for text in texts))
     for name in ("checkpoint-7", "checkpoint-9", "checkpoint-final"):
         with pytest.raises(ValueError, match=name):
-            find_checkpoint(way.accelerator, resume_flags(tmp_path, tmp_path / name))
+            find_checkpoint(way.accelerator, tmp_path, tmp_path / name)
 
 
 def test_models_and_pipelines(tmp_path, make_pipeline, fault):

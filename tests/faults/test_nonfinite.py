@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from training_runs import STEPS, Inputs, train
 
 from diffusers_d2it.files.folders import verify
-from diffusers_d2it.training.checkpoints import found_checkpoints
+from diffusers_d2it.training import found_checkpoints
 
 
 LOSSES = {"train_grain.py": "grain_loss", "train_d2it.py": "content_losses", "train_dvae.py": "dvae_loss"}

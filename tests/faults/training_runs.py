@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from types import ModuleType
+from unittest import mock
 
 import numpy as np
 import torch
@@ -22,6 +23,7 @@ from script_runs import load_script
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from diffusers_d2it import D2iTPipeline
+from diffusers_d2it.training import run
 
 
 BATCHES = "batches.jsonl"
@@ -90,7 +92,7 @@ def train(
     """
     module = load_script(script)
     change(module)
-    real = module.batches_from
+    real = run.batches_from
 
     def batches_from(*args) -> Iterator[dict]:
         for i, batch in enumerate(real(*args)):
@@ -98,8 +100,8 @@ def train(
             strike(batch, i)
             yield batch
 
-    module.batches_from = batches_from
-    return in_child(partial(call, module, flags | {"output_dir": output_dir}))
+    with mock.patch.object(run, "batches_from", batches_from):
+        return in_child(partial(call, module, flags | {"output_dir": output_dir}))
 
 
 def note_batch(path: Path, index: int, batch: dict) -> None:

@@ -7,11 +7,11 @@ A way saves versions: all weights of version v are the number v, so that a mixtu
 import json
 import warnings
 from abc import ABC, abstractmethod
-from argparse import Namespace
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from diffusers.training_utils import EMAModel
 from PIL import Image
 
 from diffusers_d2it import D2iTGrainModel, D2iTPipeline, DynamicAutoencoderKL
@@ -22,9 +22,7 @@ from diffusers_d2it.files import lock
 from diffusers_d2it.files.folders import write_text_durably
 from diffusers_d2it.hub.card import make_model_card
 from diffusers_d2it.hub.push import write_card
-from diffusers_d2it.training.averaging import WeightAverage
-from diffusers_d2it.training.checkpoints import Checkpoints, find_checkpoint
-from diffusers_d2it.training.gate import GatedAccelerator
+from diffusers_d2it.training import Checkpoints, FiniteGate, find_checkpoint
 
 
 class Mixed(AssertionError):
@@ -117,25 +115,22 @@ class SaveCheckpoint(Way):
     def __init__(self, folder, components):
         super().__init__(folder, components)
         self.model = components.grain_model
-        self.accelerator = GatedAccelerator(cpu=True)
+        self.accelerator = Accelerator(cpu=True)
         self.optimizer = torch.optim.AdamW(self.model.parameters())
         for parameter in self.model.parameters():
             parameter.grad = torch.ones_like(parameter)
         self.optimizer.step()
         schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: 1.0)
-        self.ema = WeightAverage(self.accelerator, self.model, decay=0.9)
+        self.ema = EMAModel(self.model.parameters(), decay=0.9)
         self.checkpoints = Checkpoints(
-            self.accelerator, self._flags(None), self.model, self.ema, {"optimizer": self.optimizer}, schedule
-        )
-
-    def _flags(self, resume: str | None) -> Namespace:
-        return Namespace(
-            output_dir=str(self.folder),
-            checkpoints_total_limit=1,
-            streaming=False,
-            lr_scheduler="constant",
-            max_train_steps=10,
-            resume_from_checkpoint=resume,
+            self.accelerator,
+            self.folder,
+            self.model,
+            self.ema,
+            {"optimizer": self.optimizer},
+            schedule,
+            FiniteGate(self.accelerator),
+            total_limit=1,
         )
 
     def save(self, version):
@@ -147,12 +142,12 @@ class SaveCheckpoint(Way):
         self.checkpoints.save(version)
 
     def start_again(self):
-        lock(self._flags("latest").output_dir).close()
+        lock(self.folder).close()
 
     def saved(self):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # names what it skips
-            checkpoint = find_checkpoint(self.accelerator, self._flags("latest"))
+            checkpoint = find_checkpoint(self.accelerator, self.folder, "latest")
         version = self.checkpoints.resume(checkpoint)
         state = {float(value) for s in self.optimizer.state.values() for t in s.values() for value in t.unique()}
         average = {float(value) for shadow in self.ema.shadow_params for value in shadow.unique()}

@@ -6,7 +6,6 @@
 It prints a line of JSON for each folder: "image", the SHA-256 of its values, or "error", and "errors" by package.
 """
 
-import argparse
 import hashlib
 import json
 import multiprocessing
@@ -32,16 +31,13 @@ def needs() -> dict[str, Callable]:
     """What needs each package."""
     from diffusers_d2it import D2iTContentModel, bundled_checkpoint
     from diffusers_d2it.evaluation.budget import check_matplotlib
-    from diffusers_d2it.evaluation.features import load_features
+    from diffusers_d2it.evaluation.features import load_features, load_lpips
     from diffusers_d2it.evaluation.reconstruction import check_torchmetrics
-    from diffusers_d2it.training.arguments import check_training_arguments
-    from diffusers_d2it.training.perceptual import load_perceptual_loss
+    from diffusers_d2it.training import make_accelerator
 
     def train_with_tracker(name: str) -> None:
-        flags = {"skip_nonfinite_steps": 0, "overfit_batches": None, "checkpoints_total_limit": None}
-        flags |= {"fine_ratio": None, "resume_from_checkpoint": None, "report_to": name}
         with tempfile.TemporaryDirectory() as folder:
-            check_training_arguments(argparse.Namespace(output_dir=folder, **flags))
+            make_accelerator(folder, report_to=name)
 
     def attend_with(backend: str) -> None:
         model = D2iTContentModel.from_pretrained(bundled_checkpoint(), subfolder="transformer")
@@ -49,7 +45,7 @@ def needs() -> dict[str, Callable]:
 
     return {
         "flash_attn": lambda: attend_with("flash"),
-        "lpips": load_perceptual_loss,
+        "lpips": lambda: load_lpips("vgg", "this test"),
         "matplotlib": check_matplotlib,
         "tensorboard": lambda: train_with_tracker("tensorboard"),
         "torch_fidelity": lambda: load_features("inception"),

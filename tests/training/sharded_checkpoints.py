@@ -1,19 +1,18 @@
 # Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
 """A run whose weights are sharded by FSDP2, saved and resumed; distributed_steps.py calls it in each process."""
 
-from argparse import Namespace
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
+from diffusers.training_utils import EMAModel
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from diffusers_d2it import D2iTGrainModel, load_preset
-from diffusers_d2it.training.averaging import WeightAverage
-from diffusers_d2it.training.checkpoints import Checkpoints
-from diffusers_d2it.training.gate import GatedAccelerator
-from diffusers_d2it.training.states import is_sharded
+from diffusers_d2it.training import Checkpoints, FiniteGate
+from diffusers_d2it.training.checkpoints import is_sharded
 
 
 NUM_STEPS = 3
@@ -28,7 +27,7 @@ class SmallRun:
         seed: of the weights it starts from.
     """
 
-    def __init__(self, accelerator: GatedAccelerator, output_dir: Path, seed: int = 0):
+    def __init__(self, accelerator: Accelerator, output_dir: Path, seed: int = 0):
         torch.manual_seed(seed)
         self.model = D2iTGrainModel(**load_preset("grain-tiny"))
         if accelerator.num_processes > 1:
@@ -38,12 +37,10 @@ class SmallRun:
             fully_shard(self.model, mesh=mesh)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-2)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: 1 / (1 + step))
-        self.ema = WeightAverage(accelerator, self.model, decay=0.9)
-        args = Namespace(
-            output_dir=str(output_dir), checkpoints_total_limit=None, streaming=False, lr_scheduler="constant"
-        )
+        self.ema = EMAModel(self.model.parameters(), decay=0.9, foreach=True)
         optimizers = {"optimizer": self.optimizer}
-        self.checkpoints = Checkpoints(accelerator, args, self.model, self.ema, optimizers, self.schedule)
+        gate = FiniteGate(accelerator)
+        self.checkpoints = Checkpoints(accelerator, output_dir, self.model, self.ema, optimizers, self.schedule, gate)
 
     def update(self, step: int) -> None:
         generator = torch.Generator().manual_seed(step)
@@ -65,7 +62,7 @@ class SmallRun:
 
 def save_and_resume(output_dir: Path) -> dict[str, bool]:
     """Save a run, resume it in another one, and go on with both; what held, by name."""
-    accelerator = GatedAccelerator(cpu=True)
+    accelerator = Accelerator(cpu=True)
     run = SmallRun(accelerator, output_dir)
     for step in range(NUM_STEPS):
         run.update(step)

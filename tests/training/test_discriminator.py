@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from diffusers_d2it.losses import hinge_loss
-from diffusers_d2it.training.discriminator import PatchDiscriminator
+from diffusers_d2it.training import PatchDiscriminator
 
 
 def test_a_logit_sees_seventy_pixels_and_one_image(load_photos):

@@ -7,13 +7,13 @@ from pathlib import Path
 import distributed_steps
 import pytest
 import torch
+from accelerate import Accelerator
 from distributed_steps import BATCH, SHARDED, STEPS, make_optimizer
 from safetensors.torch import load_file
 from script_runs import EXAMPLES, LAUNCH, run
 from sharded_checkpoints import NUM_STEPS, SmallRun
 
 from diffusers_d2it.files.folders import verify
-from diffusers_d2it.training.gate import GatedAccelerator
 
 
 CONFIG = EXAMPLES / "configs" / "accelerate" / "eight-gpus-fsdp2.yaml"
@@ -73,7 +73,7 @@ def test_sharded_weights_learn_in_bfloat16(launched, name):
 def test_a_sharded_run_is_saved_whole_and_resumed(launched, tmp_path):
     for path in sorted(launched.glob("*.json")):
         assert json.loads(path.read_text())["checkpoints"] == {"sharded": True, "came_back": True, "goes_on": True}
-    alone = SmallRun(GatedAccelerator(cpu=True), tmp_path)
+    alone = SmallRun(Accelerator(cpu=True), tmp_path)
     for step in range(NUM_STEPS):
         alone.update(step)
     alone.checkpoints.save(NUM_STEPS)

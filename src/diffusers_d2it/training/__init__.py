@@ -1,7 +1,32 @@
 # Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
-"""What the training scripts share: accelerator, checkpoints, log, stopping. Their loops stand in the scripts."""
+"""What the training scripts share. Their loops, with the step, the gate and what saves and stops, stand in them."""
 
-from .checkpoints import Checkpoints, find_checkpoint
+from .alignment import Alignment, VisionFeatures
+from .checkpoints import Checkpoints, find_checkpoint, found_checkpoints, use_ema
+from .discriminator import PatchDiscriminator
+from .gate import FiniteGate
+from .inputs import draw_fine_ratio, draw_grain_map, drop_labels, identity_of, load_autoencoder
+from .measures import count_entropy, grain_signals, measure_latents
+from .run import Run, make_accelerator
 
 
-__all__ = ["Checkpoints", "find_checkpoint"]
+__all__ = [
+    "Alignment",
+    "Checkpoints",
+    "FiniteGate",
+    "PatchDiscriminator",
+    "Run",
+    "VisionFeatures",
+    "count_entropy",
+    "draw_fine_ratio",
+    "draw_grain_map",
+    "drop_labels",
+    "find_checkpoint",
+    "found_checkpoints",
+    "grain_signals",
+    "identity_of",
+    "load_autoencoder",
+    "make_accelerator",
+    "measure_latents",
+    "use_ema",
+]

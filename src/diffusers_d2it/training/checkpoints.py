@@ -4,53 +4,73 @@
 checkpoint-<step>/
     model, model_ema                    the model and its average, as diffusers folders
     <other>.safetensors                 further trained modules
-    <optimizer>.safetensors             moments
+    <optimizer>.safetensors             moments, as <name of the weight>/<name of the moment>
     state.json                          step, flags, settings of optimizers, schedule, scale of float16
     random_state_<process>.json
-    manifest.json                       sizes and hashes of all these; see `saving`
+    manifest.json                       sizes and hashes of all these; see files/folders.py
+
+No pickle, and whole tensors: torch gathers those of FSDP on the main process, and hands each process its part.
 """
 
-import argparse
+import base64
 import json
 import platform
+import random
 import re
 import warnings
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import accelerate
 import diffusers
+import numpy as np
 import safetensors
 import torch
+from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from diffusers import ModelMixin
+from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LRScheduler
 
-from ..files.folders import read_json, remove_folder, replace_folder, seal, staging_folder, verify
-from .averaging import WeightAverage
-from .gate import GatedAccelerator
-from .states import (
-    copy_into,
-    gather,
-    load_optimizer,
-    optimizer_settings,
-    optimizer_tensors,
-    random_state,
-    set_random_state,
-)
+from ..files import on_main_process, read_json, remove_folder, replace_folder, seal, staging_folder, verify
+from ..words import differences, printable
+from .gate import FiniteGate
 
 
 STATE = "state.json"
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+_WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # on the main process
 
-# Flags that may change when a run is continued: where things lie, how long and how often, what changes no weight.
-_FREE_FLAGS = frozenset(
-    "output_dir resume_from_checkpoint max_train_steps checkpointing_steps checkpoints_total_limit validation_steps"
-    " report_to dataloader_num_workers gradient_checkpointing compile push_to_hub hub_model_id hub_private_repo"
-    " license train_data_dir latent_cache vae grain init_from repa_model calibration_images fid_model"
-    " skip_nonfinite_steps".split()
-)
+
+@contextmanager
+def use_ema(ema: EMAModel, model: nn.Module) -> Iterator[None]:
+    """Run a block with the averaged weights in the model, and the trained ones back afterwards."""
+    training = model.training
+    ema.store(model.parameters())
+    ema.copy_to(model.parameters())
+    model.eval()
+    try:
+        yield
+    finally:
+        ema.restore(model.parameters())
+        model.train(training)
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Whether the weights are spread over processes, as FSDP does."""
+    return any(isinstance(parameter, DTensor) for parameter in module.parameters())
 
 
 class Checkpoints:
@@ -58,43 +78,49 @@ class Checkpoints:
 
     Args:
         accelerator: the Accelerator, after `prepare`.
-        args: flags of the run; those that change its weights are kept, and compared when it is resumed.
+        output_dir: the folder of the run.
         model: the trained model, unwrapped.
-        ema: its moving average.
+        ema: its moving average, made after `prepare`: sharded as the weights are.
         optimizers: by the names of their files.
         lr_scheduler: the schedule of the first of them.
+        gate: whose left-out updates are counted over the whole run.
         others: further trained modules by the names of their files, such as a discriminator.
-        identity: what else must be the same when the run is resumed, as JSON values: fingerprints of its data and of
-            the models that it reads.
+        flags: what must be the same when the run is resumed, as values of JSON: flags that change its weights,
+            fingerprints of its data and of the models that it reads. The number of processes is added.
+        total_limit: only so many checkpoints are kept, the newest; None for all.
+
+    Raises:
+        ValueError: `total_limit` is less than 1.
     """
 
     def __init__(
         self,
-        accelerator: GatedAccelerator,
-        args: argparse.Namespace,
+        accelerator: Accelerator,
+        output_dir: str | Path,
         model: ModelMixin,
-        ema: WeightAverage,
+        ema: EMAModel,
         optimizers: dict[str, torch.optim.Optimizer],
         lr_scheduler: LRScheduler,
-        others: dict[str, torch.nn.Module] | None = None,
-        identity: dict | None = None,
+        gate: FiniteGate,
+        *,
+        others: dict[str, nn.Module] | None = None,
+        flags: dict[str, Any] | None = None,
+        total_limit: int | None = None,
     ):
+        if total_limit is not None and total_limit < 1:
+            raise ValueError(f"`total_limit` must be at least 1, got {total_limit}.")
         self.accelerator = accelerator
-        self.output_dir = Path(args.output_dir)
-        self.total_limit = args.checkpoints_total_limit
+        self.output_dir = Path(output_dir)
         self.model = model
         self.ema = ema
-        self.optimizers = optimizers
+        self.optimizers = {name: getattr(optimizer, "optimizer", optimizer) for name, optimizer in optimizers.items()}
         self.lr_scheduler = lr_scheduler
+        self.gate = gate
         self.others = others or {}
+        self.flags = json.loads(json.dumps({**(flags or {}), "num_processes": accelerator.num_processes}))
+        self.total_limit = total_limit
         self.last: Path | None = None  # the checkpoint that was saved or resumed last
-        flags = {name: value for name, value in vars(args).items() if name not in _FREE_FLAGS}
-        if args.streaming:  # its order depends on who reads which part
-            flags["dataloader_num_workers"] = args.dataloader_num_workers
-        if args.lr_scheduler not in ("constant", "constant_with_warmup"):  # the others end where the run ends
-            flags["max_train_steps"] = args.max_train_steps
-        flags |= {"num_processes": accelerator.num_processes, **(identity or {})}
-        self.flags = json.loads(json.dumps(flags))  # as they will be read back
+        self._trained = nn.ModuleDict({"model": model, **self.others})  # gives every weight of an optimizer its name
 
     def scalars(self) -> dict[str, int | float | str | bool]:
         """The flags as a tracker takes them, to tell runs from one another."""
@@ -135,28 +161,44 @@ class Checkpoints:
         self.accelerator.wait_for_everyone()
 
     def _write(self, folder: Path, step: int) -> None:
-        process = self.accelerator.process_index
-        Path(folder, f"random_state_{process}.json").write_text(json.dumps(random_state()), encoding="utf-8")
+        process, is_main = self.accelerator.process_index, self.accelerator.is_main_process
+        Path(folder, f"random_state_{process}.json").write_text(json.dumps(_random_state()), encoding="utf-8")
         # Gathered by all processes, written by the main one, a part at a time
-        weights = self.model.state_dict()
-        self._write_model(folder / "model", gather(self.accelerator, weights))
-        self._write_model(folder / "model_ema", gather(self.accelerator, weights | self._averages()))
-        tensors = {name: module.state_dict() for name, module in self.others.items()}
-        tensors |= {name: optimizer_tensors(optimizer, self._names()) for name, optimizer in self.optimizers.items()}
-        for name, part in tensors.items():
-            whole = gather(self.accelerator, part)
-            if self.accelerator.is_main_process:
-                save_file(whole, folder / f"{name}.safetensors")
-        if self.accelerator.is_main_process:
+        self._write_model(folder / "model", self._as_model({}))
+        self._write_model(folder / "model_ema", self._as_model(self._averages()))
+        for name, module in self.others.items():
+            self._write_tensors(folder / f"{name}.safetensors", get_model_state_dict(module, options=_WHOLE))
+        for name, optimizer in self.optimizers.items():
+            self._write_tensors(folder / f"{name}.safetensors", self._moments(optimizer))
+        if is_main:
             text = json.dumps(self._state(step), indent=2, allow_nan=False)
             Path(folder, STATE).write_text(text + "\n", encoding="utf-8")
 
-    def _write_model(self, folder: Path, weights: dict[str, torch.Tensor]) -> None:
+    def _write_model(self, folder: Path, model: ModelMixin) -> None:
+        whole = get_model_state_dict(model, options=_WHOLE)
         if self.accelerator.is_main_process:
-            with torch.device("meta"):
-                whole = type(self.model).from_config(self.model.config)
-            whole.load_state_dict(weights, assign=True)
-            whole.save_pretrained(folder)
+            model.load_state_dict(whole, assign=True)
+            model.save_pretrained(folder)
+
+    def _as_model(self, weights: dict[str, Tensor]) -> ModelMixin:
+        """A model of these weights, not of copies, and for the others of those of the trained model."""
+        with torch.device("meta"):
+            model = type(self.model).from_config(self.model.config)
+        model.load_state_dict(self.model.state_dict() | weights, assign=True)
+        return model
+
+    def _averages(self) -> dict[str, Tensor]:
+        return dict(zip((name for name, _ in self.model.named_parameters()), self.ema.shadow_params, strict=True))
+
+    def _write_tensors(self, path: Path, tensors: dict[str, Tensor]) -> None:
+        if self.accelerator.is_main_process:
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+
+    def _moments(self, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+        if not optimizer.state:  # torch would take a step, to have a state
+            return {}
+        whole = get_optimizer_state_dict(self._trained, optimizer, options=_WHOLE).get("state", {})
+        return {f"{weight}/{key}": value for weight, state in whole.items() for key, value in state.items()}
 
     def _state(self, step: int) -> dict:
         scaler = self.accelerator.scaler
@@ -164,25 +206,17 @@ class Checkpoints:
             "step": step,
             "flags": self.flags,
             "average_steps": self.ema.optimization_step,
-            "optimizers": {name: optimizer_settings(optimizer) for name, optimizer in self.optimizers.items()},
+            "optimizers": {
+                name: [{key: value for key, value in group.items() if key != "params"} for group in groups]
+                for name, groups in ((name, optimizer.param_groups) for name, optimizer in self.optimizers.items())
+            },
             "schedule": self.lr_scheduler.state_dict(),
             "scaler": None if scaler is None else scaler.state_dict(),
-            "skipped_steps": self.accelerator.num_skipped_steps,
+            "skipped_steps": self.gate.num_skipped_steps,
             "versions": {
                 "python": platform.python_version(),
                 **{module.__name__: module.__version__ for module in (torch, diffusers, accelerate, safetensors)},
             },
-        }
-
-    def _averages(self) -> dict[str, torch.Tensor]:
-        return dict(zip((name for name, _ in self.model.named_parameters()), self.ema.shadow_params, strict=True))
-
-    def _names(self) -> dict[torch.Tensor, str]:
-        modules = {"model": self.model, **self.others}
-        return {
-            parameter: f"{module_name}.{name}"
-            for module_name, module in modules.items()
-            for name, parameter in module.named_parameters()
         }
 
     # -----------------------------------------------------------------------------------------------------------------
@@ -198,28 +232,54 @@ class Checkpoints:
         if checkpoint is None:
             return 0
         state = read_json(checkpoint / STATE)
-        _refuse_changes(f"checkpoint {checkpoint} is of another run", state["flags"], self.flags)
-        loaded = type(self.model).from_pretrained(checkpoint / "model")
-        configs = (json.loads(model.to_json_string()) for model in (loaded, self.model))  # no tuples in JSON
+        _refuse_changes(f"{checkpoint} is of another run", state["flags"], self.flags)
+        stored = type(self.model).from_pretrained(checkpoint / "model")
+        configs = (json.loads(model.to_json_string()) for model in (stored, self.model))  # no tuples in JSON
         found, expected = ({k: v for k, v in config.items() if not k.startswith("_")} for config in configs)
-        _refuse_changes(f"checkpoint {checkpoint} holds another model", found, expected)
-        copy_into(self.model.state_dict(), loaded.state_dict(), f"{checkpoint}/model")
-        averages = dict(type(self.model).from_pretrained(checkpoint / "model_ema").named_parameters())
-        copy_into(self._averages(), averages, f"{checkpoint}/model_ema")
+        _refuse_changes(f"{checkpoint} holds another model", found, expected)
+        for name, optimizer in self.optimizers.items():  # first: to load it, torch takes a step of length 0
+            self._load_optimizer(optimizer, state["optimizers"][name], checkpoint / f"{name}.safetensors")
+        _load_weights(self.model, stored.state_dict(), checkpoint / "model")
+        stored = type(self.model).from_pretrained(checkpoint / "model_ema")
+        _load_weights(self._as_model(self._averages()), stored.state_dict(), checkpoint / "model_ema")
         self.ema.optimization_step = state["average_steps"]
         for name, module in self.others.items():
             path = checkpoint / f"{name}.safetensors"
-            copy_into(module.state_dict(), load_file(path), str(path))
-        for name, optimizer in self.optimizers.items():
-            path = checkpoint / f"{name}.safetensors"
-            load_optimizer(optimizer, self._names(), load_file(path), state["optimizers"][name], str(path))
+            _load_weights(module, load_file(path), path)
         self.lr_scheduler.load_state_dict(state["schedule"])
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
-        self.accelerator.num_skipped_steps = state["skipped_steps"]
-        set_random_state(read_json(checkpoint / f"random_state_{self.accelerator.process_index}.json"))
+        self.gate.num_skipped_steps = state["skipped_steps"]
+        _set_random_state(read_json(checkpoint / f"random_state_{self.accelerator.process_index}.json"))
         self.last = checkpoint
         return state["step"]
+
+    def _load_optimizer(self, optimizer: torch.optim.Optimizer, settings: list[dict], path: Path) -> None:
+        groups = optimizer.param_groups
+        if [{*stored, "params"} for stored in settings] != [set(group) for group in groups]:
+            raise ValueError(f"{path} has settings of other groups than this optimizer.")
+        names = {weight: name for name, weight in self._trained.named_parameters()}
+        weights = {names[weight]: weight for group in groups for weight in group["params"]}
+        states: dict[str, dict[str, Tensor]] = {}
+        for name, tensor in load_file(path).items():
+            weight, _, key = name.rpartition("/")
+            if weight not in weights:
+                raise ValueError(f"{path} holds `{printable(name)}`, but this optimizer has no such weight.")
+            if tensor.ndim and tensor.shape != weights[weight].shape:
+                raise ValueError(
+                    f"`{name}` of {path} has shape {tuple(tensor.shape)}, not {tuple(weights[weight].shape)}."
+                )
+            states.setdefault(weight, {})[key] = tensor
+        if states:
+            of_weights = [{"params": [names[weight] for weight in group["params"]]} for group in groups]
+            try:
+                whole = {"state": states, "param_groups": of_weights}
+                set_optimizer_state_dict(self._trained, optimizer, whole, options=_WHOLE)
+            except RuntimeError as error:
+                raise ValueError(f"{path} cannot be loaded: {error}") from error
+        for group, stored in zip(optimizer.param_groups, settings):
+            # JSON knows no tuples
+            group.update({key: tuple(v) if isinstance(v, list) else v for key, v in stored.items()})
 
     def averaged_model(self) -> ModelMixin:
         """The average of the last checkpoint as a model of its own, in eval mode, on the device of this process."""
@@ -233,63 +293,92 @@ def found_checkpoints(folder: Path) -> list[Path]:
     return [path for _, path in sorted((int(match[1]), path) for match, path in matches if match)]
 
 
-def find_checkpoint(accelerator: GatedAccelerator, args: argparse.Namespace) -> Path | None:
-    """The checkpoint that --resume_from_checkpoint names, verified; None without the flag. All processes call it.
+def find_checkpoint(
+    accelerator: Accelerator, output_dir: str | Path, resume_from_checkpoint: str | Path | None
+) -> Path | None:
+    """The checkpoint that a run goes on from, verified; None if it starts anew. All processes call it.
 
-    "latest" is the one of the highest step that is whole; a warning names those that are not.
+    Args:
+        accelerator: the Accelerator.
+        output_dir: the folder of the run.
+        resume_from_checkpoint: path of a checkpoint, or "latest": that of the highest step in `output_dir` that is
+            whole; a warning names those that are not. None to start anew.
 
     Raises:
-        ValueError: the path is no checkpoint or a damaged one, or `latest` finds none.
+        ValueError: the path is no checkpoint or a damaged one, or "latest" finds none.
     """
-    found, error = None, None
-    if accelerator.is_main_process:
-        try:
-            found = _find(args)
-        except ValueError as caught:
-            error = str(caught)
-    found, error = broadcast_object_list([found, error])
-    if error is not None:
-        raise ValueError(error)
-    return found
-
-
-def _find(args: argparse.Namespace) -> Path | None:
-    if args.resume_from_checkpoint is None:
+    if resume_from_checkpoint is None:
         return None
-    if args.resume_from_checkpoint != "latest":
-        path = Path(args.resume_from_checkpoint)
-        if _CHECKPOINT.fullmatch(path.name) is None or not path.is_dir():
-            raise ValueError(f"--resume_from_checkpoint {path} is not a folder named checkpoint-<step>.")
-        _verify(path)
-        return path
+    if resume_from_checkpoint == "latest":
+        return on_main_process(accelerator, lambda: _latest(Path(output_dir)))
+    return on_main_process(accelerator, lambda: _verified(Path(resume_from_checkpoint)))
+
+
+def _latest(output_dir: Path) -> Path:
     damaged = []
-    for path in reversed(found_checkpoints(Path(args.output_dir))):
+    for path in reversed(found_checkpoints(output_dir)):
         try:
-            _verify(path)
+            return _verified(path)
         except ValueError as error:
             damaged.append(str(error))
             warnings.warn(f"checkpoint {path} is skipped: {error}", stacklevel=3)
-        else:
-            return path
-    raise ValueError(
-        f"--resume_from_checkpoint latest: no checkpoint in {args.output_dir}"
-        + (f" is whole: {' '.join(damaged)}" if damaged else ".")
-    )
+    problem = f" is whole: {' '.join(damaged)}" if damaged else "."
+    raise ValueError(f"`resume_from_checkpoint` is 'latest', but no checkpoint in {output_dir}{problem}")
 
 
-def _verify(checkpoint: Path) -> None:
+def _verified(checkpoint: Path) -> Path:
+    if _CHECKPOINT.fullmatch(checkpoint.name) is None or not checkpoint.is_dir():
+        raise ValueError(f"`resume_from_checkpoint` must be a folder named checkpoint-<step>, got {checkpoint}.")
     verify(checkpoint)
     step = read_json(checkpoint / STATE).get("step")
     if checkpoint.name != f"checkpoint-{step}":
         raise ValueError(f"{checkpoint} holds the state after step {step}: it was renamed or mixed up.")
+    return checkpoint
 
 
 def _refuse_changes(what: str, found: dict, expected: dict) -> None:
-    changed = {
-        key: (found.get(key), expected.get(key))
-        for key in sorted(found.keys() | expected.keys())
-        if found.get(key) != expected.get(key)
-    }
+    changed = differences(found, expected)
     if changed:
-        listed = "; ".join(f"{key}: found {old!r}, now {new!r}" for key, (old, new) in changed.items())
-        raise ValueError(f"{what}: {listed}.")
+        raise ValueError(f"{what}: {'; '.join(changed)}.")
+
+
+def _load_weights(module: nn.Module, weights: dict[str, Tensor], source: Path) -> None:
+    missing = sorted(module.state_dict().keys() - weights.keys())
+    if missing:  # torch would leave them as they are
+        raise ValueError(f"{source} lacks {len(missing)} tensors, such as `{missing[0]}`.")
+    try:
+        set_model_state_dict(module, weights, options=_WHOLE)
+    except RuntimeError as error:
+        raise ValueError(f"{source} cannot be loaded: {printable(error)}") from error
+
+
+def _random_state() -> dict[str, Any]:
+    """The states of the generators of Python, NumPy and torch in this process, as JSON values."""
+    version, numbers, gauss = random.getstate()
+    _, keys, position, has_gauss, cached = np.random.get_state()
+    state = {
+        "python": [version, list(numbers), gauss],
+        "numpy": [keys.tolist(), position, has_gauss, cached],
+        "torch": _to_text(torch.get_rng_state()),
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = _to_text(torch.cuda.get_rng_state())
+    return state
+
+
+def _set_random_state(state: dict[str, Any]) -> None:
+    version, numbers, gauss = state["python"]
+    random.setstate((version, tuple(numbers), gauss))
+    keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state(("MT19937", np.array(keys, np.uint32), position, has_gauss, cached))
+    torch.set_rng_state(_from_text(state["torch"]))
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(_from_text(state["cuda"]))
+
+
+def _to_text(state: Tensor) -> str:
+    return base64.b64encode(state.numpy().tobytes()).decode()
+
+
+def _from_text(text: str) -> Tensor:
+    return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)

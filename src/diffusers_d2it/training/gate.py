@@ -3,85 +3,83 @@
 
 import logging
 import math
-from collections.abc import Iterable
 
 import torch
 from accelerate import Accelerator
 
+from ..words import listed
+
 
 logger = logging.getLogger(__name__)
 
-_NUM_NAMED = 3  # weights named in a message
+_NUM_NAMED = 3  # weights in a message
 
 
-class GatedAccelerator(Accelerator):
-    """An Accelerator that lets no update through whose loss or gradient is NaN or infinite.
+class FiniteGate:
+    """Tells whether an update may be made; all processes are told alike, because the gradient of all is judged.
 
-    The gate stands in `clip_grad_norm_`, so a training loop needs no line for it: it raises there, before the
-    optimizer has changed anything, or takes the gradients away, and the optimizer, which finds none, leaves its
-    weights and moments as they are. All processes decide alike, because the gradient of all is judged.
+        accelerator.backward(gate.watch(loss))
+        if accelerator.sync_gradients:
+            norm = accelerator.clip_grad_norm_(model.parameters(), max_grad_norm)
+            if gate.lets_through(norm):
+                optimizer.step()
+                ema.step(model.parameters())
+            optimizer.zero_grad()
 
-    Under float16 the loss is scaled so that its gradients are just finite, and the scaler lowers the scale whenever
-    they are not: that is no fault as long as there is a scale to lower.
+    Under float16 the loss is scaled so that its gradients are just finite, and the scale is lowered whenever they are
+    not: that is no fault as long as there is a scale to lower.
 
     Args:
-        max_skipped_steps: how many updates may be held back; with the next one the run stops.
-        kwargs: of `Accelerator`.
+        accelerator: the Accelerator, which has prepared the models.
+        skip_nonfinite_steps: how many updates may be left out; with the next one the run stops.
+
+    Raises:
+        ValueError: `skip_nonfinite_steps` is negative.
     """
 
-    def __init__(self, *, max_skipped_steps: int = 0, **kwargs):
-        super().__init__(**kwargs)
-        self.max_skipped_steps = max_skipped_steps
+    def __init__(self, accelerator: Accelerator, skip_nonfinite_steps: int = 0):
+        if skip_nonfinite_steps < 0:
+            raise ValueError(f"`skip_nonfinite_steps` must be at least 0, got {skip_nonfinite_steps}.")
+        self.accelerator = accelerator
+        self.skip_nonfinite_steps = skip_nonfinite_steps
         self.num_skipped_steps = 0
-        self.gradient_norm = math.nan  # of the last update, before it was clipped
         self._losses: list[torch.Tensor] = []
-        self._held_back = False
 
-    def backward(self, loss: torch.Tensor, **kwargs) -> None:
-        """Gradients of a loss; of one that is not finite they are NaN, in every process."""
+    def watch(self, loss: torch.Tensor) -> torch.Tensor:
+        """The loss, scalar; the gradients of one that is not finite become NaN, in every process."""
         self._losses.append(loss.detach())
-        super().backward(loss * torch.where(loss.detach().isfinite(), 1.0, math.nan), **kwargs)
+        return loss * torch.where(loss.detach().isfinite(), 1.0, math.nan)
 
-    def clip_grad_norm_(
-        self, parameters: Iterable[torch.nn.Parameter], max_norm: float, norm_type: float = 2
-    ) -> float:
-        """Clip gradients, and return the norm that they had.
+    def lets_through(self, norm: torch.Tensor | float) -> bool:
+        """Whether the gradients of an update are finite.
+
+        Args:
+            norm: of all gradients, from `Accelerator.clip_grad_norm_`.
 
         Raises:
-            FloatingPointError: the norm is not finite, and as many updates as may be have been held back before.
+            FloatingPointError: they are not, and as many updates as may be have been left out before.
         """
-        parameters = list(parameters)
-        self.gradient_norm = float(super().clip_grad_norm_(parameters, max_norm, norm_type))
         losses, self._losses = self._losses, []
-        if math.isfinite(self.gradient_norm):
-            return self.gradient_norm
-        self._held_back = True
-        if self.scaler is None or self.scaler.get_scale() < 1:
-            self._count(f"the loss is {_join(losses)}, the gradient's norm {self.gradient_norm}", parameters)
-        for parameter in parameters:
-            parameter.grad = None
-        return self.gradient_norm
+        if math.isfinite(norm):
+            return True
+        scaler = self.accelerator.scaler
+        if scaler is None or scaler.get_scale() < 1:
+            values = ", ".join(f"{loss.item():g}" for loss in losses)
+            self._count(f"the loss is {values}, the gradient's norm {float(norm)}")
+        if scaler is not None:
+            scaler.update()  # which has seen these gradients: it lowers the scale
+        return False
 
-    def take_held_back(self) -> bool:
-        """Whether an update was held back since the last call."""
-        held_back, self._held_back = self._held_back, False
-        return held_back
-
-    def _count(self, what: str, parameters: list[torch.nn.Parameter]) -> None:
-        names = {parameter: name for model in self._models for name, parameter in model.named_parameters()}
-        bad = [p for p in parameters if p.grad is not None and not p.grad.isfinite().all()]
-        named = ", ".join(names.get(parameter, "a weight without a name") for parameter in bad[:_NUM_NAMED])
-        what = f"{what}: not finite are the gradients of {len(bad)} of {len(parameters)} weights, such as {named}"
+    def _count(self, what: str) -> None:
+        weights = [named for model in self.accelerator._models for named in model.named_parameters()]
+        gradients = {name: weight.grad for name, weight in weights if weight.grad is not None}
+        bad = [name for name, gradient in gradients.items() if not gradient.isfinite().all()]
+        what += f": not finite are the gradients of {len(bad)} of {len(gradients)} weights, {listed(bad, _NUM_NAMED)}"
         self.num_skipped_steps += 1
-        if self.num_skipped_steps > self.max_skipped_steps:
+        if self.num_skipped_steps > self.skip_nonfinite_steps:
             raise FloatingPointError(
-                f"{what}. The update was not made, no checkpoint was written after it"
-                + (f", and {self.max_skipped_steps} have been skipped before." if self.max_skipped_steps else ".")
-                + " --skip_nonfinite_steps N goes on without N such updates."
+                f"{what}. The update was not made, no checkpoint was written after it, and"
+                f" {self.skip_nonfinite_steps} were left out before, as many as `skip_nonfinite_steps` allows."
             )
-        if self.is_main_process:
-            logger.warning("%s. Skipped: %d of at most %d.", what, self.num_skipped_steps, self.max_skipped_steps)
-
-
-def _join(losses: list[torch.Tensor]) -> str:
-    return ", ".join(f"{loss.item():g}" for loss in losses)
+        if self.accelerator.is_main_process:
+            logger.warning("%s. Left out: %d of %d.", what, self.num_skipped_steps, self.skip_nonfinite_steps)

@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
-"""What is measured over a data set: the entropy of its regions, the scale of its latents."""
+"""What is measured: over a data set the entropy of its regions and the scale of its latents, in a batch its grains."""
 
 from collections.abc import Iterable
 from itertools import islice
@@ -13,7 +13,7 @@ from ..data.bad_images import BadImages
 from ..data.images import to_pixels
 from ..data.loaders import usable_images
 from ..data.source import ImageSource
-from ..grains import grain_map_to_cells, split
+from ..grains import cells_per_region, fine_share, grain_map_to_cells, split
 from ..models.autoencoder_kl_dynamic import DynamicAutoencoderKL
 
 
@@ -86,3 +86,38 @@ def measure_latents(
     for grain, (count, total, square) in enumerate(moments):
         statistics[f"latent_std_grain_{grain}"] = (square / count - (total / count) ** 2).sqrt().item()
     return statistics
+
+
+def grain_signals(
+    vae: DynamicAutoencoderKL,
+    grain_map: torch.Tensor,
+    fine_ratio: float | None = None,
+    latents: torch.Tensor | None = None,
+) -> dict[str, torch.Tensor]:
+    """Early signs of something wrong with the grains of a batch.
+
+    Args:
+        vae: the autoencoder that the maps are of.
+        grain_map: (B, h, w) int64.
+        fine_ratio: what `vae.thresholds` was asked for.
+        latents: (B, C, hR, wR) of this map.
+
+    Returns:
+        "fine_share" of the regions; "fine_drift", how far that is from the ratio asked for: if it stays away from 0,
+        these are not the images that the thresholds were counted on. With latents "latent_std_grain_<i>", coarsest 0:
+        all cells together have about 1 once the autoencoder knows its scale. NaN where no region has that grain.
+    """
+    if fine_ratio is None:
+        fine_ratio = vae.grain_ratios[-1]
+    share = fine_share(grain_map, vae.num_grains).mean()
+    signals = {"fine_share": share, "fine_drift": share - fine_ratio}
+    if latents is not None:
+        latents = latents.detach().float()
+        grain_of_cell = grain_map_to_cells(grain_map, cells_per_region(latents, grain_map))
+        for grain in range(vae.num_grains):
+            of_grain = (grain_of_cell == grain).float().unsqueeze(1)
+            num_values = of_grain.sum() * latents.shape[1]
+            mean = (latents * of_grain).sum() / num_values
+            variance = ((latents - mean).square() * of_grain).sum() / num_values
+            signals[f"latent_std_grain_{grain}"] = variance.sqrt()
+    return signals

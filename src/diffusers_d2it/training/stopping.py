@@ -30,12 +30,9 @@ class StopSignals:
     """Notes SIGTERM, SIGINT and SIGUSR1 while a training loop runs.
 
         stop = StopSignals(accelerator)
-        while step < max_train_steps:
-            ...
-            exit_code = stop.exit_code()
-            if exit_code:
-                checkpoints.save(step)
-                sys.exit(exit_code)
+        ...                             # an update
+        exit_code = stop.exit_code()    # not 0: save, and exit with it
+        ...
         stop.close()
 
     Args:

@@ -1,0 +1,106 @@
+# Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
+"""What the training scripts make of the flags that they share."""
+
+import argparse
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from diffusers import DiffusionPipeline
+from diffusers.optimization import get_scheduler
+from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.data import DataLoader, Dataset
+
+from diffusers_d2it import DynamicAutoencoderKL
+from diffusers_d2it.data import BadImages, load_images
+from diffusers_d2it.data.latent_cache import LatentCache
+from diffusers_d2it.data.loaders import ImageDataset, ImageStream, StreamLoader, make_dataset, make_loader
+from diffusers_d2it.hub import check_push, publish
+from diffusers_d2it.training import Run, make_accelerator
+from flags import hub_arguments, image_arguments, run_arguments
+
+
+def second_stage_data(
+    args: argparse.Namespace,
+    accelerator: Accelerator,
+    vae: DynamicAutoencoderKL,
+    bad_images: BadImages,
+    moments: bool = True,
+) -> LatentCache | ImageDataset | ImageStream:
+    """The latent cache or the images of the flags, for `make_loader`; prints what was found.
+
+    With `moments=False` entropy and labels of a cache alone are read: the grain model needs no more.
+    """
+    if args.latent_cache is None:
+        source = load_images(**image_arguments(args))
+        accelerator.print(source)
+        return make_dataset(accelerator, source, resolution=args.resolution, seed=args.seed, bad_images=bad_images)
+    cache = LatentCache(
+        args.latent_cache,
+        vae,
+        seed=args.seed,
+        resolution=args.resolution,
+        moments=moments,
+        process_index=accelerator.process_index,
+        num_processes=accelerator.num_processes,
+    )
+    classes = "no classes" if cache.id2label is None else f"{len(cache.id2label)} classes"
+    accelerator.print(f"latent cache of {cache.description}: {len(cache)} images, {classes}")
+    return cache
+
+
+def loader_of(args: argparse.Namespace, accelerator: Accelerator, data: Dataset) -> DataLoader | StreamLoader:
+    """Shuffled batches of a data set."""
+    return make_loader(accelerator, data, batch_size=args.train_batch_size, num_workers=args.dataloader_num_workers)
+
+
+def start(args: argparse.Namespace) -> Accelerator:
+    """Take the output folder, check what can be checked before anything is loaded, and seed the process."""
+    accelerator = make_accelerator(
+        args.output_dir,
+        resume_from_checkpoint=args.resume_from_checkpoint,
+        mixed_precision=args.mixed_precision,
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        report_to=args.report_to,
+    )
+    if accelerator.is_main_process:
+        check_push(**hub_arguments(args))
+    set_seed(args.seed)
+    return accelerator
+
+
+def schedule_of(args: argparse.Namespace, optimizer: torch.optim.Optimizer) -> LRScheduler:
+    """The schedule of the learning rate."""
+    return get_scheduler(
+        args.lr_scheduler,
+        optimizer,
+        num_warmup_steps=args.lr_warmup_steps,
+        num_training_steps=args.max_train_steps,
+    )
+
+
+def run_of(args: argparse.Namespace, accelerator: Accelerator, step: int) -> Run:
+    """The training from update number `step` on."""
+    return Run(
+        accelerator,
+        step,
+        seed=args.seed,
+        train_batch_size=args.train_batch_size,
+        max_train_steps=args.max_train_steps,
+        checkpointing_steps=args.checkpointing_steps,
+        validation_steps=args.validation_steps,
+        overfit_batches=args.overfit_batches,
+    )
+
+
+def publish_result(
+    args: argparse.Namespace,
+    accelerator: Accelerator,
+    pipe_or_model: DiffusionPipeline | torch.nn.Module,
+    folder: str,
+    **about: Any,
+) -> None:
+    """Write the card of what was trained into its folder, and push it if the flags say so; `about` is of `publish`."""
+    flags = hub_arguments(args) | run_arguments(args, accelerator.num_processes)
+    publish(pipe_or_model, folder, **flags, **about)

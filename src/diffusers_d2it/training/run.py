@@ -1,0 +1,241 @@
+# Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
+"""What stands around the steps of a training: folder and Accelerator, batches, log, and what is due when."""
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import (
+    DataLoaderConfiguration,
+    GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
+    LoggerType,
+    ProjectConfiguration,
+)
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+
+from ..data.loaders import StreamLoader, batches_from, step_generator
+from ..files import lock
+from ..optional import import_optional
+from ..words import listed
+from .checkpoints import found_checkpoints, is_sharded
+from .stopping import StopSignals
+
+
+_SMOKE_SHARE = 0.1  # of a run: the losses of its first and its last part are compared
+
+
+def make_accelerator(
+    output_dir: str | Path,
+    *,
+    resume_from_checkpoint: str | None = None,
+    mixed_precision: str = "no",
+    gradient_accumulation_steps: int = 1,
+    report_to: str | None = None,
+) -> Accelerator:
+    """Take the folder of a run, as long as the process lives, and make its Accelerator.
+
+    Args:
+        output_dir: the folder: empty or new, unless the run is resumed.
+        resume_from_checkpoint: what it is resumed from; None for a new run.
+        mixed_precision: "no", "bf16" or "fp16".
+        gradient_accumulation_steps: forward passes of an update.
+        report_to: a tracker known to accelerate; None or "none" for none.
+
+    Raises:
+        ValueError: `output_dir` holds something that the run is not asked to continue, or another run is working
+            there; or the package of `report_to` is missing or broken.
+    """
+    report_to = None if report_to == "none" else report_to
+    _check_output_dir(Path(output_dir), resume_from_checkpoint)
+    if report_to == "tensorboard":
+        purpose = "`report_to` tensorboard"
+        import_optional("torch.utils.tensorboard", purpose, extra="training", package="tensorboard")
+    elif report_to in LoggerType.list() and report_to != "all":
+        import_optional(report_to, f"`report_to` {report_to}")
+    accelerator = Accelerator(
+        # An update always takes as many batches, also across the end of an epoch: `Run.batches` counts on it.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(
+            num_steps=gradient_accumulation_steps, sync_with_dataloader=False
+        ),
+        mixed_precision=mixed_precision,
+        log_with=report_to,
+        project_config=ProjectConfiguration(str(output_dir), logging_dir=os.path.join(output_dir, "logs")),
+        # Without the seedable sampler a resumed epoch sees its images in another order.
+        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True),
+        step_scheduler_with_optimizer=False,
+        # The others wait while the main process draws samples, and at the end of stage 1 measures many images.
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=1))],
+    )
+    accelerator.wait_for_everyone()  # only now may a process write into the output folder that another one checks
+    if accelerator.is_main_process:
+        accelerator.output_lock = lock(output_dir)
+    accelerator.wait_for_everyone()
+    return accelerator
+
+
+def _check_output_dir(folder: Path, resume_from_checkpoint: str | None) -> None:
+    held = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    if held and resume_from_checkpoint is None:
+        remedy = "`resume_from_checkpoint` 'latest' continues it" if found_checkpoints(folder) else "remove it"
+        raise ValueError(f"`output_dir` {folder} must be empty, it holds {listed(held)}: pass another, or {remedy}.")
+
+
+class Run:
+    """A training from its first step to its last: batches, count, log, and what is due after an update.
+
+        run = Run(accelerator, step, ...)
+        for batch, generator in run.batches(loader):
+            with accelerator.accumulate(model):
+                ...                                     # losses; and where gradients are synchronised an update
+            run.note(losses)
+            if not accelerator.sync_gradients:
+                continue
+            run.end_of_step(gradient_norm=norm)
+            if run.saves:
+                checkpoints.save(run.step)
+            if run.exit_code:                           # a signal has come
+                accelerator.end_training()
+                sys.exit(run.exit_code)
+            if run.validates(model):
+                run.interruptible(draw_samples, run.sample_path)
+
+    Args:
+        accelerator: of `make_accelerator`, after `prepare`; its processes make every call alike.
+        step: updates that have been made, of a run that was resumed.
+        seed: with the number of a batch and the process it fixes everything random in it.
+        train_batch_size: images of a process in a forward pass.
+        max_train_steps: updates in total.
+        checkpointing_steps: updates between two checkpoints.
+        validation_steps: updates between two times that samples are drawn.
+        overfit_batches: smoke test: the run consists of its first so many batches, and the loss must fall; None for
+            all of them.
+
+    Raises:
+        ValueError: `overfit_batches` is less than 1.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        step: int,
+        *,
+        seed: int,
+        train_batch_size: int,
+        max_train_steps: int,
+        checkpointing_steps: int,
+        validation_steps: int,
+        overfit_batches: int | None = None,
+    ):
+        if overfit_batches is not None and overfit_batches < 1:
+            raise ValueError(f"`overfit_batches` must be at least 1, got {overfit_batches}.")
+        self.accelerator = accelerator
+        self.step = step
+        self.seed = seed
+        self.train_batch_size = train_batch_size
+        self.max_train_steps = max_train_steps
+        self.checkpointing_steps = checkpointing_steps
+        self.validation_steps = validation_steps
+        self.overfit_batches = overfit_batches
+        self.exit_code = 0  # of a process that was asked to stop: not 0 once it was
+        self._stop = StopSignals(accelerator)
+        self._progress = tqdm(total=max_train_steps, initial=step, disable=not accelerator.is_main_process)
+        self._losses: dict[int, float] = {}
+        self._noted: list[dict[str, torch.Tensor]] = []
+        self._last_time = time.perf_counter()
+
+    def batches(self, loader: DataLoader | StreamLoader) -> Iterator[tuple[dict[str, Any], torch.Generator]]:
+        """The batches that are left, each with the generator of everything random in it.
+
+        Raises:
+            RuntimeError: at the end of a smoke test: the loss has not fallen.
+        """
+        index = self.step * self.accelerator.gradient_accumulation_steps
+        batches = batches_from(self.accelerator, loader, index, self.overfit_batches)
+        while self.step < self.max_train_steps:
+            batch = next(batches)
+            yield batch, step_generator(self.accelerator, self.seed, index)
+            index += 1
+        self._stop.close()
+        if self.overfit_batches:
+            self.accelerator.print(compare_ends(self._losses, self.max_train_steps))
+
+    def note(self, scalars: dict[str, torch.Tensor]) -> None:
+        """Keep what is to be logged of a forward pass, "loss" among it, without waiting for it."""
+        self._noted.append({name: value.detach().float() for name, value in scalars.items()})
+
+    def end_of_step(self, **scalars: torch.Tensor | float) -> dict[str, float]:
+        """Count an update, log it and ask whether the run is to stop.
+
+        Args:
+            scalars: what is logged beside what was noted, which is logged as means over forward passes and processes.
+
+        Returns:
+            What was logged; "images_per_second", of all processes, among it.
+        """
+        self.step += 1
+        names = list(self._noted[0])
+        stacked = torch.stack([torch.stack([noted[name] for name in names]) for noted in self._noted])
+        values = dict(zip(names, self.accelerator.reduce(stacked.mean(dim=0), "mean").tolist()))
+        values |= {name: float(value) for name, value in scalars.items()}
+        now = time.perf_counter()
+        num_images = len(self._noted) * self.train_batch_size * self.accelerator.num_processes
+        values["images_per_second"] = num_images / (now - self._last_time)
+        self._last_time = now
+        self._noted.clear()
+        if self.overfit_batches:
+            self._losses[self.step] = values["loss"]
+        self._progress.update()
+        self._progress.set_postfix(loss=f"{values['loss']:.4f}")
+        self.accelerator.log(values, step=self.step)
+        self.exit_code = self._stop.exit_code()
+        return values
+
+    @property
+    def saves(self) -> bool:
+        """Whether a checkpoint is due: after every `checkpointing_steps` updates, the last, and before a stop."""
+        return self.exit_code != 0 or self._is_due(self.checkpointing_steps)
+
+    def validates(self, model: torch.nn.Module) -> bool:
+        """Whether this process draws samples of a model now: the main one, unless the weights are sharded."""
+        return self.accelerator.is_main_process and self._is_due(self.validation_steps) and not is_sharded(model)
+
+    def interruptible(self, function: Callable, *args: Any) -> Any:
+        """`function(*args)`, or None if a signal ended it: for what takes long and changes nothing of the run."""
+        return self._stop.interruptible(function, *args)
+
+    @property
+    def sample_path(self) -> str:
+        """The picture of the samples after this step."""
+        return os.path.join(self.accelerator.project_dir, "samples", f"step-{self.step:07d}.png")
+
+    def _is_due(self, every: int) -> bool:
+        return self.step % every == 0 or self.step == self.max_train_steps
+
+
+def compare_ends(losses: dict[int, float], max_train_steps: int) -> str:
+    """The losses at the beginning and the end of a run, in words.
+
+    Args:
+        losses: by the number of the update, counted from 1.
+        max_train_steps: length of the run.
+
+    Raises:
+        RuntimeError: the loss has not fallen.
+    """
+    length = max(1, round(_SMOKE_SHARE * max_train_steps))
+    first = [loss for step, loss in losses.items() if step <= length]
+    last = [loss for step, loss in losses.items() if step > max_train_steps - length]
+    if not (first and last):
+        return "smoke test: resumed in the middle, nothing to compare"
+    before, after = sum(first) / len(first), sum(last) / len(last)
+    text = f"smoke test: loss {before:.4f} in the first {len(first)} updates, {after:.4f} in the last"
+    if not after < before:
+        raise RuntimeError(f"{text}: it has not fallen on batches that repeat, something does not learn.")
+    return text

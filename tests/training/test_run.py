@@ -1,0 +1,124 @@
+# Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
+"""What stands around the steps: the folder of a run, what its logs say, the smoke test, what a batch draws."""
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch.utils.data import DataLoader
+
+from diffusers_d2it.grains import grain_map_from_entropy, tie
+from diffusers_d2it.training import Run, draw_fine_ratio, grain_signals, load_autoencoder, make_accelerator
+
+
+class Numbers(torch.utils.data.Dataset):
+    """0 to 7."""
+
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return {"x": torch.tensor(float(index))}
+
+    def set_epoch(self, epoch: int) -> None:
+        pass
+
+
+def make_run(accelerator: Accelerator, **changed) -> Run:
+    flags = {"seed": 0, "train_batch_size": 4, "max_train_steps": 3, "checkpointing_steps": 2, "validation_steps": 4}
+    return Run(accelerator, changed.pop("step", 0), **(flags | changed))
+
+
+def test_losses_are_means_over_the_forward_passes_of_an_update_and_what_is_due_is_told():
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+    run, model = make_run(accelerator), torch.nn.Linear(1, 1)
+    passes, seeds, due = 0, set(), []
+    for batch, generator in run.batches(accelerator.prepare(DataLoader(Numbers(), 4))):
+        assert batch["x"].shape == (4,)
+        seeds.add(generator.initial_seed())
+        passes += 1
+        run.note({"loss": torch.tensor(float(passes), requires_grad=True), "kl": torch.tensor(2.0 * passes)})
+        if passes % 2:
+            continue
+        values = run.end_of_step(gradient_norm=torch.tensor(7.0))
+        assert (values["loss"], values["kl"], values["gradient_norm"]) == (passes - 0.5, 2 * passes - 1, 7)
+        assert values.keys() == {"loss", "kl", "gradient_norm", "images_per_second"}
+        assert values["images_per_second"] > 0
+        due.append((run.saves, run.validates(model), run.exit_code))
+    assert (passes, run.step, len(seeds)) == (6, 3, 6)
+    assert due == [(False, False, 0), (True, False, 0), (True, True, 0)]
+    rest = make_run(accelerator, step=2).batches(accelerator.prepare(DataLoader(Numbers(), 4)))
+    assert next(rest)[1].initial_seed() in seeds  # the fifth batch
+
+
+@pytest.mark.parametrize("step, falls", [(0, True), (0, False), (5, True)])
+def test_a_smoke_test_compares_the_first_and_the_last_updates(step, falls, capsys):
+    accelerator = Accelerator(cpu=True)
+    run = make_run(accelerator, step=step, max_train_steps=20, overfit_batches=2)
+
+    def train() -> None:
+        seen = set()
+        for batch, _ in run.batches(accelerator.prepare(DataLoader(Numbers(), 2))):
+            seen.add(tuple(batch["x"].tolist()))
+            run.note({"loss": torch.tensor(1 / (run.step + 1) if falls else 1.0)})
+            run.end_of_step()
+        assert len(seen) == 2
+
+    if not falls:
+        with pytest.raises(RuntimeError, match="1.0000.*2.*1.0000"):
+            train()
+        return
+    train()
+    printed = capsys.readouterr().out
+    assert "resumed" in printed if step else "0.7500" in printed and "0.0513" in printed
+
+
+def test_numbers_that_are_too_small_are_named():
+    with pytest.raises(ValueError, match="`overfit_batches`.*0"):
+        make_run(Accelerator(cpu=True), overfit_batches=0)
+
+
+def test_a_folder_with_anything_in_it_is_refused_with_the_way_out(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="`output_dir`.*notes.txt.*remove"):
+        make_accelerator(tmp_path)
+    (tmp_path / "checkpoint-3").mkdir()
+    with pytest.raises(ValueError, match="`resume_from_checkpoint` 'latest'"):
+        make_accelerator(tmp_path)
+    make_accelerator(tmp_path, resume_from_checkpoint="latest").output_lock.close()
+    make_accelerator(tmp_path / "new").output_lock.close()
+    assert (tmp_path / "new").is_dir()
+
+
+def test_signals_tell_the_share_its_drift_and_the_scale_of_each_grain(make_vae, photos):
+    vae = make_vae()
+    grain_map = grain_map_from_entropy(vae.region_entropy(photos), vae.thresholds(0.3))
+    latents = tie(torch.randn(8, 4, 16, 16, generator=torch.Generator().manual_seed(0)), grain_map)
+    fine = grain_map.repeat_interleave(2, 1).repeat_interleave(2, 2)[:, None].expand_as(latents) == 1
+    latents = torch.where(fine, 3 * latents, latents + 5)
+    signals = grain_signals(vae, grain_map, 0.3, latents)
+    share = (grain_map == 1).float().mean().item()
+    assert signals["fine_share"] == pytest.approx(share) and signals["fine_drift"] == pytest.approx(
+        share - 0.3, abs=1e-6
+    )
+    assert signals["latent_std_grain_1"].item() == pytest.approx(latents[fine].std(correction=0).item(), rel=1e-4)
+    assert signals["latent_std_grain_0"].item() == pytest.approx(latents[~fine].std(correction=0).item(), rel=1e-4)
+    assert grain_signals(vae, grain_map)["fine_drift"] == pytest.approx(share - vae.config.grain_ratios[-1], abs=1e-6)
+
+
+def test_fine_ratio_of_a_batch():
+    generator = torch.Generator().manual_seed(0)
+    assert draw_fine_ratio(None, generator) is None
+    assert draw_fine_ratio([0.4], generator) == 0.4
+    draws = [draw_fine_ratio([0.2, 0.6], generator) for _ in range(1000)]
+    assert 0.2 <= min(draws) < 0.21 and 0.59 < max(draws) <= 0.6
+    assert sum(draws) / 1000 == pytest.approx(0.4, abs=0.02)
+
+
+@pytest.mark.parametrize(
+    "vae, resolution, problem",
+    [("run", 32, "`vae`.*run/vae"), ("no/where/vae", 32, "`vae`.*no/where"), ("run/vae", 60, "8.*60")],
+)
+def test_an_autoencoder_that_is_not_there_or_does_not_suit_is_named(make_vae, tmp_path, vae, resolution, problem):
+    make_vae().save_pretrained(tmp_path / "run" / "vae")
+    with pytest.raises(ValueError, match=problem):
+        load_autoencoder(str(tmp_path / vae), resolution)
