@@ -255,6 +255,7 @@ class D2iTPipeline(StrictPipeline):
                 f"`callback_on_step_end_tensor_inputs` must be among {self._callback_tensor_inputs}, got"
                 f" {sorted(unknown)}."
             )
+        batch_size = num_labels * num_images_per_prompt
         generators = generator if isinstance(generator, list) else [generator] * batch_size
         if len(generators) != batch_size or not all(isinstance(g, torch.Generator | None) for g in generators):
             raise ValueError(
@@ -306,6 +307,10 @@ class D2iTPipeline(StrictPipeline):
         # Power-cosine schedule of MDT (Gao et al., arXiv:2303.14389): from 1 at pure noise to the full scale.
         return 1 + (self._guidance_scale - 1) * (1 - math.cos(math.pi * progress**power)) / 2
 
+    def _prepare_guided(self, layout: GrainLayout) -> GrainLayout:
+        """The layout of a map twice: for the passes with a label and those without."""
+        return self.transformer.prepare_grain_map(torch.cat([layout.grain_map, layout.grain_map]))
+
     def _predict(
         self,
         model_input: torch.Tensor,
@@ -319,7 +324,7 @@ class D2iTPipeline(StrictPipeline):
         Args:
             model_input: what the network reads, tied, (B, C, h * R, w * R).
             timestep: scalar, on the device.
-            layouts: False: of the map; True: of the map twice, which is made when it is first needed.
+            layouts: False: of the map; True: of `_prepare_guided`.
             class_ids: (B,), or None for an unconditional model.
             scale: of classifier-free guidance.
 
@@ -331,8 +336,8 @@ class D2iTPipeline(StrictPipeline):
             # What caches of diffusers hold is of the other pass, of a step long past, or of a failed call
             self.transformer._reset_stateful_cache()
             self._cached_pass = guided
-        if guided not in layouts:
-            layouts[True] = self.transformer.prepare_grain_map(torch.cat([layouts[False].grain_map] * 2))
+        if guided not in layouts:  # a callback has changed the scale
+            layouts[guided] = self._prepare_guided(layouts[False])
         if guided:
             model_input = torch.cat([model_input, model_input])  # (2 * B, C, h * R, w * R)
             class_ids = torch.cat([class_ids, torch.full_like(class_ids, self.transformer.config.num_classes)])
@@ -450,14 +455,17 @@ class D2iTPipeline(StrictPipeline):
         latents = steps.prior(latents.to(device))  # (B, C, h * R, w * R)
 
         # 4. Denoise
-        layouts, self._cached_pass = {False: layout}, None
         self._num_timesteps = len(steps.timesteps)
+        layouts, self._cached_pass = {False: layout}, None
+        progresses = [i / self._num_timesteps for i in range(self._num_timesteps)]
+        if any(self._guidance_at(progress, guidance_interval, guidance_power) != 1.0 for progress in progresses):
+            layouts[True] = self._prepare_guided(layout)
         with self.progress_bar(total=self._num_timesteps) as progress_bar:
             for i, t in enumerate(steps.timesteps):
                 if self.interrupt:
                     break
                 self._current_timestep = t
-                scale = self._guidance_at(i / self._num_timesteps, guidance_interval, guidance_power)
+                scale = self._guidance_at(progresses[i], guidance_interval, guidance_power)
                 model_input, timestep = steps.model_input(latents, t)
                 prediction = self._predict(model_input, timestep, layouts, ids, scale)  # (B, O, h * R, w * R)
                 latents = steps.step(prediction.to(latents.dtype), t, latents)
