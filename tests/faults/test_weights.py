@@ -218,12 +218,17 @@ def test_two_tensors_that_change_places_are_noticed_under_a_seal(model, tmp_path
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_shards_and_their_index_must_agree(model, folder, fault):
-    count = fault("shards, or their index, changed")
+@pytest.fixture
+def index(model, folder) -> dict:
+    """The index of the model, saved anew in shards, without a manifest."""
     (folder / WEIGHTS).unlink()
     model.save_pretrained(folder, max_shard_size="8KB")
     (folder / "manifest.json").unlink()
-    index = json.loads((folder / INDEX).read_text())
+    return json.loads((folder / INDEX).read_text())
+
+
+def test_shards_and_their_index_must_agree(model, folder, index, fault):
+    count = fault("shards, or their index, changed")
     places = index["weight_map"]
     shards = sorted(set(places.values()))
     assert len(shards) > 2 and problem_of(attempt(partial(load, folder)), model) is None
@@ -254,13 +259,10 @@ def test_shards_and_their_index_must_agree(model, folder, fault):
     assert problem_of(attempt(partial(load, folder)), model) is None
 
 
-def test_a_tensor_in_two_shards_is_refused(model, folder, fault):
+def test_a_tensor_in_two_shards_is_refused(folder, index, fault):
     """Which of the two counts would be chance."""
     count = fault("tensor in two shards")
-    (folder / WEIGHTS).unlink()
-    model.save_pretrained(folder, max_shard_size="8KB")
-    (folder / "manifest.json").unlink()
-    places = json.loads((folder / INDEX).read_text())["weight_map"]
+    places = index["weight_map"]
     name, shard = next(iter(places.items()))
     other = next(place for place in places.values() if place != shard)
     zeros = torch.zeros_like(load_file(folder / shard)[name])

@@ -151,17 +151,6 @@ def test_the_average_of_diffusers_can_be_saved_and_loaded(make_grain_model, tmp_
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_a_saved_model_is_sealed_and_what_lies_beside_it_stays(make_grain_model, tmp_path):
-    model = make_grain_model()
-    (tmp_path / "README.md").write_text("a card")
-    model.save_pretrained(tmp_path)
-    verify(tmp_path)
-    assert names_in(tmp_path) == ["README.md", "config.json", WEIGHTS, "manifest.json"]
-    assert (tmp_path / "README.md").read_text() == "a card"
-    mode = (tmp_path / "README.md").stat().st_mode
-    assert all(path.stat().st_mode == mode for path in tmp_path.iterdir())
-
-
 def test_variants_lie_beside_one_another(make_grain_model, tmp_path):
     full, half = make_grain_model(), make_grain_model(seed=5).half()
     full.save_pretrained(tmp_path)

@@ -178,7 +178,7 @@ class DynamicAutoencoderKL(StrictModelMixin, AttentionMixin, AutoencoderMixin, C
             border of the image, because that convolution pads with zeros.
 
     Raises:
-        ValueError: a value is out of its range (`config_ranges.AUTOENCODER`), factors, widths or ratios contradict one
+        ValueError: a value is out of its range (`configs.LIMITS`), factors, widths or ratios contradict one
             another, or the calibration was counted for another region size.
     """
 

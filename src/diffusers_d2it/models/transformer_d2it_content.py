@@ -160,7 +160,7 @@ class D2iTContentModel(StrictModelMixin, AttentionMixin, CacheMixin, SafeAdapter
             (its `downscale_freq_shift`), for weights that were trained or are to be used as there.
 
     Raises:
-        ValueError: a value is out of its range (`config_ranges.CONTENT_MODEL`), or contradicts another.
+        ValueError: a value is out of its range (`configs.LIMITS`), or contradicts another.
     """
 
     _check_together = staticmethod(check_content_model)

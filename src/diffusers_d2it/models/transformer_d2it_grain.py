@@ -65,7 +65,7 @@ class D2iTGrainModel(StrictModelMixin, AttentionMixin, CacheMixin, SafeAdapterMi
         fine_ratio_condition: accept the share of fine regions as a condition.
 
     Raises:
-        ValueError: a value is out of its range (`config_ranges.GRAIN_MODEL`).
+        ValueError: a value is out of its range (`configs.LIMITS`).
     """
 
     _check_together = staticmethod(check_grain_model)

@@ -4,7 +4,7 @@
 import inspect
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -114,7 +114,7 @@ class StrictPipeline(WithoutOrigin, DiffusionPipeline):
         return super().download(pretrained_model_name, **kwargs | hub | {"use_safetensors": True})
 
     @classmethod
-    def _check_folder(cls, folder: Path, given: Mapping) -> None:
+    def _check_folder(cls, folder: Path, given: Collection[str]) -> None:
         """Check the files of a pipeline but those of its models, which check their own, and components `given`."""
         records = sealed_files(folder)
         check_sealed([folder / INDEX], records)
