@@ -14,8 +14,7 @@ from pathlib import Path
 
 import torch
 
-from diffusers_d2it.conversion import convert_autoencoder_kl
-from diffusers_d2it.conversion.transfer import save_converted
+from diffusers_d2it.conversion import convert_autoencoder_kl, save_converted
 
 
 def parse_args() -> argparse.Namespace:

@@ -14,8 +14,7 @@ from pathlib import Path
 
 import torch
 
-from diffusers_d2it.conversion import convert_diffusers_dit, convert_dit_checkpoint
-from diffusers_d2it.conversion.transfer import save_converted
+from diffusers_d2it.conversion import convert_diffusers_dit, convert_dit_checkpoint, save_converted
 
 
 def parse_args() -> argparse.Namespace:

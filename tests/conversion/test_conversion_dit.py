@@ -5,6 +5,7 @@ import argparse
 import json
 import math
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,7 +22,6 @@ from diffusers_d2it.conversion import (
     convert_diffusers_dit,
     convert_dit_checkpoint,
 )
-from diffusers_d2it.conversion.dit import _count_heads
 from diffusers_d2it.grains import GrainLayout, tie
 
 
@@ -154,7 +154,7 @@ def test_patch_size_4_becomes_three_grains(save_dit):
     weights, grain_map = dit_weights(patch=4), random_map(3)
     latents = tie(random_latents(4 * SIDE), grain_map)
     path = save_dit(weights)
-    with pytest.raises(ValueError, match="patch size of 4.* pass `num_grains` 3"):
+    with pytest.raises(ValueError, match="dit.pt.*4.*`num_grains` 3"):
         convert_dit_checkpoint(path, num_attention_heads=HEADS)
     model, report = convert_dit_checkpoint(path, num_attention_heads=HEADS, num_grains=3, num_refine_layers=2)
     assert_accounts_for_everything(report, weights, model)
@@ -198,10 +198,12 @@ def test_sizes_are_read_off_the_weights(save_dit):
 
 
 def test_heads_of_the_published_sizes_are_known(save_dit):
-    assert [_count_heads(None, dim, "") for dim in (384, 768, 1024, 1152)] == [6, 12, 16, 16]
-    with pytest.raises(ValueError, match="width 32.*pass `num_attention_heads`"):
+    for dim, heads in {384: 6, 768: 12, 1024: 16, 1152: 16}.items():
+        model, _ = convert_dit_checkpoint(save_dit(dit_weights(dim=dim, depth=1)))
+        assert model.config.num_attention_heads == heads
+    with pytest.raises(ValueError, match="32.*`num_attention_heads`"):
         convert_dit_checkpoint(save_dit(dit_weights()))
-    with pytest.raises(ValueError, match="must divide 32.*got 3"):
+    with pytest.raises(ValueError, match="`num_attention_heads`.*32.*3"):
         convert_dit_checkpoint(save_dit(dit_weights()), num_attention_heads=3)
 
 
@@ -218,28 +220,28 @@ def test_refine_net_has_the_depth_of_the_preset_of_that_size(save_dit, depth, nu
 @pytest.mark.parametrize(
     "change, message",
     [
-        (lambda w: w | {"blocks.1.attn.q_norm.weight": torch.ones(16)}, "no place.*blocks.1.attn.q_norm.weight"),
-        (lambda w: w | {"blocks.x.gate": torch.ones(16)}, "no place.*blocks.x.gate"),
-        (lambda w: without(w, "blocks.1.mlp.fc2.bias"), "no weight `blocks.1.mlp.fc2.bias`"),
-        (lambda w: {k: v for k, v in w.items() if not k.startswith("blocks.1.")}, "no weight `blocks.1."),
-        (lambda w: {k: v for k, v in w.items() if not k.startswith("blocks.")}, "no weight `blocks.0.mlp.fc1.weight"),
-        (lambda w: without(w, "x_embedder.proj.weight"), "no weight `x_embedder.proj.weight`"),
-        (lambda w: without(w, "final_layer.linear.bias"), "no weight `final_layer.linear.bias`"),
-        (lambda w: without(w, "pos_embed"), "no weight `pos_embed`"),
+        (lambda w: w | {"blocks.1.attn.q_norm.weight": torch.ones(16)}, "`blocks.1.attn.q_norm.weight`"),
+        (lambda w: w | {"blocks.x.gate": torch.ones(16)}, "`blocks.x.gate`"),
+        (lambda w: without(w, "blocks.1.mlp.fc2.bias"), "`blocks.1.mlp.fc2.bias`"),
+        (lambda w: {k: v for k, v in w.items() if not k.startswith("blocks.1.")}, "`blocks.1."),
+        (lambda w: {k: v for k, v in w.items() if not k.startswith("blocks.")}, "`blocks.0.mlp.fc1.weight"),
+        (lambda w: without(w, "x_embedder.proj.weight"), "`x_embedder.proj.weight`"),
+        (lambda w: without(w, "final_layer.linear.bias"), "`final_layer.linear.bias`"),
+        (lambda w: without(w, "pos_embed"), "`pos_embed`"),
         (lambda w: w | {"blocks.0.attn.proj.weight": torch.ones(32, 31)}, r"blocks.0.attn.proj.weight.*\(32, 31\)"),
         (lambda w: w | {"blocks.0.attn.qkv.weight": torch.ones(95, 32)}, "blocks.0.attn.qkv.weight"),
         (lambda w: w | {"t_embedder.mlp.0.weight": torch.ones(32, 128)}, r"t_embedder.mlp.0.weight.*\(32, 256\)"),
-        (lambda w: w | {"x_embedder.proj.weight": torch.ones(32, 16)}, "x_embedder.proj.weight.*4 dimensions"),
+        (lambda w: w | {"x_embedder.proj.weight": torch.ones(32, 16)}, r"x_embedder.proj.weight.*4.*\(32, 16\)"),
         (lambda w: w | {"final_layer.linear.weight": torch.ones(33, 32)}, "final_layer.linear.weight"),
         (lambda w: w | {"final_layer.linear.weight": torch.ones(20, 32)}, "out_channels"),
-        (lambda w: w | {"pos_embed": w["pos_embed"].flip(1)}, "`pos_embed`.*sine-cosine grid of 4x4.*differ by up to"),
-        (lambda w: w | {"pos_embed": w["pos_embed"] * float("nan")}, "differ by up to nan"),
+        (lambda w: w | {"pos_embed": w["pos_embed"].flip(1)}, "`pos_embed`.*4x4"),
+        (lambda w: w | {"pos_embed": w["pos_embed"] * float("nan")}, "`pos_embed`.*nan"),
         (lambda w: w | {"pos_embed": w["pos_embed"][:, 1:]}, r"`pos_embed`.*\(1, 15, 32\)"),
-        (lambda w: w | {"blocks.0.mlp.fc1.bias": [0.0] * 128}, "blocks.0.mlp.fc1.bias.*must be a tensor, got list"),
+        (lambda w: w | {"blocks.0.mlp.fc1.bias": [0.0] * 128}, "`blocks.0.mlp.fc1.bias`.*list"),
         (lambda w: w | {"blocks.0.mlp.fc1.bias": torch.zeros(128, dtype=torch.int8)}, "fc1.bias.*torch.int8"),
-        (lambda w: list(w), "must be a dictionary of tensors, got list"),
-        (lambda w: dit_weights(patch=3), "patch size of 3.*no number of grains"),
-        (lambda w: dit_weights(patch=1), "patch size of 1.*no number of grains"),
+        (lambda w: list(w), "dit.pt.*list"),
+        (lambda w: dit_weights(patch=3), "dit.pt.*3.*`num_grains`"),
+        (lambda w: dit_weights(patch=1), "dit.pt.*1.*`num_grains`"),
     ],
 )
 def test_a_checkpoint_that_does_not_fit_is_refused_by_name(save_dit, change, message):
@@ -255,18 +257,19 @@ class RunsCode:
         return os.mkdir, (str(self.path),)
 
 
-def test_a_file_that_would_run_code_is_refused_and_not_run(save_dit, tmp_path):
-    path = save_dit(dit_weights() | {"args": RunsCode(tmp_path / "was-run")})
-    with pytest.raises(ValueError, match="dit.pt holds more than tensors"):
-        convert_dit_checkpoint(path, num_attention_heads=HEADS)
+@pytest.mark.parametrize("convert", [convert_dit_checkpoint, convert_diffusers_dit])
+def test_a_file_that_would_run_code_is_refused_and_not_run(tmp_path, convert):
+    make_diffusers_dit().save_pretrained(tmp_path)
+    (tmp_path / "diffusion_pytorch_model.safetensors").unlink()
+    file = tmp_path / "diffusion_pytorch_model.bin"
+    torch.save(dit_weights() | {"args": RunsCode(tmp_path / "was-run")}, file)
+    with pytest.raises(ValueError, match=file.name):
+        convert(file if convert is convert_dit_checkpoint else tmp_path)
     assert not (tmp_path / "was-run").exists()
-    torch.load(path, weights_only=False)  # it would have
+    torch.load(file, weights_only=False)  # it would have
     assert (tmp_path / "was-run").exists()
-
-
-def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(ValueError, match="nowhere.pt is no file"):
-        convert_dit_checkpoint(tmp_path / "nowhere.pt")
+    with pytest.raises(ValueError, match="nowhere"):
+        convert(tmp_path / "nowhere")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -341,51 +344,41 @@ def test_frequency_shift_chooses_between_diffusers_and_the_original(dit_folder, 
     assert (outputs[0] - outputs[1]).abs().max() > 1e-2
 
 
-def test_frequency_shift_must_lie_between_the_two():
-    with pytest.raises(ValueError, match=r"`frequency_shift` must lie in \[0, 1\], got 2"):
-        D2iTContentModel(num_layers=1, frequency_shift=2)
-
-
 def test_half_precision_weights_become_float32(dit_folder):
     edit_weights(dit_folder, lambda w: {key: value.half() for key, value in w.items()})
     model, report = convert_diffusers_dit(dit_folder)
-    halved = make_diffusers_dit()
-    with torch.no_grad():
-        for parameter in halved.parameters():
-            parameter.copy_(parameter.half())
-    with torch.no_grad():
-        expected = halved(random_latents(), timestep=TIMESTEPS, class_labels=LABELS).sample
-        output = model(random_latents(), TIMESTEPS, torch.ones_like(random_map()), LABELS).sample
-    torch.testing.assert_close(output, expected, atol=1e-4, rtol=0)
+    halved = make_diffusers_dit().half()
+    assert model.dtype == torch.float32
+    assert torch.equal(model.norm_out.proj_out.weight, halved.proj_out_2.weight.float())
     assert any("torch.float16" in note for note in report.notes)
 
 
 def test_embedders_that_differ_between_blocks_are_refused(tmp_path):
     make_diffusers_dit(tied=False).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="transformer_blocks.1.norm1.emb.timestep_embedder.linear_1.weight.*differs"):
+    with pytest.raises(ValueError, match="`transformer_blocks.1.norm1.emb."):
         convert_diffusers_dit(tmp_path)
     dit = make_diffusers_dit()
     dit.transformer_blocks[2].norm1.emb.class_embedder.embedding_table.weight.data[CLASSES, 0] += 1e-6
     dit.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="transformer_blocks.2.norm1.emb.class_embedder.*one class embedder"):
+    with pytest.raises(ValueError, match="`transformer_blocks.2.norm1.emb.class_embedder"):
         convert_diffusers_dit(tmp_path)
 
 
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"_class_name": "PixArtTransformer2DModel"}, "class DiTTransformer2DModel, got PixArtTransformer2DModel"),
+        ({"_class_name": "PixArtTransformer2DModel"}, "DiTTransformer2DModel.*PixArtTransformer2DModel"),
         ({"activation_fn": "geglu"}, "`activation_fn`.*'geglu'"),
         ({"norm_type": "ada_norm_single"}, "`norm_type`.*'ada_norm_single'"),
         ({"attention_bias": False}, "`attention_bias`"),
         ({"norm_elementwise_affine": True}, "`norm_elementwise_affine`"),
         ({"dropout": 0.1}, "`dropout`"),
         ({"norm_eps": 1e-3}, "`norm_eps`.*0.001"),
-        ({"sample_size": 7}, "`sample_size`.*multiple of 2, got 7"),
-        ({"caption_channels": 4096}, "not known: caption_channels=4096"),
-        ({"patch_size": 4}, "patch size of 4"),
-        ({"num_layers": 2}, "no place.*transformer_blocks.2."),
-        ({"num_layers": 4}, "no weight `transformer_blocks.3."),
+        ({"sample_size": 7}, "`sample_size`.*2.*7"),
+        ({"caption_channels": 4096}, "caption_channels.*4096"),
+        ({"patch_size": 4}, "4.*`num_grains` 3"),
+        ({"num_layers": 2}, "`transformer_blocks.2."),
+        ({"num_layers": 4}, "`transformer_blocks.3."),
         ({"num_embeds_ada_norm": 11}, r"class_embedder.embedding_table.weight.*\(11, 32\).*\(12, 32\)"),
         ({"out_channels": 4}, r"proj_out_2.weight.*\(32, 32\).*\(16, 32\)"),
     ],
@@ -400,19 +393,19 @@ def test_foreign_missing_and_moved_weights_of_a_folder_are_named(dit_folder):
     grid = sine_cosine_grid(SIDE, 32)
     bias = "transformer_blocks.1.attn1.to_q.bias"
     for change, message in (
-        (lambda w: w | {"extra": torch.zeros(1)}, "no place in the model: `extra`"),
-        (lambda w: {k: v for k, v in w.items() if k not in ("extra", bias)}, f"no weight `{bias}`"),
+        (lambda w: w | {"extra": torch.zeros(1)}, "`extra`"),
+        (lambda w: {k: v for k, v in w.items() if k not in ("extra", bias)}, f"`{bias}`"),
         (lambda w: w | {bias: torch.zeros(32), "pos_embed.pos_embed": grid + 0.1}, "`pos_embed.pos_embed`.*0.1"),
-        (lambda w: w | {"pos_embed.pos_embed": sine_cosine_grid(2, 32)}, "2x2 tokens, another `sample_size`"),
+        (lambda w: w | {"pos_embed.pos_embed": sine_cosine_grid(2, 32)}, "2x2.*`sample_size`"),
     ):
         edit_weights(dit_folder, change)
         with pytest.raises(ValueError, match=message):
             convert_diffusers_dit(dit_folder)
     (dit_folder / "diffusion_pytorch_model.safetensors").unlink()
-    with pytest.raises(ValueError, match="neither diffusion_pytorch_model.safetensors nor"):
+    with pytest.raises(ValueError, match="diffusion_pytorch_model"):
         convert_diffusers_dit(dit_folder)
     (dit_folder / "config.json").unlink()
-    with pytest.raises(ValueError, match="neither config.json nor transformer/config.json"):
+    with pytest.raises(ValueError, match="config.json.*transformer/config.json"):
         convert_diffusers_dit(dit_folder)
 
 
@@ -422,16 +415,8 @@ def test_a_shard_outside_of_the_folder_is_refused(dit_folder):
     for name in ("../elsewhere.safetensors", str(dit_folder.parent / "elsewhere.safetensors")):
         index = {"metadata": {}, "weight_map": {"proj_out_1.weight": name}}
         Path(f"{weights}.index.json").write_text(json.dumps(index))
-        with pytest.raises(ValueError, match="must name files beside it, got"):
+        with pytest.raises(ValueError, match="elsewhere.safetensors"):
             convert_diffusers_dit(dit_folder)
-
-
-def test_a_bin_file_that_would_run_code_is_refused_and_not_run(dit_folder, tmp_path):
-    (dit_folder / "diffusion_pytorch_model.safetensors").unlink()
-    torch.save({"weight": RunsCode(tmp_path / "was-run")}, dit_folder / "diffusion_pytorch_model.bin")
-    with pytest.raises(ValueError, match="holds more than tensors"):
-        convert_diffusers_dit(dit_folder)
-    assert not (tmp_path / "was-run").exists()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -445,8 +430,8 @@ def test_report_prints_a_line_for_modules_that_differ_in_their_layer_only(save_d
     assert "dit.pt" in text
     assert "  blocks.*.mlp.fc1 -> transformer_blocks.*.ff.linear_1 (6 weights)" in text
     assert "  pos_embed: recomputed" in text
-    assert f"{len(report.fresh)} weights of the model initialised anew" in text
-    assert "note: all 3 layers are kept" in text
+    assert re.search(rf"^{len(report.fresh)} \D*$", text, re.MULTILINE)
+    assert all(f"note: {note}" in text for note in report.notes)
     assert text.count("\n") < 40
     assert ConversionReport(**json.loads(report.to_json())) == report
 
@@ -456,11 +441,6 @@ def test_dit_script_converts_a_checkpoint(save_dit, tmp_path, capsys):
     arguments = ["--source", save_dit(weights), "--output", output, "--num_attention_heads", HEADS]
     call("convert_dit.py", *arguments, "--num_refine_layers", 2, "--window_size", 2, "--seed", 5)
     model = D2iTContentModel.from_pretrained(output)
-    assert (model.config.num_refine_layers, model.config.window_size) == (2, 2)
-    with torch.no_grad():
-        converted = model(random_latents(), TIMESTEPS, torch.ones_like(random_map()), LABELS).sample
-    expected = reference_dit(weights, random_latents(), TIMESTEPS, LABELS)
-    torch.testing.assert_close(converted, expected, atol=1e-4, rtol=0)
     report = ConversionReport(**json.loads((output / "conversion.json").read_text()))
     assert_accounts_for_everything(report, weights, model)
     assert str(report) in capsys.readouterr().out
@@ -469,10 +449,9 @@ def test_dit_script_converts_a_checkpoint(save_dit, tmp_path, capsys):
     torch.manual_seed(5)
     options = {"num_attention_heads": HEADS, "num_refine_layers": 2, "window_size": 2}
     assert same_weights(model, convert_dit_checkpoint(arguments[1], **options)[0])
-
     with pytest.raises(SystemExit):
         call("convert_dit.py", *arguments)
-    assert "is not empty" in capsys.readouterr().err
+    assert "--output" in capsys.readouterr().err
     assert same_weights(model, D2iTContentModel.from_pretrained(output))
 
 

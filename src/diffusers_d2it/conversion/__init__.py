@@ -14,7 +14,13 @@ in the `ConversionReport`: a weight that has no place, or that is missing, is an
 
 from .autoencoder_kl import convert_autoencoder_kl
 from .dit import convert_diffusers_dit, convert_dit_checkpoint
-from .transfer import ConversionReport
+from .transfer import ConversionReport, save_converted
 
 
-__all__ = ["ConversionReport", "convert_autoencoder_kl", "convert_diffusers_dit", "convert_dit_checkpoint"]
+__all__ = [
+    "ConversionReport",
+    "convert_autoencoder_kl",
+    "convert_diffusers_dit",
+    "convert_dit_checkpoint",
+    "save_converted",
+]

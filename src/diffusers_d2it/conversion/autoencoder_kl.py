@@ -2,6 +2,8 @@
 """The AutoencoderKL of latent diffusion to DynamicAutoencoderKL: one more level, one more head."""
 
 import re
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -11,11 +13,11 @@ from torch import nn
 from ..models.autoencoder_kl_dynamic import DynamicAutoencoderKL
 from ..presets import load_preset
 from .files import check_config, read_folder
-from .transfer import ConversionReport, Transfer
+from .transfer import ConversionReport, transfer
 
 
 # What diffusers called these layers until 2023, and many public files still do
-_OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+_OLD_ATTENTION = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
 _KEPT_OPTIONS = (
     "in_channels",
     "out_channels",
@@ -57,15 +59,25 @@ def convert_autoencoder_kl(
     """
     config, weights, source = read_folder(Path(folder), "vae", ("AutoencoderKL",), AutoencoderKL)
     widths = list(config["block_out_channels"])
-    _check_config(config, len(widths), source)
-    transfer = Transfer(weights, source)
-    notes = transfer.report.notes
+    check_config(
+        config,
+        source,
+        in_channels=3,
+        down_block_types=["DownEncoderBlock2D"] * len(widths),
+        up_block_types=["UpDecoderBlock2D"] * len(widths),
+        act_fn="silu",
+        latents_mean=None,
+        latents_std=None,
+    )
+    if not isinstance(config["sample_size"], int):
+        raise ValueError(f"`sample_size` of {source} must be one number, got {config['sample_size']}.")
+    report = ConversionReport(source)
     factor = 2 ** (len(widths) - 1)
     if calibration is None and 2 * factor == 16:
         calibration = load_preset("dvae-f8f16")["calibration"]
-        notes.append(f"calibration of the preset dvae-f8f16, counted on {calibration['source']}")
+        report.notes.append(f"calibration of the preset dvae-f8f16, counted on {calibration['source']}")
     elif calibration is None:
-        notes.append("no calibration: run examples/calibrate_dvae.py")
+        report.notes.append("no calibration: run examples/calibrate_dvae.py")
 
     model = DynamicAutoencoderKL(
         **{option: config[option] for option in _KEPT_OPTIONS},
@@ -74,70 +86,56 @@ def convert_autoencoder_kl(
         decoder_block_out_channels=widths,
         calibration=calibration,
     )
-    transfer.into(model)
-    heads = (f"f{factor}", f"f{2 * factor}")
-    for key, value in weights.items():
-        for target in _targets(key, heads):
-            if target in transfer.target:  # if not, it stays unaccounted for and `finish` names it
-                transfer.put(target, value, key)
-    _put_moments(transfer, heads, config["use_quant_conv"])
+    _transfer(weights, model, config["use_quant_conv"], report)
 
-    level = len(widths)
-    _start_as_mean(model.encoder.downsamplers[heads[0]].conv)
-    for resnet in model.encoder.down_blocks[level].resnets:
+    _start_as_mean(model.encoder.downsamplers[f"f{factor}"].conv)
+    for resnet in model.encoder.down_blocks[len(widths)].resnets:
         nn.init.zeros_(resnet.conv2.weight)
         nn.init.zeros_(resnet.conv2.bias)
-    notes.append(
-        f"the coarse head {heads[1]} starts as the fine head {heads[0]} on features averaged over 2x2; scaling_factor"
-        f" {model.config.scaling_factor} and shift_factor {model.config.shift_factor} were measured on fine codes"
+    report.notes.append(
+        f"the coarse head f{2 * factor} starts as the fine head f{factor} on features averaged over 2x2;"
+        f" scaling_factor {model.config.scaling_factor} and shift_factor {model.config.shift_factor} were measured on"
+        " fine codes"
     )
-    return model, transfer.finish(fresh=(f"encoder.downsamplers.{heads[0]}.", f"encoder.down_blocks.{level}."))
+    return model, report
 
 
-def _check_config(config: dict, num_levels: int, source: str) -> None:
-    check_config(
-        config,
-        source,
-        in_channels=3,
-        down_block_types=["DownEncoderBlock2D"] * num_levels,
-        up_block_types=["UpDecoderBlock2D"] * num_levels,
-        act_fn="silu",
-        latents_mean=None,
-        latents_std=None,
-    )
-    if not isinstance(config["sample_size"], int):
-        raise ValueError(f"`sample_size` of {source} must be one number, got {config['sample_size']}.")
+def _transfer(
+    weights: dict[str, torch.Tensor], model: DynamicAutoencoderKL, use_quant_conv: bool, report: ConversionReport
+) -> None:
+    """Fill a model: both heads from the one of the source, the last level not at all."""
+    level = len(model.config.block_out_channels) - 1
+    fresh = (f"encoder.downsamplers.f{model.config.downsample_factors[0]}.", f"encoder.down_blocks.{level}.")
+
+    def origin(target: str) -> tuple[list[str], Callable | None]:
+        if target.startswith(fresh):
+            return [], None
+        key = re.sub(r"^(encoder\.(?:mid_block|conv_norm_out|conv_out))s\.f\d+\.", r"\1.", target)
+        if use_quant_conv and key == "encoder.conv_out.weight":
+            return [key, "quant_conv.weight"], partial(_fold_weight, source=report.source)
+        if use_quant_conv and key == "encoder.conv_out.bias":
+            return [key, "quant_conv.weight", "quant_conv.bias"], _fold_bias
+        if key not in weights:
+            layer = re.search(r"(?<=attentions\.0\.)(to_[qkv]|to_out\.0)(?=\.)", key)
+            old = key.replace(layer[0], _OLD_ATTENTION[layer[0]]) if layer else key
+            key = old if old in weights else key
+        return [key], None
+
+    transfer(weights, model, origin, report)
 
 
-def _targets(key: str, heads: tuple[str, str]) -> list[str]:
-    """Where a weight goes as it is: that of a head goes to both."""
-    layers = "|".join(_OLD_ATTENTION)
-    name = re.sub(rf"(?<=attentions\.0\.)({layers})(?=\.)", lambda match: _OLD_ATTENTION[match[1]], key)
-    for module in ("mid_block", "conv_norm_out"):
-        prefix = f"encoder.{module}."
-        if name.startswith(prefix):
-            return [f"encoder.{module}s.{head}.{name.removeprefix(prefix)}" for head in heads]
-    return [name]
-
-
-def _put_moments(transfer: Transfer, heads: tuple[str, str], use_quant_conv: bool) -> None:
+def _fold_weight(weight: torch.Tensor, mix: torch.Tensor, source: str) -> torch.Tensor:
     """The last convolution of the encoder and the one after it are one: both linear, and 1x1 reads no neighbours."""
-    weights, biases = ["encoder.conv_out.weight"], ["encoder.conv_out.bias"]
-    weight, bias = transfer.take(weights[0], ndim=4), transfer.take(biases[0], ndim=1)
-    if use_quant_conv:
-        weights, biases = [*weights, "quant_conv.weight"], [*biases, "quant_conv.weight", "quant_conv.bias"]
-        mix = transfer.take("quant_conv.weight", ndim=4)
-        if mix.shape != (len(weight), len(weight), 1, 1) or len(weight) != len(bias):
-            raise ValueError(
-                f"`quant_conv.weight` of {transfer.source} must have shape {(len(bias), len(bias), 1, 1)}, as"
-                f" `encoder.conv_out` has {len(weight)} channels, got {tuple(mix.shape)}."
-            )
-        mix = mix[..., 0, 0].double()
-        weight = torch.einsum("om, mixy -> oixy", mix, weight.double())
-        bias = mix @ bias.double() + transfer.take("quant_conv.bias", ndim=1).double()
-    for head in heads:
-        transfer.put(f"encoder.conv_outs.{head}.weight", weight, *weights)
-        transfer.put(f"encoder.conv_outs.{head}.bias", bias, *biases)
+    if weight.ndim != 4 or mix.shape != (len(weight), len(weight), 1, 1):
+        raise ValueError(
+            f"`quant_conv.weight` of {source} must have shape {(len(weight), len(weight), 1, 1)}, as"
+            f" `encoder.conv_out.weight` has shape {tuple(weight.shape)}, got {tuple(mix.shape)}."
+        )
+    return torch.einsum("om, mixy -> oixy", mix[..., 0, 0].double(), weight.double())
+
+
+def _fold_bias(bias: torch.Tensor, mix: torch.Tensor, mix_bias: torch.Tensor) -> torch.Tensor:
+    return mix[..., 0, 0].double() @ bias.double() + mix_bias.double()
 
 
 def _start_as_mean(conv: nn.Conv2d) -> None:

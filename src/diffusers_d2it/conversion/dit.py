@@ -3,6 +3,7 @@
 
 import math
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -11,42 +12,39 @@ from diffusers import DiTTransformer2DModel
 from ..models.layers import sincos_positions
 from ..models.transformer_d2it_content import D2iTContentModel
 from .files import check_config, read_checkpoint, read_folder
-from .transfer import ConversionReport, Transfer
+from .transfer import ConversionReport, take, transfer
 
 
 _HEAD_WIDTHS = {384: 64, 768: 64, 1024: 64, 1152: 72}  # DiT-S, B, L, XL: the width of a head is not in the weights
 _LARGEST_NORM_EPS = 1e-5  # of diffusers' DiT; ours is the 1e-6 of the original
 _FRESH = ("grain_embed.", "refine_nets.")
 
-# Name in the source -> name in D2iTContentModel; modules with a weight and a bias
-_ORIGINAL_MODULES = {
-    "t_embedder.mlp.0": "time_embed.mlp.linear_1",
-    "t_embedder.mlp.2": "time_embed.mlp.linear_2",
-    "final_layer.adaLN_modulation.1": "norm_out.adaln",
-    "final_layer.linear": "norm_out.proj_out",
+# Parts of the names in D2iTContentModel -> in the source; what is not here is called the same
+_ORIGINAL = {
+    "patch_embed": "x_embedder.proj",
+    "time_embed.mlp.linear_1": "t_embedder.mlp.0",
+    "time_embed.mlp.linear_2": "t_embedder.mlp.2",
+    "label_embed": "y_embedder.embedding_table",
+    "transformer_blocks": "blocks",
+    "attn.to_out.0": "attn.proj",
+    "attn.to_q": "attn.qkv",  # a third each of one Linear
+    "attn.to_k": "attn.qkv",
+    "attn.to_v": "attn.qkv",
+    "ff.linear_": "mlp.fc",
+    "adaln": "adaLN_modulation.1",
+    "norm_out.proj_out": "final_layer.linear",
+    "norm_out": "final_layer",
 }
-_ORIGINAL_BLOCK = {
-    "attn.proj": "attn.to_out.0",
-    "mlp.fc1": "ff.linear_1",
-    "mlp.fc2": "ff.linear_2",
-    "adaLN_modulation.1": "adaln",
-}
-_DIFFUSERS_MODULES = {"proj_out_1": "norm_out.adaln", "proj_out_2": "norm_out.proj_out"}
-_DIFFUSERS_BLOCK = {
-    "norm1.linear": "adaln",
-    "attn1.to_q": "attn.to_q",
-    "attn1.to_k": "attn.to_k",
-    "attn1.to_v": "attn.to_v",
-    "attn1.to_out.0": "attn.to_out.0",
-    "ff.net.0.proj": "ff.linear_1",
-    "ff.net.2": "ff.linear_2",
-}
-_DIFFUSERS_EMBEDDERS = {  # weights below norm1.emb of every block
-    "timestep_embedder.linear_1.weight": "time_embed.mlp.linear_1.weight",
-    "timestep_embedder.linear_1.bias": "time_embed.mlp.linear_1.bias",
-    "timestep_embedder.linear_2.weight": "time_embed.mlp.linear_2.weight",
-    "timestep_embedder.linear_2.bias": "time_embed.mlp.linear_2.bias",
-    "class_embedder.embedding_table.weight": "label_embed.weight",
+_DIFFUSERS = {
+    "patch_embed": "pos_embed.proj",
+    "time_embed.mlp": "transformer_blocks.0.norm1.emb.timestep_embedder",
+    "label_embed": "transformer_blocks.0.norm1.emb.class_embedder.embedding_table",
+    ".attn.": ".attn1.",
+    "ff.linear_1": "ff.net.0.proj",
+    "ff.linear_2": "ff.net.2",
+    "norm_out.adaln": "proj_out_1",
+    "norm_out.proj_out": "proj_out_2",
+    ".adaln": ".norm1.linear",
 }
 
 
@@ -81,40 +79,19 @@ def convert_dit_checkpoint(
             not known.
     """
     weights, source = read_checkpoint(Path(path))
-    transfer = Transfer(weights, source)
-    dim, in_channels, patch_size, _ = transfer.take("x_embedder.proj.weight", ndim=4).shape
-    _check_patch_size(patch_size, num_grains, source)
-    num_attention_heads = _count_heads(num_attention_heads, dim, source)
-    num_layers = len({match[1] for match in (re.match(r"blocks\.(\d+)\.", key) for key in weights) if match})
-    side = _check_positions("pos_embed", transfer.take("pos_embed", ndim=3), dim, source)
-
-    model = D2iTContentModel(
-        sample_size=side * patch_size,
-        in_channels=in_channels,
-        out_channels=len(transfer.take("final_layer.linear.weight", ndim=2)) // patch_size**2,
-        num_grains=num_grains,
-        num_layers=num_layers,
-        num_refine_layers=_count_refine_layers(num_refine_layers, num_layers),
-        num_attention_heads=num_attention_heads,
-        attention_head_dim=dim // num_attention_heads,
-        mlp_ratio=len(transfer.take("blocks.0.mlp.fc1.weight", ndim=2)) / dim,
-        num_classes=len(transfer.take("y_embedder.embedding_table.weight", ndim=2)) - 1,
-        window_size=window_size,
-    )
-    transfer.into(model)
-    _put_patch_embed(transfer, "x_embedder.proj")
-    labels = "y_embedder.embedding_table.weight"
-    transfer.put("label_embed.weight", transfer.take(labels), labels)
-    transfer.put_modules(_ORIGINAL_MODULES)
-    for i in range(num_layers):
-        transfer.put_modules(_ORIGINAL_BLOCK, f"blocks.{i}.", f"transformer_blocks.{i}.")
-        for part in ("weight", "bias"):
-            key = f"blocks.{i}.attn.qkv.{part}"
-            for name, value in zip(("to_q", "to_k", "to_v"), transfer.take(key).chunk(3)):
-                transfer.put(f"transformer_blocks.{i}.attn.{name}.{part}", value, key)
-    transfer.skip("pos_embed", "recomputed; equal to the model's own positions")
-    _describe(transfer.report, model)
-    return model, transfer.finish(fresh=_FRESH)
+    report = ConversionReport(source)
+    dim, in_channels, patch_size, _ = take(weights, "x_embedder.proj.weight", source, ndim=4).shape
+    sizes = {
+        "in_channels": in_channels,
+        "out_channels": len(take(weights, "final_layer.linear.weight", source, ndim=2)) // patch_size**2,
+        "num_layers": len({match[1] for match in (re.match(r"blocks\.(\d+)\.", key) for key in weights) if match}),
+        "num_attention_heads": _count_heads(num_attention_heads, dim, source),
+        "mlp_ratio": len(take(weights, "blocks.0.mlp.fc1.weight", source, ndim=2)) / dim,
+        "num_classes": len(take(weights, "y_embedder.embedding_table.weight", source, ndim=2)) - 1,
+        "sample_size": _check_positions("pos_embed", weights, dim, report) * patch_size,
+    }
+    sizes |= {"attention_head_dim": dim // sizes["num_attention_heads"], "window_size": window_size}
+    return _convert(weights, _ORIGINAL, report, patch_size, num_grains, num_refine_layers, sizes)
 
 
 def convert_diffusers_dit(
@@ -150,88 +127,6 @@ def convert_diffusers_dit(
     config, weights, source = read_folder(
         Path(folder), "transformer", ("DiTTransformer2DModel", "Transformer2DModel"), DiTTransformer2DModel
     )
-    _check_diffusers_config(config, source)
-    _check_patch_size(config["patch_size"], num_grains, source)
-    transfer = Transfer(weights, source)
-    dim = config["num_attention_heads"] * config["attention_head_dim"]
-    num_layers = config["num_layers"]
-    model = D2iTContentModel(
-        sample_size=config["sample_size"],
-        in_channels=config["in_channels"],
-        out_channels=config["out_channels"],
-        num_grains=num_grains,
-        num_layers=num_layers,
-        num_refine_layers=_count_refine_layers(num_refine_layers, num_layers),
-        num_attention_heads=config["num_attention_heads"],
-        attention_head_dim=config["attention_head_dim"],
-        mlp_ratio=len(transfer.take("transformer_blocks.0.ff.net.0.proj.weight", ndim=2)) / dim,
-        num_classes=config["num_embeds_ada_norm"],
-        window_size=window_size,
-        frequency_shift=frequency_shift,
-    )
-    transfer.into(model)
-    _put_patch_embed(transfer, "pos_embed.proj")
-    transfer.put_modules(_DIFFUSERS_MODULES)
-    for i in range(num_layers):
-        transfer.put_modules(_DIFFUSERS_BLOCK, f"transformer_blocks.{i}.", f"transformer_blocks.{i}.")
-        for name, target in _DIFFUSERS_EMBEDDERS.items():
-            _put_shared(transfer, target, f"transformer_blocks.{{}}.norm1.emb.{name}", i)
-    positions = "pos_embed.pos_embed"
-    if positions in weights:  # diffusers does not store it any more
-        side = _check_positions(positions, transfer.take(positions, ndim=3), dim, source)
-        if side * config["patch_size"] != config["sample_size"]:
-            raise ValueError(f"`{positions}` of {source} has {side}x{side} tokens, another `sample_size`.")
-        transfer.skip(positions, "recomputed; equal to the model's own positions")
-    transfer.report.notes.append(
-        f"frequency_shift is {frequency_shift}: 1 is what diffusers computes, 0 what the original DiT computes"
-    )
-    if config["norm_eps"] != 1e-6:
-        transfer.report.notes.append(
-            f"the norms before the feed-forward layers had eps {config['norm_eps']} and have 1e-6, as in the original"
-            " DiT"
-        )
-    _describe(transfer.report, model)
-    return model, transfer.finish(fresh=_FRESH)
-
-
-def _put_patch_embed(transfer: Transfer, name: str) -> None:
-    """A convolution over patches is a linear map of their values in the order of `patchify`."""
-    transfer.put("patch_embed.weight", transfer.take(f"{name}.weight", ndim=4).flatten(1), f"{name}.weight")
-    transfer.put("patch_embed.bias", transfer.take(f"{name}.bias"), f"{name}.bias")
-
-
-def _put_shared(transfer: Transfer, target: str, template: str, block: int) -> None:
-    """A weight that diffusers keeps once in every block, and a D2iTContentModel once."""
-    first, key = template.format(0), template.format(block)
-    if block == 0:
-        transfer.put(target, transfer.take(key), key)
-    elif torch.equal(transfer.take(key), transfer.take(first)):
-        transfer.skip(key, "equal to that of block 0")
-    else:
-        raise ValueError(
-            f"`{key}` of {transfer.source} differs from `{first}`: a D2iTContentModel has one timestep embedder and"
-            " one class embedder for all blocks."
-        )
-
-
-def _count_heads(num_attention_heads: int | None, dim: int, source: str) -> int:
-    if num_attention_heads is None:
-        if dim not in _HEAD_WIDTHS:
-            raise ValueError(
-                f"{source} has width {dim}, none of the published sizes of DiT ({', '.join(map(str, _HEAD_WIDTHS))}):"
-                " pass `num_attention_heads`."
-            )
-        return dim // _HEAD_WIDTHS[dim]
-    if num_attention_heads < 1 or dim % num_attention_heads:
-        raise ValueError(f"`num_attention_heads` must divide {dim}, the width of {source}, got {num_attention_heads}.")
-    return num_attention_heads
-
-
-def _count_refine_layers(num_refine_layers: int | None, num_layers: int) -> int:
-    return max(1, round(num_layers / 6)) if num_refine_layers is None else num_refine_layers
-
-
-def _check_diffusers_config(config: dict, source: str) -> None:
     check_config(
         config,
         source,
@@ -247,43 +142,122 @@ def _check_diffusers_config(config: dict, source: str) -> None:
     patch_size, sample_size = config["patch_size"], config["sample_size"]
     if not isinstance(sample_size, int) or sample_size % patch_size:
         raise ValueError(f"`sample_size` of {source} must be a multiple of {patch_size}, got {sample_size}.")
-
-
-def _check_patch_size(patch_size: int, num_grains: int, source: str) -> None:
-    if patch_size == 2 ** (num_grains - 1):
-        return
-    grains = patch_size.bit_length()
-    fits = grains >= 2 and patch_size == 2 ** (grains - 1)
-    hint = f"pass `num_grains` {grains}" if fits else "no number of grains has that patch size"
-    raise ValueError(
-        f"{source} has a patch size of {patch_size}, a D2iTContentModel with `num_grains` {num_grains} has"
-        f" {2 ** (num_grains - 1)}: {hint}."
-    )
-
-
-def _check_positions(key: str, positions: torch.Tensor, dim: int, source: str) -> int:
-    """Side of the grid in tokens, if these are the positions that our model computes for it."""
-    side = math.isqrt(positions.shape[1])
-    if positions.shape != (1, side * side, dim):
-        raise ValueError(f"`{key}` of {source} must have shape (1, side ** 2, {dim}), got {tuple(positions.shape)}.")
-    expected = sincos_positions((side, side), positions.float())
-    difference = (positions[0].float() - expected).abs().max().item()
-    if not difference <= max(1e-4, torch.finfo(positions.dtype).eps):  # NaN fails it
-        raise ValueError(
-            f"`{key}` of {source} is not the sine-cosine grid of {side}x{side} tokens that a D2iTContentModel computes"
-            f" itself: they differ by up to {difference:.2g}."
-        )
-    return side
-
-
-def _describe(report: ConversionReport, model: D2iTContentModel) -> None:
-    config = model.config
+    report = ConversionReport(source)
+    dim = config["num_attention_heads"] * config["attention_head_dim"]
+    take(weights, "pos_embed.proj.weight", source, ndim=4)
+    if "pos_embed.pos_embed" in weights:  # diffusers does not store it any more
+        side = _check_positions("pos_embed.pos_embed", weights, dim, report)
+        if side * patch_size != sample_size:
+            raise ValueError(f"`pos_embed.pos_embed` of {source} has {side}x{side} tokens, another `sample_size`.")
+    _share_embedders(weights, config["num_layers"], report)
     report.notes.append(
-        f"all {config.num_layers} layers are kept, and {config.num_refine_layers} of RefineNet added for each finer"
-        " grain, where the paper replaces some (Table 4)"
+        f"frequency_shift is {frequency_shift}: 1 is what diffusers computes, 0 what the original DiT computes"
     )
-    if model.out_channels != config.in_channels:
+    if config["norm_eps"] != 1e-6:
+        report.notes.append(
+            f"the norms before the feed-forward layers had eps {config['norm_eps']} and have 1e-6, as in the original"
+            " DiT"
+        )
+    kept = ("sample_size", "in_channels", "out_channels", "num_layers", "num_attention_heads", "attention_head_dim")
+    sizes = {option: config[option] for option in kept} | {
+        "mlp_ratio": len(take(weights, "transformer_blocks.0.ff.net.0.proj.weight", source, ndim=2)) / dim,
+        "num_classes": config["num_embeds_ada_norm"],
+        "window_size": window_size,
+        "frequency_shift": frequency_shift,
+    }
+    return _convert(weights, _DIFFUSERS, report, patch_size, num_grains, num_refine_layers, sizes)
+
+
+def _convert(
+    weights: dict[str, torch.Tensor],
+    names: dict[str, str],
+    report: ConversionReport,
+    patch_size: int,
+    num_grains: int,
+    num_refine_layers: int | None,
+    sizes: dict[str, float],
+) -> tuple[D2iTContentModel, ConversionReport]:
+    """Make a model, and fill it by a table of names."""
+    if patch_size != 2 ** (num_grains - 1):
+        grains = patch_size.bit_length()
+        fits = grains >= 2 and patch_size == 2 ** (grains - 1)
+        raise ValueError(
+            f"{report.source} has a patch size of {patch_size}, a D2iTContentModel with `num_grains` {num_grains} has"
+            f" {2 ** (num_grains - 1)}: "
+            + (f"pass `num_grains` {grains}." if fits else "no number of grains has that patch size.")
+        )
+    if num_refine_layers is None:
+        num_refine_layers = max(1, round(sizes["num_layers"] / 6))
+    model = D2iTContentModel(num_grains=num_grains, num_refine_layers=num_refine_layers, **sizes)
+
+    def origin(target: str) -> tuple[list[str], Callable | None]:
+        if target.startswith(_FRESH):
+            return [], None
+        key = target
+        for ours, theirs in names.items():
+            key = key.replace(ours, theirs)
+        if target == "patch_embed.weight":  # a convolution over patches is linear in their values, as `patchify` has
+            return [key], lambda weight: weight.flatten(1)
+        if ".qkv." in key:
+            third = "qkv".index(target[target.index(".to_") + 4])
+            return [key], lambda fused: fused.tensor_split(3)[third]
+        return [key], None
+
+    transfer(weights, model, origin, report)
+    report.notes.append(
+        f"all {sizes['num_layers']} layers are kept, and {num_refine_layers} of RefineNet added for each finer grain,"
+        " where the paper replaces some (Table 4)"
+    )
+    if model.out_channels != model.config.in_channels:
         report.notes.append(
             f"{model.out_channels} output channels, noise and variance: for schedulers with variance_type"
             ' "learned_range"'
         )
+    return model, report
+
+
+def _share_embedders(weights: dict[str, torch.Tensor], num_layers: int, report: ConversionReport) -> None:
+    """diffusers keeps the embedders once in every block, and a D2iTContentModel once: they must be the same."""
+    prefix = "transformer_blocks.{}.norm1.emb."
+    embedders = [key.removeprefix(prefix.format(0)) for key in weights if key.startswith(prefix.format(0))]
+    for block in range(1, num_layers):
+        for name in embedders:
+            first, key = prefix.format(0) + name, prefix.format(block) + name
+            if not torch.equal(take(weights, key, report.source), weights[first]):
+                raise ValueError(
+                    f"`{key}` of {report.source} differs from `{first}`: a D2iTContentModel has one timestep embedder"
+                    " and one class embedder for all blocks."
+                )
+            report.unused[key] = "equal to that of block 0"
+
+
+def _count_heads(num_attention_heads: int | None, dim: int, source: str) -> int:
+    if num_attention_heads is None:
+        if dim not in _HEAD_WIDTHS:
+            raise ValueError(
+                f"{source} has width {dim}, none of the published sizes of DiT ({', '.join(map(str, _HEAD_WIDTHS))}):"
+                " pass `num_attention_heads`."
+            )
+        return dim // _HEAD_WIDTHS[dim]
+    if num_attention_heads < 1 or dim % num_attention_heads:
+        raise ValueError(f"`num_attention_heads` must divide {dim}, the width of {source}, got {num_attention_heads}.")
+    return num_attention_heads
+
+
+def _check_positions(key: str, weights: dict[str, torch.Tensor], dim: int, report: ConversionReport) -> int:
+    """Side of the grid in tokens, if these are the positions that our model computes for it."""
+    positions = take(weights, key, report.source, ndim=3)
+    side = math.isqrt(positions.shape[1])
+    if positions.shape != (1, side * side, dim):
+        raise ValueError(
+            f"`{key}` of {report.source} must have shape (1, side ** 2, {dim}), got {tuple(positions.shape)}."
+        )
+    expected = sincos_positions((side, side), positions.float())
+    difference = (positions[0].float() - expected).abs().max().item()
+    if not difference <= max(1e-4, torch.finfo(positions.dtype).eps):  # NaN fails it
+        raise ValueError(
+            f"`{key}` of {report.source} is not the sine-cosine grid of {side}x{side} tokens that a D2iTContentModel"
+            f" computes itself: they differ by up to {difference:.2g}."
+        )
+    report.unused[key] = "recomputed; equal to the model's own positions"
+    return side

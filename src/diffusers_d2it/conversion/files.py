@@ -1,18 +1,17 @@
 # Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
 """Reads the files of other libraries: tensors and settings, never code."""
 
-import argparse
 import inspect
 import pickle
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from ..files.folders import read_json
-from ..files.weights import read_header, weight_files, weight_names
+from ..files.weights import read_headers, weight_files, weight_names
 from ..words import shown
 
 
@@ -56,18 +55,20 @@ def read_folder(
     config = read_json(folder / "config.json")
     name = config.get("_class_name")
     if name not in class_names:
-        raise ValueError(f"{folder} must hold a model of class {class_names[0]}, got {name}.")
+        raise ValueError(f"{folder} must hold a model of class {class_names[0]}, got {shown(name)}.")
     source = f"{name} in {folder.name}"
     parameters = inspect.signature(cls.__init__).parameters.values()
     defaults = {parameter.name: parameter.default for parameter in parameters if parameter.name != "self"}
     for key, value in config.items():
         # Old files have options that diffusers has dropped since: one that was off changes nothing.
         if not key.startswith("_") and key not in defaults and value not in (None, False, "default"):
-            raise ValueError(f"{source} has an option that is not known: {key}={value!r}.")
-    weights: dict[str, torch.Tensor] = {}
-    for file in _weight_files(folder):
-        read = _read_safetensors if file.suffix == ".safetensors" else _unpickle
-        weights |= _check_weights(read(file), source)
+            raise ValueError(f"{source} has an option that is not known: {shown(key)} is {shown(value)}.")
+    if any((folder / file).is_file() for file in weight_names(None)):
+        read_headers(files := weight_files(folder))
+        parts = [load_file(file) for file in files if file.suffix == ".safetensors"]
+    else:
+        parts = [_unpickle(file) for file in weight_files(folder, suffix=".bin") if file.suffix == ".bin"]
+    weights = {key: value for part in parts for key, value in _check_weights(part, source).items()}
     return defaults | config, weights, source
 
 
@@ -76,28 +77,13 @@ def check_config(config: dict[str, Any], source: str, **expected: Any) -> None:
     for key, value in expected.items():
         found = list(config[key]) if isinstance(config[key], tuple) else config[key]
         if found != value:
-            raise ValueError(f"`{key}` of {source} must be {value!r} to be converted, got {found!r}.")
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    for suffix in (".safetensors", ".bin"):
-        if any((folder / name).is_file() for name in weight_names(None, suffix)):
-            return [file for file in weight_files(folder, suffix=suffix) if file.suffix == suffix]
-    raise ValueError(f"{folder} holds neither diffusion_pytorch_model.safetensors nor diffusion_pytorch_model.bin.")
-
-
-def _read_safetensors(file: Path) -> dict[str, torch.Tensor]:
-    read_header(file)
-    try:
-        return load_file(file)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{file} is damaged: {error}") from error
+            raise ValueError(f"`{key}` of {source} must be {value!r} to be converted, got {shown(found)}.")
 
 
 def _unpickle(path: Path) -> Any:
     try:
         # Training of the original DiT keeps its flags in the file: plain values in a plain class.
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals([Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(
@@ -113,6 +99,7 @@ def _check_weights(weights: Any, source: str) -> dict[str, torch.Tensor]:
     for key, value in weights.items():
         if not isinstance(key, str) or not key.isprintable():
             raise ValueError(f"{source} must name its weights in printable characters, got {shown(key)}.")
-        if not isinstance(value, torch.Tensor):
-            raise ValueError(f"`{key}` of {source} must be a tensor, got {type(value).__name__}.")
+        if not isinstance(value, torch.Tensor) or not value.is_floating_point():
+            found = value.dtype if isinstance(value, torch.Tensor) else type(value).__name__
+            raise ValueError(f"`{key}` of {source} must be a floating-point tensor, got {found}.")
     return weights
