@@ -23,6 +23,8 @@ _FREE = frozenset(
     " license train_data_dir latent_cache vae grain init_from repa_model calibration_images fid_model"
     " skip_nonfinite_steps".split()
 )
+# KID wants a subset size, and more images than a row of a report has
+REPORT_METRICS = ("fid", "sfid", "is", "precision", "recall")
 
 
 def make_parser(description: str) -> argparse.ArgumentParser:
@@ -175,8 +177,6 @@ def add_hub_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_report_arguments(parser: argparse.ArgumentParser) -> None:
     """Checkpoint, data, features and sampling: shared by the reports on a checkpoint."""
-    from diffusers_d2it.evaluation.report_inputs import METRICS  # here: training needs nothing of it
-
     group = parser.add_argument_group("checkpoint")
     group.add_argument(
         "--checkpoint", default=bundled_checkpoint(), help="folder or Hub name of a pipeline; default: the bundled one"
@@ -192,7 +192,7 @@ def add_report_arguments(parser: argparse.ArgumentParser) -> None:
         " facebook/dinov2-large, or package.module:callable that returns an nn.Module",
     )
     group.add_argument("--weights", help="with --features inception: file of its weights")
-    group.add_argument("--metrics", nargs="+", choices=METRICS, default=["fid"], help="as of evaluate.py")
+    group.add_argument("--metrics", nargs="+", choices=REPORT_METRICS, default=["fid"], help="as of evaluate.py")
     group.add_argument("--num_images", type=int, default=1000, help="samples of a row, and real images for their maps")
     group.add_argument(
         "--num_reference_images", type=int, default=5000, help="other real images, which samples are compared with"

@@ -13,27 +13,25 @@ samples are compared with. All that was measured goes into the file with its pro
 """
 
 import argparse
-import json
 import os
-from datetime import timedelta
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs
+import torch
+from report_inputs import in_words, markdown_table, prepare
 
-from diffusers_d2it.data.bad_images import BadImages
-from diffusers_d2it.evaluation import compute_exactly
-from diffusers_d2it.evaluation.grain_report import grain_diagnostics, maps_of_sources, report_text, table_5
-from diffusers_d2it.evaluation.report_inputs import (
-    check_report_arguments,
-    finite,
-    load_checkpoint,
-    load_labelled_images,
-    load_report_features,
-    sampling_of,
-    score_real_images,
+from diffusers_d2it.evaluation import (
+    MAP_SOURCES,
+    Drawing,
+    Evaluator,
+    compare,
+    grain_diagnostics,
+    map_accuracy,
+    save_report,
+    spatial_coherence,
 )
-from diffusers_d2it.files.folders import write_text_durably
+from diffusers_d2it.grains import fine_share
 from flags import add_report_arguments
 
 
@@ -47,44 +45,104 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def table_5(
+    drawing: Drawing,
+    maps: Mapping[str, torch.Tensor],
+    evaluator: Evaluator,
+    protocol: Mapping[str, Any] | None = None,
+    progress: bool = False,
+) -> list[dict]:
+    """How good images are by where their maps come from.
+
+    Args:
+        drawing: how images are drawn.
+        maps: the maps of each row, (N, h, w) int64, by the name of the row, such as those of `Drawing.maps`.
+        evaluator: metrics and reference. If the real images that the maps were taken from are among the reference, the
+            true maps are at an advantage.
+        protocol, progress: of `compare`.
+
+    Returns:
+        For each row: "map", its name; "results" of `evaluate`; "fine_share" and "coherence" of its maps; "agreement",
+        `map_accuracy` of the maps by entropy of the images that came out against the maps they were drawn with.
+
+    Raises:
+        ValueError: from `compare`.
+    """
+    num_grains, side = drawing.pipe.transformer.config.num_grains, drawing.pipe.vae.region_size
+    num_images, height, width = next(iter(maps.values())).shape
+    arguments = {source: {"grain_map": asked} for source, asked in maps.items()}
+    shape = (num_images, 3, height * side, width * side)
+    rows = compare(
+        drawing,
+        arguments,
+        evaluator,
+        shape,
+        title="samples with {} maps",
+        protocol=protocol,
+        progress=progress,
+    )
+    return [
+        {
+            "map": row.name,
+            "results": row.results,
+            "fine_share": fine_share(maps[row.name], num_grains).mean().item(),
+            "coherence": spatial_coherence(maps[row.name], num_grains)["coherence"],
+            "agreement": map_accuracy(drawing.true_maps(row.images), maps[row.name], num_grains),
+        }
+        for row in rows
+    ]
+
+
+def report_text(rows: Sequence[dict], real: Sequence[dict], diagnostics: dict) -> str:
+    """The rows of `table_5` as a Markdown table, and what `grain_diagnostics` found below it.
+
+    Args:
+        rows: of `table_5`.
+        real: results of real images in the place of samples: no map makes them better.
+        diagnostics: of `grain_diagnostics`.
+    """
+    metrics = [result["metric"] for result in real]
+    cells = [["map", *metrics, "fine share", "coherence", "map of the image", "by chance"]]
+    for row in rows:
+        figures = (row["fine_share"], row["coherence"], row["agreement"]["accuracy"], row["agreement"]["chance"])
+        cells.append([row["map"], *in_words(row["results"]), *(f"{value:.3f}" for value in figures)])
+    cells.append(["real images", *in_words(real), *[""] * 4])
+
+    share, coherence = diagnostics["fine_ratio_error"], diagnostics["coherence"]
+    accuracy, errors = diagnostics["grain_model_accuracy"], diagnostics["error_by_grain"]
+    lines = [
+        "",
+        "map of the image: share of regions whose grain, by the entropy of the image, is that of the map asked for",
+        f"fine share of an image: predicted {share['fine_share']:.3f} +- {share['std']:.3f}, true"
+        f" {share['fine_share_real']:.3f} +- {share['std_real']:.3f}, Wasserstein distance {share['wasserstein']:.3f}",
+        f"predicted maps against true ones of the same class: accuracy {diagnostics['map_accuracy']['accuracy']:.3f},"
+        f" chance {diagnostics['map_accuracy']['chance']:.3f}",
+        f"coherence: predicted {coherence['predicted']['coherence']:.3f}, true {coherence['true']['coherence']:.3f}",
+        "accuracy of the grain model on noised true maps: "
+        + ", ".join(f"t={t} {one['accuracy']:.3f} (chance {one['chance']:.3f})" for t, one in accuracy.items()),
+        "denoising error by grain, coarsest first: "
+        + ", ".join(f"t={t} {' / '.join(f'{e:.4f}' for e in grains)}" for t, grains in errors["denoising"].items()),
+        "PSNR of reconstructions by grain, dB: "
+        + " / ".join(f"{value:.2f}" for value in errors["reconstruction_psnr_db"]),
+    ]
+    return markdown_table(cells, "---") + "\n".join(lines)
+
+
 def main(args: argparse.Namespace) -> None:
-    compute_exactly()
-    check_report_arguments(args)
-    # The others wait while the main process compares features
-    accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=3))])
-    pipe, protocol = load_checkpoint(args, accelerator)
-    features = load_report_features(args, accelerator)
-    bad_images = BadImages(f"{os.path.normpath(args.output)}.bad_images.jsonl")
-    if accelerator.is_main_process:
-        bad_images.path.unlink(missing_ok=True)  # of an earlier report
-    accelerator.wait_for_everyone()
-    data = load_labelled_images(args, pipe, bad_images, accelerator)
+    report = prepare(args, Path(f"{os.path.normpath(args.output)}.bad_images.jsonl"))
+    accelerator, drawing, data = report.accelerator, report.drawing, report.data
     accelerator.print(f"{data.description}: {len(data.images)} images with their maps, {len(data.reference)} others")
 
-    sampling = sampling_of(args)
-    real = score_real_images(args, data, features, sampling, accelerator)
-    maps = maps_of_sources(pipe, data.images, data.labels, sampling, accelerator=accelerator)
-    rows = table_5(
-        pipe,
-        maps,
-        data.labels,
-        data.reference,
-        features,
-        sampling,
-        args.metrics,
-        accelerator,
-        protocol,
-        progress=True,
-    )
-    diagnostics = grain_diagnostics(pipe, data.images, data.labels, maps, sampling, accelerator=accelerator)
+    true_maps = drawing.true_maps(data.images)
+    maps = {source: drawing.maps(source, true_maps) for source in MAP_SOURCES}
+    rows = table_5(drawing, maps, report.evaluator, report.protocol, progress=True)
+    diagnostics = grain_diagnostics(drawing, data.images, maps)
     if accelerator.is_main_process:
-        protocol |= {"data": data.description, "num_images": args.num_images}
-        protocol |= sampling.describe()
-        report = {"protocol": protocol, "table_5": rows, "real_images": real, "diagnostics": diagnostics}
-        write_text_durably(Path(args.output).absolute(), json.dumps(finite(report), indent=2) + "\n")
-        print(report_text(rows, real, diagnostics))
-        if bad_images.summary():
-            print(bad_images.summary())
+        found = {"table_5": rows, "real_images": report.real, "diagnostics": diagnostics}
+        save_report(args.output, {"protocol": report.describe(), **found})
+        print(report_text(rows, report.real, diagnostics))
+        if report.bad_images.summary():
+            print(report.bad_images.summary())
         print(f"{args.output}: all of it, with the protocol")
     accelerator.end_training()
 

@@ -29,10 +29,14 @@ from diffusers_d2it import (
     D2iTPipeline,
     load_sampler,
 )
-from diffusers_d2it.evaluation.features import FeatureExtractor, ModuleFeatures, load_features
-from diffusers_d2it.evaluation.frechet import frechet_distance
-from diffusers_d2it.evaluation.grain_report import denoising_error_by_grain
-from diffusers_d2it.evaluation.map_sources import Sampling, draw_grain_maps, sample_images
+from diffusers_d2it.evaluation import (
+    Drawing,
+    FeatureExtractor,
+    ModuleFeatures,
+    denoising_error_by_grain,
+    frechet_distance,
+    load_features,
+)
 from diffusers_d2it.evaluation.statistics import FeatureStatistics
 from diffusers_d2it.grains import GrainLayout
 from diffusers_d2it.objectives import make_objective
@@ -132,9 +136,11 @@ class Scorer:
     # Samples
     # -----------------------------------------------------------------------------------------------------------------
 
-    def sampling(self, seed: int) -> Sampling:
-        """Without guidance, as in the paper's ablations."""
-        return Sampling(self.study.preset.sampling_steps, guidance_scale=1.0, batch_size=BATCH, seed=seed)
+    def drawing(self, seed: int, labels: torch.Tensor | None = None) -> Drawing:
+        """Without guidance, as in the paper's ablations; by default for the labels of the samples."""
+        labels = self.labels if labels is None else labels
+        steps = self.study.preset.sampling_steps
+        return Drawing(self.pipeline, labels, steps, guidance_scale=1.0, batch_size=BATCH, seed=seed)
 
     @cached_property
     def labels(self) -> torch.Tensor:
@@ -183,7 +189,7 @@ class Scorer:
             model = D2iTGrainModel.from_pretrained(self.study.grain_folder(fine_ratio), subfolder="grain_model")
             self.pipeline.register_modules(grain_model=model.to(self.study.device))
         true = self.true_maps(self.validation[0][self.chosen(seed)], fine_ratio)
-        return draw_grain_maps(self.pipeline, source, true, self.labels, self.sampling(seed))
+        return self.drawing(seed).maps(source, true)
 
     def load(self, arm: str, seed: int, steps: int) -> None:
         """Put the content model of a run after some steps into the pipeline."""
@@ -195,7 +201,7 @@ class Scorer:
         """Images of the loaded model, drawn for maps of a source, uint8 (N, 3, R, R)."""
         maps = self.maps(source, ARMS[arm].fine_ratio, seed)
         with nullcontext() if ARMS[arm].tied_noise else untied_sampling():
-            return sample_images(self.pipeline, maps, self.labels, self.sampling(seed))
+            return self.drawing(seed).images(maps)
 
     def noise_error(self, arm: str) -> list[float | None]:
         """Mean squared error of the loaded model's prediction on the cells of each grain, on validation images.
@@ -205,7 +211,7 @@ class Scorer:
         """
         images, labels = self.validation
         maps = self.true_maps(images, ARMS[arm].fine_ratio)
-        errors = denoising_error_by_grain(self.pipeline, images, maps, labels, self.sampling(0))
+        errors = denoising_error_by_grain(self.drawing(0, labels), images, maps)
         means = [statistics.mean(of_grain) for of_grain in zip(*errors.values())]
         return [None if math.isnan(mean) or not ARMS[arm].tied_noise else mean for mean in means]
 

@@ -12,3 +12,8 @@ def to_uint8(pixels: torch.Tensor) -> torch.Tensor:
 def from_uint8(pixels: torch.Tensor) -> torch.Tensor:
     """uint8 pixels of any shape as float32 in [-1, 1], the inverse of `to_uint8`."""
     return pixels.float() / 127.5 - 1
+
+
+def unit_to_uint8(images: torch.Tensor) -> torch.Tensor:
+    """Images in [0, 1], as a pipeline returns them, as uint8: the nearest level."""
+    return (images * 255).round().to(torch.uint8)

@@ -10,7 +10,6 @@ from diffusers_d2it.evaluation.grain_maps import (
     fine_ratio_error,
     map_accuracy,
     mean_by_grain,
-    psnr_by_grain,
     psnr_of_error,
     region_means,
     spatial_coherence,
@@ -158,31 +157,9 @@ def test_means_of_regions_and_grains_by_hand():
     assert math.isnan(mean_by_grain(per_region, grain_map, 4)[3])
 
 
-def test_psnr_by_grain_by_hand():
-    grain_map = maps([[0, 1]], [[1, 1]])
-    pixels = torch.zeros(2, 3, 4, 8)
-    reconstruction = pixels.clone()
-    reconstruction[0, :, :, :4] = 0.2  # the coarse region: 10 log10(4 / 0.04) = 20 dB
-    reconstruction[1, :, :, 4:] = 3.0  # one of three fine ones; cut off at 1: 10 log10(4 / (1 / 3))
-    coarse, fine = psnr_by_grain(pixels, reconstruction, grain_map, 2)
-    assert coarse == pytest.approx(20) and fine == pytest.approx(10 * math.log10(12))
-    assert psnr_by_grain(pixels, pixels, grain_map, 2) == [math.inf, math.inf]
-    assert psnr_of_error(4) == 0 and math.isnan(psnr_of_error(math.nan))
-
-
-def test_fine_regions_of_a_dvae_have_what_they_are_given(make_vae, load_photos):
-    # The reconstruction of grains is that of the whole image, put together again
-    vae, pixels = make_vae(), load_photos(32)
-    encoded = vae.encode(pixels)
-    with torch.no_grad():
-        reconstruction = vae.decode(encoded.latent_dist.mode()).sample
-    errors = region_means((reconstruction.clamp(-1, 1) - pixels).square(), encoded.grain_map)
-    shares = torch.bincount(encoded.grain_map.flatten(), minlength=2) / encoded.grain_map.numel()
-    means = torch.tensor(mean_by_grain(errors, encoded.grain_map, 2))
-    whole = (reconstruction.clamp(-1, 1) - pixels).square().mean().item()
-    assert (shares * means).sum().item() == pytest.approx(whole, rel=1e-5)
-    by_grain = psnr_by_grain(pixels, reconstruction, encoded.grain_map, 2)
-    assert by_grain == pytest.approx([psnr_of_error(error) for error in means.tolist()])
+def test_psnr_of_an_error():
+    assert psnr_of_error(0.04) == pytest.approx(20)
+    assert psnr_of_error(4) == 0 and psnr_of_error(0) == math.inf and math.isnan(psnr_of_error(math.nan))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -193,23 +170,19 @@ def test_fine_regions_of_a_dvae_have_what_they_are_given(make_vae, load_photos):
 @pytest.mark.parametrize(
     "call, message",
     [
-        (lambda: fine_ratio_error(maps(HALF), maps(HALF).float(), 2), "`real` must be int64"),
-        (lambda: fine_ratio_error(maps(HALF)[0], maps(HALF), 2), r"`predicted` must have shape \(B, h, w\)"),
-        (lambda: fine_ratio_error(maps(HALF), torch.zeros(1, 3, 2).long(), 2), "one size, got 2x2 and 3x2"),
-        (lambda: fine_ratio_error(maps(HALF), maps(HALF), 1), "`num_grains` must be a whole number, 2 or more, got 1"),
-        (lambda: map_accuracy(maps(HALF), maps(HALF, FINE), 2), r"one shape, got \(1, 2, 2\) and \(2, 2, 2\)"),
-        (lambda: map_accuracy(maps(HALF), 2 * maps(HALF), 2), "`true` must hold grains 0"),
-        (lambda: map_accuracy("fine", maps(HALF), 2), "`predicted` must be a torch.Tensor, got str"),
-        (lambda: spatial_coherence(maps([[1]]), 2), "two regions at least, to have neighbours, got 1x1"),
-        (lambda: spatial_coherence(-maps(HALF), 2), "`maps` must hold grains 0"),
-        (lambda: mean_by_grain(torch.zeros(1, 2, 3), maps(HALF), 2), r"one for each region, \(1, 2, 2\)"),
-        (lambda: region_means(torch.zeros(1, 3, 5, 4), maps(HALF)), r"multiple of those of `grain_map`, got \(5, 4\)"),
-        (lambda: region_means(torch.zeros(1, 3, 4, 8), maps(HALF)), r"multiple of those of `grain_map`, got \(4, 8\)"),
-        (lambda: region_means(torch.zeros(2, 3, 4, 4), maps(HALF)), "equally many images"),
-        (
-            lambda: psnr_by_grain(torch.zeros(1, 3, 4, 4), torch.zeros(1, 3, 4, 8), maps(HALF), 2),
-            "`pixels` and `reconstruction` must have one shape",
-        ),
+        (lambda: fine_ratio_error(maps(HALF), maps(HALF).float(), 2), "`real`.*int64"),
+        (lambda: fine_ratio_error(maps(HALF)[0], maps(HALF), 2), r"`predicted`.*\(B, h, w\)"),
+        (lambda: fine_ratio_error(maps(HALF), torch.zeros(1, 3, 2).long(), 2), "2x2 and 3x2"),
+        (lambda: fine_ratio_error(maps(HALF), maps(HALF), 1), "`num_grains`.*got 1"),
+        (lambda: map_accuracy(maps(HALF), maps(HALF, FINE), 2), r"\(1, 2, 2\) and \(2, 2, 2\)"),
+        (lambda: map_accuracy(maps(HALF), 2 * maps(HALF), 2), "`true`"),
+        (lambda: map_accuracy("fine", maps(HALF), 2), "`predicted`.* str"),
+        (lambda: spatial_coherence(maps([[1]]), 2), "`maps`.*1x1"),
+        (lambda: spatial_coherence(-maps(HALF), 2), "`maps`"),
+        (lambda: mean_by_grain(torch.zeros(1, 2, 3), maps(HALF), 2), r"`values`.*\(1, 2, 2\)"),
+        (lambda: region_means(torch.zeros(1, 3, 5, 4), maps(HALF)), r"`values`.*\(5, 4\)"),
+        (lambda: region_means(torch.zeros(1, 3, 4, 8), maps(HALF)), r"`values`.*\(4, 8\)"),
+        (lambda: region_means(torch.zeros(2, 3, 4, 4), maps(HALF)), "`values`.*`grain_map`"),
     ],
 )
 def test_what_is_wrong_is_named(call, message):

@@ -90,7 +90,7 @@ def test_statistics_are_saved_and_used(folders, by_one, tmp_path, capsys):
     found = evaluated(tmp_path / "results.json", *arguments)
     for name, one in found.items():
         assert compare(by_one[1][name], one) == pytest.approx(0, abs=1e-9)
-    with pytest.raises(ValueError, match="--reference .*reference.npz holds statistics, expected images"):
+    with pytest.raises(ValueError, match="reference.npz.* statistics"):
         evaluated(tmp_path / "pairs.json", *arguments, "--metrics", "psnr")
 
 
@@ -117,7 +117,7 @@ def test_samples_bring_the_protocol_of_their_sampling(folders, tmp_path):
     assert described["num_images"] == 12 and described["resolution"] == [64, 64] and described["seed"] == 0
     assert described["num_inference_steps"] == 2 and "checkpoint" in described
     (tmp_path / "samples" / "000005.png").unlink()
-    with pytest.raises(ValueError, match="protocol.json tells of 12 images, all of them drawn, found 11"):
+    with pytest.raises(ValueError, match="protocol.json.* 12 images.*found 11"):
         evaluated(tmp_path / "fewer.json", *arguments)
 
 
@@ -160,7 +160,7 @@ def test_files_without_a_common_metric_are_refused(by_one, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         call("compare.py", tmp_path / "a.json", tmp_path / "b.json")
     assert stop.value.code == 2 and "have no metric in common: fd_small_network; sfd_" in capsys.readouterr().err
-    with pytest.raises(ValueError, match="twice.json must hold a metric once, got fd_small_network, fd_small_network"):
+    with pytest.raises(ValueError, match="twice.json.* fd_small_network, fd_small_network"):
         call("compare.py", tmp_path / "a.json", tmp_path / "twice.json")
 
 

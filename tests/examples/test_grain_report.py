@@ -8,7 +8,8 @@ import pytest
 from reports import FLAGS, read_json, save_checkpoint
 from script_runs import TWO_PROCESSES, call, run
 
-from diffusers_d2it.evaluation.results import Result, differences
+from diffusers_d2it.evaluation import Result
+from diffusers_d2it.evaluation.results import differences
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:fd_small_network. there are no more images")
@@ -40,6 +41,9 @@ def test_report_holds_table_5_with_protocols_and_the_diagnostics(report):
     assert samples["num_images"] == 4 and samples["num_inference_steps"] == 2 and samples["checkpoint"]
     assert results[0][0].protocol["reference"]["num_images"] == 4
     assert report["real_images"][0]["metric"] == "fd_small_network"
+    assert [row["fine_share"] for row in report["table_5"]][3:] == [0, 1]
+    assert [row["coherence"] for row in report["table_5"]][3:] == [1, 1]
+    assert all(0 < row["agreement"]["accuracy"] <= 1 for row in report["table_5"])
     assert report["protocol"]["checkpoint"] == samples["checkpoint"] and report["protocol"]["seed"] == 0
     assert set(report["diagnostics"]["error_by_grain"]["denoising"]) == {"250", "500", "750", "999"}
 
@@ -88,11 +92,17 @@ def assert_close(found, expected) -> None:
 @pytest.mark.parametrize(
     "wrong, message",
     [
-        (["--num_images", 7], "photos has 8 images .*: --num_images 7 and --num_reference_images 4 need 11"),
-        (["--num_images", 0], "--num_images must be at least 1, got 0"),
-        (["--metrics", "fid", "is"], "one of --metrics, .* 'is' needs at least 10 images"),
+        (["--num_images", 7], "photos has 8 images .*`num_images` 7 .*`num_reference_images` 4 .* 11"),
+        (["--num_images", 0], "--num_images.*got 0"),
+        (["--num_reference_images", 1], "--num_reference_images.*got 1"),
+        (["--num_inference_steps", 0], "--num_inference_steps.*got 0"),
+        (["--grain_num_inference_steps", 0], "--grain_num_inference_steps.*got 0"),
+        (["--batch_size", 0], "--batch_size.*got 0"),
+        (["--seed", -1], "--seed.*got -1"),
+        (["--metrics", "fid", "is"], "'is'.* 10 images"),
         (["--features", "no_such_module:conv"], "--features no_such_module:conv"),
-        (["--unconditional"], "photos has no classes, and the checkpoint draws images of 10"),
+        (["--unconditional"], "photos has no classes.* 10"),
+        (["--checkpoint", "nowhere"], "--checkpoint nowhere"),
     ],
 )
 def test_what_is_wrong_is_named_before_anything_is_drawn(flags, tmp_path, wrong, message):
@@ -105,4 +115,10 @@ def test_an_earlier_report_is_kept(flags, tmp_path, capsys):
     (tmp_path / "report.json").write_text("mine")
     with pytest.raises(SystemExit):
         call("grain_report.py", *flags, "--output", tmp_path / "report.json")
-    assert "report.json exists: remove it, or name another file" in capsys.readouterr().err
+    assert "report.json exists" in capsys.readouterr().err
+
+
+def test_checkpoints_that_cannot_be_reported_on(flags, make_pipeline, tmp_path):
+    make_pipeline(grain_model=None, grain_scheduler=None).save_pretrained(tmp_path / "without")
+    with pytest.raises(ValueError, match="--checkpoint .*without has no grain model"):
+        call("grain_report.py", *flags, "--checkpoint", tmp_path / "without", "--output", tmp_path / "report.json")

@@ -1,46 +1,68 @@
 # Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
 """Figures of samples, reconstructions and grain maps, each with the protocol that it was measured by."""
 
+from .cost import AdaptiveDenoiser, BudgetArgument, ForwardMeter, adaptive, describe_machine
+from .drawing import MAP_SOURCES, Drawing
 from .evaluate import METRICS, Evaluator, compute_exactly, evaluate, open_reference, save_statistics
 from .features import FeatureExtractor, ModuleFeatures, load_features, load_lpips, load_vision_model, vision_tokens
 from .frechet import frechet_distance
+from .grain_maps import denoising_error_by_grain, grain_diagnostics, map_accuracy, spatial_coherence
 from .images import ImageSet, open_images
 from .reconstruction import (
     PAIR_METRICS,
     check_torchmetrics,
     evaluate_pairs,
     evaluate_reconstructions,
+    reconstruct,
     reconstruction_scores,
 )
-from .results import Result, load_results, save_results
+from .reports import LabelledImages, Row, compare, draw_labelled_images
+from .results import Result, load_results, save_report, save_results
 from .scores import inception_score, kernel_distance, precision_recall
 
 
 __all__ = [
+    "MAP_SOURCES",
     "METRICS",
     "PAIR_METRICS",
+    "AdaptiveDenoiser",
+    "BudgetArgument",
+    "Drawing",
     "Evaluator",
+    "ForwardMeter",
     "FeatureExtractor",
     "ImageSet",
+    "LabelledImages",
     "ModuleFeatures",
     "Result",
+    "Row",
     "check_torchmetrics",
+    "adaptive",
+    "compare",
     "compute_exactly",
+    "denoising_error_by_grain",
+    "describe_machine",
+    "draw_labelled_images",
     "evaluate",
     "evaluate_pairs",
     "evaluate_reconstructions",
     "frechet_distance",
+    "grain_diagnostics",
     "inception_score",
     "kernel_distance",
     "load_features",
     "load_lpips",
     "load_results",
     "load_vision_model",
+    "map_accuracy",
     "open_images",
     "open_reference",
     "precision_recall",
+    "reconstruct",
     "reconstruction_scores",
+    "save_report",
     "save_results",
     "save_statistics",
+    "spatial_coherence",
     "vision_tokens",
 ]

@@ -23,7 +23,7 @@ from ..files.folders import file_sha256
 from ..words import listed, shorten
 from .features import FeatureExtractor
 from .frechet import frechet_distance
-from .images import ImageSet, PixelDigest, open_images
+from .images import ImageSet, hash_pixels, open_images, pixel_digest
 from .results import Result
 from .scores import inception_score, kernel_distance, precision_recall
 from .statistics import (
@@ -99,15 +99,16 @@ def evaluate(
             has too few images; the images differ in size; the statistics are of another network or resolution; images
             cannot be used; or features are not finite.
     """
-    reading = {"batch_size": batch_size, "accelerator": accelerator, "num_workers": num_workers}
-    return Evaluator(reference, metrics, features, seed=seed, kid_subset_size=kid_subset_size, **reading)(samples)
+    options = {"batch_size": batch_size, "num_workers": num_workers, "kid_subset_size": kid_subset_size}
+    return Evaluator(reference, metrics, features, accelerator=accelerator, seed=seed, **options)(samples)
 
 
 class Evaluator:
     """`evaluate` for several sets of samples: evaluator(samples) reads the reference once, for the first of them.
 
     Args:
-        reference, metrics, features, batch_size, accelerator, seed, kid_subset_size, num_workers: of `evaluate`.
+        reference, metrics, features, accelerator, seed, kid_subset_size: of `evaluate`.
+        **reading: batch_size and num_workers of `evaluate`.
     """
 
     def __init__(
@@ -116,11 +117,10 @@ class Evaluator:
         metrics: Sequence[str],
         features: FeatureExtractor,
         *,
-        batch_size: int = 64,
         accelerator: Accelerator | None = None,
         seed: int = 0,
         kid_subset_size: int = 1000,
-        num_workers: int = 0,
+        **reading: int,
     ):
         if not metrics or len(set(metrics)) < len(metrics) or not set(metrics) <= set(METRICS):
             raise ValueError(f"`metrics` must be some of {', '.join(METRICS)}, each once, got {list(metrics)}.")
@@ -132,7 +132,7 @@ class Evaluator:
             self.metrics["kid"] = replace(_METRICS["kid"], least=kid_subset_size, settings=settings)
         self.features = features if accelerator is None else features.to(accelerator.device)
         self.accelerator = accelerator
-        self.reading = {"batch_size": batch_size, "accelerator": accelerator, "num_workers": num_workers}
+        self.reading = {"accelerator": accelerator, **reading}
         self.images: ImageSet | None = None
         self.statistics: ReferenceStatistics | None = None
         self._theirs: ReadImages | None = None
@@ -330,49 +330,41 @@ def read_images(
     Raises:
         ValueError: images cannot be used, features are not finite, or there are fewer than two images for moments.
     """
-    index, count = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
-    part = _Part({output: [] for output in rows})
+    index, count = place_of(accelerator)
+    places, kept, hashes = [], {output: [] for output in rows}, 0
+    statistics: dict[str, FeatureStatistics] = {}
     number = -(-len(images) // (batch_size * count))
     batches = images.batches(batch_size, index, count, num_workers)
-    for places, pixels in tqdm(batches, desc=images.name, total=number, disable=index > 0):
-        part.add(places, pixels, features(pixels.to(features.device)), moments)
-    parts = [part] if count == 1 else gather_object([part])
-    _check_read_once(torch.cat([places for part in parts for places in part.places]), images)
-    whole = parts[0]
-    for other in parts[1:]:
-        whole.merge(other)
-    order = torch.cat(whole.places).argsort()
-    description = {**images.describe(), "digest": whole.pixels.hexdigest()}
-    kept = {output: torch.cat(whole.rows[output])[order] for output in rows}
-    return ReadImages(description, kept, {output: whole.statistics[output].moments for output in moments})
-
-
-@dataclass
-class _Part:
-    """What one process has read."""
-
-    rows: dict[str, list[torch.Tensor]]
-    statistics: dict[str, FeatureStatistics] = field(default_factory=dict)
-    places: list[torch.Tensor] = field(default_factory=list)
-    pixels: PixelDigest = field(default_factory=PixelDigest)
-
-    def add(self, places: torch.Tensor, pixels: torch.Tensor, found: dict, moments: Collection[str]) -> None:
-        self.places.append(places)
-        self.pixels.update(pixels)
-        for output, kept in self.rows.items():
-            check_features(found[output], places)
-            kept.append(found[output].cpu())
+    for indices, pixels in tqdm(batches, desc=images.name, total=number, disable=index > 0):
+        places.append(indices)
+        hashes += hash_pixels(pixels)
+        found = features(pixels.to(features.device))
+        for output in rows:
+            check_features(found[output], indices)
+            kept[output].append(found[output].cpu())
         for output in moments:
-            counted = self.statistics.setdefault(output, FeatureStatistics(found[output].shape[1]))
-            counted.update(found[output], places)
+            statistics.setdefault(output, FeatureStatistics(found[output].shape[1])).update(found[output], indices)
 
-    def merge(self, other: "_Part") -> None:
-        self.places += other.places
-        self.pixels.merge(other.pixels)
-        for output, kept in other.rows.items():
-            self.rows[output] += kept
-        for output, counted in other.statistics.items():
-            self.statistics.setdefault(output, FeatureStatistics(counted.num_features)).merge(counted)
+    parts = [(places, kept, hashes, statistics)]
+    if count > 1:
+        parts = [part for part in gather_object(parts) if part[0]]  # a process may have had no images
+    places = torch.cat([one for part in parts for one in part[0]])
+    _check_read_once(places, images)
+    order = places.argsort()
+    for _, _, _, others in parts[1:]:
+        for output, counted in others.items():
+            parts[0][3][output].merge(counted)
+    digest = pixel_digest(len(images), sum(part[2] for part in parts))
+    return ReadImages(
+        {**images.describe(), "digest": digest},
+        {output: torch.cat([one for part in parts for one in part[1][output]])[order] for output in rows},
+        {output: parts[0][3][output].moments for output in moments},
+    )
+
+
+def place_of(accelerator: Accelerator | None) -> tuple[int, int]:
+    """Which process this is, and of how many."""
+    return (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
 
 
 def _check_read_once(places: torch.Tensor, images: ImageSet) -> None:

@@ -1,16 +1,32 @@
 # Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
-"""How good grain maps are: their share of fine regions, their coherence, their agreement, errors by grain.
+"""How good grain maps are, and what a checkpoint does with them: shares, coherence, agreement, errors by grain.
 
 Shapes:
-    N maps, h w sides of a map in regions, k grains
+    N maps or images, H W sides of an image, h w sides of a map in regions, k grains
 """
 
 import math
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
+from diffusers import DDPMScheduler
+from diffusers.utils.torch_utils import randn_tensor
 from scipy.stats import wasserstein_distance
 
-from ..grains import check_grain_map, fine_share
+from ..grains import check_grain_map, fine_share, tie
+from ..objectives import DiffusionObjective, FlowMatchingObjective
+from ..pipelines.checks import FLOW_MATCHING_SCHEDULERS
+from ..pixels import from_uint8, to_uint8
+from .drawing import ENCODING, NOISE, Drawing
+
+
+TIMESTEPS = (250, 500, 750, 999)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Of maps
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def fine_ratio_error(predicted: torch.Tensor, real: torch.Tensor, num_grains: int) -> dict[str, float]:
@@ -163,33 +179,6 @@ def mean_by_grain(values: torch.Tensor, grain_map: torch.Tensor, num_grains: int
     return [values[grain_map == grain].mean().item() for grain in range(num_grains)]
 
 
-def psnr_by_grain(
-    pixels: torch.Tensor, reconstruction: torch.Tensor, grain_map: torch.Tensor, num_grains: int
-) -> list[float]:
-    """Peak signal-to-noise ratio of the regions of each grain: of their mean squared error, not a mean of ratios.
-
-    Args:
-        pixels: (N, 3, H, W) in [-1, 1].
-        reconstruction: (N, 3, H, W); what lies beyond [-1, 1] is cut off, as in an image file.
-        grain_map: (N, h, w) int64, 0 = coarsest.
-        num_grains: k.
-
-    Returns:
-        dB for each grain, coarsest first: NaN where no region has it, infinity for regions without an error.
-
-    Raises:
-        ValueError: shapes do not fit one another, or the map has a wrong type, dtype or value.
-    """
-    if pixels.shape != reconstruction.shape:
-        raise ValueError(
-            f"`pixels` and `reconstruction` must have one shape, got {tuple(pixels.shape)} and"
-            f" {tuple(reconstruction.shape)}."
-        )
-    squared_errors = (reconstruction.double().clamp(-1, 1) - pixels.double()).square()
-    errors = mean_by_grain(region_means(squared_errors, grain_map), grain_map, num_grains)
-    return [psnr_of_error(error) for error in errors]
-
-
 def psnr_of_error(mean_squared_error: float) -> float:
     """dB of a mean squared error of pixels in [-1, 1]; infinity without an error, NaN of NaN."""
     if mean_squared_error == 0:
@@ -220,3 +209,161 @@ def _check_maps(maps: dict[str, torch.Tensor], num_grains: int) -> None:
 
 def _size(maps: torch.Tensor) -> str:
     return f"{maps.shape[1]}x{maps.shape[2]}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Of a checkpoint
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def grain_diagnostics(
+    drawing: Drawing, images: torch.Tensor, maps: dict[str, torch.Tensor], timesteps: Sequence[int] = TIMESTEPS
+) -> dict:
+    """Where the maps and the errors of a checkpoint come from.
+
+    Args:
+        drawing: the checkpoint, labels, seed, batch size.
+        images: real images (N, 3, H, W) uint8.
+        maps: the "true" maps of the images and "predicted" ones, of `Drawing.maps`.
+        timesteps: at which the models see noised maps and latents, 0 ... 999.
+
+    Returns:
+        "fine_ratio_error" of predicted against true maps; "map_accuracy" of each predicted map against the true one of
+        its class that stands at its place; "coherence" of both; "grain_model_accuracy" by timestep;
+        "error_by_grain": the mean squared error of the content model by timestep and grain, "denoising", and
+        "reconstruction_psnr_db" by grain, each with one value for a grain, coarsest first.
+
+    Raises:
+        ValueError: there are other than N labels, or the pipeline has no grain model.
+    """
+    num_grains = drawing.pipe.transformer.config.num_grains
+    return {
+        "fine_ratio_error": fine_ratio_error(maps["predicted"], maps["true"], num_grains),
+        "map_accuracy": map_accuracy(maps["predicted"], maps["true"], num_grains),
+        "coherence": {name: spatial_coherence(maps[name], num_grains) for name in ("predicted", "true")},
+        "grain_model_accuracy": grain_model_accuracy(drawing, maps["true"], timesteps),
+        "error_by_grain": {
+            "denoising": denoising_error_by_grain(drawing, images, maps["true"], timesteps),
+            "reconstruction_psnr_db": reconstruction_psnr_by_grain(drawing, images, maps["true"]),
+        },
+    }
+
+
+def grain_model_accuracy(
+    drawing: Drawing, true_maps: torch.Tensor, timesteps: Sequence[int] = TIMESTEPS
+) -> dict[str, dict[str, float]]:
+    """How many regions of a noised real map (N, h, w) the grain model gets right: `map_accuracy` by timestep.
+
+    Near t = 999 nothing is left of the map, and only the class tells; near t = 0 it is all there.
+
+    Raises:
+        ValueError: there is no grain model, or there are other than N labels.
+    """
+    model, device = drawing.pipe.grain_model, drawing.pipe._execution_device
+    if model is None:
+        raise ValueError("`pipe` has no grain model whose accuracy could be measured.")
+    scheduler = DDPMScheduler.from_config(drawing.pipe.grain_scheduler.config)  # any scheduler's, as in training
+    num_grains = model.config.num_grains
+
+    @torch.no_grad()
+    def predict(numbers: slice, timestep: int) -> torch.Tensor:
+        state = model.state_from_grain_map(true_maps[numbers], num_grains)
+        noise = randn_tensor(state.shape, generator=drawing.generators(NOISE, numbers))
+        t = torch.full((len(state),), timestep)
+        noised = scheduler.add_noise(state, noise, t).to(device, model.dtype)
+        return model(noised, t.to(device), drawing.class_ids(numbers)).logits.argmax(dim=1)
+
+    predicted = _at_timesteps(drawing, predict, timesteps, torch.zeros_like(true_maps))
+    return {t: map_accuracy(found, true_maps, num_grains) for t, found in predicted.items()}
+
+
+def denoising_error_by_grain(
+    drawing: Drawing, images: torch.Tensor, grain_maps: torch.Tensor, timesteps: Sequence[int] = TIMESTEPS
+) -> dict[str, list[float]]:
+    """Mean squared error of what the content model predicts, noise for instance, on the cells of each grain.
+
+    Without the weights of Eq. 11: the figures that training logs as "mse_grain_<i>", of given timesteps.
+
+    Args:
+        drawing: the checkpoint, labels, seed, batch size.
+        images: (N, 3, H, W) uint8.
+        grain_maps: (N, h, w) int64, the maps that the images are encoded with.
+        timesteps: 0 ... 999.
+
+    Returns:
+        By timestep an error for each grain, coarsest first: NaN where no region has it.
+
+    Raises:
+        ValueError: there are other than N labels, or the scheduler predicts what no objective trains.
+    """
+    pipe, device = drawing.pipe, drawing.pipe._execution_device
+    channels, objective = pipe.transformer.config.in_channels, _objective_of(pipe.scheduler)
+
+    @torch.no_grad()
+    def errors(numbers: slice, timestep: int) -> torch.Tensor:
+        grain_map = grain_maps[numbers].to(device)
+        posterior = pipe.vae.encode(_to_pixels(pipe, images[numbers]), grain_map).latent_dist
+        latents = posterior.sample(drawing.generators(ENCODING, numbers))
+        latents = pipe.vae.scale_latents(latents.float())
+        generators = drawing.generators(NOISE, numbers)
+        noise = tie(randn_tensor(latents.shape, generator=generators, device=device), grain_map)
+        t = torch.full((len(latents),), timestep, device=device)
+        noised = objective.add_noise(latents, noise, t).to(pipe.transformer.dtype)
+        prediction = pipe.transformer(noised, t, grain_map, drawing.class_ids(numbers)).sample[:, :channels]
+        return region_means((prediction.float() - objective.target(latents, noise, t)).square(), grain_map)
+
+    num_grains = pipe.transformer.config.num_grains
+    found = _at_timesteps(drawing, errors, timesteps, torch.zeros(grain_maps.shape, dtype=torch.float64))
+    return {t: mean_by_grain(of_regions, grain_maps, num_grains) for t, of_regions in found.items()}
+
+
+def reconstruction_psnr_by_grain(drawing: Drawing, images: torch.Tensor, grain_maps: torch.Tensor) -> list[float]:
+    """Peak signal-to-noise ratio of the regions of each grain: of their mean squared error, not a mean of ratios.
+
+    Reconstructions are those of the mode of the posterior, in 8 bits.
+
+    Args:
+        drawing: the checkpoint, batch size.
+        images: (N, 3, H, W) uint8.
+        grain_maps: (N, h, w) int64, the maps that they are encoded with.
+
+    Returns:
+        dB for each grain, coarsest first: NaN where no region has it, infinity for regions without an error.
+    """
+    pipe = drawing.pipe
+
+    @torch.no_grad()
+    def errors(numbers: slice) -> torch.Tensor:
+        pixels, grain_map = _to_pixels(pipe, images[numbers]), grain_maps[numbers].to(pipe._execution_device)
+        decoded = to_uint8(pipe.vae.decode(pipe.vae.encode(pixels, grain_map).latent_dist.mode()).sample)
+        return region_means((from_uint8(decoded) - pixels.float()).square(), grain_map)
+
+    of_regions = drawing.over_images(errors, torch.zeros(grain_maps.shape, dtype=torch.float64))
+    return [psnr_of_error(error) for error in mean_by_grain(of_regions, grain_maps, pipe.vae.num_grains)]
+
+
+def _at_timesteps(
+    drawing: Drawing, function: Callable[[slice, int], torch.Tensor], timesteps: Sequence[int], zeros: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """What a function finds for all images at each timestep."""
+    return {str(t): drawing.over_images(partial(function, timestep=t), zeros.clone()) for t in timesteps}
+
+
+def _to_pixels(pipe, images: torch.Tensor) -> torch.Tensor:
+    """uint8 images (B, 3, H, W) as the autoencoder reads them, where it is."""
+    return from_uint8(images.to(pipe._execution_device)).to(pipe.vae.dtype)
+
+
+def _objective_of(scheduler) -> DiffusionObjective | FlowMatchingObjective:
+    """The objective that a content model was trained with, from the scheduler it is sampled with."""
+    prediction_type = scheduler.config.get("prediction_type")
+    if isinstance(scheduler, FLOW_MATCHING_SCHEDULERS) or prediction_type == "flow_prediction":
+        return FlowMatchingObjective()
+    if prediction_type not in ("epsilon", "v_prediction"):
+        raise ValueError(
+            f"`pipe.scheduler` must predict 'epsilon', 'v_prediction' or a flow, got {prediction_type!r}: what the"
+            " content model was trained to predict is not known."
+        )
+    objective = DiffusionObjective(prediction_type)
+    objective.scheduler = DDPMScheduler.from_config(scheduler.config, variance_type="fixed_small")  # with its betas
+    return objective

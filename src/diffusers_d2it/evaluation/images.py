@@ -185,31 +185,21 @@ def open_images(
     raise ValueError(f"{path} does not exist. If it is a data set on the Hub: {hint}")
 
 
-class PixelDigest:
-    """Identifies a set by its pixels while it is read, whatever the order, the batches, or the processes.
+def hash_pixels(images: torch.Tensor) -> int:
+    """The sum of a hash of each image, uint8 (B, 3, H, W): sums over the parts of a set add up to that of the set."""
+    size = str(tuple(images.shape[1:])).encode()
+    arrays = images.cpu().contiguous().numpy()
+    return sum(int.from_bytes(hashlib.sha256(size + one.tobytes()).digest(), "big") for one in arrays)
 
-    It is a sum of hashes, so memory is constant. Files of another format with the same pixels have the same digest.
+
+def pixel_digest(num_images: int, hashes: int) -> str:
+    """Identifies a set by its pixels, whatever their order and the format of their files.
+
+    Args:
+        num_images: of the set.
+        hashes: sum of `hash_pixels`.
     """
-
-    def __init__(self):
-        self.num_images = 0
-        self._sum = 0
-
-    def update(self, images: torch.Tensor) -> None:
-        """Count images, uint8 (B, 3, H, W)."""
-        size = str(tuple(images.shape[1:])).encode()
-        for image in images.cpu().contiguous().numpy():
-            self._sum += int.from_bytes(hashlib.sha256(size + image.tobytes()).digest(), "big")
-        self.num_images += len(images)
-
-    def merge(self, other: "PixelDigest") -> None:
-        """Count the images that another one has counted."""
-        self.num_images += other.num_images
-        self._sum += other._sum
-
-    def hexdigest(self) -> str:
-        """64 hexadecimal digits."""
-        return hashlib.sha256(f"{self.num_images} {self._sum % 2**256:x}".encode()).hexdigest()
+    return hashlib.sha256(f"{num_images} {hashes % 2**256:x}".encode()).hexdigest()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

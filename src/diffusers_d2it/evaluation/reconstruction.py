@@ -20,10 +20,10 @@ from ..grains import fine_share
 from ..models.autoencoder_kl_dynamic import DynamicAutoencoderKL
 from ..optional import import_optional
 from ..pixels import from_uint8, to_uint8
-from .evaluate import result_name, versions
+from .evaluate import place_of, result_name, versions
 from .features import FeatureExtractor, load_lpips, weights_digest
 from .frechet import frechet_distance
-from .images import ImageSet, PixelDigest
+from .images import ImageSet, hash_pixels, pixel_digest
 from .results import Result
 from .statistics import FeatureStatistics
 
@@ -114,15 +114,13 @@ class PairScores:
         self.metrics, self.accelerator, self.device = metrics, accelerator, device
         self.features = features.to(device) if "rfid" in metrics else None
         self.lpips = load_lpips(_LPIPS_NETWORK, "the metric 'lpips'").to(device) if "lpips" in metrics else None
-        self.num_images, self.sums = 0, {}
-        self.digests = [PixelDigest(), PixelDigest()]  # of images and reconstructions
+        self.num_images, self.sums, self.hashes = 0, {}, [0, 0]  # of images and reconstructions
         self.statistics: list[FeatureStatistics] = []  # of both
 
     @torch.no_grad()
     def update(self, images: torch.Tensor, reconstructions: torch.Tensor, **others: torch.Tensor) -> None:
         """Add pairs, both uint8 (B, 3, H, W), and what else is to be averaged over the images, (B,)."""
-        for pixel_digest, part in zip(self.digests, (images, reconstructions)):
-            pixel_digest.update(part)
+        self.hashes = [total + hash_pixels(part) for total, part in zip(self.hashes, (images, reconstructions))]
         images, reconstructions = images.to(self.device), reconstructions.to(self.device)
         pixels, decoded = from_uint8(images), from_uint8(reconstructions)
         scored = {"psnr": psnr, "ssim": ssim, "lpips": self.lpips}
@@ -140,13 +138,14 @@ class PairScores:
         """Take up what the other processes have counted, so that all have the same; all must call it."""
         if self.accelerator is None or self.accelerator.num_processes == 1:
             return
-        parts = gather_object([(self.num_images, self.sums, self.digests, self.statistics)])
+        parts = gather_object([(self.num_images, self.sums, self.hashes, self.statistics)])
         parts = [part for part in parts if part[0]]  # a process may have had no images
         self.num_images = sum(num_images for num_images, *_ in parts)
         self.sums = {name: sum(sums[name] for _, sums, *_ in parts) for name in parts[0][1]}
-        _, _, self.digests, self.statistics = parts[0]
-        for _, _, digests, statistics in parts[1:]:
-            for mine, theirs in zip(self.digests + self.statistics, digests + statistics):
+        self.hashes = [sum(of_part) for of_part in zip(*(hashes for _, _, hashes, _ in parts))]
+        self.statistics = parts[0][3]
+        for *_, statistics in parts[1:]:
+            for mine, theirs in zip(self.statistics, statistics):
                 mine.merge(theirs)
 
     def compute(self) -> dict[str, float]:
@@ -165,7 +164,7 @@ class PairScores:
             reference: the originals.
         """
         values = on_main_process(self.accelerator, self.compute)
-        original, reconstruction = (pixels.hexdigest() for pixels in self.digests)
+        original, reconstruction = (pixel_digest(self.num_images, hashes) for hashes in self.hashes)
         common = {
             "samples": {**samples, "digest": reconstruction},
             "reference": {**reference.describe(), "digest": original},
@@ -308,7 +307,7 @@ def _batches(
     images: ImageSet, batch_size: int, accelerator: Accelerator | None, num_workers: int, hidden: bool = False
 ) -> Iterator[torch.Tensor]:
     """The batches of this process, with a progress bar on the main one."""
-    place = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
+    place = place_of(accelerator)
     number = -(-len(images) // (batch_size * place[1]))
     batches = images.batches(batch_size, *place, num_workers)
     for _, pixels in tqdm(batches, desc=images.name, total=number, disable=hidden or place[0] > 0):

@@ -7,6 +7,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from ..files.folders import read_json, write_text_durably
 from ..words import shorten
@@ -51,6 +52,19 @@ def save_results(path: str | os.PathLike, results: Sequence[Result]) -> None:
     """Write results into a JSON file, whole or not at all."""
     text = json.dumps({"results": [asdict(result) for result in results]}, indent=2)
     write_text_durably(Path(path).absolute(), text + "\n")
+
+
+def save_report(path: str | os.PathLike, report: dict) -> None:
+    """Write values into a JSON file, whole or not at all, with null for numbers that JSON does not have."""
+    write_text_durably(Path(path).absolute(), json.dumps(_finite(report), indent=2) + "\n")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def load_results(path: str | os.PathLike) -> list[Result]:

@@ -74,3 +74,31 @@ def class_ids(
             raise ValueError(f"`class_labels`: unknown class id {label}. Close ids: {', '.join(named)}.")
         ids.append(int(label))
     return ids
+
+
+def class_of(label: int, name: str, id2label: dict[int, str] | None, num_classes: int) -> int | None:
+    """The class of a model that a class of some data set is; None if the model has none like it.
+
+    It is found by its name, one of several separated by commas; where classes of the model share that name it is the
+    one with the same number. A name that is a number is that class, and of a model without names so is the label.
+
+    Args:
+        label: number of the class in the data set.
+        name: its name there.
+        id2label: the names of the model.
+        num_classes: of the model.
+    """
+    known = id2label or {id: str(id) for id in range(num_classes)}
+
+    def split(names: str) -> list[str]:
+        return [names, *(part.strip() for part in names.split(","))]
+
+    if label in known and (name == str(label) or set(split(name)) & set(split(known[label]))):
+        return label
+    for one in split(name):
+        try:
+            return label_ids(one, known)[0]
+        except ValueError:  # unknown, or of several classes
+            continue
+    number = int(name) if name.isdecimal() else label if id2label is None else None
+    return number if number in known else None

@@ -10,7 +10,7 @@ from diffusers import DiffusionPipeline
 from ..data.images import UnusableImageError, decode_image, to_pixels
 from ..data.source import Row, load_images
 from ..grains import grain_map_from_entropy
-from ..pipelines.labels import label_ids
+from ..pipelines.labels import class_of
 from .sets import SamplePlan
 
 
@@ -47,7 +47,7 @@ class ReferenceMaps:
         self.thresholds = pipe.vae.thresholds(fine_ratio)
         self.source = load_images(path, labelled=plan.classes is not None)
         self._rows: dict[int | None, list[int]] = {}  # of each class
-        self._find_rows(path, pipe.id2label)
+        self._find_rows(path, pipe)
 
     def __call__(self, batch: range) -> torch.Tensor:
         """The maps of a batch of images, (B, h, w) int64.
@@ -72,13 +72,14 @@ class ReferenceMaps:
             "rule": rule,
         }
 
-    def _find_rows(self, path: str, id2label: dict[int, str] | None) -> None:
+    def _find_rows(self, path: str, pipe: DiffusionPipeline) -> None:
         if self.plan.classes is None:
             self._rows[None] = list(range(self.source.num_rows))
             return
         if self.source.id2label is None:
             raise ValueError(f"{path} has no classes, and the samples have.")
-        ids = {label: _class_id(name, id2label) for label, name in self.source.id2label.items()}
+        id2label, num_classes = pipe.id2label, pipe.transformer.config.num_classes
+        ids = {label: class_of(label, name, id2label, num_classes) for label, name in self.source.id2label.items()}
         for row in range(self.source.num_rows):
             self._rows.setdefault(ids[self.source[row].label], []).append(row)
         lacking = [id for id in self.plan.classes if id not in self._rows]
@@ -94,13 +95,3 @@ class ReferenceMaps:
             return to_pixels(decode_image(row.encoded), self.resolution)
         except UnusableImageError as error:
             raise ValueError(f"{row.name} cannot be used: {error}.") from error
-
-
-def _class_id(name: str, id2label: dict[int, str] | None) -> int | None:
-    """The id by which the pipeline knows a class of the photographs; None if it does not."""
-    if id2label is not None:
-        try:
-            return label_ids(name, id2label)[0]
-        except ValueError:
-            pass
-    return int(name) if name.isdecimal() else None

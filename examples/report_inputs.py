@@ -1,0 +1,146 @@
+# Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
+"""What both reports on a checkpoint start from: the checkpoint, real images with its classes, and the metrics."""
+
+import argparse
+import os
+import sys
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
+
+from diffusers_d2it import D2iTPipeline, load_sampler
+from diffusers_d2it.data import BadImages, load_images
+from diffusers_d2it.evaluation import (
+    Drawing,
+    Evaluator,
+    FeatureExtractor,
+    ImageSet,
+    LabelledImages,
+    compute_exactly,
+    draw_labelled_images,
+    load_features,
+)
+from diffusers_d2it.sampling import describe_checkpoint, describe_scheduler
+from flags import image_arguments
+
+
+@dataclass(frozen=True)
+class ReportInputs:
+    """What `prepare` makes of the flags of `add_report_arguments`.
+
+    Attributes:
+        accelerator: joins the processes.
+        drawing: how images are drawn.
+        data: real images, their labels, and the reference.
+        bad_images: what could not be used.
+        evaluator: metrics and reference.
+        real: results of the real images in the place of samples: what perfect samples would get.
+        protocol: what protocols say of all samples.
+    """
+
+    accelerator: Accelerator
+    drawing: Drawing
+    data: LabelledImages
+    bad_images: BadImages
+    evaluator: Evaluator
+    real: list[dict]
+    protocol: dict[str, Any]
+
+    def describe(self) -> dict[str, Any]:
+        """The protocol of a whole report."""
+        numbers = {"data": self.data.description, "num_images": len(self.data.images)}
+        return {**self.protocol, **numbers, **self.drawing.describe()}
+
+
+def check_numbers(args: argparse.Namespace) -> None:
+    """Raise a ValueError that names the flag unless the numbers of `add_report_arguments` can be used."""
+    least = {"num_images": 1, "num_reference_images": 2, "num_inference_steps": 1, "grain_num_inference_steps": 1}
+    for name, minimum in (least | {"batch_size": 1, "seed": 0}).items():
+        if getattr(args, name) < minimum:
+            raise ValueError(f"--{name} must be at least {minimum}, got {getattr(args, name)}.")
+
+
+def load_checkpoint(args: argparse.Namespace, accelerator: Accelerator) -> tuple[D2iTPipeline, dict[str, Any]]:
+    """The pipeline of --checkpoint, with a grain model, on the device; and what a protocol says of it.
+
+    Raises:
+        ValueError: it cannot be loaded, or has no grain model.
+    """
+    try:
+        with accelerator.main_process_first():
+            folder = args.checkpoint if os.path.isdir(args.checkpoint) else D2iTPipeline.download(args.checkpoint)
+        pipe = D2iTPipeline.from_pretrained(folder, dtype=getattr(torch, args.dtype))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--checkpoint {args.checkpoint} cannot be loaded: {error}") from error
+    if pipe.grain_model is None:
+        raise ValueError(f"--checkpoint {args.checkpoint} has no grain model, which predicts maps.")
+    if args.scheduler is not None:
+        pipe.scheduler = load_sampler(args.scheduler, pipe.scheduler)
+    pipe.set_progress_bar_config(disable=True)
+    protocol = {
+        "checkpoint": describe_checkpoint(folder, pipe),
+        "dtype": args.dtype,
+        "scheduler": describe_scheduler(pipe.scheduler),
+        "grain_scheduler": describe_scheduler(pipe.grain_scheduler),
+    }
+    return pipe.to(accelerator.device), protocol
+
+
+def load_report_features(args: argparse.Namespace, accelerator: Accelerator) -> FeatureExtractor:
+    """The network of --features. Raises a ValueError that names the flag."""
+    sys.path.append(os.getcwd())  # where the module of --features module:callable may lie
+    try:
+        with accelerator.main_process_first():  # which downloads
+            return load_features(args.features, args.weights)
+    except ValueError as error:
+        raise ValueError(f"--features {args.features}: {error}") from error
+
+
+def prepare(args: argparse.Namespace, bad_images: Path) -> ReportInputs:
+    """Load all that a report needs. What a metric lacks is said here, before hours of sampling.
+
+    Args:
+        args: flags of `add_report_arguments`.
+        bad_images: file that notes images which cannot be used.
+
+    Raises:
+        ValueError: a flag cannot be used, or does not suit the others.
+    """
+    compute_exactly()
+    check_numbers(args)
+    # The others wait while the main process compares features
+    accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=3))])
+    pipe, protocol = load_checkpoint(args, accelerator)
+    features = load_report_features(args, accelerator)
+    if accelerator.is_main_process:
+        bad_images.unlink(missing_ok=True)  # of an earlier report
+    accelerator.wait_for_everyone()
+    args.unconditional |= pipe.transformer.config.num_classes is None
+    noted = BadImages(bad_images)
+    with accelerator.main_process_first():
+        source = load_images(**image_arguments(args))
+    numbers = args.num_images, args.num_reference_images
+    data = draw_labelled_images(source, pipe, *numbers, noted, args.resolution, args.seed)
+    how = ("num_inference_steps", "guidance_scale", "grain_num_inference_steps", "batch_size", "seed")
+    drawing = Drawing(pipe, data.labels, **{name: getattr(args, name) for name in how}, accelerator=accelerator)
+    reading = {"batch_size": args.batch_size, "accelerator": accelerator, "seed": args.seed}
+    evaluator = Evaluator(data.reference, args.metrics, features, **reading)
+    real = evaluator(ImageSet.from_tensor(data.images, f"other images of {data.description}"))
+    real = [asdict(result) for result in real]
+    return ReportInputs(accelerator, drawing, data, noted, evaluator, real, protocol)
+
+
+def markdown_table(cells: list[list[str]], first: str = "---:") -> str:
+    """A table, its header first; `first` aligns the first column, the others are numbers."""
+    lines = [cells[0], [first, *["---:"] * (len(cells[0]) - 1)], *cells[1:]]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def in_words(results: list[dict]) -> list[str]:
+    """The values of results, for a table."""
+    return [f"{result['value']:.4g}" for result in results]

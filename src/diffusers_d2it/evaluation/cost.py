@@ -1,0 +1,243 @@
+# Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
+"""What an adaptive model spends: tokens, multiply-adds and seconds of its real forward passes.
+
+A model is adaptive if an argument of its pipeline says how much it may spend on an image. It supplies two things, an
+`AdaptiveDenoiser`; all that is measured here follows from them.
+
+Shapes:
+    B images, h w sides of a map in regions, k grains
+"""
+
+import inspect
+import itertools
+import platform
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from ..grain_layout import GrainLayout
+from ..models.transformer_d2it_content import D2iTContentModel
+
+
+@dataclass(frozen=True)
+class BudgetArgument:
+    """The argument of a pipeline that says how much of its work a model may do: 1 is all.
+
+    Args:
+        name: of the argument.
+        null_name: of the argument for the pass without a label; None if both passes have one budget.
+        smallest: the least that can be asked for.
+    """
+
+    name: str
+    null_name: str | None = None
+    smallest: float = 0.0
+
+    def at(self, budget: float, null_budget: float | None = None) -> dict[str, float]:
+        """The arguments of the pipeline for a budget.
+
+        Raises:
+            ValueError: a budget lies outside of its range, or there is none for the pass without a label.
+        """
+        arguments = {self.name: budget}
+        if null_budget is not None:
+            if self.null_name is None:
+                raise ValueError(f"`null_budget` must be None, `{self.name}` is of both passes, got {null_budget}.")
+            arguments[self.null_name] = null_budget
+        for name, value in arguments.items():
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not self.smallest <= value <= 1:
+                raise ValueError(f"`{name}` must be a number in [{self.smallest:g}, 1], got {value!r}.")
+        return arguments
+
+
+class AdaptiveDenoiser(Protocol):
+    """What a model supplies whose cost depends on a budget."""
+
+    budget_argument: BudgetArgument
+
+    def count_tokens(self, inputs: Mapping[str, Any], output: Any) -> dict[str, torch.Tensor]:
+        """Tokens of each image in the stages of a forward pass, by their names: (B,) of "backbone", "refine".
+
+        Args:
+            inputs: the arguments of `forward` by their names.
+            output: what it returned.
+        """
+        ...
+
+
+class GrainBudget:
+    """The `AdaptiveDenoiser` of D2iT: its budget is the share of fine regions.
+
+    Tokens of the backbone are the regions, whatever the map; RefineNet of level l = 1 ... k-1 works on 4 ** l tokens
+    of each region of grain l or finer.
+
+    Args:
+        num_grains: k.
+    """
+
+    budget_argument = BudgetArgument("fine_ratio")
+
+    def __init__(self, num_grains: int):
+        self.num_grains = num_grains
+
+    def count_tokens(self, inputs: Mapping[str, Any], output: Any = None) -> dict[str, torch.Tensor]:
+        grain_map = inputs["grain_map"]
+        grain_map = grain_map.grain_map if isinstance(grain_map, GrainLayout) else grain_map
+        backbone = torch.full_like(grain_map[:, 0, 0], grain_map[0].numel())
+        refine = [4**level * (grain_map >= level).sum(dim=(1, 2)) for level in range(1, self.num_grains)]
+        return {"backbone": backbone, "refine": torch.stack(refine).sum(dim=0)}
+
+
+def adaptive(transformer: nn.Module) -> AdaptiveDenoiser:
+    """What a model supplies for its cost: the model itself, or what stands here in its place.
+
+    Raises:
+        ValueError: it is no adaptive model.
+    """
+    if hasattr(transformer, "budget_argument"):
+        return transformer
+    if isinstance(transformer, D2iTContentModel):
+        return GrainBudget(transformer.config.num_grains)
+    raise ValueError(f"`transformer` must have a budget, got a {type(transformer).__name__}.")
+
+
+class ForwardMeter:
+    """Notes what the forward passes of a denoiser cost, while the block lasts.
+
+        with ForwardMeter(pipe.transformer) as meter:
+            pipe(...)
+        meter.tokens               # {"backbone": 64.0, "refine": 76.0}
+        meter.step_seconds()       # of each step but the last
+
+    Args:
+        transformer: the denoiser; not compiled as a whole.
+        counts_macs: whether multiply-adds are counted, which is slow: those of matrix products, convolutions and
+            attention, as torch counts them. Elementwise ones are not.
+
+    Attributes:
+        tokens: of an image in a pass by stage, mean over images and passes.
+        macs: multiply-adds of an image in a pass, mean over passes.
+    """
+
+    def __init__(self, transformer: nn.Module, counts_macs: bool = False):
+        self.transformer, self.counts_macs = transformer, counts_macs
+        self._model, self._signature = adaptive(transformer), inspect.signature(transformer.forward)
+        self._tokens: list[dict[str, torch.Tensor]] = []
+        self._macs: list[float] = []
+        self._starts: list = []
+
+    def __enter__(self) -> "ForwardMeter":
+        self._forward = self.transformer.forward
+        self._was_own = "forward" in vars(self.transformer)  # accelerate's hooks put theirs there
+        self.transformer.forward = self._measured
+        return self
+
+    def __exit__(self, *error) -> None:
+        if self._was_own:
+            self.transformer.forward = self._forward
+        else:
+            del self.transformer.forward
+
+    def _measured(self, *args, **kwargs):
+        self._starts.append(_now(next(self.transformer.parameters()).device))
+        inputs = self._signature.bind(*args, **kwargs).arguments
+        if self.counts_macs:
+            # Attention as two matrix products: a fused kernel that the counter does not know would count as nothing
+            with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+                output = self._forward(*args, **kwargs)
+            self._macs.append(counter.get_total_flops() / 2 / len(next(iter(inputs.values()))))
+        else:
+            output = self._forward(*args, **kwargs)
+        tokens = self._model.count_tokens(inputs, output)
+        self._tokens.append({stage: number.double().mean() for stage, number in tokens.items()})
+        return output
+
+    @property
+    def tokens(self) -> dict[str, float]:
+        stages = self._tokens[0]
+        return {stage: torch.stack([one[stage] for one in self._tokens]).mean().item() for stage in stages}
+
+    @property
+    def macs(self) -> float:
+        return statistics.fmean(self._macs)
+
+    def step_seconds(self) -> list[float]:
+        """Seconds from the start of each pass to that of the next one: of the denoising steps but the last."""
+        pairs = list(itertools.pairwise(self._starts))
+        if pairs and not isinstance(self._starts[0], float):
+            torch.cuda.synchronize()
+            return [before.elapsed_time(after) / 1e3 for before, after in pairs]
+        return [after - before for before, after in pairs]
+
+
+def _now(device: torch.device) -> Any:
+    """The time; on CUDA as an event of the device, which nothing waits for."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+@dataclass(frozen=True)
+class TimedCall:
+    """A call of the pipeline.
+
+    Args:
+        num_images: B.
+        seconds: of the whole call.
+        step_seconds: of its denoising steps.
+        tokens: of an image by stage, mean over its images.
+        figures: what else was found of its images, means.
+    """
+
+    num_images: int
+    seconds: float
+    step_seconds: list[float]
+    tokens: dict[str, float]
+    figures: dict[str, float] = field(default_factory=dict)
+
+
+def cost_of(calls: Sequence[TimedCall]) -> dict[str, Any]:
+    """What an image costs, over calls that drew images alike: means of what is counted, medians of what is timed.
+
+    The last batch may be smaller than the others, and an image of it dearer: its time does not count.
+
+    Returns:
+        "tokens" by stage; "figures"; "seconds_per_image", of the whole call; "seconds_per_step", both passes if
+        guided: None with a single step.
+    """
+    num_images = sum(call.num_images for call in calls)
+    full = max(call.num_images for call in calls)
+    timed = [call for call in calls if call.num_images == full]
+    steps = [seconds for call in timed for seconds in call.step_seconds]
+
+    def mean(kind: str) -> dict[str, float]:
+        parts = [(getattr(call, kind), call.num_images) for call in calls]
+        return {name: sum(part[name] * number for part, number in parts) / num_images for name in parts[0][0]}
+
+    return {
+        "tokens": mean("tokens"),
+        "figures": mean("figures"),
+        "seconds_per_image": statistics.median(call.seconds for call in timed) / full,
+        "seconds_per_step": statistics.median(steps) / full if steps else None,
+    }
+
+
+def describe_machine(accelerator: Accelerator) -> dict[str, str | int]:
+    """What seconds depend on, beside the checkpoint: device, processes, threads, version of torch."""
+    device = accelerator.device
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or device.type,
+        "num_processes": accelerator.num_processes,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }

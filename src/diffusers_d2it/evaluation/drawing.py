@@ -1,0 +1,200 @@
+# Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
+"""Images and grain maps of one checkpoint, drawn so that only what is compared differs.
+
+Everything random belongs to an image: its noise is a function of the seed and of its number, whatever the map, the
+batch size and the number of processes. So two rows of a table differ in their maps and in nothing else.
+
+Shapes:
+    N images, H W their sides in pixels, h w sides of a map in regions
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from diffusers.utils.torch_utils import randn_tensor
+from tqdm.auto import tqdm
+
+from ..grains import fine_share
+from ..pipelines.grain_maps import random_grain_map
+from ..pipelines.pipeline_d2it import D2iTPipeline
+from ..pixels import unit_to_uint8
+
+
+MAP_SOURCES = ("true", "predicted", "random", "coarse", "fine")
+
+_REPORTS = 5  # keeps the seeds apart from those of other sets of samples
+# What a generator is for: other numbers, other noise
+_LATENTS, _MAP, _SOLVER, NOISE, ENCODING = range(5)
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """How a checkpoint draws all that is compared.
+
+    Args:
+        pipe: the pipeline.
+        labels: classes (N,) int64 of the images; None for an unconditional model.
+        num_inference_steps: denoising steps.
+        guidance_scale: classifier-free guidance; 1 is without, as in Table 5.
+        grain_num_inference_steps: steps of the grain model.
+        batch_size: images in a forward pass, in measurements without sampling too.
+        seed: with the number of an image it fixes all that is random.
+        accelerator: joins the processes, which share the batches; None without others.
+
+    Raises:
+        ValueError: labels are missing, or superfluous.
+    """
+
+    pipe: D2iTPipeline
+    labels: torch.Tensor | None = None
+    num_inference_steps: int = 50
+    guidance_scale: float = 1.0
+    grain_num_inference_steps: int = 10
+    batch_size: int = 32
+    seed: int = 0
+    accelerator: Accelerator | None = None
+
+    def __post_init__(self):
+        if (self.labels is None) != (self.pipe.transformer.config.num_classes is None):
+            asked = "given, as the model has classes" if self.labels is None else "None, as the model has no classes"
+            raise ValueError(f"`labels` must be {asked}.")
+
+    def describe(self) -> dict[str, int | float]:
+        """The part of a protocol that this decides."""
+        names = ("num_inference_steps", "guidance_scale", "grain_num_inference_steps", "seed")
+        return {name: getattr(self, name) for name in names}
+
+    def generators(self, purpose: int, images: slice) -> list[torch.Generator]:
+        """A generator for each image, on the CPU, so that every device draws the same; no two images share one."""
+        first = int(np.random.SeedSequence(self.seed, spawn_key=(_REPORTS, purpose)).generate_state(1)[0])
+        # A generator reads no more than 32 bits of a seed
+        seeds = ((first + image) % 2**32 for image in range(images.start, images.stop))
+        return [torch.Generator().manual_seed(one) for one in seeds]
+
+    def class_ids(self, images: slice) -> torch.Tensor | None:
+        """The labels of some images, on the device of the pipeline."""
+        return None if self.labels is None else self.labels[images].to(self.pipe._execution_device)
+
+    def over_images(
+        self, function: Callable[[slice], torch.Tensor], out: torch.Tensor, description: str | None = None
+    ) -> torch.Tensor:
+        """Compute something for every image, in batches that the processes share; all processes get all of it.
+
+        Args:
+            function: from the numbers of a batch of images to its part of `out`.
+            out: zeros (N, ...), on the CPU; filled here.
+            description: of the progress bar; None without one.
+
+        Raises:
+            ValueError: there are other than N labels.
+        """
+        self._check_number(len(out))
+        several = self.accelerator is not None and self.accelerator.num_processes > 1
+        starts = range(0, len(out), self.batch_size)
+        batches = [slice(start, min(start + self.batch_size, len(out))) for start in starts]
+        share = batches[self.accelerator.process_index :: self.accelerator.num_processes] if several else batches
+        hidden = description is None or (several and not self.accelerator.is_main_process)
+        for images in tqdm(share, desc=description, disable=hidden):
+            out[images] = function(images).to(out.device, out.dtype)
+        if several:
+            for part in out.split(256):  # each image is zero on all processes but one
+                part.copy_(self.accelerator.reduce(part.to(self.accelerator.device), "sum"))
+        return out
+
+    def call(self, images: slice, size: tuple[int, int], **arguments: Any) -> Any:
+        """Draw some of the images in one call of the pipeline; its output, images as a tensor in [0, 1].
+
+        Args:
+            images: their numbers.
+            size: (H, W).
+            **arguments: what else the pipeline is given, such as `fine_ratio`. A tensor has a part for each of the N
+                images.
+        """
+        mine = {name: value[images] if isinstance(value, torch.Tensor) else value for name, value in arguments.items()}
+        num_images, factor = images.stop - images.start, self.pipe.vae.downsample_factor
+        shape = (num_images, self.pipe.transformer.config.in_channels, size[0] // factor, size[1] // factor)
+        return self.pipe(
+            None if self.labels is None else self.labels[images].tolist(),
+            num_images_per_prompt=num_images if self.labels is None else 1,
+            num_inference_steps=self.num_inference_steps,
+            guidance_scale=self.guidance_scale,
+            grain_num_inference_steps=self.grain_num_inference_steps,
+            generator=self.generators(_SOLVER, images),
+            latents=randn_tensor(shape, generator=self.generators(_LATENTS, images)),
+            **({"output_type": "pt"} | mine),
+        )
+
+    def images(self, maps: torch.Tensor) -> torch.Tensor:
+        """An image for every map, (N, h, w) int64 -> (N, 3, H, W) uint8: the same noise for any maps.
+
+        Raises:
+            ValueError: there are other than N labels, or what the pipeline raises.
+        """
+        size = tuple(side * self.pipe.vae.region_size for side in maps.shape[1:])
+        out = torch.zeros(len(maps), 3, *size, dtype=torch.uint8)
+        return self.over_images(lambda images: unit_to_uint8(self.call(images, size, grain_map=maps).images), out)
+
+    def true_maps(self, images: torch.Tensor) -> torch.Tensor:
+        """The maps of images by their entropy, at the ratio of the autoencoder: uint8 (N, 3, H, W) -> int64 (N, h, w).
+
+        Raises:
+            ValueError: the images are not uint8 (N, 3, H, W) with sides that are multiples of a region, or the
+                autoencoder has not been calibrated.
+        """
+        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3 or not len(images):
+            raise ValueError(f"`images` must be uint8 (N, 3, H, W), got {images.dtype} {tuple(images.shape)}.")
+        batches = images.split(self.batch_size)
+        return torch.cat([self.pipe.grain_map_from_image(batch / 255).cpu() for batch in batches])
+
+    def maps(self, source: str, true_maps: torch.Tensor, fine_ratio: float | None = None) -> torch.Tensor:
+        """A map for every image, from one of `MAP_SOURCES`.
+
+        Args:
+            source: "true" gives `true_maps` back; "predicted" asks the grain model for maps of the labels; "random"
+                draws independent regions, fine with a probability that is the mean fine share of the true maps;
+                "coarse" and "fine" are uniform.
+            true_maps: (N, h, w) int64, of real images with these labels.
+            fine_ratio: for "predicted", the share of fine regions of every map; None leaves it to the model.
+
+        Returns:
+            (N, h, w) int64.
+
+        Raises:
+            ValueError: the source is unknown, there is no grain model, or there are other than N labels.
+        """
+        self._check_number(len(true_maps))
+        num_grains = self.pipe.transformer.config.num_grains
+        if source == "true":
+            return true_maps
+        if source in ("coarse", "fine"):
+            return torch.full_like(true_maps, 0 if source == "coarse" else num_grains - 1)
+        if source == "random":
+            ratio = fine_share(true_maps, num_grains).mean().item()
+            generators = self.generators(_MAP, slice(0, len(true_maps)))
+            return random_grain_map(true_maps.shape, num_grains, ratio, generators, torch.device("cpu"))
+        if source != "predicted":
+            raise ValueError(f"`source` must be one of {', '.join(MAP_SOURCES)}, got {source!r}.")
+        if self.pipe.grain_model is None:
+            raise ValueError("`pipe` has no grain model: maps can be true, random, coarse or fine, not predicted.")
+
+        def predict(images: slice) -> torch.Tensor:
+            return self.pipe.prepare_grain_map(
+                None,
+                fine_ratio,
+                self.class_ids(images),
+                images.stop - images.start,
+                tuple(true_maps.shape[1:]),
+                self.grain_num_inference_steps,
+                1.0,
+                self.generators(_MAP, images),
+            )
+
+        return self.over_images(predict, torch.zeros_like(true_maps))
+
+    def _check_number(self, num_images: int) -> None:
+        if self.labels is not None and self.labels.shape != (num_images,):
+            raise ValueError(f"`labels` must be one for each of {num_images} images, got {tuple(self.labels.shape)}.")

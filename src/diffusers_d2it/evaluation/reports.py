@@ -1,0 +1,242 @@
+# Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
+"""One checkpoint drawn in several ways: how good the images are by arguments of the pipeline, and what they cost.
+
+Table 5 of arXiv:2504.09454 is such a comparison (examples/grain_report.py), and so are budgets (budget_report.py).
+
+    drawing = Drawing(pipe, labels)
+    evaluator = Evaluator(reference, ["fid"], features)
+    rows = compare(drawing, {"0.3": {"fine_ratio": 0.3}, "1": {"fine_ratio": 1.0}}, evaluator, shape=(N, 3, 256, 256))
+
+Shapes:
+    N images, H W their sides in pixels, h w sides of a map in regions
+"""
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from itertools import islice
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+
+from ..data.bad_images import BadImages
+from ..data.images import check_resolution, to_pixels
+from ..data.loaders import usable_images
+from ..data.source import ImageSource
+from ..files import on_main_process
+from ..pipelines.labels import class_of
+from ..pipelines.pipeline_d2it import D2iTPipeline
+from ..pixels import to_uint8, unit_to_uint8
+from ..words import listed
+from .cost import ForwardMeter, TimedCall, cost_of
+from .drawing import Drawing
+from .evaluate import Evaluator
+from .images import ImageSet
+
+
+_COUNTED_IMAGES, _COUNTED_STEPS = 8, 10  # of which multiply-adds are counted
+
+
+@dataclass(frozen=True)
+class Row:
+    """What `compare` finds of one way to draw.
+
+    Attributes:
+        name: of the row.
+        results: of `evaluate`, as dictionaries {"metric", "value", "protocol", "deviation"}.
+        images: that were drawn, (N, 3, H, W) uint8.
+        cost: of an image: `cost_of` the calls, and "macs_per_forward"; None where it was not asked for.
+    """
+
+    name: str
+    results: list[dict]
+    images: torch.Tensor
+    cost: dict[str, Any] | None = None
+
+
+def compare(
+    drawing: Drawing,
+    rows: Mapping[str, Mapping[str, Any]],
+    evaluator: Evaluator,
+    shape: tuple[int, int, int, int],
+    *,
+    title: str = "samples, {}",
+    protocol: Mapping[str, Any] | None = None,
+    costs: bool = False,
+    figures: Callable[[Any], dict[str, torch.Tensor]] | None = None,
+    progress: bool = False,
+) -> list[Row]:
+    """How good images are, and what they cost, by arguments of the pipeline; labels and noise are those of all rows.
+
+    The rows take turns batch by batch, so that whatever slows the machine down slows all of them.
+
+    Args:
+        drawing: how images are drawn.
+        rows: the arguments of the pipeline for each row, by its name. A tensor has a part for each image, (N, ...).
+        evaluator: metrics and reference.
+        shape: (N, 3, H, W) of the images of a row.
+        title: what protocols call the images of a row, with its name for {}.
+        protocol: what else protocols say of the samples, such as the checkpoint; they say the arguments of the row,
+            and for a tensor the name of the row.
+        costs: whether cost is measured. Seconds of several processes are those of processes that work side by side.
+        figures: what else is averaged with the costs, (B,) by names, from an output of the pipeline.
+        progress: show a bar.
+
+    Raises:
+        ValueError: there are other than N labels; or what `evaluate` and the pipeline raise.
+    """
+    size, calls = shape[2:], {name: [] for name in rows}
+
+    def draw(images: slice) -> torch.Tensor:
+        drawn = []
+        for name, arguments in rows.items():
+            if costs:
+                samples, call = _timed_call(drawing, images, size, arguments, figures)
+                calls[name].append(call)
+            else:
+                samples = unit_to_uint8(drawing.call(images, size, **arguments).images).cpu()
+            drawn.append(samples)
+        return torch.stack(drawn, dim=1)
+
+    if costs:
+        warm_up = replace(drawing, num_inference_steps=min(2, drawing.num_inference_steps))
+        for arguments in rows.values():
+            _timed_call(warm_up, slice(0, min(shape[0], drawing.batch_size)), size, arguments, None)
+    samples = torch.zeros(shape[0], len(rows), *shape[1:], dtype=torch.uint8)
+    samples = drawing.over_images(draw, samples, "sampling" if progress else None)
+    if costs and drawing.accelerator is not None and drawing.accelerator.num_processes > 1:
+        parts = gather_object([calls])
+        calls = {name: [call for part in parts for call in part[name]] for name in rows}
+
+    found = []
+    for (name, arguments), images in zip(rows.items(), samples.unbind(1)):
+        plain = {key: name if isinstance(value, torch.Tensor) else value for key, value in arguments.items()}
+        told = {**drawing.describe(), **plain, **(protocol or {})}
+        results = evaluator(ImageSet.from_tensor(images, title.format(name), told))
+        cost = None
+        if costs:
+            macs = on_main_process(drawing.accelerator, lambda a=arguments: _count_macs(drawing, shape, a))
+            cost = cost_of(calls[name]) | {"macs_per_forward": macs}
+        found.append(Row(name, [asdict(result) for result in results], images, cost))
+    return found
+
+
+def _timed_call(
+    drawing: Drawing,
+    images: slice,
+    size: tuple[int, int],
+    arguments: Mapping[str, Any],
+    figures: Callable[[Any], dict[str, torch.Tensor]] | None,
+) -> tuple[torch.Tensor, TimedCall]:
+    """Images of a batch on the CPU, and what they cost."""
+    start = time.perf_counter()
+    with ForwardMeter(drawing.pipe.transformer) as meter:
+        output = drawing.call(images, size, **arguments)
+        samples = unit_to_uint8(output.images).cpu()  # which waits for the device
+    seconds = time.perf_counter() - start
+    found = {} if figures is None else {name: one.double().mean().item() for name, one in figures(output).items()}
+    return samples, TimedCall(len(samples), seconds, meter.step_seconds(), meter.tokens, found)
+
+
+def _count_macs(drawing: Drawing, shape: tuple[int, ...], arguments: Mapping[str, Any]) -> float:
+    """Multiply-adds of an image in a pass without guidance, mean over the first images of a row and over steps."""
+    alone = replace(drawing, guidance_scale=1.0, num_inference_steps=min(_COUNTED_STEPS, drawing.num_inference_steps))
+    with ForwardMeter(drawing.pipe.transformer, counts_macs=True) as meter:
+        for image in range(min(_COUNTED_IMAGES, drawing.batch_size, shape[0])):
+            alone.call(slice(image, image + 1), shape[2:], **arguments, output_type="latent")
+    return meter.macs
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Real images
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class LabelledImages:
+    """Real images of a data set, drawn at random, and others of it to compare with.
+
+    Attributes:
+        images: (N, 3, R, R) uint8.
+        labels: (N,) int64, ids of the checkpoint's classes; None for an unconditional one.
+        reference: M other images of the same data set.
+        description: the data set in words.
+    """
+
+    images: torch.Tensor
+    labels: torch.Tensor | None
+    reference: ImageSet
+    description: str
+
+
+def draw_labelled_images(
+    source: ImageSource,
+    pipe: D2iTPipeline,
+    num_images: int,
+    num_reference_images: int,
+    bad_images: BadImages,
+    resolution: int | None = None,
+    seed: int = 0,
+) -> LabelledImages:
+    """Images of a data set for a report on a checkpoint.
+
+    The reference is of other images than the first ones: images whose own maps are asked for would be compared with
+    themselves.
+
+    Args:
+        source: the data set.
+        pipe: the checkpoint.
+        num_images: N.
+        num_reference_images: M.
+        bad_images: notes what cannot be used.
+        resolution: R; None for that of the checkpoint.
+        seed: fixes which images are taken, and their order.
+
+    Raises:
+        ValueError: the data set has too few images, other classes than the checkpoint, or none; or the resolution does
+            not suit the checkpoint.
+    """
+    resolution = resolution or pipe.transformer.config.sample_size * pipe.vae.downsample_factor
+    check_resolution(resolution, pipe.vae.region_size)
+    classes = classes_of_checkpoint(source, pipe)
+    needed = num_images + num_reference_images
+    images, labels = [], []
+    for row, image in islice(usable_images(source.shuffled(seed).rows(), resolution, bad_images), needed):
+        images.append(to_uint8(to_pixels(image, resolution)))
+        labels.append(row.label)
+    if len(images) < needed:
+        raise ValueError(
+            f"{source.name} has {len(images)} images that can be used: `num_images` {num_images} and"
+            f" `num_reference_images` {num_reference_images} need {needed}. {bad_images.summary()}".rstrip()
+        )
+    images, reference = torch.stack(images).split([num_images, num_reference_images])
+    labels = None if classes is None else torch.tensor([classes[label] for label in labels[:num_images]])
+    description = source.describe(resolution)
+    return LabelledImages(images, labels, ImageSet.from_tensor(reference, description), description)
+
+
+def classes_of_checkpoint(source: ImageSource, pipe: D2iTPipeline) -> dict[int, int] | None:
+    """The checkpoint's class of every label of a data set, by `class_of`; None for an unconditional checkpoint.
+
+    Raises:
+        ValueError: the data set has no classes, or some that the checkpoint does not have.
+    """
+    num_classes = pipe.transformer.config.num_classes
+    if num_classes is None:
+        return None
+    if source.id2label is None:
+        raise ValueError(
+            f"{source.name} has no classes, and the checkpoint draws images of {num_classes}: name a `label_column`,"
+            " or pass a folder with a sub-folder for each class."
+        )
+    found = {label: class_of(label, name, pipe.id2label, num_classes) for label, name in source.id2label.items()}
+    missing = [repr(source.id2label[label]) for label, id in found.items() if id is None]
+    if missing:
+        known = pipe.id2label or range(num_classes)
+        known = [repr(known[id]) for id in sorted(known)]
+        raise ValueError(
+            f"{source.name} has classes that the checkpoint does not have: {listed(missing, most=10)}. It has"
+            f" {listed(known, most=10)}. `label_column` names another column, `id2label` the classes of one."
+        )
+    return found

@@ -1,0 +1,162 @@
+# Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
+"""What images cost: counted by hand, by another way, and noted on the passes of a pipeline."""
+
+import inspect
+
+import pytest
+import torch
+from torch import nn
+
+from diffusers_d2it.evaluation import BudgetArgument, ForwardMeter, adaptive
+from diffusers_d2it.evaluation.cost import GrainBudget, TimedCall, cost_of
+
+
+def tokens(grain_map: torch.Tensor, num_grains: int) -> dict[str, list[int]]:
+    found = GrainBudget(num_grains).count_tokens({"grain_map": grain_map})
+    return {stage: numbers.tolist() for stage, numbers in found.items()}
+
+
+def macs(model: nn.Module, grain_map: torch.Tensor) -> float:
+    """Multiply-adds of an image in a forward pass."""
+    label = None if model.config.num_classes is None else torch.zeros(len(grain_map), dtype=torch.int64)
+    with torch.no_grad(), ForwardMeter(model, counts_macs=True) as meter:
+        model(torch.zeros(len(grain_map), 4, 8, 8), torch.tensor(500), grain_map, label)
+    return meter.macs
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Budgets
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_budget_becomes_arguments_of_the_pipeline():
+    assert BudgetArgument("fine_ratio").at(0.25) == {"fine_ratio": 0.25}
+    both = BudgetArgument("budget", "null_budget", smallest=0.1)
+    assert both.at(1) == {"budget": 1} and both.at(1, 0.1) == {"budget": 1, "null_budget": 0.1}
+
+
+@pytest.mark.parametrize(
+    "call, said",
+    [
+        (lambda: BudgetArgument("fine_ratio").at(1.5), "`fine_ratio`.*1.5"),
+        (lambda: BudgetArgument("fine_ratio").at("half"), "`fine_ratio`.*'half'"),
+        (lambda: BudgetArgument("fine_ratio").at(float("nan")), "`fine_ratio`.*nan"),
+        (lambda: BudgetArgument("budget", "null_budget", 0.1).at(1, 0), "`null_budget`.*0.1.*got 0"),
+        (lambda: BudgetArgument("fine_ratio").at(1, 0.5), "`null_budget`.*None"),
+        (lambda: adaptive(nn.Linear(1, 1)), "`transformer`.*Linear"),
+    ],
+)
+def test_budgets_that_are_refused(call, said):
+    with pytest.raises(ValueError, match=said):
+        call()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is counted
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_tokens_by_hand():
+    maps = torch.tensor([[[0, 1], [1, 1]], [[0, 0], [0, 0]]])
+    assert tokens(maps, 2) == {"backbone": [4, 4], "refine": [12, 0]}
+    # Of three grains: 4 for each region of the second level, and 16 more for each of the third
+    assert tokens(torch.tensor([[[0, 1], [2, 2]]]), 3)["refine"] == [3 * 4 + 2 * 16]
+
+
+@pytest.mark.parametrize("num_grains", [2, 3])
+def test_tokens_are_those_of_the_layout(make_content_model, num_grains):
+    maps = torch.randint(num_grains, (3, 4, 4), generator=torch.Generator().manual_seed(0))
+    layout = make_content_model(num_grains=num_grains).prepare_grain_map(maps)
+    expected = sum(len(level.tokens) for level in layout.levels)
+    assert sum(tokens(maps, num_grains)["refine"]) == sum(tokens(layout, num_grains)["refine"]) == expected
+
+
+def test_macs_are_those_of_the_layers_and_of_attention(make_content_model):
+    model = make_content_model()
+    counted = []
+
+    def count(layer: nn.Linear, inputs: tuple, output: torch.Tensor) -> None:
+        counted.append(output.numel() * layer.in_features)
+
+    for layer in model.modules():
+        if isinstance(layer, nn.Linear):
+            layer.register_forward_hook(count)
+    # Without a fine region attention is that of the backbone: 16 tokens with 16 tokens, twice, in every block
+    total = macs(model, torch.zeros(1, 4, 4, dtype=torch.int64))
+    width = model.config.num_attention_heads * model.config.attention_head_dim
+    attention = 2 * 16 * 16 * width * len(model.transformer_blocks)
+    assert total == sum(counted) + attention
+
+
+def test_counting_changes_nothing(make_content_model):
+    model, maps = make_content_model(), torch.ones(1, 4, 4, dtype=torch.int64)
+    arguments = torch.zeros(1, 4, 8, 8), torch.tensor(500), maps, torch.tensor([3])
+    state, forward = torch.get_rng_state(), inspect.unwrap(model.forward)
+    with torch.no_grad():
+        expected = model(*arguments).sample
+        with ForwardMeter(model) as meter:
+            assert torch.equal(model(*arguments).sample, expected)
+        with pytest.raises(KeyError), ForwardMeter(model):
+            raise KeyError
+    assert model.forward == forward and torch.equal(torch.get_rng_state(), state)
+    assert meter.tokens == {"backbone": 16, "refine": 64} and meter.step_seconds() == []
+    assert macs(make_content_model(num_classes=None), maps) == macs(model, maps)
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
+def test_passes_of_a_pipeline_are_noted(make_pipeline, guidance_scale):
+    pipe = make_pipeline()
+    maps = torch.tensor([[[1, 1], [0, 0]], [[1, 0], [0, 0]]]).repeat(1, 2, 2)
+    with ForwardMeter(pipe.transformer) as meter:
+        pipe([1, 2], grain_map=maps, num_inference_steps=3, guidance_scale=guidance_scale, output_type="latent")
+    assert meter.tokens == {"backbone": 16, "refine": (32 + 16) / 2}
+    assert len(meter.step_seconds()) == 2 and all(seconds > 0 for seconds in meter.step_seconds())
+
+
+class Halving(nn.Module):
+    """An adaptive model of another kind: it keeps a share of the cells that depends on what it sees."""
+
+    budget_argument = BudgetArgument("budget", "null_budget")
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(3, 5)
+
+    def forward(self, cells, budget=1.0):
+        return self.layer(cells)
+
+    def count_tokens(self, inputs, output) -> dict[str, torch.Tensor]:
+        return {"backbone": (inputs["cells"][..., 0] > 0).sum(dim=1)}
+
+
+def test_another_model_supplies_two_things():
+    model = Halving()
+    assert adaptive(model) is model
+    with ForwardMeter(model, counts_macs=True) as meter:
+        model(torch.tensor([[1.0, -1, 1, 1], [1, -1, -1, 1]])[..., None].expand(2, 4, 3), budget=0.5)
+        model(cells=-torch.ones(2, 4, 3))
+    assert meter.tokens == {"backbone": 1.25} and meter.macs == 4 * 3 * 5
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is timed
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_cost_of_calls_by_hand():
+    def call(num_images: int, seconds: float, steps: list[float], share: float) -> TimedCall:
+        return TimedCall(num_images, seconds, steps, {"backbone": 16, "refine": 100 * share}, {"share": share})
+
+    calls = [
+        call(4, 8.0, [1.0, 2.0], 0.5),
+        call(4, 80.0, [3.0, 50.0], 0.5),  # something else kept the machine busy
+        call(4, 4.0, [1.0, 2.0], 0.5),
+        call(1, 3.0, [0.1, 0.1], 1.0),  # the last batch: dear for one image, and not timed
+    ]
+    assert cost_of(calls) == {
+        "tokens": {"backbone": 16, "refine": 700 / 13},
+        "figures": {"share": 7 / 13},
+        "seconds_per_image": 2,
+        "seconds_per_step": 0.5,
+    }
+    assert cost_of([call(4, 8.0, [], 0.5)])["seconds_per_step"] is None
