@@ -13,7 +13,7 @@ from diffusers_d2it import D2iTPipeline, bundled_checkpoint
 from diffusers_d2it.evaluation import Drawing, denoising_error_by_grain, grain_diagnostics, spatial_coherence
 from diffusers_d2it.evaluation.drawing import ENCODING, NOISE
 from diffusers_d2it.evaluation.grain_maps import grain_model_accuracy, reconstruction_psnr_by_grain
-from diffusers_d2it.grains import tie
+from diffusers_d2it.grains import GrainLayout, tie
 from diffusers_d2it.losses import grain_loss, multi_grained_loss
 from diffusers_d2it.objectives import make_objective
 from diffusers_d2it.pixels import to_uint8
@@ -94,7 +94,9 @@ def test_denoising_errors_are_those_that_training_logs(make_pipeline, name, num_
         noise = tie(randn_tensor(latents.shape, generator=drawing.generators(NOISE, ALL)), grain_maps)
         noised = objective.add_noise(latents, noise, timesteps)
         prediction = pipe.transformer(noised, timesteps, grain_maps, LABELS).sample
-    losses = multi_grained_loss(prediction, objective.target(latents, noise, timesteps), grain_maps)
+    losses = multi_grained_loss(
+        prediction, objective.target(latents, noise, timesteps), GrainLayout.from_grain_map(grain_maps, num_grains)
+    )
     expected = [losses[f"mse_grain_{grain}"].item() for grain in range(num_grains)]
     assert list(found) == ["0", "400"] and found["0"] != found["400"]
     assert found["400"] == pytest.approx(expected, rel=1e-4)

@@ -10,7 +10,7 @@ from image_files import encode, photo, truncated_jpeg, write_folder
 from metric_inputs import crops
 
 from diffusers_d2it.data.images import to_pixels
-from diffusers_d2it.evaluation.images import ImageSet, PixelDigest, open_images
+from diffusers_d2it.evaluation.images import ImageSet, hash_pixels, open_images, pixel_digest
 from diffusers_d2it.sampling.npz import NpzWriter
 
 
@@ -20,12 +20,7 @@ def read_all(images: ImageSet, batch_size: int = 5, **kwargs) -> torch.Tensor:
 
 def digest(*parts: torch.Tensor) -> str:
     """Of images that are counted in parts, each by itself."""
-    total = PixelDigest()
-    for images in parts:
-        part = PixelDigest()
-        part.update(images)
-        total.merge(part)
-    return total.hexdigest()
+    return pixel_digest(sum(map(len, parts)), sum(map(hash_pixels, parts)))
 
 
 def as_tensor(*images) -> torch.Tensor:

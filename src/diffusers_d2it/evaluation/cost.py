@@ -5,7 +5,7 @@ A model is adaptive if an argument of its pipeline says how much it may spend on
 `AdaptiveDenoiser`; all that is measured here follows from them.
 
 Shapes:
-    B images, h w sides of a map in regions, k grains
+    B images
 """
 
 import inspect
@@ -23,7 +23,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..grain_layout import GrainLayout
+from ..grains import GrainLayout
 from ..models.transformer_d2it_content import D2iTContentModel
 
 
@@ -74,14 +74,7 @@ class AdaptiveDenoiser(Protocol):
 
 
 class GrainBudget:
-    """The `AdaptiveDenoiser` of D2iT: its budget is the share of fine regions.
-
-    Tokens of the backbone are the regions, whatever the map; RefineNet of level l = 1 ... k-1 works on 4 ** l tokens
-    of each region of grain l or finer.
-
-    Args:
-        num_grains: k.
-    """
+    """The `AdaptiveDenoiser` of a D2iT with k grains: its budget is the share of fine regions."""
 
     budget_argument = BudgetArgument("fine_ratio")
 
@@ -89,11 +82,10 @@ class GrainBudget:
         self.num_grains = num_grains
 
     def count_tokens(self, inputs: Mapping[str, Any], output: Any = None) -> dict[str, torch.Tensor]:
-        grain_map = inputs["grain_map"]
-        grain_map = grain_map.grain_map if isinstance(grain_map, GrainLayout) else grain_map
-        backbone = torch.full_like(grain_map[:, 0, 0], grain_map[0].numel())
-        refine = [4**level * (grain_map >= level).sum(dim=(1, 2)) for level in range(1, self.num_grains)]
-        return {"backbone": backbone, "refine": torch.stack(refine).sum(dim=0)}
+        layout = inputs["grain_map"]
+        if not isinstance(layout, GrainLayout):
+            layout = GrainLayout.from_grain_map(layout, self.num_grains)
+        return layout.num_tokens
 
 
 def adaptive(transformer: nn.Module) -> AdaptiveDenoiser:

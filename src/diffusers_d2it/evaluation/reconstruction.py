@@ -259,13 +259,12 @@ def evaluate_reconstructions(
         scores.update(images, reconstructions, fine_share=shares)
     scores.join()
     config = {name: value for name, value in vae.config.items() if not name.startswith("_")}
-    ratios = vae.config.grain_ratios or [1 / vae.num_grains] * vae.num_grains
     samples = {
         "name": "reconstructions",
         "num_images": len(reference),
         "resolution": list(reference.size),
         "checkpoint": {"weights": weights_digest(vae), "config": digest(config)},
-        "fine_ratio": ratios[-1] if fine_ratio is None else fine_ratio,
+        "fine_ratio": vae.grain_ratios[-1] if fine_ratio is None else fine_ratio,
         "latents": "mode of the posterior",
         "dtype": str(vae.dtype).removeprefix("torch."),
     }
