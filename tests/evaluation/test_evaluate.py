@@ -249,13 +249,13 @@ def test_statistics_that_do_not_fit_are_refused(samples, reference, features, st
     with pytest.raises(ValueError, match="reference.npz.* 'precision'"):
         scores(samples, statistics, features, ["fid", "precision"])
     other = ModuleFeatures(small_network(1), "small")
-    with pytest.raises(ValueError, match=r"reference.npz.* digest \w+….* digest"):
+    with pytest.raises(ValueError, match="reference.npz.* digest "):
         scores(samples, statistics, other, ["fid"])
     larger = ImageSet.from_tensor(crops(20, seed=0, side=40), "larger")
     with pytest.raises(ValueError, match="40x40 in larger and 32x32 in .*reference.npz"):
         scores(larger, statistics, features, ["fid"])
     np.savez(tmp_path / "foreign.npz", mu=np.zeros(5), sigma=np.eye(5))
-    with pytest.raises(ValueError, match="foreign.npz.* has 5, and 'small' has 8"):
+    with pytest.raises(ValueError, match="foreign.npz.* 5, not 8"):
         scores(samples, tmp_path / "foreign.npz", features, ["fid"])
     with pytest.raises(ValueError, match="foreign.npz.* mu_s "):
         scores(samples, tmp_path / "foreign.npz", features, ["sfid"])

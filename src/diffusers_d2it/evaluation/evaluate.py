@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from ..files import on_main_process
 from ..files.folders import file_sha256
-from ..words import listed, shorten
+from ..words import differences, listed
 from .features import FeatureExtractor
 from .frechet import frechet_distance
 from .images import ImageSet, hash_pixels, open_images, pixel_digest
@@ -199,23 +199,17 @@ class Evaluator:
             self._check_statistics(samples, widths)
 
     def _check_statistics(self, samples: ImageSet, widths: dict[str, int]) -> None:
+        """Raise a ValueError unless the statistics are of these features, and of images of this size."""
         outputs = sorted({metric.output for metric in self.metrics.values() if metric.part == "moments"})
         if not set(outputs) <= set(self.statistics.moments):
             raise ValueError(f"{self.path} has no mu_s and sigma_s, the statistics of features for 'sfid'.")
-        network, described = self._known.get("features", {}), self.features.describe()
-        differing = [key for key, value in described.items() if network.get(key, value) != value]
-        if differing:
-            ours, theirs = (
-                ", ".join(f"{key} {shorten(one[key])}" for key in differing) for one in (described, network)
-            )
-            raise ValueError(f"{self.path} was computed in other features: {theirs}; of the samples: {ours}.")
-        for output in outputs:
-            held = len(self.statistics.moments[output][0])
-            if held != widths[output]:
-                raise ValueError(
-                    f"{self.path} was computed in other features: it has {held}, and {self.features.name!r} has"
-                    f" {widths[output]}."
-                )
+        known, ours = self._known.get("features", {}), self.features.describe()
+        known = {key: known.get(key, value) for key, value in ours.items()}  # others do not tell theirs
+        known |= {f"number for {output!r}": len(self.statistics.moments[output][0]) for output in outputs}
+        ours |= {f"number for {output!r}": widths[output] for output in outputs}
+        found = differences(known, ours)
+        if found:
+            raise ValueError(f"{self.path} was computed in other features than the samples: {'; '.join(found)}.")
         if self._known:
             _check_size(self._known["images"]["resolution"], samples, str(self.path))
         elif self.images is None and "arr_0.npy" in _members(self.path):  # the images of ADM's statistics tell theirs
