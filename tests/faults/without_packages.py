@@ -30,9 +30,9 @@ def draw() -> str:
 def needs() -> dict[str, Callable]:
     """What needs each package."""
     from diffusers_d2it import D2iTContentModel, bundled_checkpoint
-    from diffusers_d2it.evaluation.budget import check_matplotlib
     from diffusers_d2it.evaluation.features import load_features, load_lpips
     from diffusers_d2it.evaluation.reconstruction import check_torchmetrics
+    from diffusers_d2it.optional import import_optional
     from diffusers_d2it.training import make_accelerator
 
     def train_with_tracker(name: str) -> None:
@@ -46,7 +46,7 @@ def needs() -> dict[str, Callable]:
     return {
         "flash_attn": lambda: attend_with("flash"),
         "lpips": lambda: load_lpips("vgg", "this test"),
-        "matplotlib": check_matplotlib,
+        "matplotlib": lambda: import_optional("matplotlib.figure", "a plot", extra="metrics"),
         "tensorboard": lambda: train_with_tracker("tensorboard"),
         "torch_fidelity": lambda: load_features("inception"),
         "torchmetrics": check_torchmetrics,
