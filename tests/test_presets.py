@@ -27,20 +27,6 @@ def build(name: str) -> torch.nn.Module:
         return CLASSES[name.split("-")[0]](**load_preset(name))
 
 
-def test_every_size_of_the_paper_and_the_tiny_ones_are_listed():
-    assert list_presets() == sorted(list_presets())
-    assert set(list_presets()) >= {
-        "dvae-f8f16",
-        "grain-s",
-        "content-b",
-        "content-l",
-        "content-xl",
-        "dvae-tiny",
-        "grain-tiny",
-        "content-tiny",
-    }
-
-
 @pytest.mark.parametrize(
     ("name", "millions"), [("grain-s", 33), ("content-b", 136), ("content-l", 467), ("content-xl", 687)]
 )
@@ -58,25 +44,21 @@ def test_every_preset_is_a_whole_configuration_of_its_model(name):
         assert (list(stored) if isinstance(stored, tuple) else stored) == value
 
 
-@pytest.mark.parametrize("content", ["content-b", "content-l", "content-xl"])
-def test_the_paper_presets_fit_one_another(content):
-    dvae, grain, content = build("dvae-f8f16"), build("grain-s"), build(content)
-    assert dvae.config.sample_size == 256
-    assert content.config.sample_size == 256 // dvae.downsample_factor
-    assert grain.config.sample_size == 256 // dvae.region_size
+@pytest.mark.parametrize("content", ["content-b", "content-l", "content-xl", "content-tiny"])
+def test_presets_of_one_family_fit_one_another(content):
+    tiny = content == "content-tiny"
+    names = ("dvae-tiny", "grain-tiny", content) if tiny else ("dvae-f8f16", "grain-s", content)
+    dvae, grain, content = map(build, names)
+    side = dvae.config.sample_size
+    assert content.config.sample_size == side // dvae.downsample_factor
+    assert grain.config.sample_size == side // dvae.region_size
     assert dvae.num_grains == grain.config.num_grains == content.config.num_grains == 2
     assert dvae.config.latent_channels == content.config.in_channels
-    assert grain.config.num_classes == content.config.num_classes == 1000
-
-
-def test_the_tiny_presets_fit_one_another():
-    dvae, grain, content = (build(f"{kind}-tiny") for kind in ("dvae", "grain", "content"))
-    assert content.config.sample_size == dvae.config.sample_size // dvae.downsample_factor
-    assert grain.config.sample_size == dvae.config.sample_size // dvae.region_size
-    assert dvae.num_grains == grain.config.num_grains == content.config.num_grains
-    assert dvae.config.latent_channels == content.config.in_channels
     assert grain.config.num_classes == content.config.num_classes
-    assert sum(model.num_parameters() for model in (dvae, grain, content)) < 1e6
+    if tiny:
+        assert sum(model.num_parameters() for model in (dvae, grain, content)) < 1e6
+    else:
+        assert (side, content.config.num_classes) == (256, 1000)
 
 
 def test_refine_layers_replace_layers_of_the_backbone():
@@ -84,12 +66,6 @@ def test_refine_layers_replace_layers_of_the_backbone():
     for name, num_blocks in (("content-b", 12), ("content-l", 24), ("content-xl", 28)):
         config = load_preset(name)
         assert config["num_layers"] + config["num_refine_layers"] == num_blocks
-
-
-def test_a_preset_can_be_changed_without_changing_the_next_one():
-    config = load_preset("dvae-tiny")
-    config["downsample_factors"].append(16)
-    assert load_preset("dvae-tiny")["downsample_factors"] == [4, 8]
 
 
 def test_a_json_file_is_read_like_a_preset(tmp_path):
@@ -102,10 +78,10 @@ def test_a_json_file_is_read_like_a_preset(tmp_path):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("content-xxl", "'content-xxl'.*Did you mean 'content-xl'.*content-b"),
-        ("Grain-s", "Did you mean 'grain-s'"),
-        ("zzz", "no preset or JSON file 'zzz'. Presets: content-b"),
-        ("missing.json", "no preset or JSON file 'missing.json'"),
+        ("content-xxl", "'content-xxl'.*'content-xl'.*content-b"),
+        ("Grain-s", "'Grain-s'.*'grain-s'"),
+        ("zzz", "'zzz'.*content-b"),
+        ("missing.json", "'missing.json'"),
     ],
 )
 def test_an_unknown_preset_is_refused_with_what_there_is(name, message):
@@ -226,12 +202,12 @@ def test_a_pipeline_runs_with_it_and_keeps_it(name, make_pipeline, make_content_
 @pytest.mark.parametrize(
     ("name", "scheduler", "message"),
     [
-        ("unipx", ddim(), "no sampler 'unipx'. Did you mean 'unipc'"),
-        ("content-b", ddim(), r"no sampler 'content-b'. Samplers: dpmsolver\+\+, unipc"),
-        ("unipc", "ddim", "must be a scheduler of diffusers, got str"),
-        ("unipc", EDMEulerScheduler(), "EDMEulerScheduler has no betas"),
-        ("unipc", ddim(prediction_type="flow"), "prediction_type epsilon, v_prediction, sample, got 'flow'"),
-        ("unipc", DDPMScheduler(beta_schedule="sigmoid"), "'unipc' knows no beta_schedule 'sigmoid'"),
+        ("unipx", ddim(), "'unipx'.*'unipc'"),
+        ("content-b", ddim(), r"'content-b'.*dpmsolver\+\+, unipc"),
+        ("unipc", "ddim", "`scheduler`.*str"),
+        ("unipc", EDMEulerScheduler(), "`scheduler` EDMEulerScheduler"),
+        ("unipc", ddim(prediction_type="flow"), "epsilon, v_prediction, sample.*'flow'"),
+        ("unipc", DDPMScheduler(beta_schedule="sigmoid"), "'unipc'.*'sigmoid'"),
         ("unipc", FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True), "use_dynamic_shifting=True"),
         ("unipc", FlowMatchEulerDiscreteScheduler(invert_sigmas=True), "invert_sigmas=True"),
     ],
@@ -244,5 +220,5 @@ def test_what_a_sampler_cannot_follow_is_refused(name, scheduler, message):
 def test_a_noise_schedule_that_its_config_does_not_tell_is_refused():
     scheduler = ddim()
     scheduler.alphas_cumprod = scheduler.alphas_cumprod**2
-    with pytest.raises(ValueError, match="cannot follow the noise schedule of `scheduler` DDIMScheduler"):
+    with pytest.raises(ValueError, match="'unipc'.*`scheduler` DDIMScheduler"):
         load_sampler("unipc", scheduler)

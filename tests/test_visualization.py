@@ -55,13 +55,6 @@ def test_as_many_grains_are_assumed_as_the_map_shows():
         assert visualize_grain_map(grey(8, 16), torch.tensor(grain_map)).tobytes() == given.tobytes()
 
 
-def test_a_map_of_one_grain_has_one_colour():
-    """All coarse is blue and all fine is red, though neither map holds the other grain."""
-    coarse, fine = (redness(visualize_grain_map(grey(16, 16), torch.full((2, 2), grain))) for grain in (0, 1))
-    assert (coarse == coarse[0, 0]).all() and (fine == fine[0, 0]).all()
-    assert coarse[0, 0] < -50 and fine[0, 0] > 50
-
-
 def test_the_picture_shows_through(photo):
     """Inside a region the overlay shifts all pixels alike and keeps half of their contrast."""
     before = np.asarray(photo).astype(float)[:32, :32]
@@ -71,13 +64,8 @@ def test_the_picture_shows_through(photo):
     assert np.ptp(shift, axis=(0, 1)).max() <= 1
 
 
-def test_the_given_picture_is_left_as_it_was(photo):
-    before = np.asarray(photo).copy()
-    visualize_grain_map(photo, torch.zeros(8, 8, dtype=torch.int64))
-    assert np.array_equal(np.asarray(photo), before)
-
-
 def test_arrays_tensors_and_a_batch_of_one_give_the_same_picture(photo):
+    before = np.asarray(photo).copy()
     grain_map = torch.randint(2, (8, 8), generator=torch.Generator().manual_seed(0))
     pictures = [
         np.asarray(visualize_grain_map(photo, given))
@@ -85,6 +73,7 @@ def test_arrays_tensors_and_a_batch_of_one_give_the_same_picture(photo):
     ]
     assert all(np.array_equal(picture, pictures[0]) for picture in pictures)
     assert np.array_equal(np.asarray(D2iTPipeline.visualize_grain_map(photo, grain_map)), pictures[0])
+    assert np.array_equal(np.asarray(photo), before), "the given picture is left as it was"
 
 
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P"])
@@ -98,13 +87,13 @@ def test_pictures_of_other_modes_are_drawn_in_rgb(photo, mode):
 @pytest.mark.parametrize(
     ("grain_map", "message"),
     [
-        (torch.zeros(2, 2), r"integers of shape \(h, w\), got float32"),
-        (torch.zeros(2, 2, dtype=torch.bool), "got bool"),
+        (torch.zeros(2, 2), "`grain_map`.*float32"),
+        (torch.zeros(2, 2, dtype=torch.bool), "`grain_map`.*bool"),
         (torch.zeros(2, 2, 2, dtype=torch.int64), r"shape \(2, 2, 2\)"),
         (torch.zeros(4, dtype=torch.int64), r"shape \(4,\)"),
-        (torch.zeros(3, 4, dtype=torch.int64), "3x4 regions does not divide an image of 16x32"),
-        (torch.zeros(4, 5, dtype=torch.int64), "4x5 regions does not divide an image of 16x32"),
-        (torch.full((4, 4), -1), "grains 0 to 1, got -1 to -1"),
+        (torch.zeros(3, 4, dtype=torch.int64), "3x4.*16x32"),
+        (torch.zeros(4, 5, dtype=torch.int64), "4x5.*16x32"),
+        (torch.full((4, 4), -1), "`grain_map`.*0 to 1.*-1 to -1"),
     ],
 )
 def test_maps_that_are_no_map_of_the_picture_are_refused(grain_map, message):
@@ -113,5 +102,5 @@ def test_maps_that_are_no_map_of_the_picture_are_refused(grain_map, message):
 
 
 def test_grains_beyond_those_of_the_model_are_refused():
-    with pytest.raises(ValueError, match="grains 0 to 1, got 0 to 2"):
+    with pytest.raises(ValueError, match="`grain_map`.*0 to 1.*0 to 2"):
         visualize_grain_map(grey(8, 16), torch.tensor([[0, 2]]), num_grains=2)

@@ -1,7 +1,6 @@
 # Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
 """The paper's sizes, each once, as JSON in `presets/`, and fast samplers in `presets/samplers/`."""
 
-import difflib
 import inspect
 import json
 from pathlib import Path
@@ -9,6 +8,8 @@ from pathlib import Path
 import diffusers
 import torch
 from diffusers import SchedulerMixin
+
+from .words import close_to, shown
 
 
 _FOLDER = Path(__file__).parent / "presets"
@@ -45,7 +46,7 @@ def load_preset(name: str) -> dict:
     """
     path = Path(name) if name.endswith(".json") else _FOLDER / f"{name}.json"
     if not path.is_file():
-        raise ValueError(f"no preset or JSON file {_listed(name, list_presets(), 'Presets')}")
+        raise ValueError(f"no preset or JSON file {_listed(name, list_presets())}")
     return json.loads(path.read_text(encoding="utf-8"))
 
 
@@ -72,7 +73,7 @@ def load_sampler(name: str, scheduler: SchedulerMixin) -> SchedulerMixin:
         ValueError: no such sampler, or one that cannot do what the network was trained for.
     """
     if name not in list_samplers():
-        raise ValueError(f"no sampler {_listed(name, list_samplers(), 'Samplers')}")
+        raise ValueError(f"no sampler {_listed(name, list_samplers())}")
     if not isinstance(scheduler, SchedulerMixin):
         raise ValueError(f"`scheduler` must be a scheduler of diffusers, got {type(scheduler).__name__}.")
     preset = json.loads((_FOLDER / "samplers" / f"{name}.json").read_text(encoding="utf-8"))
@@ -80,18 +81,26 @@ def load_sampler(name: str, scheduler: SchedulerMixin) -> SchedulerMixin:
     config = scheduler.config
     # A config made from another scheduler's keeps entries that this one does not know.
     known = inspect.signature(type(scheduler).__init__).parameters
-    matches_flow = "shift" in known or ("use_flow_sigmas" in known and config.use_flow_sigmas)
-    if matches_flow:
-        shift = config["shift" if "shift" in known else "flow_shift"]
-        _check_flow(scheduler)
+    if "shift" in known or ("use_flow_sigmas" in known and config.use_flow_sigmas):
+        for setting in ("use_dynamic_shifting", "invert_sigmas"):
+            if config.get(setting):
+                raise ValueError(
+                    f"`scheduler` {type(scheduler).__name__} has {setting}=True, which samplers do not follow."
+                )
         return solver(
             num_train_timesteps=config["num_train_timesteps"],
             prediction_type="flow_prediction",
-            flow_shift=shift,
+            flow_shift=config["shift" if "shift" in known else "flow_shift"],
             **preset["settings"],
             **preset["flow_spacing"],
         )
-    _check_diffusion(scheduler)
+    if "beta_schedule" not in config:
+        raise ValueError(f"`scheduler` {type(scheduler).__name__} has no betas and is none of flow matching.")
+    if config.get("prediction_type", "epsilon") not in _PREDICTION_TYPES:
+        raise ValueError(
+            f"samplers need a `scheduler` of prediction_type {', '.join(_PREDICTION_TYPES)}, got"
+            f" {config['prediction_type']!r}."
+        )
     kept = {key: config[key] for key in _NOISE_SCHEDULE if key in config}
     try:
         replacement = solver(**kept, **preset["settings"], **preset["diffusion_spacing"])
@@ -106,25 +115,6 @@ def load_sampler(name: str, scheduler: SchedulerMixin) -> SchedulerMixin:
     return replacement
 
 
-def _check_flow(scheduler: SchedulerMixin) -> None:
-    for setting in ("use_dynamic_shifting", "invert_sigmas"):
-        if scheduler.config.get(setting):
-            raise ValueError(
-                f"`scheduler` {type(scheduler).__name__} has {setting}=True, which samplers do not follow."
-            )
-
-
-def _check_diffusion(scheduler: SchedulerMixin) -> None:
-    config = scheduler.config
-    if "beta_schedule" not in config:
-        raise ValueError(f"`scheduler` {type(scheduler).__name__} has no betas and is none of flow matching.")
-    if config.get("prediction_type", "epsilon") not in _PREDICTION_TYPES:
-        raise ValueError(
-            f"samplers need a `scheduler` of prediction_type {', '.join(_PREDICTION_TYPES)}, got"
-            f" {config['prediction_type']!r}."
-        )
-
-
 def bundled_checkpoint() -> str:
     """Folder of the small checkpoint that comes with the package, for `D2iTPipeline.from_pretrained`.
 
@@ -133,7 +123,6 @@ def bundled_checkpoint() -> str:
     return str(_CHECKPOINT)
 
 
-def _listed(name: str, known: list[str], title: str) -> str:
-    close = difflib.get_close_matches(name, known, n=1)
-    hint = f" Did you mean {close[0]!r}?" if close else ""
-    return f"{name!r}.{hint} {title}: {', '.join(known)}."
+def _listed(name: str, known: list[str]) -> str:
+    close = close_to(name, known, most=1)
+    return f"{shown(name)}: {f'did you mean {close[0]!r}? ' if close else ''}There are {', '.join(known)}."
