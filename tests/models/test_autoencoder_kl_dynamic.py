@@ -85,7 +85,7 @@ def test_a_given_map_is_used_as_it_is(make_vae, photos, num_grains):
     grain_map = mixed_map(photos, vae)
     output = vae.encode(photos, grain_map=grain_map)
     assert torch.equal(output.grain_map, grain_map)
-    assert torch.equal(output.latent_dist.grain_map, grain_map)
+    assert torch.equal(output.latent_dist.layout.grain_map, grain_map)
     assert torch.equal(output.entropy, vae.encode(photos).entropy)
 
 

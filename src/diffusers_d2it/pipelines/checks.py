@@ -95,8 +95,28 @@ SAMPLING_LIMITS = {
 _LONGEST_SIDE = 16_384  # pixels
 
 
-def check_given_map(grain_map: torch.Tensor | np.ndarray, batch_size: int, num_grains: int) -> None:
-    """Raise a ValueError unless a map is int64 of shape (h, w), (1, h, w) or (B, h, w) with grains of the model."""
+def check_map_arguments(
+    grain_map: torch.Tensor | np.ndarray | str | None,
+    fine_ratio: float | None,
+    batch_size: int,
+    num_grains: int,
+    can_draw: bool,
+) -> None:
+    """Raise a ValueError unless `grain_map` and `fine_ratio` together say which maps a batch has.
+
+    A map is int64 of shape (h, w), (1, h, w) or (B, h, w) with grains of the model, or a name; None has it drawn,
+    where there is a grain model.
+    """
+    if grain_map is None:
+        if not can_draw:
+            raise ValueError("`grain_map` is required: this pipeline has no grain model.")
+        return
+    if fine_ratio is not None and not (isinstance(grain_map, str) and grain_map == "random"):
+        raise ValueError("`fine_ratio` and a given `grain_map`, other than 'random', exclude each other.")
+    if isinstance(grain_map, str):
+        if grain_map not in ("coarse", "fine", "random"):
+            raise ValueError(f"`grain_map` must be 'coarse', 'fine', 'random' or a map, got {grain_map!r}.")
+        return
     if not isinstance(grain_map, (torch.Tensor, np.ndarray)):
         raise ValueError(f"`grain_map` must be a tensor, an array or a name, got {type(grain_map).__name__}.")
     if grain_map.dtype not in (torch.int64, np.int64):

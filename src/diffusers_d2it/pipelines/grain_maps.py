@@ -1,10 +1,14 @@
 # Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
-"""Grain maps out of nothing: drawn by the grain model (sec. 3.2.2, arXiv:2504.09454), or at random (Table 5)."""
+"""Every way to a grain map: the grain model (sec. 3.2.2, arXiv:2504.09454), chance (Table 5), an image's entropy."""
 
+import numpy as np
+import PIL.Image
 import torch
 from diffusers.schedulers import KarrasDiffusionSchedulers
 from diffusers.utils.torch_utils import randn_tensor
 
+from ..grains import grain_map_from_entropy
+from ..models.autoencoder_kl_dynamic import DynamicAutoencoderKL
 from ..models.transformer_d2it_grain import D2iTGrainModel
 from .tied_scheduler import set_timesteps, step_generator_kwargs
 
@@ -92,3 +96,30 @@ def random_grain_map(
     uniform = torch.special.ndtr(normal).unbind(dim=1)
     coarser = (uniform[1] * (num_grains - 1)).long().clamp_max(num_grains - 2)
     return torch.where(uniform[0] < fine_ratio, num_grains - 1, coarser)
+
+
+@torch.no_grad()
+def grain_map_of_image(
+    vae: DynamicAutoencoderKL,
+    image: PIL.Image.Image | list[PIL.Image.Image] | np.ndarray | torch.Tensor,
+    fine_ratio: float | None,
+    device: torch.device,
+) -> torch.Tensor:
+    """The grain maps of images by their entropy, (B, h, w) int64; see `D2iTPipeline.grain_map_from_image`."""
+    if isinstance(image, PIL.Image.Image):
+        image = [image]
+    if isinstance(image, (list, tuple)) and image and all(isinstance(one, PIL.Image.Image) for one in image):
+        if len({one.size for one in image}) > 1:
+            raise ValueError(f"`image` must be images of one size, got {sorted({one.size for one in image})}.")
+        image = np.stack([np.asarray(one.convert("RGB"), dtype=np.float32) / 255 for one in image])
+    if isinstance(image, np.ndarray) and image.ndim in (3, 4):
+        image = torch.from_numpy(image).movedim(-1, -3)
+    if not isinstance(image, torch.Tensor) or image.ndim not in (3, 4) or not image.is_floating_point():
+        raise ValueError(
+            "`image` must be PIL images, a floating-point array (B, H, W, 3) or tensor (B, 3, H, W) in [0, 1], got"
+            f" {type(image).__name__} {getattr(image, 'dtype', '')} {tuple(getattr(image, 'shape', ()))}."
+        )
+    if not (image.amin() >= 0 and image.amax() <= 1):  # written so that NaN fails it
+        raise ValueError(f"`image` must lie in [0, 1], got {image.amin():.4g} to {image.amax():.4g}.")
+    pixels = 2 * (image if image.ndim == 4 else image[None]).to(device) - 1
+    return grain_map_from_entropy(vae.region_entropy(pixels), vae.thresholds(fine_ratio))

@@ -6,7 +6,6 @@ Shapes:
     h = H / S, w = W / S sides of the grain map, k grains
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -18,16 +17,16 @@ from diffusers.schedulers import KarrasDiffusionSchedulers
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 
-from ..grains import GrainLayout, grain_map_from_entropy
+from ..grains import GrainLayout
 from ..models.autoencoder_kl_dynamic import DynamicAutoencoderKL
 from ..models.transformer_d2it_content import D2iTContentModel
 from ..models.transformer_d2it_grain import D2iTGrainModel
 from ..visualization import visualize_grain_map
 from ..words import shown
-from .base import StrictPipeline
-from .checks import SAMPLING_LIMITS, check_components, check_given_map, check_latents, map_size
-from .grain_maps import random_grain_map, sample_grain_map
-from .labels import class_ids, label_ids
+from .checks import SAMPLING_LIMITS, check_components, check_latents, check_map_arguments, map_size
+from .class_conditional import ClassConditionalPipeline
+from .grain_maps import grain_map_of_image, random_grain_map, sample_grain_map
+from .labels import class_ids
 from .tied_scheduler import TiedScheduler
 
 
@@ -45,7 +44,7 @@ class D2iTPipelineOutput(BaseOutput):
     grain_maps: torch.Tensor
 
 
-class D2iTPipeline(StrictPipeline):
+class D2iTPipeline(ClassConditionalPipeline):
     r"""Class-conditional (or unconditional) generation with D2iT.
 
         pipe = D2iTPipeline.from_pretrained(bundled_checkpoint())
@@ -74,7 +73,6 @@ class D2iTPipeline(StrictPipeline):
     _schedulers = ("scheduler", "grain_scheduler")
     _optional_components = ["grain_model", "grain_scheduler"]
     _limits = SAMPLING_LIMITS
-    _callback_tensor_inputs = ["latents"]
 
     def __init__(
         self,
@@ -98,31 +96,7 @@ class D2iTPipeline(StrictPipeline):
             id2label = {str(key): id2label[key] for key in sorted(id2label, key=int)}
         self.register_to_config(id2label=id2label)
         check_components(vae, grain_model, transformer, scheduler, grain_scheduler, self.id2label)
-        self._current_timestep = None
         self.image_processor = VaeImageProcessor(vae_scale_factor=vae.region_size, do_resize=False)
-
-    # -----------------------------------------------------------------------------------------------------------------
-    # Labels
-    # -----------------------------------------------------------------------------------------------------------------
-
-    @property
-    def id2label(self) -> dict[int, str] | None:
-        """Names of the classes by id, as serialised with the pipeline."""
-        if self.config.id2label is None:
-            return None
-        return {int(key): name for key, name in self.config.id2label.items()}
-
-    def get_label_ids(self, label: str | list[str]) -> list[int]:
-        """Ids of class names.
-
-        Args:
-            label: a name or a list of names, as in `id2label`; one of several names separated by commas is enough.
-
-        Raises:
-            ValueError: a name is unknown (close ones are listed) or belongs to several classes, or the pipeline has no
-                names.
-        """
-        return label_ids(label, self.id2label)
 
     # -----------------------------------------------------------------------------------------------------------------
     # Grain maps
@@ -148,23 +122,7 @@ class D2iTPipeline(StrictPipeline):
             ValueError: sides are not multiples of S, values lie outside [0, 1], the ratio lies outside [0, 1] or the
                 autoencoder has not been calibrated.
         """
-        if isinstance(image, PIL.Image.Image):
-            image = [image]
-        if isinstance(image, (list, tuple)) and image and all(isinstance(one, PIL.Image.Image) for one in image):
-            if len({one.size for one in image}) > 1:
-                raise ValueError(f"`image` must be images of one size, got {sorted({one.size for one in image})}.")
-            image = np.stack([np.asarray(one.convert("RGB"), dtype=np.float32) / 255 for one in image])
-        if isinstance(image, np.ndarray) and image.ndim in (3, 4):
-            image = torch.from_numpy(image).movedim(-1, -3)
-        if not isinstance(image, torch.Tensor) or image.ndim not in (3, 4) or not image.is_floating_point():
-            raise ValueError(
-                "`image` must be PIL images, a floating-point array (B, H, W, 3) or tensor (B, 3, H, W) in [0, 1], got"
-                f" {type(image).__name__} {getattr(image, 'dtype', '')} {tuple(getattr(image, 'shape', ()))}."
-            )
-        if not (image.amin() >= 0 and image.amax() <= 1):  # written so that NaN fails it
-            raise ValueError(f"`image` must lie in [0, 1], got {image.amin():.4g} to {image.amax():.4g}.")
-        pixels = 2 * (image if image.ndim == 4 else image[None]).to(self._execution_device) - 1
-        return grain_map_from_entropy(self.vae.region_entropy(pixels), self.vae.thresholds(fine_ratio))
+        return grain_map_of_image(self.vae, image, fine_ratio, self._execution_device)
 
     visualize_grain_map = staticmethod(visualize_grain_map)
 
@@ -262,50 +220,10 @@ class D2iTPipeline(StrictPipeline):
                 f"`generator` must be a torch.Generator, or a list of one for each of {batch_size} images, got"
                 f" {shown(generator)}."
             )
-        if grain_map is None:
-            if self.grain_model is None:
-                raise ValueError("`grain_map` is required: this pipeline has no grain model.")
-        elif isinstance(grain_map, str):
-            if grain_map not in ("coarse", "fine", "random"):
-                raise ValueError(f"`grain_map` must be 'coarse', 'fine', 'random' or a map, got {grain_map!r}.")
-            if fine_ratio is not None and grain_map != "random":
-                raise ValueError(f"`grain_map` {grain_map!r} and `fine_ratio` exclude each other.")
-        else:
-            check_given_map(grain_map, batch_size, self.transformer.config.num_grains)
-            if fine_ratio is not None:
-                raise ValueError("a given `grain_map` and `fine_ratio` exclude each other.")
+        num_grains = self.transformer.config.num_grains
+        check_map_arguments(grain_map, fine_ratio, batch_size, num_grains, self.grain_model is not None)
         if latents is not None:
             check_latents(latents, batch_size, self.transformer)
-
-    @property
-    def guidance_scale(self) -> float:
-        """Scale of classifier-free guidance; a callback may set `_guidance_scale` between steps."""
-        return self._guidance_scale
-
-    @property
-    def num_timesteps(self) -> int:
-        """Number of steps of the running or last call."""
-        return self._num_timesteps
-
-    @property
-    def current_timestep(self) -> torch.Tensor | None:
-        """Timestep of the running or last step, for caches of diffusers that ask for it."""
-        return self._current_timestep
-
-    @property
-    def interrupt(self) -> bool:
-        """A callback may set `_interrupt` to stop denoising; what has been reached is decoded."""
-        return self._interrupt
-
-    def _guidance_at(self, progress: float, interval: tuple[float, float], power: float | None) -> float:
-        """Guidance scale after a share `progress` of the steps: 1 outside the interval, where one pass is enough."""
-        if self.transformer.config.num_classes is None or not interval[0] <= progress < interval[1]:
-            # The last step ends at progress 1, so an interval up to 1 includes it.
-            return 1.0
-        if power is None:
-            return self._guidance_scale
-        # Power-cosine schedule of MDT (Gao et al., arXiv:2303.14389): from 1 at pure noise to the full scale.
-        return 1 + (self._guidance_scale - 1) * (1 - math.cos(math.pi * progress**power)) / 2
 
     def _prepare_guided(self, layout: GrainLayout) -> GrainLayout:
         """The layout of a map twice: for the passes with a label and those without."""
@@ -481,23 +399,3 @@ class D2iTPipeline(StrictPipeline):
         if not return_dict:
             return (images, grain_map)
         return D2iTPipelineOutput(images=images, grain_maps=grain_map)
-
-    @torch.no_grad()
-    def decode_latents(self, latents: torch.Tensor, output_type: str = "pil"):
-        """Scaled latents (B, C, H / f, W / f) to images of `output_type`.
-
-        Raises:
-            ValueError: the latents are not finite (the model or the scheduler has diverged), or the images are not
-                (the autoencoder has, or its dtype is too small). They would be black otherwise.
-        """
-        if not latents.isfinite().all():
-            raise ValueError("denoising ended in latents that are not finite: the model or the scheduler diverged.")
-        if output_type == "latent":
-            return latents
-        pixels = self.vae.decode(self.vae.unscale_latents(latents).to(self.vae.dtype)).sample
-        if not pixels.isfinite().all():
-            raise ValueError(
-                f"`vae` decoded finite latents, up to {latents.abs().max().item():.4g}, to images that are not finite"
-                f" in {self.vae.dtype}: its weights are damaged, or it needs another dtype."
-            )
-        return self.image_processor.postprocess(pixels.float(), output_type=output_type)
