@@ -9,12 +9,11 @@ and 1 need no map to be predicted: samples with the maps of photographs tell wha
 """
 
 from plots import plot_ratios
-from report import Claim, Row, judge, parse, print_claims, print_table, protocol, score_rows
+from report import Claim, Row, open_study, score_table
 from scoring import Scorer
-from study import Study, write_json
+from study import make_parser
 
 from diffusers_d2it.evaluation.reconstruction import psnr
-from diffusers_d2it.files import lock
 
 
 RATIOS = (0.0, 0.3, 0.5, 0.7, 1.0)
@@ -51,23 +50,15 @@ def reconstructions(scorer: Scorer) -> dict[str, dict[str, float]]:
 
 
 def main() -> None:
-    args = parse(__doc__)
-    working = lock(args.work_dir)  # alone, until this ends
-    scorer = Scorer(Study(args))
-    reconstructed = reconstructions(scorer)
-    print("| | reconstructions, Frechet distance to the originals | PSNR |\n|---|---|---|")
-    for label, row in reconstructed.items():
-        print(f"| {label} | {row['frechet_distance']:.2f} | {row['psnr_db']:.2f} dB |")
-    print()
-    table = score_rows(scorer, args, ROWS)
-    judged = judge(CLAIMS, table)
-    print_table(table)
-    print_claims(judged)
-    result = {"protocol": protocol(scorer, args), "reconstructions": reconstructed, "rows": table, "claims": judged}
-    write_json(args.output_dir / f"figure_5-{args.preset}.json", result)
+    with open_study(make_parser(__doc__)) as (args, scorer):
+        reconstructed = reconstructions(scorer)
+        print("| | reconstructions, Frechet distance to the originals | PSNR |\n|---|---|---|")
+        for label, row in reconstructed.items():
+            print(f"| {label} | {row['frechet_distance']:.2f} | {row['psnr_db']:.2f} dB |")
+        print()
+        table = score_table(scorer, args, "figure_5", ROWS, CLAIMS, reconstructions=reconstructed)
     drawn = {label: row for label, row in table.items() if row["source"] == "predicted"}
     plot_ratios(args.output_dir / f"figure_5-{args.preset}.png", RATIOS, list(reconstructed.values()), drawn)
-    working.close()
 
 
 if __name__ == "__main__":

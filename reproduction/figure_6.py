@@ -5,20 +5,16 @@ python reproduction/figure_6.py --data tiny-imagenet-20 --work_dir runs/reproduc
 """
 
 from plots import plot_curves
-from report import parse, protocol, spread, verdict
+from report import open_study, protocol, spread, verdict
 from scoring import Scorer, score_all
-from study import Study, write_json
-
-from diffusers_d2it.files import lock
+from study import make_parser, write_json
 
 
 CURVES = {"DiT": ("dit", "fine"), "D2iT": ("d2it", "predicted")}
 
 
-def main() -> None:
-    args = parse(__doc__)
-    working = lock(args.work_dir)  # alone, until this ends
-    scorer = Scorer(Study(args))
+def scored_curves(scorer: Scorer, args) -> dict[str, list[dict]]:
+    """Of each model the distances of all seeds after each of its checkpoints."""
     study, seeds = scorer.study, scorer.study.preset.seeds
     jobs = {
         (label, steps, seed): (arm, seed, steps, source)
@@ -26,28 +22,28 @@ def main() -> None:
         for steps in study.checkpoints(arm)
         for seed in seeds
     }
-    scores = score_all(scorer, args, list(jobs.values()))
-    curves = {}
+    scores, curves = score_all(scorer, args, list(jobs.values())), {}
     for label, (arm, _) in CURVES.items():
-        curves[label] = [
-            {
-                "steps": steps,
-                "seconds": steps * study.step_seconds[arm],
-                "frechet_distance": [scores[jobs[label, steps, seed]]["frechet_distance"] for seed in seeds],
-            }
-            for steps in study.checkpoints(arm)
-        ]
-    dit = {point["steps"]: point["frechet_distance"] for point in curves["DiT"]}
-    print("| steps | DiT | D2iT | D2iT is ahead |\n|---|---|---|---|")
-    judged = []
-    for point in curves["D2iT"]:
-        other, own = dit[point["steps"]], point["frechet_distance"]
-        judged.append({"claim": f"D2iT is ahead after {point['steps']} steps", "verdict": verdict(own, other)})
-        print(f"| {point['steps']} | {spread(other)} | {spread(own)} | {judged[-1]['verdict']} |")
-    result = {"protocol": protocol(scorer, args), "curves": curves, "claims": judged}
+        curves[label] = []
+        for steps in study.checkpoints(arm):
+            distances = [scores[jobs[label, steps, seed]]["frechet_distance"] for seed in seeds]
+            point = {"steps": steps, "seconds": steps * study.step_seconds[arm], "frechet_distance": distances}
+            curves[label].append(point)
+    return curves
+
+
+def main() -> None:
+    with open_study(make_parser(__doc__)) as (args, scorer):
+        curves, judged = scored_curves(scorer, args), []
+        dit = {point["steps"]: point["frechet_distance"] for point in curves["DiT"]}
+        print("| steps | DiT | D2iT | D2iT is ahead |\n|---|---|---|---|")
+        for point in curves["D2iT"]:
+            other, own = dit[point["steps"]], point["frechet_distance"]
+            judged.append({"claim": f"D2iT is ahead after {point['steps']} steps", "verdict": verdict(own, other)})
+            print(f"| {point['steps']} | {spread(other)} | {spread(own)} | {judged[-1]['verdict']} |")
+        result = {"protocol": protocol(scorer, args), "curves": curves, "claims": judged}
     write_json(args.output_dir / f"figure_6-{args.preset}.json", result)
     plot_curves(args.output_dir / f"figure_6-{args.preset}.png", curves)
-    working.close()
 
 
 if __name__ == "__main__":

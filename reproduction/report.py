@@ -3,7 +3,8 @@
 
 import argparse
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import torch
 from arms import ARMS, PRESETS
 from scipy import stats
 from scoring import Scorer, score_all
-from study import Study, make_parser, write_json
+from study import Study, write_json
 
 import diffusers_d2it
 from diffusers_d2it.evaluation.features import weights_digest
@@ -56,11 +57,13 @@ class Claim:
     worse: str
 
 
-def parse(description: str) -> argparse.Namespace:
-    """Flags of a script of the study."""
-    parser = make_parser(description)
+@contextmanager
+def open_study(parser: argparse.ArgumentParser) -> Iterator[tuple[argparse.Namespace, Scorer]]:
+    """The flags of a script of the study and its scorer, alone in the work folder."""
     parser.add_argument("--output_dir", type=Path, default=RESULTS, help="folder of the result")
-    return parser.parse_args()
+    args = parser.parse_args()
+    with lock(args.work_dir):
+        yield args, Scorer(Study(args))
 
 
 def verdict(better: Sequence[float], worse: Sequence[float]) -> str:
@@ -185,17 +188,14 @@ def print_claims(judged: list[dict]) -> None:
         print(f"| {entry['claim']} | {' | '.join(cells)} |")
 
 
-def run(name: str, description: str, rows: Sequence[Row], claims: Sequence[Claim]) -> None:
-    """All of a script that compares rows: train what is missing, score, judge, print, write."""
-    args = parse(description)
-    working = lock(args.work_dir)  # alone, until this ends
-    scorer = Scorer(Study(args))
+def score_table(
+    scorer: Scorer, args: argparse.Namespace, name: str, rows: Sequence[Row], claims: Sequence[Claim], **more
+) -> dict[str, dict]:
+    """Train what is missing, score, judge, print and write, with `more` beside; returns the scores of the rows."""
     table = score_rows(scorer, args, rows)
     judged = judge(claims, table)
     print_table(table)
     print_claims(judged)
-    write_json(
-        args.output_dir / f"{name}-{args.preset}.json",
-        {"protocol": protocol(scorer, args), "rows": table, "claims": judged},
-    )
-    working.close()
+    result = {"protocol": protocol(scorer, args), **more, "rows": table, "claims": judged}
+    write_json(args.output_dir / f"{name}-{args.preset}.json", result)
+    return table

@@ -3,7 +3,7 @@
 
     python reproduction/study.py --data tiny-imagenet-20 --work_dir runs/reproduction --jobs 2
 
-trains everything. Each claim's own script (table_3.py ...) trains what it needs and is not there yet. All that is
+trains everything. The scripts of the claims (tables.py ...) train what they need and is not there yet. All that is
 written lies in the work folder: latent cache, classifier, runs/<arm>-<seed>, scores.
 """
 
@@ -25,7 +25,8 @@ from step_times import measure_step_times
 from diffusers_d2it import DynamicAutoencoderKL, bundled_checkpoint
 from diffusers_d2it.data.latent_cache import LatentCache
 from diffusers_d2it.evaluation.features import weights_digest
-from diffusers_d2it.files import lock
+from diffusers_d2it.files import lock, write_text_durably
+from diffusers_d2it.words import differences
 
 
 HERE = Path(__file__).parent
@@ -65,11 +66,9 @@ class Study:
         if not path.exists():
             write_json(path, identity)
         found = json.loads(path.read_text())
-        wrong = [
-            f"{key} ({found.get(key)}, not {value})" for key, value in identity.items() if found.get(key) != value
-        ]
+        wrong = differences(found, identity)
         if wrong:
-            raise ValueError(f"--work_dir {self.work_dir} holds another study; these differ: {'; '.join(wrong)}.")
+            raise ValueError(f"`work_dir` {self.work_dir} holds another study: {'; '.join(wrong)}.")
 
     # -----------------------------------------------------------------------------------------------------------------
     # What all arms share
@@ -178,20 +177,11 @@ class Study:
 
     def _flags(self, arm: str, seed: int, steps: int, folder: Path) -> list:
         ablated, config = ARMS[arm], self.work_dir / f"{arm}.json"
-        flags = ["--without_refine_net"] if ablated.refine_share == 0 else []
+        flags = ["--grain", self.grain_folder(0.5), "--preset", config, "--max_train_steps", steps]
+        flags += ["--output_dir", folder, "--fine_ratio", ablated.fine_ratio]
+        flags += ["--without_refine_net"] if ablated.refine_share == 0 else []
         flags += [] if ablated.tied_noise else ["--independent_noise"]
-        flags += [
-            "--grain",
-            self.grain_folder(0.5),
-            "--preset",
-            config,
-            "--max_train_steps",
-            steps,
-            "--output_dir",
-            folder,
-        ]
-        flags += ["--fine_ratio", ablated.fine_ratio, "--grain_weights", *ablated.grain_weights]
-        return flags + self._training_flags(folder, seed)
+        return flags + ["--grain_weights", *ablated.grain_weights, *self._training_flags(folder, seed)]
 
     def _call(self, script: Path, *flags) -> None:
         """Run a script to its end, its output in a file of the work folder.
@@ -208,11 +198,9 @@ class Study:
 
 
 def write_json(path: Path, values: dict) -> None:
-    """Write values aside and rename, so that what is interrupted leaves no half of a file."""
+    """Write values as JSON; what is interrupted leaves no half of a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f"{path.name}.{os.getpid()}.part")
-    aside.write_text(json.dumps(values, indent=2) + "\n")
-    aside.replace(path)
+    write_text_durably(path, json.dumps(values, indent=2) + "\n")
 
 
 def make_parser(description: str) -> argparse.ArgumentParser:

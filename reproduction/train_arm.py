@@ -9,11 +9,9 @@ Nothing of the script is repeated here: names that it looks up are replaced in i
 """
 
 import argparse
-import importlib.util
 import sys
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from types import ModuleType
 from unittest.mock import patch
 
 import torch
@@ -22,7 +20,8 @@ from diffusers_d2it import D2iTContentModel
 from diffusers_d2it.grains import GrainLayout
 
 
-SCRIPT = Path(__file__).parents[1] / "examples" / "train_d2it.py"
+sys.path.append(str(Path(__file__).parents[1] / "examples"))
+import train_d2it  # noqa: E402
 
 
 def no_correction(parents: torch.Tensor, latents: torch.Tensor, noise: torch.Tensor, *rest) -> tuple:
@@ -52,15 +51,6 @@ def independent_cells():
         yield
 
 
-def load_script() -> ModuleType:
-    """examples/train_d2it.py as a module."""
-    sys.path.append(str(SCRIPT.parent))  # where it finds its flags
-    spec = importlib.util.spec_from_file_location(SCRIPT.stem, SCRIPT)
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
-    return script
-
-
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--without_refine_net", action="store_true", help="the rough noise is the prediction")
@@ -69,14 +59,17 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
+def nothing(*arguments, **options) -> None:
+    """Of a script that neither validates nor publishes: samples are drawn from its checkpoints."""
+
+
 def main(args: argparse.Namespace) -> None:
-    script = load_script()
-    script.validate = script.publish_result = lambda *arguments, **options: None  # samples come from the checkpoints
+    replaced, make_model = {"validate": nothing, "publish_result": nothing}, train_d2it.make_model
     if args.without_refine_net:
-        make_model = script.make_model
-        script.make_model = lambda *arguments: without_refine_net(make_model(*arguments))
-    with independent_cells() if args.independent_noise else nullcontext():
-        script.main(script.parse_args(args.flags))
+        replaced["make_model"] = lambda *arguments: without_refine_net(make_model(*arguments))
+    cells = independent_cells() if args.independent_noise else nullcontext()
+    with patch.multiple(train_d2it, **replaced), cells:
+        train_d2it.main(train_d2it.parse_args(args.flags))
 
 
 if __name__ == "__main__":
