@@ -7,6 +7,8 @@ pipe = D2iTPipeline.from_pretrained(bundled_checkpoint())
 image = pipe(class_labels=[207]).images[0]
 """
 
+from importlib import import_module
+
 from .optional import naming_what_is_broken
 
 
@@ -30,6 +32,8 @@ from .visualization import visualize_grain_map
 
 __version__ = "0.1.0"
 
+_EVALUATION = ("evaluate", "load_features", "open_images")  # imported when they are asked for: they take a while
+
 __all__ = [
     "D2iTContentModel",
     "D2iTGrainModel",
@@ -38,15 +42,25 @@ __all__ = [
     "DynamicAutoencoderKL",
     "ModelMixin",
     "bundled_checkpoint",
+    "evaluate",
     "list_presets",
     "list_samplers",
+    "load_features",
     "load_preset",
     "load_sampler",
     "make_model_card",
+    "open_images",
     "region_entropy",
     "sample_grain_map",
     "tie",
     "visualize_grain_map",
 ]
+
+
+def __getattr__(name: str):
+    if name in _EVALUATION:
+        return getattr(import_module(f"{__name__}.evaluation"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 register([DynamicAutoencoderKL, D2iTGrainModel, D2iTContentModel, D2iTPipeline], block_classes=[DiTBlock])

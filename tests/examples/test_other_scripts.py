@@ -102,7 +102,7 @@ def test_every_configuration_of_accelerate_is_tested():
     assert {path.name for path in (EXAMPLES / "configs" / "accelerate").iterdir()} == set(LAUNCHES)
 
 
-@pytest.mark.parametrize("page", ["README.md", "examples/README.md"])
+@pytest.mark.parametrize("page", ["examples/README.md", "docs/evaluation.md"])
 def test_training_commands_of_the_pages_parse(page, monkeypatch, tmp_path):
     text = (EXAMPLES.parent / page).read_text(encoding="utf-8").replace("\\\n", " ")
     (tmp_path / "examples").symlink_to(EXAMPLES)
