@@ -170,37 +170,17 @@ class D2iTPipeline(ClassConditionalPipeline):
     def check_inputs(
         self,
         *,
-        num_labels: int,
-        num_images_per_prompt: int,
-        num_inference_steps: int,
-        guidance_scale: float,
+        batch_size: int,
         guidance_interval: tuple[float, float],
-        guidance_power: float | None,
         grain_map,
         fine_ratio: float | None,
-        grain_num_inference_steps: int,
-        grain_guidance_scale: float,
         generator,
         latents: torch.Tensor | None,
         output_type: str,
         callback_on_step_end: Callable | None,
         callback_on_step_end_tensor_inputs: list[str],
     ) -> None:
-        """Raise a ValueError that names the first argument of `__call__` that is out of range."""
-        self.check_settings(
-            {
-                "num_images_per_prompt": num_images_per_prompt,
-                "num_inference_steps": num_inference_steps,
-                "guidance_scale": guidance_scale,
-                "guidance_interval": guidance_interval,
-                "guidance_power": guidance_power,
-                "fine_ratio": fine_ratio,
-                "grain_num_inference_steps": grain_num_inference_steps,
-                "grain_guidance_scale": grain_guidance_scale,
-                "callback_on_step_end_tensor_inputs": callback_on_step_end_tensor_inputs,
-            }
-        )
-        batch_size = num_labels * num_images_per_prompt
+        """Raise a ValueError that names the first argument of `__call__` that contradicts another or the model."""
         if guidance_interval[0] > guidance_interval[1]:
             raise ValueError(f"`guidance_interval` must be (start, stop) with start <= stop, got {guidance_interval}.")
         if callback_on_step_end is not None and not callable(callback_on_step_end):
@@ -213,7 +193,6 @@ class D2iTPipeline(ClassConditionalPipeline):
                 f"`callback_on_step_end_tensor_inputs` must be among {self._callback_tensor_inputs}, got"
                 f" {sorted(unknown)}."
             )
-        batch_size = num_labels * num_images_per_prompt
         generators = generator if isinstance(generator, list) else [generator] * batch_size
         if len(generators) != batch_size or not all(isinstance(g, torch.Generator | None) for g in generators):
             raise ValueError(
@@ -324,26 +303,20 @@ class D2iTPipeline(ClassConditionalPipeline):
             ValueError: an argument is out of range, unknown, or contradicts another or the model.
         """
         # 1. Arguments
+        self.check_settings({name: value for name, value in locals().items() if name in self._limits})
         ids = class_ids(class_labels, self.transformer.config.num_classes, self.id2label)
-        num_labels = 1 if ids is None else len(ids)
+        batch_size = (1 if ids is None else len(ids)) * num_images_per_prompt
         self.check_inputs(
-            num_labels=num_labels,
-            num_images_per_prompt=num_images_per_prompt,
-            num_inference_steps=num_inference_steps,
-            guidance_scale=guidance_scale,
+            batch_size=batch_size,
             guidance_interval=guidance_interval,
-            guidance_power=guidance_power,
             grain_map=grain_map,
             fine_ratio=fine_ratio,
-            grain_num_inference_steps=grain_num_inference_steps,
-            grain_guidance_scale=grain_guidance_scale,
             generator=generator,
             latents=latents,
             output_type=output_type,
             callback_on_step_end=callback_on_step_end,
             callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
         )
-        batch_size = num_labels * num_images_per_prompt
         size = map_size(grain_map, latents, height, width, self.vae, self.transformer)
         device = self._execution_device
         self._guidance_scale = guidance_scale
