@@ -16,13 +16,6 @@ _OF_IMAGES = (
     "train_data_dir dataset_name dataset_config_name streaming image_column label_column num_classes id2label"
     " unconditional".split()
 )
-# Flags that may change when a run is continued: where things lie, how long and how often, what changes no weight.
-_FREE = frozenset(
-    "output_dir resume_from_checkpoint max_train_steps checkpointing_steps checkpoints_total_limit validation_steps"
-    " report_to dataloader_num_workers gradient_checkpointing compile push_to_hub hub_model_id hub_private_repo"
-    " license train_data_dir latent_cache vae grain init_from repa_model calibration_images fid_model"
-    " skip_nonfinite_steps".split()
-)
 # KID wants a subset size, and more images than a row of a report has
 REPORT_METRICS = ("fid", "sfid", "is", "precision", "recall")
 
@@ -38,6 +31,26 @@ def make_parser(description: str) -> argparse.ArgumentParser:
         formatter_class=_HelpFormatter,
         fromfile_prefix_chars="@",
     )
+
+
+def training_parser(description: str) -> argparse.ArgumentParser:
+    """The flags of stage 1 that it shares with the others."""
+    parser = make_parser(description)
+    add_data_arguments(parser)
+    add_training_arguments(parser)
+    add_hub_arguments(parser)
+    return parser
+
+
+def second_stage_parser(description: str) -> argparse.ArgumentParser:
+    """The flags that the scripts of the second stage share; `check_second_stage` belongs to them."""
+    parser = make_parser(description)
+    add_data_arguments(parser, required=False)  # or --latent_cache
+    add_second_stage_arguments(parser)
+    add_class_arguments(parser)
+    add_training_arguments(parser)
+    add_hub_arguments(parser)
+    return parser
 
 
 def at_least(least: int) -> Callable[[str], int]:
@@ -241,13 +254,3 @@ def run_arguments(args: argparse.Namespace, num_processes: int) -> dict[str, Any
         "train_steps": args.max_train_steps,
         "train_batch_size": args.train_batch_size * args.gradient_accumulation_steps * num_processes,
     }
-
-
-def lasting(args: argparse.Namespace) -> dict[str, Any]:
-    """The flags that must be the same when a run is resumed."""
-    flags = {name: value for name, value in vars(args).items() if name not in _FREE}
-    if args.streaming:  # its order depends on who reads which part
-        flags["dataloader_num_workers"] = args.dataloader_num_workers
-    if args.lr_scheduler not in ("constant", "constant_with_warmup"):  # the others end where the run ends
-        flags["max_train_steps"] = args.max_train_steps
-    return flags

@@ -7,18 +7,35 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, ModelMixin
 from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader, Dataset
 
 from diffusers_d2it import DynamicAutoencoderKL
-from diffusers_d2it.data import BadImages, load_images
-from diffusers_d2it.data.latent_cache import LatentCache
-from diffusers_d2it.data.loaders import ImageDataset, ImageStream, StreamLoader, make_dataset, make_loader
+from diffusers_d2it.data import (
+    BadImages,
+    ImageDataset,
+    ImageStream,
+    LatentCache,
+    StreamLoader,
+    load_images,
+    make_dataset,
+    make_loader,
+)
 from diffusers_d2it.hub import check_push, publish
-from diffusers_d2it.training import Run, make_accelerator
+from diffusers_d2it.training import Checkpoints, FiniteGate, Run, make_accelerator
 from flags import hub_arguments, image_arguments, run_arguments
+
+
+# Flags that may change when a run is continued: where things lie, how long and how often, what changes no weight.
+_FREE = frozenset(
+    "output_dir resume_from_checkpoint max_train_steps checkpointing_steps checkpoints_total_limit validation_steps"
+    " report_to dataloader_num_workers gradient_checkpointing compile push_to_hub hub_model_id hub_private_repo"
+    " license train_data_dir latent_cache vae grain init_from repa_model calibration_images fid_model"
+    " skip_nonfinite_steps".split()
+)
 
 
 def second_stage_data(
@@ -77,6 +94,42 @@ def schedule_of(args: argparse.Namespace, optimizer: torch.optim.Optimizer) -> L
         optimizer,
         num_warmup_steps=args.lr_warmup_steps,
         num_training_steps=args.max_train_steps,
+    )
+
+
+def lasting(args: argparse.Namespace) -> dict[str, Any]:
+    """The flags that must be the same when a run is resumed."""
+    flags = {name: value for name, value in vars(args).items() if name not in _FREE}
+    if args.streaming:  # its order depends on who reads which part
+        flags["dataloader_num_workers"] = args.dataloader_num_workers
+    if args.lr_scheduler not in ("constant", "constant_with_warmup"):  # the others end where the run ends
+        flags["max_train_steps"] = args.max_train_steps
+    return flags
+
+
+def checkpoints_of(
+    args: argparse.Namespace,
+    accelerator: Accelerator,
+    model: ModelMixin,
+    ema: EMAModel,
+    optimizers: dict[str, torch.optim.Optimizer],
+    lr_scheduler: LRScheduler,
+    gate: FiniteGate,
+    identity: dict[str, str],
+    others: dict[str, torch.nn.Module] | None = None,
+) -> Checkpoints:
+    """The checkpoints of a run, which must find the flags and `identity` again when it is resumed."""
+    return Checkpoints(
+        accelerator,
+        args.output_dir,
+        model,
+        ema,
+        optimizers,
+        lr_scheduler,
+        gate,
+        others=others,
+        flags=lasting(args) | identity,
+        total_limit=args.checkpoints_total_limit,
     )
 
 

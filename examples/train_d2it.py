@@ -25,14 +25,12 @@ from diffusers_d2it import (
     load_preset,
     visualize_grain_map,
 )
-from diffusers_d2it.data import BadImages
-from diffusers_d2it.data.latent_cache import read_codes
+from diffusers_d2it.data import BadImages, read_codes
 from diffusers_d2it.grains import GrainLayout
 from diffusers_d2it.losses import multi_grained_loss, variance_loss
 from diffusers_d2it.objectives import OBJECTIVES, DiffusionObjective, FlowMatchingObjective, make_objective
 from diffusers_d2it.training import (
     Alignment,
-    Checkpoints,
     FiniteGate,
     VisionFeatures,
     draw_grain_map,
@@ -43,26 +41,12 @@ from diffusers_d2it.training import (
     load_autoencoder,
     use_ema,
 )
-from flags import (
-    add_class_arguments,
-    add_data_arguments,
-    add_hub_arguments,
-    add_second_stage_arguments,
-    add_training_arguments,
-    check_second_stage,
-    lasting,
-    make_parser,
-)
-from set_up import loader_of, publish_result, run_of, schedule_of, second_stage_data, start
+from flags import check_second_stage, second_stage_parser
+from set_up import checkpoints_of, loader_of, publish_result, run_of, schedule_of, second_stage_data, start
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = make_parser(__doc__)
-    add_data_arguments(parser, required=False)  # or --latent_cache
-    add_second_stage_arguments(parser)
-    add_class_arguments(parser)
-    add_training_arguments(parser)
-    add_hub_arguments(parser)
+    parser = second_stage_parser(__doc__)
     group = parser.add_argument_group("content model")
     group.add_argument("--grain", required=True, help="output folder of train_grain.py")
     start = group.add_mutually_exclusive_group()
@@ -184,17 +168,9 @@ def main(args: argparse.Namespace) -> None:
     trained = [*transformer.parameters(), *alignment.parameters()]  # under FSDP others than before `prepare`
     ema = EMAModel(transformer.parameters(), decay=args.ema_decay, foreach=True)
     gate = FiniteGate(accelerator, args.skip_nonfinite_steps)
-    checkpoints = Checkpoints(
-        accelerator,
-        args.output_dir,
-        transformer,
-        ema,
-        {"optimizer": optimizer},
-        lr_scheduler,
-        gate,
-        others=others,
-        flags=lasting(args) | identity_of(data.fingerprint, vae),
-        total_limit=args.checkpoints_total_limit,
+    identity = identity_of(data.fingerprint, vae)
+    checkpoints = checkpoints_of(
+        args, accelerator, transformer, ema, {"optimizer": optimizer}, lr_scheduler, gate, identity, others
     )
     step = checkpoints.resume(checkpoint)
     accelerator.init_trackers("train_d2it", config=checkpoints.scalars())

@@ -24,9 +24,7 @@ from diffusers.utils import make_image_grid
 from tqdm.auto import tqdm
 
 from diffusers_d2it import DynamicAutoencoderKL, load_preset, visualize_grain_map
-from diffusers_d2it.data import BadImages, load_images
-from diffusers_d2it.data.images import check_resolution
-from diffusers_d2it.data.loaders import first_batches, make_dataset
+from diffusers_d2it.data import BadImages, check_resolution, first_batches, load_images, make_dataset
 from diffusers_d2it.evaluation import (
     FeatureExtractor,
     check_torchmetrics,
@@ -36,7 +34,6 @@ from diffusers_d2it.evaluation import (
 )
 from diffusers_d2it.losses import adaptive_weight, adversarial_loss, dvae_loss, hinge_loss
 from diffusers_d2it.training import (
-    Checkpoints,
     FiniteGate,
     PatchDiscriminator,
     count_entropy,
@@ -46,18 +43,15 @@ from diffusers_d2it.training import (
     measure_latents,
     use_ema,
 )
-from flags import add_data_arguments, add_hub_arguments, add_training_arguments, image_arguments, lasting, make_parser
-from set_up import loader_of, publish_result, run_of, schedule_of, start
+from flags import image_arguments, training_parser
+from set_up import checkpoints_of, loader_of, publish_result, run_of, schedule_of, start
 
 
 ADVICE = "Training goes on without LPIPS with --perceptual_weight 0; reconstructions are then softer."
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = make_parser(__doc__)
-    add_data_arguments(parser)
-    add_training_arguments(parser)
-    add_hub_arguments(parser)
+    parser = training_parser(__doc__)
     group = parser.add_argument_group("autoencoder")
     start = group.add_mutually_exclusive_group()
     start.add_argument("--preset", default="dvae-f8f16", help="a preset, or a JSON file with a model's configuration")
@@ -218,18 +212,9 @@ def main(args: argparse.Namespace) -> None:
     )
     ema = EMAModel(vae.parameters(), decay=args.ema_decay, foreach=True)
     gate = FiniteGate(accelerator, args.skip_nonfinite_steps)
-    checkpoints = Checkpoints(
-        accelerator,
-        args.output_dir,
-        vae,
-        ema,
-        {"optimizer": optimizer, "discriminator_optimizer": critic_optimizer},
-        lr_scheduler,
-        gate,
-        others={"discriminator": critic},
-        flags=lasting(args) | {"data": dataset.fingerprint},
-        total_limit=args.checkpoints_total_limit,
-    )
+    optimizers = {"optimizer": optimizer, "discriminator_optimizer": critic_optimizer}
+    others, identity = {"discriminator": critic}, {"data": dataset.fingerprint}
+    checkpoints = checkpoints_of(args, accelerator, vae, ema, optimizers, lr_scheduler, gate, identity, others)
     step = checkpoints.resume(checkpoint)
     accelerator.init_trackers("train_dvae", config=checkpoints.scalars())
 

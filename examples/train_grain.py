@@ -19,15 +19,12 @@ from diffusers.training_utils import EMAModel
 from diffusers.utils import make_image_grid
 from PIL import Image
 
-from diffusers_d2it import D2iTGrainModel, load_preset, visualize_grain_map
-from diffusers_d2it.data import BadImages
-from diffusers_d2it.data.latent_cache import read_entropy
+from diffusers_d2it import D2iTGrainModel, load_preset, sample_grain_map, visualize_grain_map
+from diffusers_d2it.data import BadImages, read_entropy
 from diffusers_d2it.files import save_folder
 from diffusers_d2it.grains import fine_share
 from diffusers_d2it.losses import grain_loss
-from diffusers_d2it.pipelines.grain_maps import sample_grain_map
 from diffusers_d2it.training import (
-    Checkpoints,
     FiniteGate,
     draw_grain_map,
     drop_labels,
@@ -37,26 +34,12 @@ from diffusers_d2it.training import (
     load_autoencoder,
     use_ema,
 )
-from flags import (
-    add_class_arguments,
-    add_data_arguments,
-    add_hub_arguments,
-    add_second_stage_arguments,
-    add_training_arguments,
-    check_second_stage,
-    lasting,
-    make_parser,
-)
-from set_up import loader_of, publish_result, run_of, schedule_of, second_stage_data, start
+from flags import check_second_stage, second_stage_parser
+from set_up import checkpoints_of, loader_of, publish_result, run_of, schedule_of, second_stage_data, start
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = make_parser(__doc__)
-    add_data_arguments(parser, required=False)  # or --latent_cache
-    add_second_stage_arguments(parser)
-    add_class_arguments(parser)
-    add_training_arguments(parser)
-    add_hub_arguments(parser)
+    parser = second_stage_parser(__doc__)
     group = parser.add_argument_group("grain model")
     group.add_argument("--preset", default="grain-s", help="a preset, or a JSON file with a model's configuration")
     group.add_argument("--ratio_dropout", type=float, default=0.5, help="share of maps trained without their ratio")
@@ -104,16 +87,9 @@ def main(args: argparse.Namespace) -> None:
     model, optimizer, loader, lr_scheduler = accelerator.prepare(grain_model, optimizer, loader, lr_scheduler)
     ema = EMAModel(grain_model.parameters(), decay=args.ema_decay, foreach=True)
     gate = FiniteGate(accelerator, args.skip_nonfinite_steps)
-    checkpoints = Checkpoints(
-        accelerator,
-        args.output_dir,
-        grain_model,
-        ema,
-        {"optimizer": optimizer},
-        lr_scheduler,
-        gate,
-        flags=lasting(args) | identity_of(data.fingerprint, vae),
-        total_limit=args.checkpoints_total_limit,
+    identity = identity_of(data.fingerprint, vae)
+    checkpoints = checkpoints_of(
+        args, accelerator, grain_model, ema, {"optimizer": optimizer}, lr_scheduler, gate, identity
     )
     step = checkpoints.resume(checkpoint)
     accelerator.init_trackers("train_grain", config=checkpoints.scalars())

@@ -15,6 +15,7 @@ import pytest
 import torch
 from diffusers import AutoModel, DiffusionPipeline
 from loopback_hub import serve_hub
+from script_runs import EXAMPLES
 
 import diffusers_d2it
 from diffusers_d2it import D2iTContentModel, D2iTPipeline
@@ -106,6 +107,16 @@ def test_no_folder_imports_in_a_circle():
         module: {name for name in names if folder_of(name) == folder_of(module)} for module, names in imports.items()
     }
     TopologicalSorter(within).prepare()  # raises a CycleError
+
+
+@pytest.mark.parametrize("script", sorted(EXAMPLES.glob("train_*.py")), ids=lambda path: path.stem)
+def test_a_training_script_imports_from_few_of_our_modules(script):
+    nodes = [
+        node for node in ast.walk(ast.parse(script.read_text())) if isinstance(node, (ast.Import, ast.ImportFrom))
+    ]
+    names = [getattr(node, "module", None) or node.names[0].name for node in nodes]
+    ours = [name for name in names if name.startswith("diffusers_d2it")]
+    assert 1 <= len(ours) <= 6 and not [name for name in ours if name.count(".") > 1], ours
 
 
 def test_every_folder_says_what_it_is_for():

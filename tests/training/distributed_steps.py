@@ -30,7 +30,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from diffusers_d2it import D2iTContentModel, D2iTGrainModel, DynamicAutoencoderKL, load_preset
-from diffusers_d2it.grains import tie
+from diffusers_d2it.grains import GrainLayout
 from diffusers_d2it.losses import dvae_loss, grain_loss, multi_grained_loss
 
 
@@ -87,9 +87,10 @@ def conditions(step: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 def content_loss(model: nn.Module, step: int, rows: slice) -> torch.Tensor:
     grain_map, timesteps, labels = (values[rows] for values in conditions(step))
-    latents, noise = (tie(draw(seed, BATCH, 4, 8, 8)[rows], grain_map) for seed in (step, 50 + step))
+    layout = GrainLayout.from_grain_map(grain_map, num_grains=2)
+    latents, noise = (layout.tie(draw(seed, BATCH, 4, 8, 8)[rows]) for seed in (step, 50 + step))
     noised = SCHEDULER.add_noise(latents, noise, timesteps)
-    return multi_grained_loss(model(noised, timesteps, grain_map, labels).sample, noise, grain_map)["loss"]
+    return multi_grained_loss(model(noised, timesteps, grain_map, labels).sample, noise, layout)["loss"]
 
 
 def grain_model_loss(model: nn.Module, step: int, rows: slice) -> torch.Tensor:

@@ -111,7 +111,7 @@ def test_only_the_newest_are_kept(make_grain_model, tmp_path):
 def test_the_length_of_a_run_is_fixed_where_its_schedule_ends_with_it(make_grain_model, tmp_path, schedule, fixed):
     required = "--latent_cache c --vae v --output_dir o --max_train_steps 10 --lr_scheduler".split()
     args = load_script("train_grain.py").parse_args([*required, schedule])
-    flags = load_script("flags.py").lasting(args)
+    flags = load_script("set_up.py").lasting(args)
     assert ("max_train_steps" in flags) == fixed
     checkpoints = make_checkpoints(tmp_path, make_grain_model(), flags=flags)
     assert checkpoints.flags["seed"] == 0 and checkpoints.flags["num_processes"] == 1
