@@ -96,12 +96,14 @@ def test_a_second_job_in_the_folder_is_refused(tmp_path, fault):
     if first == 0:
         try:
             with lock(tmp_path):
-                os.write(write, b"locked")
+                worker = os.fork()  # of those that decode images: it takes a while to notice that its parent is dead
+                if worker:
+                    os.write(write, worker.to_bytes(4, "big"))
                 signal.pause()
         finally:
             os._exit(1)
     try:
-        assert os.read(read, 6) == b"locked"
+        worker = int.from_bytes(os.read(read, 4), "big")
         try:
             lock(tmp_path)
         except ValueError as error:
@@ -112,7 +114,10 @@ def test_a_second_job_in_the_folder_is_refused(tmp_path, fault):
         os.kill(first, signal.SIGKILL)
         os.waitpid(first, 0)
     (tmp_path / ".staging-checkpoint-3-01234567").mkdir()  # left by the one that was killed
-    lock(tmp_path).close()
+    try:
+        lock(tmp_path, wait=0).close()
+    finally:
+        os.kill(worker, signal.SIGKILL)
     count.tried("afterwards", lost=[path.name for path in tmp_path.iterdir()] != [])
 
 

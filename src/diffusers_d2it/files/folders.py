@@ -243,7 +243,8 @@ def _owned(folder: Path) -> Iterator[bool]:
     with ExitStack() as opened:
         for path, flags in ((folder, os.O_RDONLY), (folder / LOCK, os.O_RDWR | os.O_CREAT)):
             file = os.open(path, flags, 0o666)
-            opened.callback(os.close, file)
+            _held.add(file)
+            opened.callback(_let_go, file)
             taken = _try_lock(file)
             if taken is not None:
                 break
@@ -257,6 +258,23 @@ def _try_lock(file: int) -> bool | None:
     except OSError as error:
         return False if error.errno in (errno.EAGAIN, errno.EACCES) else None
     return True
+
+
+def _let_go(file: int) -> None:
+    if file in _held:  # a forked process has left it to its parent
+        _held.remove(file)
+        os.close(file)
+
+
+def _leave_to_parent() -> None:
+    """A forked process, such as a worker that decodes images, holds no lock: it may outlive the one that does."""
+    for file in list(_held):
+        _let_go(file)
+
+
+_held: set[int] = set()  # open files with locks
+if fcntl is not None:
+    os.register_at_fork(after_in_child=_leave_to_parent)
 
 
 def _commit_inside(staging: Path, folder: Path) -> None:
