@@ -31,9 +31,15 @@ from tqdm.auto import tqdm
 from diffusers_d2it import D2iTPipeline, bundled_checkpoint, list_samplers, load_sampler
 from diffusers_d2it.grains import fine_share
 from diffusers_d2it.pipelines.labels import class_ids
-from diffusers_d2it.sampling.folder import FORMATS, SampleFolder
-from diffusers_d2it.sampling.reference_maps import ReferenceMaps
-from diffusers_d2it.sampling.sets import LABEL_SCHEMES, SamplePlan, describe_checkpoint, describe_scheduler
+from diffusers_d2it.sampling import (
+    FORMATS,
+    LABEL_SCHEMES,
+    ReferenceMaps,
+    SampleFolder,
+    SamplePlan,
+    describe_checkpoint,
+    describe_scheduler,
+)
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:

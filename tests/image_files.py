@@ -7,15 +7,15 @@ import tarfile
 import zlib
 from pathlib import Path
 
-import numpy as np
 import PIL.Image
 from photographs import load_photographs
+
+from diffusers_d2it.pixels import to_uint8
 
 
 def photo(i: int = 0, resolution: int = 64) -> PIL.Image.Image:
     """Photograph i of scikit-image, RGB."""
-    pixels = load_photographs(resolution)[i % 8].permute(1, 2, 0).numpy()
-    return PIL.Image.fromarray(((pixels + 1) * 127.5).round().astype(np.uint8))
+    return PIL.Image.fromarray(to_uint8(load_photographs(resolution)[i % 8]).permute(1, 2, 0).numpy())
 
 
 def encode(image: PIL.Image.Image, format: str = "PNG", **options) -> bytes:

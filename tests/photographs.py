@@ -9,6 +9,8 @@ import PIL.ImageOps
 import skimage.data
 import torch
 
+from diffusers_d2it.pixels import from_uint8
+
 
 _PHOTOS = (  # come with the scikit-image wheel; nothing is downloaded
     skimage.data.astronaut,
@@ -29,5 +31,5 @@ def load_photographs(resolution: int) -> torch.Tensor:
     for photo in _PHOTOS:
         image = PIL.Image.fromarray(photo())
         image = PIL.ImageOps.fit(image.convert("RGB"), (resolution, resolution), PIL.Image.Resampling.BICUBIC)
-        arrays.append(np.asarray(image, dtype=np.float32) / 127.5 - 1)
-    return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous()
+        arrays.append(np.asarray(image))
+    return from_uint8(torch.from_numpy(np.stack(arrays))).permute(0, 3, 1, 2).contiguous()

@@ -4,11 +4,11 @@
 import io
 from pathlib import Path
 
-import numpy as np
 import PIL.Image
 import torch
 
 from diffusers_d2it.data.images import to_pixels
+from diffusers_d2it.pixels import to_uint8
 
 
 SHARD = "shard-00001"  # of the fixture `cache`, its second one
@@ -17,7 +17,7 @@ CODES = f"{SHARD}/codes.safetensors"
 
 def to_png(pixels: torch.Tensor) -> bytes:
     file = io.BytesIO()
-    PIL.Image.fromarray(((pixels.permute(1, 2, 0).numpy() + 1) * 127.5).round().astype(np.uint8)).save(file, "PNG")
+    PIL.Image.fromarray(to_uint8(pixels).permute(1, 2, 0).numpy()).save(file, "PNG")
     return file.getvalue()
 
 

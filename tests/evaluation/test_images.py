@@ -11,7 +11,7 @@ from metric_inputs import crops
 
 from diffusers_d2it.data.images import to_pixels
 from diffusers_d2it.evaluation.images import ImageSet, hash_pixels, open_images, pixel_digest
-from diffusers_d2it.sampling.npz import NpzWriter
+from diffusers_d2it.sampling import write_npz
 
 
 def read_all(images: ImageSet, batch_size: int = 5, **kwargs) -> torch.Tensor:
@@ -38,8 +38,7 @@ def folder(tmp_path):
 def npz(tmp_path, folder):
     path = tmp_path / "packed.npz"
     images = read_all(open_images(folder)).permute(0, 2, 3, 1).contiguous().numpy()
-    with NpzWriter(path, len(images), *images.shape[1:3]) as writer:
-        writer.write(images)
+    write_npz(path, images.shape, [images])
     return path
 
 

@@ -10,6 +10,8 @@ import PIL.ImageFile
 import PIL.ImageOps
 import torch
 
+from ..pixels import from_uint8
+
 
 MAX_IMAGE_PIXELS = 100_000_000  # 300 MB as RGB; a file of a few kB can announce any number
 # Pillow opens more, and some of it by starting other programs (EPS)
@@ -82,7 +84,7 @@ def to_pixels(image: PIL.Image.Image, resolution: int, flip: bool = False) -> to
         image = PIL.ImageOps.fit(image, (resolution, resolution), PIL.Image.Resampling.BICUBIC)
     if flip:
         image = PIL.ImageOps.mirror(image)
-    return torch.from_numpy(np.asarray(image, dtype=np.float32) / 127.5 - 1).permute(2, 0, 1)
+    return from_uint8(torch.from_numpy(np.array(image))).permute(2, 0, 1)
 
 
 def _open(encoded: dict) -> io.IOBase:

@@ -4,18 +4,19 @@
     protocol.json     what the images are; written first, and again when all of them are there
     000000.png ...    the images; in each of them stand its class and the fine share of its grain map
     images.npz        all of them as one file, if it is asked for: `arr_0`, uint8 (N, H, W, 3)
+    manifest.json     seals the protocol and the .npz; written last. PNGs have checksums of their own
 
 Everything is written aside and renamed, and the images that are there are checked before others are drawn.
 """
 
+import io
 import json
 import math
 import os
 import shutil
 import time
 import warnings
-from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from functools import partial
@@ -25,15 +26,15 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from tqdm.auto import tqdm
 
-from ..files.folders import STAGING, lock, staging_folder, write_text_durably
-from ..files.processes import on_main_process
+from ..files import is_sealed, lock, on_main_process, seal, staging_folder, verify, write_text_durably
+from ..files.folders import MANIFEST, STAGING, settle
+from ..pixels import unit_to_uint8
 from ..words import differences, listed
-from .npz import NpzImages, NpzWriter
+from .npz import write_npz
 from .sets import PROTOCOL, SamplePlan, new_protocol, read_protocol
 
 
@@ -92,7 +93,7 @@ class SampleFolder:
         checkpoint: str,
     ):
         if format not in FORMATS:
-            raise ValueError(f"--format must be {', '.join(FORMATS)}, got {format!r}.")
+            raise ValueError(f"`format` must be {', '.join(FORMATS)}, got {format!r}.")
         self.path = Path(path)
         self.plan = plan
         self.size = tuple(size)
@@ -102,7 +103,8 @@ class SampleFolder:
         self.batches: list[range] = []
         self._digits = max(6, len(str(plan.num_images - 1)))
         self._missing: set[int] = set()
-        self._pending: deque[Future] = deque()
+        self._pending: list[Future] = []
+        self._pool = ThreadPoolExecutor(_THREADS)
         self._stack = ExitStack()
 
     @property
@@ -115,16 +117,12 @@ class SampleFolder:
 
     def __enter__(self) -> "SampleFolder":
         with self._stack as stack:
-            self.protocol, present, self._packed = on_main_process(self.accelerator, self._open)
-            if not self._packed:
-                self._missing = set(range(self.plan.num_images)) - set(present) | self._damaged(present)
-            on_main_process(self.accelerator, self._begin)
+            self.protocol, self._missing, self._npz_is_whole = on_main_process(self.accelerator, self._open)
             needed = [batch for batch in self.plan.batches() if not self._missing.isdisjoint(batch)]
             # Shares of what is missing: none has all the work that is left
             self.batches = needed[self.accelerator.process_index :: self.accelerator.num_processes]
             self._staging = stack.enter_context(staging_folder(self.path / "images"))
             stack.callback(shutil.rmtree, self._staging, ignore_errors=True)
-            self._pool = ThreadPoolExecutor(_THREADS)
             stack.callback(self._pool.shutdown, cancel_futures=True)
             self._stack = stack.pop_all()
         self._start = time.perf_counter()
@@ -134,7 +132,7 @@ class SampleFolder:
         self._stack.close()
 
     def write(self, batch: range, images: torch.Tensor, fine_shares: torch.Tensor) -> None:
-        """Hand over a batch; it is written while the next one is drawn. Waits only while two others are unwritten.
+        """Hand over a batch; it is written while the next one is drawn. Waits for what was handed over before.
 
         Args:
             batch: numbers of the images.
@@ -144,12 +142,13 @@ class SampleFolder:
         Raises:
             OSError: the disk is full or failed, perhaps with an image that was handed over before.
         """
-        pixels = (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu().numpy()
-        for image, rows, share in zip(batch, pixels, fine_shares.tolist(), strict=True):
-            if image in self._missing:
-                while len(self._pending) >= 2 * self.plan.batch_size:
-                    self._pending.popleft().result()
-                self._pending.append(self._pool.submit(self._write_png, image, rows, share))
+        pixels = unit_to_uint8(images).permute(0, 2, 3, 1).contiguous().cpu().numpy()
+        self._wait()
+        self._pending = [
+            self._pool.submit(self._write_png, image, rows, share)
+            for image, rows, share in zip(batch, pixels, fine_shares.tolist(), strict=True)
+            if image in self._missing
+        ]
 
     def finish(self) -> dict[str, Any]:
         """Wait for all processes, check the images, write the .npz if there is to be one, and return the protocol.
@@ -158,10 +157,17 @@ class SampleFolder:
             OSError: the disk is full or failed.
             ValueError: an image is missing or damaged; another run draws it again.
         """
-        while self._pending:
-            self._pending.popleft().result()
+        self._wait()
         self.accelerator.wait_for_everyone()
         return on_main_process(self.accelerator, self._complete)
+
+    def _wait(self) -> None:
+        for future in self._pending:
+            future.result()
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # One image
+    # -----------------------------------------------------------------------------------------------------------------
 
     def _write_png(self, image: int, pixels: np.ndarray, fine_share: float) -> None:
         info = PngInfo()
@@ -179,103 +185,106 @@ class SampleFolder:
             DamagedSampleError: it is damaged or missing.
             ValueError: it is whole, but not this image of this set.
         """
-        path, pixels = self.image_path(image), None
+        path = self.image_path(image)
         try:
-            with Image.open(path, formats=["PNG"]) as opened:
-                found, mode, size = opened.info, opened.mode, (opened.height, opened.width)
-                opened.verify()
-            with path.open("rb") as file:  # Pillow does not read to the end
-                file.seek(-len(_END), os.SEEK_END)
-                if file.read() != _END:
-                    raise ValueError("its end is missing")
-            if decode:
-                with Image.open(path, formats=["PNG"]) as opened:
-                    pixels = np.asarray(opened)
+            data = path.read_bytes()
+            opened = Image.open(io.BytesIO(data), formats=["PNG"])
+            found, mode, size = opened.info, opened.mode, (opened.height, opened.width)
+            opened.verify()
+            if not data.endswith(_END):  # Pillow does not read to the end
+                raise ValueError("its end is missing")
+            pixels = np.asarray(Image.open(io.BytesIO(data), formats=["PNG"])) if decode else None
         except Exception as error:  # damaged files raise anything
             raise DamagedSampleError(f"{path.name}: {error or type(error).__name__}") from error
-        share = found.get(_FINE_SHARE)
         texts = {key: found[key] for key in (_LABEL, _FINE_SHARE) if key in found}
-        if share is None or (mode, size, texts) != ("RGB", self.size, self._texts(image, share)):
+        expected = self._texts(image, texts.get(_FINE_SHARE))
+        if _FINE_SHARE not in texts or (mode, size, texts) != ("RGB", self.size, expected):
             raise ValueError(
                 f"{path} is not image {image} of these samples, and is not written over: expected"
-                f" {self.size[0]}x{self.size[1]} RGB with {self._texts(image, '...')}, got {size[0]}x{size[1]} {mode}"
-                f" with {texts}."
+                f" {self.size[0]}x{self.size[1]} RGB with {expected}, got {size[0]}x{size[1]} {mode} with {texts}."
             )
-        return float(share), pixels
+        return float(texts[_FINE_SHARE]), pixels
 
     def _texts(self, image: int, fine_share: object) -> dict[str, str]:
         """What a PNG says of itself."""
         label = self.plan.label(image)
         return {_FINE_SHARE: str(fine_share)} | ({} if label is None else {_LABEL: str(label)})
 
-    def _damaged(self, present: list[int]) -> set[int]:
-        """Those of the images that are there that cannot be kept; each process looks at its share."""
-        found = []
-        for image in present[self.accelerator.process_index :: self.accelerator.num_processes]:
-            try:
-                self._read_png(image, decode=False)
-            except ValueError as error:
-                found.append((image, str(error), isinstance(error, DamagedSampleError)))
-        found = sorted(gather_object(found))
-        for _, words, is_damaged in found:
-            if not is_damaged:
-                raise ValueError(words)
-        if found and self.accelerator.is_main_process:
-            words = listed(words for _, words, _ in found)
-            warnings.warn(f"{self.path}: damaged, and drawn again: {words}.", stacklevel=3)
-        return {image for image, _, _ in found}
-
     # -----------------------------------------------------------------------------------------------------------------
     # The folder, on the main process
     # -----------------------------------------------------------------------------------------------------------------
 
-    def _open(self) -> tuple[dict[str, Any], list[int], bool]:
-        """Take the folder; its protocol, the images that are there, whole or not, and whether all is done.
-
-        All is done, without any PNG, where a complete .npz is all that is asked for.
-        """
-        if self.path.exists() and not self.path.is_dir():
-            raise ValueError(f"--output_dir {self.path} is a file, expected a folder or nothing yet.")
+    def _open(self) -> tuple[dict[str, Any], set[int], bool]:
+        """Take the folder; its protocol, the images that are to be drawn, and whether the .npz is whole."""
         names = sorted(os.listdir(self.path)) if self.path.is_dir() else []
         others = [name for name in names if not name.startswith(STAGING)]
         if others and PROTOCOL not in others:
-            raise ValueError(f"--output_dir {self.path} holds no samples but {listed(others)}: pass another folder.")
+            raise ValueError(f"{self.path} holds no samples but {listed(others)}: pass another folder.")
         self._stack.enter_context(lock(self.path))
 
         names = set(os.listdir(self.path))
         present = [image for image in range(self.plan.num_images) if self.image_path(image).name in names]
-        if PROTOCOL not in names:
-            return self.protocol, present, False
-        stored = read_protocol(self.path)
-        parts = ("sampling", "environment")
+        if PROTOCOL in names and (present or NPZ in names):
+            self.protocol = self._stored_protocol()
+            if self.format == "npz" and present and self.protocol["run"].get("format") != "npz":
+                raise ValueError(f"`format` 'npz' would remove the PNGs that {self.path} keeps: pass 'both'.")
+        npz_is_whole = self.format != "png" and self._is_packed()
+        missing = set()
+        if not (self.format == "npz" and npz_is_whole):
+            missing = set(range(self.plan.num_images)) - set(present) | self._damaged(present)
+        if missing or not is_sealed(self.path):
+            run = self.protocol["run"]
+            run["format"] = self.format
+            run["batch_sizes"] = sorted({*run.get("batch_sizes", []), self.plan.batch_size})
+            self._write_protocol(complete=False)
+        return self.protocol, missing, npz_is_whole
+
+    def _stored_protocol(self) -> dict[str, Any]:
+        """The protocol by which the images that are there were drawn: it must be that of this run."""
+        stored, parts = read_protocol(self.path), ("sampling", "environment")
         differ = differences(*({part: protocol[part] for part in parts} for protocol in (stored, self.protocol)))
         if differ:
-            if not present and NPZ not in names:  # nothing was drawn by it
-                return self.protocol, present, False
             raise ValueError(
-                f"--output_dir {self.path} holds samples of another protocol: {'; '.join(differ)}. Repeat the command"
-                " that began it, or pass another folder."
+                f"{self.path} holds samples of another protocol: {'; '.join(differ)}. Repeat the command that began"
+                " it, or pass another folder."
             )
-        if self.format == "npz" and present and stored["run"].get("format") != "npz":
-            raise ValueError(
-                f"--format npz would remove the PNGs that --output_dir {self.path} keeps: pass --format both."
-            )
-        packed = self.format == "npz" and stored["complete"] and self._npz_is_whole()
-        return stored, present, packed
+        return stored
 
-    def _begin(self) -> None:
-        """Say in the folder what is drawn, unless everything is there."""
-        if self.protocol["complete"] and not self._missing:
-            return
-        run = self.protocol["run"]
-        run["format"] = self.format
-        run["batch_sizes"] = sorted({*run.get("batch_sizes", []), self.plan.batch_size})
-        self._write_protocol(complete=False)
+    def _damaged(self, present: list[int]) -> set[int]:
+        """Those of the images that are there that cannot be kept."""
+
+        def damage(image: int) -> str | None:
+            try:
+                self._read_png(image, decode=False)
+            except DamagedSampleError as error:
+                return str(error)
+
+        found = {image: words for image, words in zip(present, self._pool.map(damage, present)) if words}
+        if found:
+            warnings.warn(f"{self.path}: damaged, and drawn again: {listed(found.values())}.", stacklevel=5)
+        return set(found)
+
+    def _is_packed(self) -> bool:
+        """Whether the set was completed with an .npz, and that is whole."""
+        if not is_sealed(self.path):
+            return False
+        try:
+            verify(self.path)
+            return NPZ in settle(self.path)["files"]
+        except ValueError as error:
+            warnings.warn(f"written again: {error}", stacklevel=5)
+            return False
 
     def _complete(self) -> dict[str, Any]:
-        pack = self.format != "png" and not self._packed and (bool(self._missing) or not self._npz_is_whole())
-        if self._missing or pack or not self.protocol["complete"]:
-            shares = self._check_all(pack)
+        pack = self.format != "png" and bool(self._missing or not self._npz_is_whole)
+        if pack or not is_sealed(self.path):
+            shares: list[float] = []
+            if pack:
+                pixels = self._check_all(shares, decode=True)
+                write_npz(self.path / NPZ, (self.plan.num_images, *self.size, 3), pixels)
+            else:
+                for _ in self._check_all(shares, decode=False):
+                    pass
             run = self.protocol["run"]
             run["format"] = self.format
             if self._missing:
@@ -286,42 +295,23 @@ class SampleFolder:
                 run["images_per_second"] = round(self.num_missing / seconds, 3)
             self.protocol["mean_fine_share"] = math.fsum(shares) / len(shares)
             self._write_protocol(complete=True)
+            seal(self.path, [self.path / PROTOCOL, *([self.path / NPZ] if self.format != "png" else [])])
         if self.format == "npz":
             for image in range(self.plan.num_images):
                 self.image_path(image).unlink(missing_ok=True)
         return self.protocol
 
-    def _check_all(self, pack: bool) -> list[float]:
-        """The fine share of every image; on the way all of them are checked, and packed into an .npz."""
-        shares = []
-        with ExitStack() as stack:
-            if pack:
-                writer = stack.enter_context(NpzWriter(self.path / NPZ, self.plan.num_images, *self.size))
-            for batch in tqdm(self.plan.batches(), desc="packing" if pack else "checking"):
-                try:
-                    read = list(self._pool.map(partial(self._read_png, decode=pack), batch))
-                except DamagedSampleError as error:
-                    raise ValueError(
-                        f"{self.path}: {error}. Repeat the command: it draws this image again."
-                    ) from error
-                shares += [share for share, _ in read]
-                if pack:
-                    writer.write(np.stack([pixels for _, pixels in read]))
-        return shares
-
-    def _npz_is_whole(self) -> bool:
-        """Whether the .npz is there with all images; its checksum is checked."""
-        if not (self.path / NPZ).is_file():
-            return False
-        try:
-            images = NpzImages(self.path / NPZ)
-            for _ in images.iterate(self.plan.batch_size):
-                pass
-        except ValueError as error:
-            warnings.warn(f"written again: {error}", stacklevel=2)
-            return False
-        return (images.num_images, images.height, images.width) == (self.plan.num_images, *self.size)
+    def _check_all(self, shares: list[float], decode: bool) -> Iterator[np.ndarray | None]:
+        """Check every image and note its fine share; their pixels in batches, if they are asked for."""
+        for batch in tqdm(self.plan.batches(), desc="packing" if decode else "checking"):
+            try:
+                read = list(self._pool.map(partial(self._read_png, decode=decode), batch))
+            except DamagedSampleError as error:
+                raise ValueError(f"{self.path}: {error}. Repeat the command: it draws this image again.") from error
+            shares += [share for share, _ in read]
+            yield np.stack([pixels for _, pixels in read]) if decode else None
 
     def _write_protocol(self, complete: bool) -> None:
         self.protocol["complete"] = complete
+        (self.path / MANIFEST).unlink(missing_ok=True)  # what it seals changes
         write_text_durably(self.path / PROTOCOL, json.dumps(self.protocol, indent=2) + "\n")

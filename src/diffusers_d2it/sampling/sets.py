@@ -67,18 +67,15 @@ class SamplePlan:
     scheme: str = "balanced"
 
     def __post_init__(self) -> None:
-        for name, value, most in (("num_images", self.num_images, _NUM_SEEDS), ("batch_size", self.batch_size, None)):
-            if value < 1 or (most is not None and value > most):
-                limit = "at least 1" if most is None else f"1 to {most}"
-                raise ValueError(f"--{name} must be {limit}, got {value}.")
-        if self.seed < 0:
-            raise ValueError(f"--seed must be at least 0, got {self.seed}.")
+        if not 1 <= self.num_images <= _NUM_SEEDS:
+            raise ValueError(f"`num_images` must be 1 to {_NUM_SEEDS}, got {self.num_images}.")
+        for name, least in (("batch_size", 1), ("seed", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"`{name}` must be at least {least}, got {getattr(self, name)}.")
         if self.scheme not in LABEL_SCHEMES:
-            raise ValueError(f"--labels must be {' or '.join(LABEL_SCHEMES)}, got {self.scheme!r}.")
-        if self.classes is not None:
-            twice = sorted({id for id in self.classes if self.classes.count(id) > 1})
-            if twice or not self.classes:
-                raise ValueError(f"--class_labels must name classes, each once, got {list(self.classes)}.")
+            raise ValueError(f"`scheme` must be {' or '.join(LABEL_SCHEMES)}, got {self.scheme!r}.")
+        if self.classes is not None and not 0 < len(self.classes) == len(set(self.classes)):
+            raise ValueError(f"`classes` must name classes, each once, got {list(self.classes)}.")
 
     def batches(self) -> list[range]:
         """The numbers of the images of each batch; the last one may have fewer."""
