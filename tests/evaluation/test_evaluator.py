@@ -157,7 +157,7 @@ class Misdealt(ImageSet):
 
 def test_images_that_are_missing_or_come_twice_are_named(samples, features):
     wrong = Misdealt("misdealt", 60, samples.__getitem__, (32, 32))
-    with pytest.raises(ValueError, match="60 images of misdealt.*missing: 3, 4"):
+    with pytest.raises(ValueError, match="60 .*misdealt.*: 3, 4"):
         scores(wrong, None, features, ["is"])
 
 
@@ -252,7 +252,7 @@ def test_statistics_that_do_not_fit_are_refused(samples, reference, features, st
     with pytest.raises(ValueError, match="reference.npz.* digest "):
         scores(samples, statistics, other, ["fid"])
     larger = ImageSet.from_tensor(crops(20, seed=0, side=40), "larger")
-    with pytest.raises(ValueError, match="40x40 in larger and 32x32 in .*reference.npz"):
+    with pytest.raises(ValueError, match="40x40 .*larger.*32x32 .*reference.npz"):
         scores(larger, statistics, features, ["fid"])
     np.savez(tmp_path / "foreign.npz", mu=np.zeros(5), sigma=np.eye(5))
     with pytest.raises(ValueError, match="foreign.npz.* 5, not 8"):
@@ -309,7 +309,7 @@ def test_metrics_need_features_reference_and_sizes_that_fit(samples, reference):
     with pytest.raises(ValueError, match="`reference`"):
         scores(samples, None, plain, ["fid"])
     larger = ImageSet.from_tensor(crops(20, seed=0, side=40), "larger")
-    with pytest.raises(ValueError, match="32x32 in samples and 40x40 in larger"):
+    with pytest.raises(ValueError, match="32x32 .*samples.*40x40 .*larger"):
         scores(samples, larger, plain, ["fid"])
     with pytest.raises(ValueError, match="`kid_subset_size`.*got 1"):
         scores(samples, reference, plain, ["kid"], kid_subset_size=1)

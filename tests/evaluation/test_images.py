@@ -173,7 +173,7 @@ def test_images_that_cannot_be_used_are_named_ten_of_them(folder, num_workers):
         "more/small.png": encode(photo(0, 32)),
     }
     write_folder(folder, bad | {"more/empty.png": b""})
-    with pytest.raises(ValueError, match="10 of the 24 images of images.*: 0x.png") as error:
+    with pytest.raises(ValueError, match="10 .* 24 images.*: 0x.png") as error:
         read_all(open_images(folder), num_workers=num_workers)
     assert "cut.jpg: " in str(error.value)
     assert "more/small.png" not in str(error.value)
@@ -201,12 +201,12 @@ def test_paths_without_images_are_refused(tmp_path, npz):
         open_images(tmp_path / "empty")
     with pytest.raises(ValueError, match="empty"):
         open_images(tmp_path / "empty", resolution=32)
-    with pytest.raises(ValueError, match="nowhere does not exist.*`resolution`"):
+    with pytest.raises(ValueError, match="nowhere.*`resolution`"):
         open_images(tmp_path / "nowhere")
     (tmp_path / "notes.txt").write_text("")
-    with pytest.raises(ValueError, match="notes.txt is a file"):
+    with pytest.raises(ValueError, match="notes.txt"):
         open_images(tmp_path / "notes.txt")
-    with pytest.raises(ValueError, match="nowhere.npz is missing"):
+    with pytest.raises(ValueError, match="nowhere.npz"):
         open_images(tmp_path / "nowhere.npz")
     for name in ("a", "b"):
         write_folder(tmp_path / "two", {f"{name}.npz": npz.read_bytes()})

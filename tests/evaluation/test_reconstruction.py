@@ -129,9 +129,9 @@ def test_protocol_of_a_reconstruction(originals, make_vae):
 
 
 def test_what_makes_no_pairs_is_refused(originals, noisy, features):
-    with pytest.raises(ValueError, match="19 of 32x32 in few and 20 of 32x32 in originals"):
+    with pytest.raises(ValueError, match="19 .*few.* 20 .*originals"):
         scores(ImageSet.from_tensor(noisy[0:19], "few"), originals, ["psnr"])
-    with pytest.raises(ValueError, match="20 of 40x40 in large and 20 of 32x32 in originals"):
+    with pytest.raises(ValueError, match="40x40 .*large.* 32x32 .*originals"):
         scores(ImageSet.from_tensor(crops(20, 0, side=40), "large"), originals, ["psnr"])
     for metrics in (["fid"], ["psnr", "psnr"], []):
         with pytest.raises(ValueError, match="`metrics`.*psnr, ssim, lpips, rfid"):
@@ -160,7 +160,7 @@ def test_lpips_is_that_of_its_package(originals, noisy, tmp_path, monkeypatch):
     import torchvision
 
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    with pytest.raises(ValueError, match="the metric 'lpips' needs the ImageNet weights of AlexNet in .*checkpoints"):
+    with pytest.raises(ValueError, match="'lpips'.*AlexNet.*checkpoints"):
         monkeypatch.setattr(torch.hub, "download_url_to_file", lambda *args, **kwargs: open("/nowhere/file"))
         scores(noisy, originals, ["lpips"])
     (tmp_path / "hub" / "checkpoints").mkdir(parents=True, exist_ok=True)

@@ -222,5 +222,5 @@ def test_classes_that_the_checkpoint_does_not_have(tmp_path, folder, pipe, make_
     with pytest.raises(ValueError, match="'12'.*0, 1"):
         load(write_numbers(tmp_path / "more", [3, 12, 3, 3, 3]), make_pipeline(id2label=None))
     flat = write_folder(tmp_path / "flat", {f"{i}.png": encode(photo(i, 32)) for i in range(6)})
-    with pytest.raises(ValueError, match="flat has no classes.* 10"):
+    with pytest.raises(ValueError, match="flat.*classes.* 10"):
         load(flat, pipe)

@@ -106,7 +106,7 @@ def test_what_is_no_result_is_refused(tmp_path):
     with pytest.raises(ValueError, match="`protocol` of 'fid'"):
         Result("fid", 1.0, {"features": object()})
     path = tmp_path / "results.json"
-    with pytest.raises(ValueError, match="results.json is missing"):
+    with pytest.raises(ValueError, match="results.json"):
         load_results(path)
     for text in ("{", "[]"):
         path.write_text(text)

@@ -120,5 +120,5 @@ def test_an_earlier_report_is_kept(flags, tmp_path, capsys):
 
 def test_checkpoints_that_cannot_be_reported_on(flags, make_pipeline, tmp_path):
     make_pipeline(grain_model=None, grain_scheduler=None).save_pretrained(tmp_path / "without")
-    with pytest.raises(ValueError, match="--checkpoint .*without has no grain model"):
+    with pytest.raises(ValueError, match="--checkpoint .*without.*grain model"):
         call("grain_report.py", *flags, "--checkpoint", tmp_path / "without", "--output", tmp_path / "report.json")

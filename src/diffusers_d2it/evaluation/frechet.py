@@ -60,19 +60,11 @@ def frechet_distance(
 def check_moments(
     mean: np.ndarray | torch.Tensor, covariance: np.ndarray | torch.Tensor, mean_name: str, covariance_name: str
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Check everything of a mean and a covariance but the sign of its eigenvalues, which takes long.
-
-    Args:
-        mean: should be (D,).
-        covariance: should be (D, D).
-        mean_name: what errors call it.
-        covariance_name: what errors call it.
-
-    Returns:
-        Both as float64, the covariance made exactly symmetric.
+    """Both as float64, the covariance exactly symmetric, after all checks but that of eigenvalues, which takes long.
 
     Raises:
-        ValueError: a shape, a dtype, a value that is not finite, or a covariance that is not symmetric.
+        ValueError: a shape, a dtype, a value that is not finite, or a covariance that is not symmetric; the argument
+            is called by its name.
     """
     mean, covariance = _to_float64(mean, mean_name), _to_float64(covariance, covariance_name)
     if mean.ndim != 1 or not len(mean):
@@ -103,11 +95,7 @@ def _to_float64(values: np.ndarray | torch.Tensor, name: str) -> np.ndarray:
 
 
 def _factor(covariance: np.ndarray, name: str) -> np.ndarray:
-    """F (D, r) with F F^T = covariance and r its rank, as far as float64 can tell.
-
-    Raises:
-        ValueError: an eigenvalue is negative by more than rounding.
-    """
+    """F (D, r) with F F^T = covariance and r its rank, as far as float64 can tell."""
     try:
         return linalg.cholesky(covariance, lower=True)  # ten times as fast, and there is one if the rank is full
     except linalg.LinAlgError:

@@ -38,7 +38,7 @@ def fine_ratio_error(predicted: torch.Tensor, real: torch.Tensor, num_grains: in
     Args:
         predicted: (N, h, w) int64, 0 = coarsest.
         real: (M, h, w) int64.
-        num_grains: k; the finest grain is k - 1.
+        num_grains: k.
 
     Returns:
         "fine_share" and "fine_share_real", means over the images; "error", the first minus the second; "std" and
