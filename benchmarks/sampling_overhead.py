@@ -21,7 +21,7 @@ from common import Bench, Flag, load_script, main
 from pipeline_overhead import BUNDLED, MOST_TURNS, PRESET, Stopwatch, build_pipeline, report_parts
 
 from diffusers_d2it import bundled_checkpoint
-from diffusers_d2it.sampling.folder import SampleFolder
+from diffusers_d2it.sampling import SampleFolder
 
 
 WAITING = "last PNGs, checks, .npz, protocol"

@@ -25,8 +25,14 @@ from diffusers.training_utils import EMAModel
 from photo_maps import load_photographs
 
 from diffusers_d2it import D2iTGrainModel, DynamicAutoencoderKL, load_preset
-from diffusers_d2it.data.latent_cache import LatentCache, LatentCachePlan, describe_vae
-from diffusers_d2it.data.latent_cache_writer import EncodedRows, LatentCacheWriter, encode_images
+from diffusers_d2it.data import (
+    EncodedRows,
+    LatentCache,
+    LatentCachePlan,
+    LatentCacheWriter,
+    describe_vae,
+    encode_images,
+)
 from diffusers_d2it.training import run as training_run
 
 

@@ -16,9 +16,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 
-from diffusers_d2it.data.latent_cache import LatentCachePlan, describe_vae
-from diffusers_d2it.data.latent_cache_writer import LatentCacheWriter, encode_shards
-from diffusers_d2it.data.source import load_images
+from diffusers_d2it.data import LatentCachePlan, LatentCacheWriter, describe_vae, encode_shards, load_images
 from diffusers_d2it.training import load_autoencoder
 from flags import add_class_arguments, add_data_arguments, image_arguments
 

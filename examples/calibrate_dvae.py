@@ -18,8 +18,7 @@ from pathlib import Path
 from accelerate import Accelerator
 
 from diffusers_d2it import DynamicAutoencoderKL
-from diffusers_d2it.data.bad_images import BadImages
-from diffusers_d2it.data.source import load_images
+from diffusers_d2it.data import BadImages, load_images
 from diffusers_d2it.files.folders import save_folder, write_text_durably
 from diffusers_d2it.training import count_entropy
 from flags import add_data_arguments, image_arguments

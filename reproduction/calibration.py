@@ -18,7 +18,7 @@ import torch
 
 from diffusers_d2it import region_entropy
 from diffusers_d2it.calibration import NUM_QUANTILES, thresholds_for_ratios
-from diffusers_d2it.data.images import to_pixels
+from diffusers_d2it.data import to_pixels
 from diffusers_d2it.grains import grain_map_from_entropy
 
 

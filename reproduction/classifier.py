@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from diffusers_d2it.data.images import to_pixels
+from diffusers_d2it.data import to_pixels
 
 
 BATCH = 100

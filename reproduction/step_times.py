@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from train_arm import without_refine_net
 
 from diffusers_d2it import D2iTContentModel, DynamicAutoencoderKL
-from diffusers_d2it.data.latent_cache import LatentCache, read_codes
+from diffusers_d2it.data import LatentCache, read_codes
 from diffusers_d2it.grains import grain_map_from_entropy
 from diffusers_d2it.losses import multi_grained_loss
 

@@ -23,7 +23,7 @@ from arms import ARMS, PRESETS, model_config
 from step_times import measure_step_times
 
 from diffusers_d2it import DynamicAutoencoderKL, bundled_checkpoint
-from diffusers_d2it.data.latent_cache import LatentCache
+from diffusers_d2it.data import LatentCache
 from diffusers_d2it.evaluation.features import weights_digest
 from diffusers_d2it.files import lock, write_text_durably
 from diffusers_d2it.words import differences

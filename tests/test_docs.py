@@ -8,7 +8,12 @@ import pytest
 
 
 ROOT = Path(__file__).parents[1]
-PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "examples" / "README.md", ROOT / "benchmarks" / "README.md"]
+PAGES = [
+    *ROOT.glob("*.md"),
+    *ROOT.glob("docs/*.md"),
+    ROOT / "examples" / "README.md",
+    ROOT / "benchmarks" / "README.md",
+]
 
 
 def test_names_of_the_method_are_in_the_code():

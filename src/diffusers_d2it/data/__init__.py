@@ -2,24 +2,40 @@
 """From folders, tables, archives and streams, or from codes that were encoded once, to batches in order."""
 
 from .bad_images import BadImages
-from .images import check_resolution
+from .images import UnusableImageError, check_resolution, decode_image, to_pixels
 from .latent_cache import LatentCache, LatentCachePlan, describe_vae, read_codes, read_entropy
-from .latent_cache_writer import LatentCacheWriter, encode_shards
-from .loaders import ImageDataset, ImageStream, StreamLoader, first_batches, make_dataset, make_loader
-from .source import ImageSource, load_images
+from .latent_cache_writer import EncodedRows, LatentCacheWriter, encode_images, encode_shards
+from .loaders import (
+    ImageDataset,
+    ImageStream,
+    StreamLoader,
+    batches_from,
+    first_batches,
+    make_dataset,
+    make_loader,
+    step_generator,
+    usable_images,
+)
+from .source import ImageSource, Row, load_images
 
 
 __all__ = [
     "BadImages",
+    "EncodedRows",
     "ImageDataset",
     "ImageSource",
     "ImageStream",
     "LatentCache",
     "LatentCachePlan",
     "LatentCacheWriter",
+    "Row",
     "StreamLoader",
+    "UnusableImageError",
+    "batches_from",
     "check_resolution",
+    "decode_image",
     "describe_vae",
+    "encode_images",
     "encode_shards",
     "first_batches",
     "load_images",
@@ -27,4 +43,7 @@ __all__ = [
     "make_loader",
     "read_codes",
     "read_entropy",
+    "step_generator",
+    "to_pixels",
+    "usable_images",
 ]
