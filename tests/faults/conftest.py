@@ -50,6 +50,14 @@ class Count:
         self.tried(f"{what}: {problem}", silent=problem is not None)
 
 
+@pytest.fixture(scope="session")
+def inputs(tmp_path_factory, make_pipeline, load_photos):
+    """What the training scripts read."""
+    from training_runs import Inputs  # here: most tests need no datasets
+
+    return Inputs(tmp_path_factory.mktemp("inputs"), load_photos(32), make_pipeline(num_classes=None))
+
+
 @pytest.fixture
 def repeats() -> Callable[[int, int], int]:
     """repeats(short, long): the number of tries in this form of the suite."""

@@ -11,18 +11,13 @@ from pathlib import Path
 
 import pytest
 from safetensors import safe_open
-from training_runs import STEPS, Inputs, batches_seen, loss_curve, train
+from training_runs import STEPS, batches_seen, loss_curve, train
 
 from diffusers_d2it.files import lock
 from diffusers_d2it.files.folders import verify
 
 
 SCRIPTS = ["train_grain.py", "train_d2it.py", "train_dvae.py"]
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory, make_pipeline, load_photos) -> Inputs:
-    return Inputs(tmp_path_factory.mktemp("inputs"), load_photos(32), make_pipeline(num_classes=None))
 
 
 @pytest.fixture(scope="module")

@@ -20,11 +20,6 @@ ONE_PROCESS = [sys.executable, "-m", "accelerate.commands.launch", "--num_proces
 ONE_PROCESS += ["--mixed_precision", "no", "--dynamo_backend", "no"]
 
 
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory, make_pipeline, load_photos) -> Inputs:
-    return Inputs(tmp_path_factory.mktemp("inputs"), load_photos(32), make_pipeline(num_classes=None))
-
-
 def launch(inputs: Inputs, folder: Path, strike: str, num_processes: int = 2, **changed: object) -> subprocess.Popen:
     flags = inputs.flags("train_d2it.py") | {"train_batch_size": 1, "output_dir": folder / "run"} | changed
     words = [str(word) for name, value in flags.items() for word in (f"--{name}", value)]

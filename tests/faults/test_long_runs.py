@@ -5,14 +5,12 @@ import json
 from pathlib import Path
 
 import psutil
-from training_runs import Inputs, train
+from training_runs import train
 
 
-def test_memory_and_handles_stay_flat(make_pipeline, load_photos, tmp_path, fault, repeats):
+def test_memory_and_handles_stay_flat(inputs, tmp_path, fault, repeats):
     num_steps, num_saves = repeats(240, 20_000), repeats(24, 100)
     count = fault(f"{num_steps:,} steps with {num_saves} checkpoints: memory or handles grow")
-    (tmp_path / "inputs").mkdir()
-    inputs = Inputs(tmp_path / "inputs", load_photos(32), make_pipeline(num_classes=None))
     flags = inputs.flags("train_grain.py") | {"gradient_accumulation_steps": 1, "max_train_steps": num_steps}
     flags |= {"checkpointing_steps": num_steps // num_saves, "checkpoints_total_limit": 2}
     measured = tmp_path / "measured.jsonl"

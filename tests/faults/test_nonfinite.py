@@ -1,40 +1,33 @@
 # Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
 """NaN and infinity in training: no weight, moment, average or checkpoint takes them in."""
 
-import itertools
 import json
 import math
 from functools import partial
-from types import ModuleType
 
 import pytest
+import torch
 from safetensors.torch import load_file
-from training_runs import STEPS, Inputs, train
+from training_runs import LOSSES, STEPS, change_loss, train
 
 from diffusers_d2it.files.folders import verify
 from diffusers_d2it.training import found_checkpoints
 
 
-LOSSES = {"train_grain.py": "grain_loss", "train_d2it.py": "content_losses", "train_dvae.py": "dvae_loss"}
 BAD_CALL = 4  # of the loss function: after the first checkpoint, of the fifth step where a step has one call
 
 
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory, make_pipeline, load_photos) -> Inputs:
-    return Inputs(tmp_path_factory.mktemp("inputs"), load_photos(32), make_pipeline(num_classes=None))
+class Poison:
+    """Spoils the loss once or for ever. Infinity is added: the gradient stays finite, and must be refused too."""
 
+    def __init__(self, value: float, for_ever: bool):
+        self.value, self.for_ever, self.num_calls = value, for_ever, 0
 
-def poison(name: str, value: float, for_ever: bool, module: ModuleType) -> None:
-    """Spoil the loss once or for ever. Infinity is added: the gradient stays finite, and must be refused too."""
-    real, calls = getattr(module, name), itertools.count()
-
-    def spoiled(*args):
-        losses, call = real(*args), next(calls)
-        if call == BAD_CALL or (for_ever and call > BAD_CALL):
-            losses["loss"] = losses["loss"] * value if math.isnan(value) else losses["loss"] + value
-        return losses
-
-    setattr(module, name, spoiled)
+    def __call__(self, loss: torch.Tensor) -> torch.Tensor:
+        self.num_calls += 1
+        if self.num_calls <= BAD_CALL or (self.num_calls > BAD_CALL + 1 and not self.for_ever):
+            return loss
+        return loss * self.value if math.isnan(self.value) else loss + self.value
 
 
 @pytest.mark.parametrize("mixed_precision", ["no", "bf16"])
@@ -45,7 +38,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(
 ):
     count = fault(f"{script}: loss {value} once")
     flags = inputs.flags(script) | {"mixed_precision": mixed_precision, "gradient_accumulation_steps": 1}
-    status = train(script, tmp_path / "run", flags, change=partial(poison, LOSSES[script], value, False))
+    status = train(script, tmp_path / "run", flags, change=partial(change_loss, Poison(value, for_ever=False)))
     kept = [path.name for path in found_checkpoints(tmp_path / "run")]
     verify(tmp_path / "run" / "checkpoint-3")
     count.tried((status, kept), silent=status != 1 or kept != ["checkpoint-3"])
@@ -55,8 +48,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(
 def test_as_many_bad_updates_are_skipped_as_are_allowed(script, inputs, tmp_path, fault):
     once, for_ever = fault(f"{script}: loss nan once, one may be skipped"), fault(f"{script}: loss nan for ever")
     flags = inputs.flags(script) | {"skip_nonfinite_steps": 1, "gradient_accumulation_steps": 1}
-    spoil = partial(poison, LOSSES[script], math.nan)
-    status = train(script, tmp_path / "once", flags, change=partial(spoil, False))
+    status = train(script, tmp_path / "once", flags, change=partial(change_loss, Poison(math.nan, False)))
     last = tmp_path / "once" / f"checkpoint-{STEPS}"
     weights = {path: load_file(path) for path in last.rglob("*.safetensors")}
     finite = all(tensor.isfinite().all() for tensors in weights.values() for tensor in tensors.values())
@@ -64,6 +56,6 @@ def test_as_many_bad_updates_are_skipped_as_are_allowed(script, inputs, tmp_path
     counted = state["skipped_steps"] == 1 and state["average_steps"] == STEPS - 1
     once.tried((status, finite, state["skipped_steps"]), lost=status != 0, silent=not finite or not counted)
 
-    status = train(script, tmp_path / "for ever", flags, change=partial(spoil, True))
+    status = train(script, tmp_path / "for ever", flags, change=partial(change_loss, Poison(math.nan, True)))
     kept = [path.name for path in found_checkpoints(tmp_path / "for ever")]
     for_ever.tried((status, kept), silent=status != 1 or kept != ["checkpoint-3"])

@@ -7,8 +7,7 @@ test_distributed.py launches it so, and imports it for one process. What each of
 `<model>-<how>-<process>.safetensors`, where how is
 
     averaged    DDP, by accelerate
-    sharded     FSDP2 of torch: each block, then the rest
-    prepared    FSDP2 as accelerate prepares it with this configuration
+    sharded     FSDP2, by accelerate with this configuration
 """
 
 import json
@@ -26,8 +25,6 @@ from diffusers import DDPMScheduler
 from safetensors.torch import save_file
 from sharded_checkpoints import save_and_resume
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 
 from diffusers_d2it import D2iTContentModel, D2iTGrainModel, DynamicAutoencoderKL, load_preset
 from diffusers_d2it.grains import GrainLayout
@@ -146,20 +143,10 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
     )
 
 
-def train_averaged(accelerator: Accelerator, name: str, rows: slice) -> dict[str, torch.Tensor]:
+def train_prepared(accelerator: Accelerator, name: str, rows: slice) -> dict[str, torch.Tensor]:
     model = STEPS[name].make_model()
     model, optimizer = accelerator.prepare(model, make_optimizer(model))
     return train(STEPS[name], model, rows, accelerator.backward, optimizer)
-
-
-def train_sharded(accelerator: Accelerator, name: str, rows: slice) -> dict[str, torch.Tensor]:
-    model = STEPS[name].make_model()
-    mesh = init_device_mesh("cpu", (accelerator.num_processes,))
-    for module in model.modules():
-        if type(module).__name__ in model._no_split_modules:
-            fully_shard(module, mesh=mesh)
-    fully_shard(model, mesh=mesh)
-    return train(STEPS[name], model, rows, torch.Tensor.backward, make_optimizer(model))
 
 
 def make_sharding_accelerator(mixed_precision: str) -> Accelerator:
@@ -195,12 +182,10 @@ def main(output: Path) -> None:
         save_file(results, output / f"{name}-{how}-{accelerator.process_index}.safetensors")
 
     for name in STEPS:
-        save(name, "averaged", train_averaged(accelerator, name, rows))
-    for name in SHARDED:
-        save(name, "sharded", train_sharded(accelerator, name, rows))
+        save(name, "averaged", train_prepared(accelerator, name, rows))
     losses = {}
     for name in SHARDED:
-        save(name, "prepared", train_averaged(make_sharding_accelerator("no"), name, rows))
+        save(name, "sharded", train_prepared(make_sharding_accelerator("no"), name, rows))
         losses[name] = loss_in_bfloat16(name, rows)
     AcceleratorState._reset_state()
     GradientState._reset_state()

@@ -43,7 +43,7 @@ def test_there_are_two_processes(launched):
 
 @pytest.mark.parametrize(
     "name, how",
-    [(name, "averaged") for name in STEPS] + [(name, how) for name in SHARDED for how in ("sharded", "prepared")],
+    [(name, "averaged") for name in STEPS] + [(name, "sharded") for name in SHARDED],
 )
 def test_gradients_and_weights_are_those_of_one_process(launched, name, how):
     first, second = (load_file(launched / f"{name}-{how}-{process}.safetensors") for process in (0, 1))
