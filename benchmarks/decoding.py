@@ -1,11 +1,11 @@
 # Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
-"""Decoding with the DVAE: layout of the memory, bfloat16, slicing and tiling; time, peak memory, change of the images.
+"""Decoding with the DVAE: layout of the memory, bfloat16 and tiling; time, peak memory, change of the images.
 
     python benchmarks/decoding.py [--size 256] [--tile 256]
 
 The decoder of `dvae-f8f16` has random weights, which time and memory do not ask about. It decodes one image of
-`--size` pixels a side in both layouts of the memory and both dtypes, a batch sliced and at once, and images of two and
-of four tiles a side whole and in tiles. The defaults of a CPU are small: with tiles of 64 pixels for 256, images of
+`--size` pixels a side in both layouts of the memory and both dtypes, and images of two and of four tiles a side whole
+and in tiles. The defaults of a CPU are small: with tiles of 64 pixels for 256, images of
 128 and 256 pixels for 512 and 1024, every tensor is a sixteenth, so ratios of memory are those of the large images.
 What tiles do to an image is measured on photographs with the bundled checkpoint, whose weights are trained.
 """
@@ -21,7 +21,6 @@ from diffusers_d2it import DynamicAutoencoderKL, bundled_checkpoint, load_preset
 
 
 PRESET = "dvae-f8f16"
-NUM_SLICED = 4  # images of a batch that slicing takes apart
 
 
 def relative_error(images: torch.Tensor, expected: torch.Tensor) -> float:
@@ -59,39 +58,6 @@ def compare_formats(bench: Bench, vae: DynamicAutoencoderKL, size: int) -> None:
     for dtype in ("float32", "bfloat16"):
         ratio = median[f"channels last, {dtype}"] / median[f"contiguous, {dtype}"]
         bench.note(f"channels last / contiguous, {dtype}", ratio)
-    kept = layers_in_channels_last(models["channels last, float32"], latents)
-    bench.note("share of layers whose output stays channels last", kept)
-
-
-def layers_in_channels_last(vae: DynamicAutoencoderKL, latents: torch.Tensor) -> float:
-    """Share of the decoder's modules that return feature maps, in which these are channels last."""
-    kept = []
-
-    def look(module: torch.nn.Module, inputs: tuple, output: object) -> None:
-        if isinstance(output, torch.Tensor) and output.ndim == 4:
-            kept.append(output.is_contiguous(memory_format=torch.channels_last))
-
-    handles = [module.register_forward_hook(look) for module in vae.decoder.modules()]
-    vae.decode(latents)
-    for handle in handles:
-        handle.remove()
-    return sum(kept) / len(kept)
-
-
-def compare_slicing(bench: Bench, vae: DynamicAutoencoderKL, tile: int) -> None:
-    """A batch at once and image by image."""
-    latents = torch.randn(NUM_SLICED, 4, tile // 8, tile // 8, device=bench.device)
-    sliced = copy.copy(vae)
-    sliced.enable_slicing()
-    sides = {
-        f"{NUM_SLICED} images of {tile} px, {name}": lambda model=model: model.decode(latents).sample
-        for name, model in (("at once", vae), ("sliced", sliced))
-    }
-    bench.time(sides, warmup=1)
-    for name, decode in sides.items():
-        bench.note(f"{name}: MiB", bench.peak_memory(decode))
-    at_once, one_by_one = (decode() for decode in sides.values())
-    bench.note("sliced: relative error", relative_error(one_by_one, at_once))
 
 
 def compare_tiling(bench: Bench, vae: DynamicAutoencoderKL, tile: int) -> None:
@@ -126,7 +92,6 @@ def measure(bench: Bench, size: int, tile: int) -> str:
     torch.manual_seed(0)
     vae = DynamicAutoencoderKL(**load_preset(PRESET)).to(bench.device).eval()
     compare_formats(bench, vae, size)
-    compare_slicing(bench, vae, tile)
     compare_tiling(bench, vae, tile)
     bench.note("photographs, bundled checkpoint, tiled: relative error", seams(bench.device))
     return f"Decoder of {PRESET}, {size} px; tiles of {tile} px"

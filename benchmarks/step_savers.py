@@ -187,22 +187,18 @@ def compare(
                 "ddim_steps": steps,
                 "ddim_change": relative_error(plain_runs[steps], full),
                 "ddim_error": relative_error(plain_runs[steps], converged),
-                "frechet_distance": "not measured",
             }
         )
     return rows
 
 
 def print_rows(rows: list[dict]) -> None:
-    full, *savers = rows
     print(f"{'':<34} {'speed-up':>8} {'change':>8} {'PSNR':>6} {'error':>8}   DDIM in that time: change, error")
-    print(f"{FULL:<34} {1:8.2f} {'':>8} {'':>6} {full['error']:8.4f}")
-    for row in savers:
-        print(
-            f"{row['saver']:<34} {row['speed_up']:8.2f} {row['change']:8.4f} {row['psnr']:6.1f} {row['error']:8.4f}"
-            f"   {row['ddim_steps']:>2} steps: {row['ddim_change']:.4f}, {row['ddim_error']:.4f}"
-        )
-    print("Fréchet distance: not measured")
+    print(f"{FULL:<34} {1:8.2f} {'':>8} {'':>6} {rows[0]['error']:8.4f}")
+    columns = "{saver:<34} {speed_up:8.2f} {change:8.4f} {psnr:6.1f} {error:8.4f}"
+    of_ddim = "   {ddim_steps:>2} steps: {ddim_change:.4f}, {ddim_error:.4f}"
+    for row in rows[1:]:
+        print((columns + of_ddim).format(**row))
 
 
 def measure(bench: Bench, batch_size: int, reference_steps: int) -> str:

@@ -21,6 +21,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from classifier import BATCH, accuracy, class_targets, load_split, trained_classifier
+from report import RESULTS
+from study import write_json
 
 from diffusers_d2it import D2iTPipeline, bundled_checkpoint
 from diffusers_d2it.evaluation.reconstruction import psnr
@@ -39,7 +41,7 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help="folder with splits train and validation")
     parser.add_argument("--checkpoint", default=bundled_checkpoint(), help="folder of a D2iTPipeline")
-    parser.add_argument("--output", default="reproduction/results/bundled_checkpoint.json", help="JSON file")
+    parser.add_argument("--output", type=Path, default=RESULTS / "bundled_checkpoint.json", help="JSON file")
     parser.add_argument("--samples_per_class", type=int, default=25, help="generated images of each class")
     parser.add_argument("--num_inference_steps", type=int, default=50, help="denoising steps")
     parser.add_argument(
@@ -119,35 +121,27 @@ def main(args: argparse.Namespace) -> None:
 
     targets = class_targets(validation[1], classes)
     classifier = trained_classifier(args.classifier, train, classes, args.classifier_epochs, args.seed)
-    chance = 1 / len(classes)
-    result["classifier"] = {"accuracy_on_real_validation": accuracy(classifier, validation[0], targets)}
     with torch.no_grad():
         decoded = [pipe.vae(batch).sample.clamp(-1, 1) for batch in validation[0].split(BATCH)]
-    result["classifier"]["accuracy_on_reconstructions"] = accuracy(classifier, torch.cat(decoded), targets)
-    result["classifier"]["chance"] = chance
+    result["classifier"] = {
+        "accuracy_on_real_validation": accuracy(classifier, validation[0], targets),
+        "accuracy_on_reconstructions": accuracy(classifier, torch.cat(decoded), targets),
+        "chance": 1 / len(classes),
+    }
 
-    labels = [label for label in classes for _ in range(args.samples_per_class)]
+    labels = torch.tensor(classes).repeat_interleave(args.samples_per_class)
     for scale in args.guidance_scales:
         generator = torch.Generator().manual_seed(args.seed)
-        start, images = time.perf_counter(), []
-        for first in range(0, len(labels), BATCH):
-            images.append(
-                pipe(
-                    labels[first : first + BATCH],
-                    num_inference_steps=args.num_inference_steps,
-                    guidance_scale=scale,
-                    generator=generator,
-                    output_type="pt",
-                ).images
-            )
+        options = {"num_inference_steps": args.num_inference_steps, "guidance_scale": scale, "output_type": "pt"}
+        start = time.perf_counter()
+        images = [pipe(part.tolist(), generator=generator, **options).images for part in labels.split(BATCH)]
         seconds = (time.perf_counter() - start) / len(labels)
-        share = accuracy(classifier, 2 * torch.cat(images) - 1, class_targets(torch.tensor(labels), classes))
+        share = accuracy(classifier, 2 * torch.cat(images) - 1, class_targets(labels, classes))
         result["classifier"][f"samples_labelled_correctly_at_guidance_{scale:g}"] = share
         result["classifier"][f"seconds_per_sample_at_guidance_{scale:g}"] = round(seconds, 4)
         print(json.dumps(result["classifier"], indent=2), flush=True)
 
-    Path(args.output).parent.mkdir(parents=True, exist_ok=True)
-    Path(args.output).write_text(json.dumps(result, indent=2) + "\n")
+    write_json(args.output, result)
 
 
 if __name__ == "__main__":

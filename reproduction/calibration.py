@@ -15,6 +15,8 @@ from pathlib import Path
 
 import datasets
 import torch
+from report import RESULTS
+from study import write_json
 
 from diffusers_d2it import region_entropy
 from diffusers_d2it.calibration import NUM_QUANTILES, thresholds_for_ratios
@@ -30,7 +32,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--data", required=True, help="folder with a split train and a column image")
     parser.add_argument("--resolution", type=int, default=256, help="side of the photographs")
     parser.add_argument("--divisions", type=int, default=200, help="random divisions into two halves")
-    parser.add_argument("--output", default="reproduction/results/calibration.json", help="JSON file")
+    parser.add_argument("--output", type=Path, default=RESULTS / "calibration.json", help="JSON file")
     return parser.parse_args()
 
 
@@ -60,8 +62,7 @@ def main(args: argparse.Namespace) -> None:
         "expected_rms_deviation_of_all_on_a_large_set": [round(x, 4) for x in whole.tolist()],
         "divisions_within_0.03": [round(x, 3) for x in (deviations.abs() <= 0.03).float().mean(dim=0).tolist()],
     }
-    Path(args.output).parent.mkdir(parents=True, exist_ok=True)
-    Path(args.output).write_text(json.dumps(result, indent=2) + "\n")
+    write_json(args.output, result)
     print(json.dumps(result, indent=2))
 
 

@@ -14,6 +14,7 @@ from scoring import Scorer
 from study import make_parser
 
 from diffusers_d2it.evaluation.reconstruction import psnr
+from diffusers_d2it.pixels import from_uint8
 
 
 RATIOS = (0.0, 0.3, 0.5, 0.7, 1.0)
@@ -43,7 +44,7 @@ def reconstructions(scorer: Scorer) -> dict[str, dict[str, float]]:
     originals, found = scorer.statistics(images), {}
     for ratio in RATIOS:
         reconstructed = scorer.reconstructions("validation", ratio)
-        scores = psnr(images.float() / 127.5 - 1, reconstructed.float() / 127.5 - 1)
+        scores = psnr(from_uint8(images), from_uint8(reconstructed))
         distance = scorer.distance(reconstructed, originals)
         found[f"ratio {ratio:g}"] = {"frechet_distance": distance, "psnr_db": scores.mean().item()}
     return found

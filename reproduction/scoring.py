@@ -23,12 +23,7 @@ from diffusers import DDIMScheduler
 from study import Study, write_json
 from train_arm import independent_cells
 
-from diffusers_d2it import (
-    D2iTContentModel,
-    D2iTGrainModel,
-    D2iTPipeline,
-    load_sampler,
-)
+from diffusers_d2it import D2iTContentModel, D2iTGrainModel, D2iTPipeline, load_sampler
 from diffusers_d2it.evaluation import (
     Drawing,
     FeatureExtractor,
@@ -40,7 +35,7 @@ from diffusers_d2it.evaluation import (
 from diffusers_d2it.evaluation.statistics import FeatureStatistics
 from diffusers_d2it.grains import GrainLayout
 from diffusers_d2it.objectives import make_objective
-from diffusers_d2it.pixels import to_uint8
+from diffusers_d2it.pixels import from_uint8, to_uint8
 
 
 BATCH = 50
@@ -81,7 +76,7 @@ class Scorer:
     def classifier(self) -> Classifier:
         """Trained on the training images, kept in the work folder."""
         images, labels = self.photographs
-        train = images.to(self.study.device).float() / 127.5 - 1, labels
+        train = from_uint8(images.to(self.study.device)), labels
         file = self.study.work_dir / "classifier.pt"
         return trained_classifier(file, train, self.classes, self.study.preset.classifier_epochs, seed=0)
 
@@ -116,7 +111,7 @@ class Scorer:
         """Images of a split through the autoencoder at a ratio of the data set, uint8."""
         vae, parts = self.study.vae, []
         for batch in (self.photographs if split == "train" else self.validation)[0].split(BATCH):
-            pixels = batch.to(self.study.device).float() / 127.5 - 1
+            pixels = from_uint8(batch.to(self.study.device))
             with torch.no_grad():
                 parts.append(to_uint8(vae.decode(vae.encode(pixels, fine_ratio=fine_ratio).latent_dist.mode()).sample))
         return torch.cat(parts).cpu()
@@ -129,7 +124,7 @@ class Scorer:
     def labelled_correctly(self, images: torch.Tensor, labels: torch.Tensor) -> float:
         """Share of uint8 images that the classifier gives their label."""
         device, classifier = self.study.device, self.classifier.to(self.study.device)
-        pixels = images.to(device).float() / 127.5 - 1
+        pixels = from_uint8(images.to(device))
         return accuracy(classifier, pixels, class_targets(labels, self.classes).to(device))
 
     # -----------------------------------------------------------------------------------------------------------------

@@ -8,12 +8,7 @@ import pytest
 
 
 ROOT = Path(__file__).parents[1]
-PAGES = [
-    *ROOT.glob("*.md"),
-    *ROOT.glob("docs/*.md"),
-    ROOT / "examples" / "README.md",
-    ROOT / "benchmarks" / "README.md",
-]
+PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("examples/*.md"), *ROOT.glob("benchmarks/*.md")]
 
 
 def test_names_of_the_method_are_in_the_code():
