@@ -28,7 +28,7 @@ from ..files import (
     verify,
     write_text_durably,
 )
-from ..files.folders import MANIFEST, STAGING, file_sha256
+from ..files.folders import LOCK, MANIFEST, STAGING, file_sha256
 from ..models.autoencoder_kl_dynamic import DynamicAutoencoderKL
 from ..words import differences
 from .images import UnusableImageError, decode_image, to_pixels
@@ -264,7 +264,7 @@ class LatentCacheWriter:
         """Lock the folder for this run, and see that it holds a plan."""
         is_new = not (self.folder / PLAN).is_file()
         if is_new and self.folder.is_dir():
-            found = [path.name for path in sorted(self.folder.iterdir()) if not path.name.startswith(STAGING)]
+            found = [path.name for path in sorted(self.folder.iterdir()) if not path.name.startswith((STAGING, LOCK))]
             if found:
                 raise ValueError(f"{self.folder} is neither empty nor a latent cache, it holds {found[0]}.")
         self._lock = lock(self.folder, wait=_LOCK_SECONDS)
