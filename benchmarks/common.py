@@ -15,7 +15,6 @@ A benchmark is a function that measures, and its own flags:
 import argparse
 import datetime
 import importlib.util
-import inspect
 import json
 import os
 import platform
@@ -92,8 +91,8 @@ def main(
         most_turns: of a device, at most, where turns take long.
         flags: its own.
     """
-    name, description = Path(inspect.getfile(measure)).stem, sys.modules[measure.__module__].__doc__
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    script = sys.modules[measure.__module__]
+    parser = argparse.ArgumentParser(description=script.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for flag_name, flag in flags.items():
         flag.add(parser, flag_name)
     parser.add_argument("--device", choices=devices, default="cpu")
@@ -115,7 +114,7 @@ def main(
     torch.set_num_threads(args.threads)
     bench = Bench(args.device, args.threads, min(args.repeats, (most_turns or {}).get(args.device, args.repeats)))
     title = measure(bench, **settings)
-    bench.report(title, settings, args.output or result_path(name, args.device))
+    bench.report(title, settings, args.output or result_path(Path(script.__file__).stem, args.device))
 
 
 def result_path(name: str, device: str) -> Path:

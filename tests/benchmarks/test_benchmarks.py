@@ -40,11 +40,10 @@ def test_every_script_imports_and_is_run_by_run():
 
 @pytest.mark.parametrize("script", SMALLEST)
 def test_smallest_form(script, tmp_path, monkeypatch):
-    output = tmp_path / "result.json"
-    flags = ["--repeats", "1", "--output", str(output), *SMALLEST[script].split()]
-    monkeypatch.setattr(sys, "argv", [f"{script}.py", *flags])
+    monkeypatch.setattr(importlib.import_module("common"), "RESULTS", tmp_path)
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", "--repeats", "1", *SMALLEST[script].split()])
     runpy.run_path(str(BENCHMARKS / f"{script}.py"), run_name="__main__")
-    result = json.loads(output.read_text())
+    result = json.loads((tmp_path / f"{script}.json").read_text())
     assert result["title"] and result["settings"]["device"] == "cpu" and result["settings"]["repeats"] == 1
     assert result["claims"] and all(timing["median"] > 0 for timing in result["milliseconds"].values())
 
