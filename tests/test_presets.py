@@ -118,11 +118,6 @@ def distance_to_the_end(scheduler, num_inference_steps: int, alpha_sigma, predic
     return (sample - (MEAN + STD * start)).abs().max().item()
 
 
-def test_samplers_are_no_presets():
-    assert list_samplers() == ["dpmsolver++", "unipc"]
-    assert not set(list_samplers()) & set(list_presets())
-
-
 @pytest.mark.parametrize("name", list_samplers())
 @pytest.mark.parametrize(
     "config",

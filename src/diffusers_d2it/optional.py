@@ -68,7 +68,8 @@ def _broken(error: BaseException) -> str | None:
     ]
     if isinstance(error, SyntaxError):  # such a file has no frame
         files.append(error.filename or "")
-    packages = [package for package in map(_package_of, files) if package not in {"", *sys.stdlib_module_names}]
+    known = {"", "diffusers_d2it", *sys.stdlib_module_names}
+    packages = [package for package in map(_package_of, files) if package not in known]
     if not packages:
         return None
     package = packages[-1]

@@ -139,68 +139,42 @@ def test_all_fine_output_is_that_of_the_original_dit(save_dit, tmp_path, out_cha
     assert all(key.startswith(("grain_embed.", "refine_nets.")) for key in report.fresh)
 
 
-def test_coarse_regions_start_as_the_mean_of_the_dit_and_fine_ones_as_the_dit(save_dit):
-    weights, grain_map = dit_weights(), random_map()
-    latents = tie(random_latents(), grain_map)
-    model, _ = convert_dit_checkpoint(save_dit(weights), num_attention_heads=HEADS)
-    with torch.no_grad():
-        output = model(latents, TIMESTEPS, grain_map, LABELS).sample
-    layout = GrainLayout.from_grain_map(grain_map, 2)
-    expected = layout.average(reference_dit(weights, latents, TIMESTEPS, LABELS), grain=0)
-    torch.testing.assert_close(output, expected, atol=1e-4, rtol=0)
-
-
-def test_patch_size_4_becomes_three_grains(save_dit):
-    weights, grain_map = dit_weights(patch=4), random_map(3)
-    latents = tie(random_latents(4 * SIDE), grain_map)
+@pytest.mark.parametrize("num_grains", [2, 3])
+def test_coarse_regions_start_as_the_mean_of_the_dit_and_fine_ones_as_the_dit(save_dit, num_grains):
+    patch = 2 ** (num_grains - 1)
+    weights, grain_map = dit_weights(patch=patch), random_map(num_grains)
+    latents = tie(random_latents(patch * SIDE), grain_map)
     path = save_dit(weights)
-    with pytest.raises(ValueError, match="dit.pt.*4.*`num_grains` 3"):
-        convert_dit_checkpoint(path, num_attention_heads=HEADS)
-    model, report = convert_dit_checkpoint(path, num_attention_heads=HEADS, num_grains=3, num_refine_layers=2)
+    with pytest.raises(ValueError, match=f"dit.pt.*{patch}.*`num_grains` {num_grains}"):
+        convert_dit_checkpoint(path, num_attention_heads=HEADS, num_grains=5 - num_grains)
+    model, report = convert_dit_checkpoint(path, num_attention_heads=HEADS, num_grains=num_grains)
     assert_accounts_for_everything(report, weights, model)
-    expected = reference_dit(weights, latents, TIMESTEPS, LABELS)
-    for grain in (0, 1):
-        expected = GrainLayout.from_grain_map(grain_map, 3).average(expected, grain)
     with torch.no_grad():
         output = model(latents, TIMESTEPS, grain_map, LABELS).sample
+    expected = reference_dit(weights, latents, TIMESTEPS, LABELS)
+    for grain in range(num_grains - 1):
+        expected = GrainLayout.from_grain_map(grain_map, num_grains).average(expected, grain)
     torch.testing.assert_close(output, expected, atol=1e-4, rtol=0)
 
 
 def test_training_checkpoint_gives_its_averaged_weights(save_dit):
-    averaged, trained = dit_weights(seed=0), dit_weights(seed=1)
+    weights = {"ema": dit_weights(seed=0), "model": dit_weights(seed=1)}
     flags = argparse.Namespace(model="DiT-S/2", image_size=256, global_seed=0, results_dir="results")
     optimizer = {"state": {0: {"step": torch.tensor(3.0)}}, "param_groups": [{"lr": 1e-4, "betas": (0.9, 0.999)}]}
-    checkpoint = {"model": trained, "ema": averaged, "opt": optimizer, "args": flags}
-    model, report = convert_dit_checkpoint(save_dit(checkpoint), num_attention_heads=HEADS)
-    assert torch.equal(model.label_embed.weight, averaged["y_embedder.embedding_table.weight"])
-    assert 'entry "ema"' in report.source
-    del checkpoint["ema"]
-    model, report = convert_dit_checkpoint(save_dit(checkpoint), num_attention_heads=HEADS)
-    assert torch.equal(model.label_embed.weight, trained["y_embedder.embedding_table.weight"])
+    for entry in ("ema", "model"):  # the second is taken where the first is missing
+        path = save_dit(weights | {"opt": optimizer, "args": flags})
+        model, report = convert_dit_checkpoint(path, num_attention_heads=HEADS)
+        assert torch.equal(model.label_embed.weight, weights.pop(entry)["y_embedder.embedding_table.weight"])
+        assert f'"{entry}"' in report.source
 
 
 def test_sizes_are_read_off_the_weights(save_dit):
-    model, _ = convert_dit_checkpoint(save_dit(dit_weights(dim=384, depth=1)), window_size=8)
-    expected = {
-        "sample_size": 2 * SIDE,
-        "in_channels": 4,
-        "out_channels": 8,
-        "num_layers": 1,
-        "num_refine_layers": 1,
-        "num_attention_heads": 6,
-        "attention_head_dim": 64,
-        "mlp_ratio": 4.0,
-        "num_classes": CLASSES,
-        "window_size": 8,
-        "frequency_shift": 0.0,
-    }
-    assert {key: model.config[key] for key in expected} == expected
-
-
-def test_heads_of_the_published_sizes_are_known(save_dit):
     for dim, heads in {384: 6, 768: 12, 1024: 16, 1152: 16}.items():
-        model, _ = convert_dit_checkpoint(save_dit(dit_weights(dim=dim, depth=1)))
-        assert model.config.num_attention_heads == heads
+        model, _ = convert_dit_checkpoint(save_dit(dit_weights(dim=dim, depth=1)), window_size=8)
+        expected = {"sample_size": 2 * SIDE, "in_channels": 4, "out_channels": 8, "num_layers": 1, "mlp_ratio": 4.0}
+        expected |= {"num_attention_heads": heads, "attention_head_dim": dim // heads, "num_classes": CLASSES}
+        expected |= {"num_refine_layers": 1, "window_size": 8, "frequency_shift": 0.0}
+        assert {key: model.config[key] for key in expected} == expected
     with pytest.raises(ValueError, match="32.*`num_attention_heads`"):
         convert_dit_checkpoint(save_dit(dit_weights()))
     with pytest.raises(ValueError, match="`num_attention_heads`.*32.*3"):

@@ -164,18 +164,14 @@ def test_only_files_of_a_pipeline_are_pushed_and_the_others_named(saved, run, tm
     assert all((saved / stray).read_text() == "a secret" for stray in strays)
 
 
-def test_nothing_that_save_pretrained_writes_is_left_out(make_pipeline, tmp_path):
-    pipe = make_pipeline()
-    pipe.save_pretrained(tmp_path, variant="fp16", max_shard_size="100KB")
-    names, left_out = files_to_push(tmp_path)
-    assert left_out == [] and set(names) == set(files_of(tmp_path)) - {"manifest.json"}
+def test_all_that_save_pretrained_writes_is_pushed_but_no_linked_folder(make_pipeline, tmp_path):
+    make_pipeline().save_pretrained(tmp_path / "pipe", variant="fp16", max_shard_size="100KB")
+    names, left_out = files_to_push(tmp_path / "pipe")
+    assert left_out == [] and set(names) == set(files_of(tmp_path / "pipe")) - {"manifest.json"}
     assert any(name.endswith(".safetensors.index.fp16.json") for name in names)
-
-
-def test_links_to_folders_are_left_out(saved, tmp_path):
-    (saved / "vae").rename(tmp_path / "elsewhere")
-    (saved / "vae").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
-    names, left_out = files_to_push(saved)
+    (tmp_path / "pipe" / "vae").rename(tmp_path / "elsewhere")
+    (tmp_path / "pipe" / "vae").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    names, left_out = files_to_push(tmp_path / "pipe")
     assert left_out == ["vae/"] and not [name for name in names if name.startswith("vae")]
 
 
