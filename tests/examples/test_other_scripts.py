@@ -84,7 +84,7 @@ def test_the_papers_recipes_are_its_eight_hundred_epochs(dataset, num_images, mo
     monkeypatch.syspath_prepend(EXAMPLES)
     script = importlib.import_module("train_d2it")
     recipe = f"@examples/configs/{dataset}-256/content-{model}.txt"
-    args = script.parse_args([recipe, "--output_dir", "out", "--vae", "vae", "--grain", "grain"])
+    args = script.parse_args([recipe, *"--latent_cache cache --output_dir out --vae vae --grain grain".split()])
     assert 8 * args.train_batch_size * args.gradient_accumulation_steps == 256
     assert args.max_train_steps == num_images // 256 * 800
     assert (args.learning_rate, args.ema_decay, args.preset) == (1e-4, 0.9999, f"content-{model}")
