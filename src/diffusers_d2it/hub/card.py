@@ -92,33 +92,10 @@ def make_model_card(
         if value is not None and not re.fullmatch(r"\w[\w.-]*", value, re.ASCII):
             raise ValueError(f"`{name}` must be a plain name of letters, digits, '_', '-' and '.', got {value!r}.")
     figures = {name: _check_figure(name, figure) for name, figure in (figures or {}).items()}
-
-    network = model.transformer if kind == "pipeline" else model
-    num_classes = network.config.get("num_classes")  # size of the label table; None without labels
-    task = "unconditional-image-generation" if kind == "pipeline" else None
-    results = _eval_results(figures, task or "other")
-    metadata = ModelCardData(
-        license=license,
-        library_name="diffusers",
-        pipeline_tag=task,
-        tags=["d2it", "diffusers"] + ([] if num_classes is None else ["class-conditional"]),
-        datasets=datasets or None,
-        model_name=(repo_id or type(model).__name__) if results else None,
-        eval_results=results or None,
-    )
-    options = {"subfolder": subfolder, "variant": variant}
-    location = [f'"{repo_id or "."}"', *(f'{key}="{value}"' for key, value in options.items() if value is not None)]
     return ModelCard.from_template(
-        metadata,
+        _metadata(model, kind, repo_id, license, datasets, figures),
         template_path=str(_TEMPLATE),
-        literal=literal,
-        prose=prose,
-        shorten=shorten,
-        kind=kind,
-        title=repo_id.split("/")[-1] if repo_id else type(model).__name__,
-        location=", ".join(location),
-        comment="" if repo_id else "  # in the folder of this file",
-        license=license,
+        **_facts(model, kind, repo_id, {"subfolder": subfolder, "variant": variant}),
         train_data=train_data,
         train_data_terms=train_data_terms,
         commands=shell_block(commands or []),
@@ -128,8 +105,6 @@ def make_model_card(
         train_steps=train_steps,
         train_batch_size=train_batch_size,
         limits=limits or [],
-        num_classes=num_classes,
-        **_facts(model, kind, num_classes),
     )
 
 
@@ -168,12 +143,38 @@ def _kind(model: Any) -> str | None:
     return next((kind for cls, kind in _KINDS.items() if isinstance(model, cls)), None)
 
 
-def _facts(model: Any, kind: str, num_classes: int | None) -> dict[str, Any]:
-    """What the model says of itself, by the names of the template."""
+def _num_classes(model: Any, kind: str) -> int | None:
+    """Size of the label table; None without labels."""
+    return (model.transformer if kind == "pipeline" else model).config.get("num_classes")
+
+
+def _metadata(
+    model: Any, kind: str, repo_id: str | None, license: str | None, datasets: list[str] | None, figures: dict
+) -> ModelCardData:
+    task = "unconditional-image-generation" if kind == "pipeline" else None
+    results = _eval_results(figures, task or "other")
+    return ModelCardData(
+        license=license,
+        library_name="diffusers",
+        pipeline_tag=task,
+        tags=["d2it", "diffusers"] + ([] if _num_classes(model, kind) is None else ["class-conditional"]),
+        datasets=datasets or None,
+        model_name=(repo_id or type(model).__name__) if results else None,
+        eval_results=results or None,
+    )
+
+
+def _facts(model: Any, kind: str, repo_id: str | None, options: dict[str, str | None]) -> dict[str, Any]:
+    """What the model says of itself and where it is loaded from, by the names of the template; and its functions."""
     parts = model.components if kind == "pipeline" else {"": model}
     vae = {"pipeline": getattr(model, "vae", None), "autoencoder": model}.get(kind)
-    id2label = getattr(model, "id2label", None)
-    facts = {"model": model, "vae": vae, "id2label": id2label}
+    num_classes, id2label = _num_classes(model, kind), getattr(model, "id2label", None)
+    facts = {"literal": literal, "prose": prose, "shorten": shorten}
+    facts |= {"kind": kind, "model": model, "vae": vae, "num_classes": num_classes, "id2label": id2label}
+    facts["title"] = repo_id.split("/")[-1] if repo_id else type(model).__name__
+    arguments = [f'"{repo_id or "."}"', *(f'{key}="{value}"' for key, value in options.items() if value is not None)]
+    facts["location"] = ", ".join(arguments)
+    facts["comment"] = "" if repo_id else "  # in the folder of this file"
     facts["parts"] = {name: _describe(part) for name, part in parts.items() if part is not None}
     if kind == "pipeline":
         facts["side"] = model.transformer.config.sample_size * vae.downsample_factor
