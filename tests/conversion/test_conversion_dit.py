@@ -351,6 +351,8 @@ def test_embedders_that_differ_between_blocks_are_refused(tmp_path):
         ({"sample_size": 7}, "`sample_size`.*2.*7"),
         ({"caption_channels": 4096}, "caption_channels.*4096"),
         ({"patch_size": 4}, "4.*`num_grains` 3"),
+        ({"num_layers": "3"}, "`num_layers`.*3"),
+        ({"num_attention_heads": None}, "`num_attention_heads`.*None"),
         ({"num_layers": 2}, "`transformer_blocks.2."),
         ({"num_layers": 4}, "`transformer_blocks.3."),
         ({"num_embeds_ada_norm": 11}, r"class_embedder.embedding_table.weight.*\(11, 32\).*\(12, 32\)"),

@@ -5,10 +5,13 @@ import math
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import get_type_hints
 
 import torch
 from diffusers import DiTTransformer2DModel
 
+from ..limits import check_values
+from ..models.configs import LIMITS
 from ..models.layers import sincos_positions
 from ..models.transformer_d2it_content import D2iTContentModel
 from .files import check_config, read_checkpoint, read_folder
@@ -137,10 +140,13 @@ def convert_diffusers_dit(
         norm_type="ada_norm_zero",
         upcast_attention=False,
     )
+    kept = ("sample_size", "in_channels", "out_channels", "num_layers", "num_attention_heads", "attention_head_dim")
+    hints = get_type_hints(D2iTContentModel.__init__)
+    check_values(config, {"patch_size": int, "norm_eps": float} | {option: hints[option] for option in kept}, LIMITS)
     if config["norm_eps"] > _LARGEST_NORM_EPS:
         raise ValueError(f"`norm_eps` of {source} must be at most {_LARGEST_NORM_EPS}, got {config['norm_eps']}.")
     patch_size, sample_size = config["patch_size"], config["sample_size"]
-    if not isinstance(sample_size, int) or sample_size % patch_size:
+    if patch_size < 1 or sample_size % patch_size:
         raise ValueError(f"`sample_size` of {source} must be a multiple of {patch_size}, got {sample_size}.")
     report = ConversionReport(source)
     dim = config["num_attention_heads"] * config["attention_head_dim"]
@@ -158,7 +164,6 @@ def convert_diffusers_dit(
             f"the norms before the feed-forward layers had eps {config['norm_eps']} and have 1e-6, as in the original"
             " DiT"
         )
-    kept = ("sample_size", "in_channels", "out_channels", "num_layers", "num_attention_heads", "attention_head_dim")
     sizes = {option: config[option] for option in kept} | {
         "mlp_ratio": len(take(weights, "transformer_blocks.0.ff.net.0.proj.weight", source, ndim=2)) / dim,
         "num_classes": config["num_embeds_ada_norm"],
