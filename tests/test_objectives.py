@@ -23,15 +23,6 @@ def tied(generator) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_noise_and_target_stay_tied(name, tied, generator):
-    latents, noise, grain_map = tied
-    objective = make_objective(name)
-    timesteps = objective.sample_timesteps(3, generator)
-    check_tied(objective.add_noise(latents, noise, timesteps), grain_map)
-    check_tied(objective.target(latents, noise, timesteps), grain_map)
-
-
-@pytest.mark.parametrize("name", OBJECTIVES)
 def test_a_perfect_prediction_is_denoised_to_the_latents(name, tied, generator):
     # The sampling scheduler must read the target as the training objective means it, from pure noise to z_0.
     latents, noise, grain_map = tied
@@ -39,19 +30,11 @@ def test_a_perfect_prediction_is_denoised_to_the_latents(name, tied, generator):
     scheduler = objective.sampling_scheduler()
     scheduler.set_timesteps(10)
     sample = objective.add_noise(latents, noise, scheduler.timesteps[:1].expand(3))
+    check_tied(sample, grain_map)
     for t in scheduler.timesteps:
         sample = scheduler.step(objective.target(latents, noise, t.expand(3)), t, sample).prev_sample
     torch.testing.assert_close(sample, latents, atol=2e-3, rtol=0)
-
-
-@pytest.mark.parametrize("name", ["epsilon", "v_prediction"])
-def test_predicted_latents_invert_the_target(name, tied, generator):
-    latents, noise, _ = tied
-    objective = make_objective(name)
-    timesteps = torch.tensor([0, 300, 700])
-    noised = objective.add_noise(latents, noise, timesteps)
-    found = objective.predicted_latents(objective.target(latents, noise, timesteps), noised, timesteps)
-    torch.testing.assert_close(found, latents, atol=1e-4, rtol=1e-4)
+    check_tied(objective.target(latents, noise, objective.sample_timesteps(3, generator)), grain_map)
 
 
 @pytest.mark.parametrize("name", ["epsilon", "v_prediction"])
@@ -62,6 +45,8 @@ def test_min_snr_weighs_the_error_of_the_latents_by_the_clipped_ratio(name, tied
     timesteps = torch.tensor([50, 400, 900])
     noised = objective.add_noise(latents, noise, timesteps)
     target = objective.target(latents, noise, timesteps)
+    found = objective.predicted_latents(target, noised, timesteps)
+    torch.testing.assert_close(found, latents, atol=1e-3, rtol=1e-3)
     prediction = target + 0.1
     error = (objective.predicted_latents(prediction, noised, timesteps) - latents).pow(2).mean(dim=(1, 2, 3))
     alphas = objective.scheduler.alphas_cumprod[timesteps]
@@ -98,11 +83,11 @@ def test_a_learned_variance_reaches_ddpm_and_no_other_solver():
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ({"name": "x0"}, "must be one of epsilon"),
-        ({"name": "flow_matching", "snr_gamma": 5.0}, "`snr_gamma` belongs to"),
-        ({"name": "flow_matching", "learn_sigma": True}, "`learn_sigma` belongs to"),
-        ({"name": "epsilon", "snr_gamma": 0.0}, "`snr_gamma` must be positive"),
-        ({"name": "epsilon", "snr_gamma": float("nan")}, "`snr_gamma` must be positive"),
+        ({"name": "x0"}, "`objective`.*epsilon.*'x0'"),
+        ({"name": "flow_matching", "snr_gamma": 5.0}, "`snr_gamma`.*flow_matching"),
+        ({"name": "flow_matching", "learn_sigma": True}, "`learn_sigma`.*flow_matching"),
+        ({"name": "epsilon", "snr_gamma": 0.0}, "`snr_gamma`"),
+        ({"name": "epsilon", "snr_gamma": float("nan")}, "`snr_gamma`"),
     ],
 )
 def test_bad_objectives_are_named(arguments, message):

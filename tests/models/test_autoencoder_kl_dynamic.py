@@ -1,31 +1,23 @@
 # Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
-"""The Dynamic VAE: which head encodes which region, the tied posterior, decoding and scale."""
+"""The Dynamic VAE: which head encodes which region, the tied posterior, decoding and scale, and what it refuses."""
+
+import math
 
 import pytest
 import torch
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
-from grain_maps import mixed_map
+from grain_maps import codes, random_map
 
-from diffusers_d2it import region_entropy
+from diffusers_d2it import DynamicAutoencoderKL, load_preset, region_entropy
 from diffusers_d2it.grains import check_tied, fine_share, grain_map_from_entropy, tie
 
 
 KINDS = pytest.mark.parametrize("num_grains", [2, 3])
 
 
-def codes(latents: torch.Tensor, grain_map: torch.Tensor, cells: int) -> list[tuple[int, torch.Tensor]]:
-    """(image, cells of one code (C, side, side)) of every code, by plain loops."""
-    found = []
-    for b, row, column in torch.cartesian_prod(*(torch.arange(size) for size in grain_map.shape)).tolist():
-        side = cells >> grain_map[b, row, column].item()
-        for y in range(row * cells, (row + 1) * cells, side):
-            for x in range(column * cells, (column + 1) * cells, side):
-                found.append((b, latents[b, :, y : y + side, x : x + side]))
-    return found
-
-
-def copied(code: torch.Tensor, cells: int) -> torch.Tensor:
-    return code.repeat_interleave(cells, -2).repeat_interleave(cells, -1)
+def map_for(vae: DynamicAutoencoderKL, batch: int = 8, side: int = 64) -> torch.Tensor:
+    """A random map with every grain in every image, whatever the photographs."""
+    return random_map(vae.num_grains, (batch, side // vae.region_size, side // vae.region_size))
 
 
 # ---- Dynamic Grained Coding ----
@@ -42,33 +34,23 @@ def test_the_map_is_that_of_the_entropy_and_the_thresholds(make_vae, photos, num
     assert output.latent_dist.mean.shape == (8, 4, 16, 16)
 
 
-@KINDS
-def test_shares_of_the_grains_are_the_configured_ratios(make_vae, photos, num_grains):
+@pytest.mark.parametrize(
+    ("overrides", "fine_ratio", "expected"),
+    [
+        ({"num_grains": 2}, None, [0.5, 0.5]),
+        ({"num_grains": 2}, 0.2, [0.8, 0.2]),
+        ({"num_grains": 3}, None, [0.3, 0.3, 0.4]),
+        ({"num_grains": 3, "grain_ratios": None}, None, [1 / 3] * 3),
+        ({"num_grains": 3, "grain_ratios": [0.2, 0.4, 0.4]}, 0.1, [0.3, 0.6, 0.1]),  # coarser ones in proportion
+        ({"num_grains": 3, "grain_ratios": [0.0, 0.0, 1.0]}, 0.4, [0.3, 0.3, 0.4]),  # there is no proportion
+    ],
+)
+def test_shares_of_the_grains_are_what_was_asked_for(make_vae, photos, overrides, fine_ratio, expected):
     """On the photographs that were calibrated on; ties and the rounding of quantiles leave a per cent."""
-    vae = make_vae(num_grains)
-    grain_map = vae.encode(photos).grain_map
-    shares = [(grain_map == grain).float().mean().item() for grain in range(num_grains)]
-    assert shares == pytest.approx(vae.config.grain_ratios, abs=0.02)
-
-
-@KINDS
-@pytest.mark.parametrize("fine_ratio", [0.2, 0.5, 0.8])
-def test_fine_ratio_is_the_share_of_the_finest_grain(make_vae, photos, num_grains, fine_ratio):
-    vae = make_vae(num_grains)
-    grain_map = vae.encode(photos, fine_ratio=fine_ratio).grain_map
-    assert fine_share(grain_map, num_grains).mean().item() == pytest.approx(fine_ratio, abs=0.02)
-
-
-def test_coarser_grains_keep_their_proportion_when_a_fine_ratio_is_asked_for(make_vae, photos):
-    vae = make_vae(3, grain_ratios=[0.2, 0.4, 0.4])
-    grain_map = vae.encode(photos, fine_ratio=0.1).grain_map
-    shares = [(grain_map == grain).float().mean().item() for grain in range(3)]
-    assert shares == pytest.approx([0.3, 0.6, 0.1], abs=0.02)
-
-
-def test_ratios_are_equal_shares_when_none_are_configured(make_vae, photos):
-    grain_map = make_vae(3, grain_ratios=None).encode(photos).grain_map
-    assert [(grain_map == grain).float().mean().item() for grain in range(3)] == pytest.approx([1 / 3] * 3, abs=0.02)
+    grain_map = make_vae(**overrides).encode(photos, fine_ratio=fine_ratio).grain_map
+    shares = [(grain_map == grain).float().mean().item() for grain in range(overrides["num_grains"])]
+    assert shares == pytest.approx(expected, abs=0.02)
+    assert fine_share(grain_map, overrides["num_grains"]).mean().item() == pytest.approx(shares[-1])
 
 
 def test_entropy_is_measured_as_the_calibration_was(make_vae, photos, calibrate):
@@ -82,34 +64,23 @@ def test_entropy_is_measured_as_the_calibration_was(make_vae, photos, calibrate)
 @KINDS
 def test_a_given_map_is_used_as_it_is(make_vae, photos, num_grains):
     vae = make_vae(num_grains)
-    grain_map = mixed_map(photos, vae)
+    drawn = vae.encode(photos)
+    assert torch.equal(vae.encode(photos, drawn.grain_map).latent_dist.parameters, drawn.latent_dist.parameters)
+    grain_map = map_for(vae)
     output = vae.encode(photos, grain_map=grain_map)
     assert torch.equal(output.grain_map, grain_map)
     assert torch.equal(output.latent_dist.layout.grain_map, grain_map)
-    assert torch.equal(output.entropy, vae.encode(photos).entropy)
+    assert torch.equal(output.entropy, drawn.entropy)
 
 
-def test_giving_back_the_map_of_an_image_changes_nothing(make_vae, photos):
-    vae = make_vae()
-    first = vae.encode(photos)
-    again = vae.encode(photos, grain_map=first.grain_map)
-    assert torch.equal(again.latent_dist.parameters, first.latent_dist.parameters)
-
-
-def test_fine_ratio_0_and_1_are_exact_on_any_image(make_vae, photos):
-    for num_grains in (2, 3):
-        vae = make_vae(num_grains)
-        for images in (photos, torch.zeros_like(photos)):
-            assert (vae.encode(images, fine_ratio=1).grain_map == num_grains - 1).all()
+@KINDS
+@pytest.mark.parametrize("calibrated", [True, False])
+def test_fine_ratio_0_and_1_are_exact_on_any_image(make_vae, photos, num_grains, calibrated):
+    vae = make_vae(num_grains) if calibrated else make_vae(num_grains, calibration=None)
+    for images in (photos[:2], torch.zeros_like(photos[:2])):
+        assert (vae.encode(images, fine_ratio=1).grain_map == num_grains - 1).all()
+        if calibrated or num_grains == 2:
             assert (vae.encode(images, fine_ratio=0).grain_map < num_grains - 1).all()
-    assert (make_vae(2).encode(photos, fine_ratio=0).grain_map == 0).all()
-
-
-def test_all_fine_and_all_coarse_need_no_calibration(make_vae, photos):
-    vae = make_vae(2, calibration=None)
-    assert (vae.encode(photos, fine_ratio=1.0).grain_map == 1).all()
-    assert (vae.encode(photos, fine_ratio=0.0).grain_map == 0).all()
-    assert (make_vae(3, calibration=None).encode(photos, fine_ratio=1.0).grain_map == 2).all()
 
 
 # ---- Hierarchical encoder ----
@@ -119,28 +90,12 @@ def test_all_fine_and_all_coarse_need_no_calibration(make_vae, photos):
 @torch.no_grad()
 def test_every_region_holds_the_codes_of_the_head_of_its_grain(make_vae, photos, num_grains):
     vae = make_vae(num_grains)
-    grain_map = mixed_map(photos, vae)
     heads = vae.encoder(photos)
     assert [head.shape[-1] for head in heads] == [64 // factor for factor in reversed(vae.config.downsample_factors)]
+    grain_map = map_for(vae)
     parameters = vae.encode(photos, grain_map=grain_map).latent_dist.parameters
-    cells = 2 ** (num_grains - 1)
-    for b, row, column in torch.cartesian_prod(*(torch.arange(size) for size in grain_map.shape)).tolist():
-        grain = grain_map[b, row, column].item()
-        codes_a_side = 2**grain
-        own = heads[grain][b, :, row * codes_a_side :, column * codes_a_side :][:, :codes_a_side, :codes_a_side]
-        region = parameters[b, :, row * cells :, column * cells :][:, :cells, :cells]
-        assert torch.equal(region, copied(own, cells >> grain))
-
-
-@KINDS
-@torch.no_grad()
-def test_a_map_of_one_grain_gives_the_copied_output_of_one_head(make_vae, photos, num_grains):
-    vae = make_vae(num_grains)
-    heads = vae.encoder(photos)
-    side = 64 // vae.region_size
-    for grain, head in enumerate(heads):
-        posterior = vae.encode(photos, grain_map=torch.full((8, side, side), grain)).latent_dist
-        assert torch.equal(posterior.mode(), copied(head.chunk(2, dim=1)[0], 2 ** (num_grains - 1 - grain)))
+    for image, grain, row, column, block in codes(parameters, grain_map, num_grains):
+        assert (block == heads[grain][image, :, row, column, None, None]).all()
     finest = vae.encode(photos, fine_ratio=1.0).latent_dist
     assert torch.equal(finest.mode(), heads[-1].chunk(2, dim=1)[0])
 
@@ -149,7 +104,7 @@ def test_a_map_of_one_grain_gives_the_copied_output_of_one_head(make_vae, photos
 @torch.no_grad()
 def test_a_change_in_one_region_of_the_map_changes_only_its_latents(make_vae, photos, num_grains):
     vae = make_vae(num_grains)
-    grain_map = mixed_map(photos, vae)
+    grain_map = map_for(vae)
     changed_map = grain_map.clone()
     changed_map[3, 1, 2] = (grain_map[3, 1, 2] + 1) % num_grains
     before, after = (vae.encode(photos, grain_map=m).latent_dist.mode() for m in (grain_map, changed_map))
@@ -165,33 +120,15 @@ def test_a_change_in_one_region_of_the_map_changes_only_its_latents(make_vae, ph
 
 @KINDS
 @torch.no_grad()
-def test_mean_variance_and_sample_are_equal_inside_every_code(make_vae, photos, num_grains):
-    vae = make_vae(num_grains)
-    grain_map = mixed_map(photos, vae)
-    posterior = vae.encode(photos, grain_map=grain_map).latent_dist
-    sample = posterior.sample(torch.Generator().manual_seed(0))
-    assert sample.shape == posterior.mean.shape and not torch.equal(sample, posterior.mean)
-    for tensor in (posterior.mean, posterior.std, posterior.logvar, posterior.mode(), sample):
-        for _, code in codes(tensor, grain_map, cells=2 ** (num_grains - 1)):
-            assert torch.equal(code, code[:, :1, :1].expand_as(code))
-
-
-@KINDS
-@torch.no_grad()
 def test_samples_are_the_mean_plus_the_deviation_times_tied_unit_noise(make_vae, photos, num_grains):
-    """Every code takes one draw with variance 1, also the coarse ones: an average would have a quarter."""
     vae = make_vae(num_grains)
-    grain_map = mixed_map(photos, vae)
+    grain_map = map_for(vae)
     posterior = vae.encode(photos, grain_map=grain_map).latent_dist
     noise = torch.randn(posterior.mean.shape, generator=torch.Generator().manual_seed(7))
     sample = posterior.sample(torch.Generator().manual_seed(7))
     torch.testing.assert_close(sample, posterior.mean + posterior.std * tie(noise, grain_map))
-
-    generator = torch.Generator().manual_seed(0)
-    draws = torch.stack([(posterior.sample(generator) - posterior.mean) / posterior.std for _ in range(50)])
-    grain_of_cell = copied(grain_map, 2 ** (num_grains - 1))[:, None].expand_as(posterior.mean)
-    for grain in range(num_grains):
-        assert draws[:, grain_of_cell == grain].std().item() == pytest.approx(1, abs=0.05)
+    for tensor in (posterior.mean, posterior.std, posterior.logvar, posterior.mode(), sample):
+        check_tied(tensor, grain_map)
 
 
 @torch.no_grad()
@@ -207,26 +144,15 @@ def test_a_list_of_generators_makes_every_image_its_own(make_vae, photos):
 @torch.no_grad()
 def test_kl_is_the_closed_form_with_every_code_counted_once(make_vae, photos, num_grains):
     vae = make_vae(num_grains)
-    grain_map = mixed_map(photos, vae)
+    grain_map = map_for(vae)
     posterior = vae.encode(photos, grain_map=grain_map).latent_dist
     expected = torch.zeros(8, dtype=torch.float64)
-    cells = 2 ** (num_grains - 1)
-    for (b, mean), (_, logvar) in zip(
-        codes(posterior.mean, grain_map, cells), codes(posterior.logvar, grain_map, cells)
-    ):
-        m, v = mean[:, 0, 0].double(), logvar[:, 0, 0].double()
-        expected[b] += 0.5 * (m**2 + v.exp() - 1 - v).sum()
+    for image, *_, block in codes(posterior.parameters, grain_map, num_grains):
+        mean, logvar = block[:, 0, 0].double().chunk(2)
+        expected[image] += 0.5 * (mean**2 + logvar.exp() - 1 - logvar).sum()
     torch.testing.assert_close(posterior.kl().double(), expected, rtol=1e-5, atol=0)
-
-
-@KINDS
-@torch.no_grad()
-def test_kl_of_a_map_of_one_grain_is_the_kl_of_its_head(make_vae, photos, num_grains):
-    vae = make_vae(num_grains)
-    side = 64 // vae.region_size
-    for grain, head in enumerate(vae.encoder(photos)):
-        posterior = vae.encode(photos, grain_map=torch.full((8, side, side), grain)).latent_dist
-        torch.testing.assert_close(posterior.kl(), DiagonalGaussianDistribution(head).kl())
+    fine = vae.encode(photos, fine_ratio=1.0).latent_dist
+    torch.testing.assert_close(fine.kl(), DiagonalGaussianDistribution(fine.parameters).kl())
 
 
 # ---- Decoding, forward, scale ----
@@ -253,8 +179,6 @@ def test_tuples_hold_what_the_outputs_hold(make_vae, photos):
     posterior, grain_map, entropy = vae.encode(photos, return_dict=False)
     assert torch.equal(posterior.parameters, output.latent_dist.parameters)
     assert torch.equal(grain_map, output.grain_map) and torch.equal(entropy, output.entropy)
-    z = posterior.mode()
-    assert torch.equal(vae.decode(z, return_dict=False)[0], vae.decode(z).sample)
     assert torch.equal(vae(photos, return_dict=False)[0], vae(photos).sample)
 
 
@@ -282,17 +206,131 @@ def test_unscaling_inverts_scaling_to_unit_latents(make_vae, photos, shift):
     torch.testing.assert_close(vae.unscale_latents(scaled), z)
 
 
+# ---- Training and precision ----
+
+
+def test_a_few_steps_of_training_bring_the_reconstruction_closer(make_vae, photos):
+    vae = make_vae().train()
+    x = photos[:2, :, :32, :32]
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=3e-3)
+    errors = []
+    for _ in range(25):
+        loss = (vae(x).sample - x).abs().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        errors.append(loss.item())
+    assert errors[-1] < 0.75 * errors[0]
+
+
 @KINDS
-@torch.no_grad()
-def test_an_image_does_not_depend_on_its_batch_mates(make_vae, photos, num_grains):
+def test_frozen_fine_path_leaves_all_to_train_that_it_does_not_read(make_vae, photos, num_grains):
     vae = make_vae(num_grains)
-    together = vae.encode(photos)
-    others = vae.encode(torch.cat([-photos[:2], photos[2:3], photos.flip(-1)[3:]]))
-    alone = vae.encode(photos[2:3])
-    for output, index in ((others, slice(2, 3)), (alone, slice(None))):
-        assert torch.equal(output.grain_map[index], together.grain_map[2:3])
-        torch.testing.assert_close(
-            output.latent_dist.parameters[index], together.latent_dist.parameters[2:3], rtol=1e-4, atol=1e-5
-        )
-    z = together.latent_dist.mode()
-    torch.testing.assert_close(vae.decode(z).sample[2:3], vae.decode(z[2:3]).sample, rtol=1e-4, atol=1e-5)
+    moments = vae.encode_grains(photos[:1])[-1]
+    (moments.mean() + vae.decode(moments[:, :4]).sample.mean()).backward()
+    vae.freeze_fine_path()
+    for name, parameter in vae.named_parameters():
+        assert parameter.requires_grad == (parameter.grad is None), name
+    assert any(parameter.requires_grad for parameter in vae.parameters())
+
+
+@torch.no_grad()
+def test_low_precision_leaves_the_map_alone(make_vae, photos):
+    """Training in mixed precision encodes under autocast; the entropy is float32 there too."""
+    vae = make_vae()
+    expected = vae.encode(photos)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = vae.encode(photos)
+    assert output.entropy.dtype == torch.float32
+    torch.testing.assert_close(output.entropy, expected.entropy, rtol=0, atol=2e-5)
+    assert (output.grain_map == expected.grain_map).float().mean() > 0.99
+    x = photos.bfloat16()
+    expected, output = vae.encode(x.float()), vae.to(torch.bfloat16).encode(x)
+    assert torch.equal(output.entropy, expected.entropy) and output.latent_dist.mean.dtype == torch.bfloat16
+    check_tied(output.latent_dist.sample(torch.Generator().manual_seed(0)), output.grain_map)
+    torch.testing.assert_close(output.latent_dist.kl().float(), expected.latent_dist.kl(), rtol=0.05, atol=0)
+
+
+# ---- Bad input ----
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"downsample_factors": [8]}, r"`downsample_factors`.*8"),
+        ({"downsample_factors": [3, 6]}, r"`downsample_factors`.*\[3, 6\]"),
+        ({"downsample_factors": [8, 4]}, r"`downsample_factors`.*\[8, 4\]"),
+        ({"downsample_factors": [4, 16]}, r"`downsample_factors`.*\[4, 16\]"),
+        ({"downsample_factors": [8, 16]}, "`block_out_channels`"),
+        ({"block_out_channels": [8, 8, 16]}, "`block_out_channels`"),
+        ({"decoder_block_out_channels": [8, 8]}, "`decoder_block_out_channels`"),
+        ({"grain_ratios": [1.0]}, r"`grain_ratios`.*1.0"),
+        ({"grain_ratios": [0.2, 0.2]}, r"`grain_ratios`.*0.2, 0.2"),
+        ({"grain_ratios": [1.5, -0.5]}, r"`grain_ratios`.*1.5"),
+        ({"calibration": {"region_size": 16, "quantiles": [2.0, 5.0]}}, "`calibration`.*16 .*8"),
+    ],
+)
+def test_configurations_that_contradict_themselves_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        DynamicAutoencoderKL(**(load_preset("dvae-tiny") | changes))
+
+
+MAP = torch.zeros(8, 8, 8, dtype=torch.int64)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"fine_ratio": -0.1}, "`fine_ratio`.*-0.1"),
+        ({"fine_ratio": math.nan}, "`fine_ratio`.*nan"),
+        ({"grain_map": MAP, "fine_ratio": 0.5}, "`grain_map`.*`fine_ratio`"),
+        ({"grain_map": MAP.float()}, "`grain_map`.*int64.*float32"),
+        ({"grain_map": MAP + 2}, "`grain_map`.*0 .*1 .*2"),
+        ({"grain_map": MAP - 1}, "`grain_map`.*-1"),
+        ({"grain_map": MAP[..., :4]}, r"`grain_map`.*\(8, 8, 8\).*\(8, 8, 4\)"),
+        ({"grain_map": MAP[:1]}, r"`grain_map`.*\(8, 8, 8\).*\(1, 8, 8\)"),
+        ({"grain_map": MAP[0]}, r"`grain_map`.*\(8, 8\)"),
+        ({"grain_map": "fine"}, "`grain_map`.*str"),
+    ],
+)
+def test_maps_and_ratios_that_do_not_fit_are_refused(make_vae, photos, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        make_vae().encode(photos, **arguments)
+
+
+@KINDS
+def test_without_calibration_there_are_no_thresholds_between_0_and_1(make_vae, photos, num_grains):
+    vae = make_vae(num_grains, calibration=None)
+    for kwargs in ({}, {"fine_ratio": 0.5}):
+        with pytest.raises(ValueError, match="`grain_map`.*`fine_ratio`"):
+            vae.encode(photos, **kwargs)
+    assert torch.equal(vae.encode(photos, grain_map=map_for(vae)).grain_map, map_for(vae))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda x: x * 255, r"\[-1, 1\]"),
+        (lambda x: x.masked_fill(x > 0.9, math.nan), r"\[-1, 1\].*nan"),
+        (lambda x: x[..., :60], "8.*64x60"),
+        (lambda x: x[:, :1], r"\(B, 3, H, W\)"),
+        (lambda x: x[0], r"\(B, 3, H, W\)"),
+        (lambda x: ((x + 1) * 127).byte(), "uint8"),
+    ],
+)
+def test_images_out_of_range_or_shape_are_refused_with_and_without_a_map(make_vae, photos, change, message):
+    for kwargs in ({}, {"grain_map": MAP}, {"fine_ratio": 1.0}):
+        with pytest.raises(ValueError, match=message):
+            make_vae().encode(change(photos), **kwargs)
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 64, 64, 1), (3, 64, 64), (1, 4, 64, 64), (1, 3, 60, 64), (1, 3, 64, 60)])
+def test_images_of_another_shape_have_no_moments(make_vae, shape):
+    with pytest.raises(ValueError, match=r"`x`.*\(B, 3, H, W\)"):
+        make_vae().encode_grains(torch.zeros(shape))
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 8, 8), (4, 8, 8), (1, 8, 8, 8)])
+def test_latents_with_other_channels_are_not_decoded(make_vae, shape):
+    with pytest.raises(ValueError, match=r"`z`.*\(B, 4, h, w\)"):
+        make_vae().decode(torch.zeros(shape))

@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import DiTTransformer2DModel
+from grain_maps import codes, random_latents, random_map
 
 from diffusers_d2it import D2iTContentModel, load_preset
 from diffusers_d2it.grains import check_tied, tie
@@ -16,9 +17,8 @@ from diffusers_d2it.models.transformer_d2it_content import patchify, unpatchify
 def random_inputs(num_grains: int = 2, size: tuple[int, int] = (4, 6), batch: int = 3, seed: int = 0):
     """Tied latents, timesteps, map and labels; the map has every grain."""
     generator = torch.Generator().manual_seed(seed)
-    grain_map = torch.randint(num_grains, (batch, *size), generator=generator)
-    cells = 2 ** (num_grains - 1)
-    latents = torch.randn(batch, 4, size[0] * cells, size[1] * cells, generator=generator)
+    grain_map = random_map(num_grains, (batch, *size), seed)
+    latents = random_latents(grain_map, num_grains, 4, seed)
     timesteps = torch.randint(1000, (batch,), generator=generator)
     labels = torch.arange(batch) * 5  # label 10, "no class", among them
     return tie(latents, grain_map), timesteps, grain_map, labels
@@ -187,73 +187,43 @@ def test_fresh_model_has_zero_refinement_and_grain_embedding():
 
 
 @pytest.mark.parametrize("num_grains", [2, 3])
-def test_output_is_tied_and_fine_cells_are_free(make_content_model, num_grains):
-    latents, timesteps, grain_map, labels = random_inputs(num_grains)
-    noise = make_content_model(num_grains)(latents, timesteps, grain_map, labels).sample
-    check_tied(noise, grain_map)
-    all_coarse = torch.zeros_like(grain_map)
-    with pytest.raises(ValueError, match="coarse region"):  # fine regions differ inside: not tied to a coarser map
-        check_tied(noise, all_coarse)
-
-
-@pytest.mark.parametrize("num_grains", [2, 3])
-def test_images_do_not_see_each_other(make_content_model, num_grains):
-    model = make_content_model(num_grains)
-    inputs = random_inputs(num_grains)
-    with torch.no_grad():
-        together = model(*inputs).sample
-        alone = torch.cat([model(*(x[i : i + 1] for x in inputs)).sample for i in range(3)])
-    torch.testing.assert_close(together, alone, atol=1e-5, rtol=0)
-
-
-@pytest.mark.parametrize("num_grains", [2, 3])
-def test_prepared_map_gives_the_same_output(make_content_model, num_grains):
-    model = make_content_model(num_grains)
-    latents, timesteps, grain_map, labels = random_inputs(num_grains)
-    layout = model.prepare_grain_map(grain_map)
-    with torch.no_grad():
-        prepared = model(latents, timesteps, layout, labels).sample
-        assert torch.equal(prepared, model(latents, timesteps, grain_map, labels).sample)
-
-
-@pytest.mark.parametrize("num_grains", [2, 3])
-def test_every_parameter_gets_a_gradient(make_content_model, num_grains):
-    model = make_content_model(num_grains).train()
+@torch.no_grad()
+def test_output_is_tied_as_finely_as_the_map_whether_prepared_or_not(make_content_model, num_grains):
+    model = make_content_model(num_grains, out_channels=8)  # learned variance
     latents, timesteps, grain_map, labels = random_inputs(num_grains)
     noise = model(latents, timesteps, grain_map, labels).sample
-    multi_grained_loss(noise, tie(torch.randn_like(latents), grain_map), grain_map)["loss"].backward()
-    without = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
-    assert without == []
+    assert noise.shape == (3, 8, *latents.shape[2:])
+    check_tied(noise, grain_map)
+    for image, grain, row, column, block in codes(noise, grain_map, num_grains):
+        neighbour = noise[image, :, row * block.shape[1], (column ^ 1) * block.shape[2]]
+        assert grain == 0 or not torch.equal(block[:, 0, 0], neighbour)  # codes of one region differ
+    prepared = model(latents, timesteps, model.prepare_grain_map(grain_map), labels).sample
+    assert torch.equal(prepared, noise)
 
 
-def test_all_coarse_map_leaves_refine_net_a_zero_gradient(make_content_model):
+@pytest.mark.parametrize("num_grains", [2, 3])
+def test_all_coarse_map_leaves_refine_net_a_zero_gradient(make_content_model, num_grains):
     # None instead of zero would stall distributed training, which waits for every parameter
-    model = make_content_model().train()
-    latents, timesteps, grain_map, labels = random_inputs()
+    model = make_content_model(num_grains).train()
+    latents, timesteps, grain_map, labels = random_inputs(num_grains)
     all_coarse = torch.zeros_like(grain_map)
-    model(tie(latents, all_coarse), timesteps, all_coarse, labels).sample.sum().backward()
+    latents = tie(latents, all_coarse)
+    output = model(latents, timesteps, all_coarse, labels).sample
+    output.sum().backward()
     assert all(p.grad is not None for p in model.parameters())
+    assert not any(p.grad.any() for p in model.refine_nets.parameters())
+    with torch.no_grad():  # where RefineNet is left out
+        assert torch.equal(model(latents, timesteps, all_coarse, labels).sample, output)
 
 
-def test_gradient_checkpointing_changes_nothing(make_content_model):
-    inputs = random_inputs()
-    plain, checkpointed = make_content_model().train(), make_content_model().train()
-    checkpointed.enable_gradient_checkpointing()
-    for model in (plain, checkpointed):
-        model(*inputs).sample.square().mean().backward()
-    for (name, a), b in zip(plain.named_parameters(), checkpointed.parameters()):
-        torch.testing.assert_close(a.grad, b.grad, msg=name)
-
-
-def test_runs_in_bf16_close_to_fp32(make_content_model):
-    latents, timesteps, grain_map, labels = random_inputs()
-    with torch.no_grad():
-        exact = make_content_model()(latents, timesteps, grain_map, labels).sample
-        model = make_content_model().to(torch.bfloat16)
-        rough = model(latents.bfloat16(), timesteps, grain_map, labels).sample
-    assert rough.dtype == torch.bfloat16
-    check_tied(rough, grain_map)
-    assert (rough.float() - exact).norm() < 0.05 * exact.norm()
+def test_what_is_kept_from_inference_serves_a_later_training_step(make_content_model):
+    model = make_content_model(4, window_size=16, num_layers=1)
+    inputs = random_inputs(4, size=(5, 7))  # of no other test
+    with torch.inference_mode():
+        expected = model(*inputs).sample
+    output = model(*inputs).sample
+    output.sum().backward()
+    assert torch.equal(output, expected)
 
 
 def test_residual_stream_under_autocast(make_content_model):
@@ -272,91 +242,8 @@ def test_residual_stream_under_autocast(make_content_model):
             errors.append(((model(*inputs).sample - exact).norm() / exact.norm()).item())
         assert streams == 2 * [dtype]
     assert 0 < errors[0] < 0.5 * errors[1] < 0.05
-    with pytest.raises(ValueError, match="torch.float32 or torch.bfloat16, got torch.float16"):
+    with pytest.raises(ValueError, match="`dtype`.*float16"):
         model.set_residual_dtype(torch.float16)
-
-
-def test_timestep_may_be_a_number(make_content_model):
-    model = make_content_model()
-    latents, _, grain_map, labels = random_inputs()
-    with torch.no_grad():
-        scalar = model(latents, 500, grain_map, labels).sample
-        assert torch.equal(scalar, model(latents, torch.full((3,), 500), grain_map, labels).sample)
-
-
-def test_conditions_change_the_output(make_content_model):
-    model = make_content_model()
-    latents, timesteps, grain_map, labels = random_inputs()
-    all_coarse = torch.zeros_like(grain_map)
-    latents = tie(latents, all_coarse)  # allowed by both maps
-    with torch.no_grad():
-        output = model(latents, timesteps, all_coarse, labels).sample
-        assert not torch.allclose(output, model(latents, (timesteps + 500) % 1000, all_coarse, labels).sample)
-        assert not torch.allclose(output, model(latents, timesteps, all_coarse, labels.flip(0)).sample)
-        assert not torch.allclose(output, model(latents, timesteps, grain_map, labels).sample)
-
-
-def test_unconditional_model_takes_no_labels(make_content_model):
-    model = make_content_model(num_classes=None)
-    latents, timesteps, grain_map, labels = random_inputs()
-    assert model(latents, timesteps, grain_map).sample.shape == latents.shape
-    with pytest.raises(ValueError, match="unconditional"):
-        model(latents, timesteps, grain_map, labels)
-
-
-def test_learned_variance_doubles_the_channels_tied(make_content_model):
-    model = make_content_model(out_channels=8)
-    latents, timesteps, grain_map, labels = random_inputs()
-    output = model(latents, timesteps, grain_map, labels).sample
-    assert output.shape[1] == 8
-    check_tied(output, grain_map)
-
-
-def test_fused_projections_change_nothing(make_content_model):
-    model = make_content_model()
-    inputs = random_inputs()
-    with torch.no_grad():
-        separate = model(*inputs).sample
-        model.fuse_qkv_projections()
-        assert model.transformer_blocks[0].attn.fused_projections
-        assert model.refine_nets[0].transformer_blocks[0].attn.fused_projections
-        torch.testing.assert_close(model(*inputs).sample, separate, atol=1e-6, rtol=1e-5)
-
-
-def test_lora_adapter_starts_as_identity_and_trains(make_content_model):
-    from peft import LoraConfig
-
-    model = make_content_model()
-    inputs = random_inputs()
-    with torch.no_grad():
-        before = model(*inputs).sample
-    model.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
-    after = model(*inputs).sample
-    torch.testing.assert_close(after, before, atol=1e-6, rtol=1e-5)
-    after.square().mean().backward()
-    trained = [name for name, p in model.named_parameters() if p.grad is not None]
-    assert trained and all("lora" in name for name in trained)
-
-
-def test_layerwise_casting_stores_blocks_in_fp8(make_content_model):
-    model = make_content_model()
-    inputs = random_inputs()
-    with torch.no_grad():
-        exact = model(*inputs).sample
-        model.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
-        cast = model(*inputs).sample
-    assert model.transformer_blocks[0].ff.linear_1.weight.dtype == torch.float8_e4m3fn
-    assert model.patch_embed.weight.dtype == torch.float32
-    assert (cast - exact).norm() < 0.2 * exact.norm()
-
-
-def test_save_and_load_is_exact(make_content_model, tmp_path):
-    model = make_content_model()
-    model.save_pretrained(tmp_path)
-    loaded = D2iTContentModel.from_pretrained(tmp_path)
-    inputs = random_inputs()
-    with torch.no_grad():
-        assert torch.equal(model(*inputs).sample, loaded(*inputs).sample)
 
 
 def test_loss_on_eight_photographs_falls_by_nine_tenths(make_vae, photos):
@@ -374,7 +261,7 @@ def test_loss_on_eight_photographs_falls_by_nine_tenths(make_vae, photos):
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
     losses = []
     for _ in range(60):
-        losses_of_step = multi_grained_loss(model(noised, timesteps, layout, labels).sample, noise, grain_map)
+        losses_of_step = multi_grained_loss(model(noised, timesteps, layout, labels).sample, noise, layout)
         optimizer.zero_grad()
         losses_of_step["loss"].backward()
         optimizer.step()
@@ -387,29 +274,17 @@ def test_loss_on_eight_photographs_falls_by_nine_tenths(make_vae, photos):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_untied_latents_are_refused(make_content_model):
-    latents, timesteps, grain_map, labels = random_inputs()
-    with pytest.raises(ValueError, match="differ inside a coarse region"):
-        make_content_model()(torch.randn_like(latents), timesteps, grain_map, labels)
-
-
 @pytest.mark.parametrize(
     "change, message",
     [
-        (lambda z, t, m, y: (z[:, :3], t, m, y), "hidden_states"),
-        (lambda z, t, m, y: (z[..., :-1], t, m, y), "do not match a `grain_map`"),
-        (lambda z, t, m, y: (z, t, m.repeat_interleave(2, 1).repeat_interleave(2, 2), y), "one entry per 2x2 cells"),
-        (lambda z, t, m, y: (z, t, m[:1], y), "batch size"),
-        (lambda z, t, m, y: (z, t, m.float(), y), "int64"),
-        (lambda z, t, m, y: (z, t, m + 1, y), "0 .coarsest. to 1"),
-        (lambda z, t, m, y: (z, t, m - 1, y), "0 .coarsest. to 1"),
-        (lambda z, t, m, y: (z, t, m[0], y), r"\(B, h, w\)"),
-        (lambda z, t, m, y: (z, t[:2], m, y), "timestep"),
-        (lambda z, t, m, y: (z, t, m, None), "class_labels"),
-        (lambda z, t, m, y: (z, t, m, y[:2]), "class_labels"),
-        (lambda z, t, m, y: (z, t, m, y.float()), "int64"),
-        (lambda z, t, m, y: (z, t, m, y + 10), "0 ... 10"),
-        (lambda z, t, m, y: (z, t, m, y - 1), "0 ... 10"),
+        (lambda z, t, m, y: (torch.rand_like(z), t, m, y), "latents.*tie"),
+        (lambda z, t, m, y: (z[:, :3], t, m, y), "`hidden_states`"),
+        (lambda z, t, m, y: (z[0], t, m, y), "`hidden_states`"),
+        (lambda z, t, m, y: (z[..., :-1], t, m, y), "latents.*`grain_map`"),
+        (lambda z, t, m, y: (z, t, m.repeat_interleave(2, 1).repeat_interleave(2, 2), y), "latents.*`grain_map`"),
+        (lambda z, t, m, y: (z, t, m[:1], y), "latents.*`grain_map`"),
+        (lambda z, t, m, y: (z, t, m.float(), y), "`grain_map`.*int64"),
+        (lambda z, t, m, y: (z, t, m + 1, y), "`grain_map`.*1 to 2"),
     ],
 )
 def test_bad_input_is_named(make_content_model, change, message):
@@ -417,8 +292,15 @@ def test_bad_input_is_named(make_content_model, change, message):
         make_content_model()(*change(*random_inputs()))
 
 
-def test_bad_configuration_is_named():
-    with pytest.raises(ValueError, match="num_grains"):
-        D2iTContentModel(num_grains=1, num_layers=1)
-    with pytest.raises(ValueError, match="out_channels"):
-        D2iTContentModel(out_channels=5, num_layers=1)
+@pytest.mark.parametrize("other", [{"num_grains": 3}, {"window_size": 2}])
+def test_a_map_prepared_by_another_model_is_refused(make_content_model, other):
+    latents, timesteps, grain_map, labels = random_inputs()
+    layout = make_content_model(**other).prepare_grain_map(grain_map)
+    with pytest.raises(ValueError, match="`grain_map`.*prepare_grain_map"):
+        make_content_model()(latents, timesteps, layout, labels)
+
+
+@pytest.mark.parametrize("config", [{"num_grains": 1}, {"out_channels": 5}])
+def test_bad_configuration_is_named(config):
+    with pytest.raises(ValueError, match=f"`{next(iter(config))}`"):
+        D2iTContentModel(**config, num_layers=1)
