@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from ..files.folders import read_json
+from ..files.source import public_config
 from ..files.weights import read_headers, weight_files, weight_names
 from ..words import shown
 
@@ -59,9 +60,9 @@ def read_folder(
     source = f"{name} in {folder.name}"
     parameters = inspect.signature(cls.__init__).parameters.values()
     defaults = {parameter.name: parameter.default for parameter in parameters if parameter.name != "self"}
-    for key, value in config.items():
+    for key, value in public_config(config).items():
         # Old files have options that diffusers has dropped since: one that was off changes nothing.
-        if not key.startswith("_") and key not in defaults and value not in (None, False, "default"):
+        if key not in defaults and value not in (None, False, "default"):
             raise ValueError(f"{source} has an option that is not known: {shown(key)} is {shown(value)}.")
     if any((folder / file).is_file() for file in weight_names(None)):
         read_headers(files := weight_files(folder))

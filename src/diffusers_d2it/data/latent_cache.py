@@ -37,6 +37,7 @@ from ..entropy import NUM_BINS, SIGMA
 from ..files import is_sealed, read_json
 from ..files import verify as verify_folder
 from ..files.folders import MANIFEST, check_file, file_sha256, settle
+from ..files.source import public_config
 from ..models.autoencoder_kl_dynamic import DynamicAutoencoderKL
 from ..words import differences
 
@@ -69,9 +70,7 @@ def vae_fingerprint(vae: DynamicAutoencoderKL) -> str:
     read. The bins and the width by which the calibration counts entropy have one.
     """
     calibration = vae.config.calibration or {}
-    config = {
-        key: value for key, value in vae.config.items() if key not in _CONFIG_OF_DECODING and not key.startswith("_")
-    }
+    config = {key: value for key, value in public_config(vae.config).items() if key not in _CONFIG_OF_DECODING}
     config.update(num_bins=calibration.get("num_bins", NUM_BINS), sigma=calibration.get("sigma", SIGMA))
     sha256 = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
     for name, tensor in sorted(vae.state_dict().items()):
@@ -226,6 +225,10 @@ class LatentCache(Dataset):
         process_index: of this process, out of `num_processes` that share the verification.
         num_processes: how many share it.
 
+    Attributes:
+        num_classes, id2label, description: those of the plan, as `ImageDataset` has them.
+        fingerprint: changes when anything in the cache does: SHA-256 of its manifest.
+
     Raises:
         ValueError: the cache is unfinished, incomplete or damaged, or was written for another autoencoder, scale or
             resolution; the message names file or fields.
@@ -270,31 +273,14 @@ class LatentCache(Dataset):
             with ThreadPoolExecutor() as threads:  # hashing leaves Python's lock
                 share = (shard_folder(self.folder, shard) for shard in shards[process_index::num_processes])
                 list(threads.map(verify_folder, share))
+        self.num_classes = self.plan.num_classes
+        self.id2label = self.plan.id2label
+        self.description = self.plan.source
+        self.fingerprint = file_sha256(self.folder / MANIFEST)
         self._ends = list(accumulate(num_images))  # index after each shard
         self._plan_sha256 = file_sha256(self.folder / PLAN)
-        self._fingerprint = file_sha256(self.folder / MANIFEST)
         self._num_grains = len(self.plan.downsample_factors)
         self._arrays: dict[int, dict[str, np.ndarray]] = {}
-
-    @property
-    def id2label(self) -> dict[int, str] | None:
-        """Names of the classes that occur, by id; None without labels."""
-        return self.plan.id2label
-
-    @property
-    def num_classes(self) -> int | None:
-        """Size of the label table; None without labels."""
-        return self.plan.num_classes
-
-    @property
-    def description(self) -> str:
-        """The images in words."""
-        return self.plan.source
-
-    @property
-    def fingerprint(self) -> str:
-        """Changes when anything in the cache does: SHA-256 of its manifest."""
-        return self._fingerprint
 
     def set_epoch(self, epoch: int) -> None:
         """Draw other flips."""

@@ -18,29 +18,12 @@ from safetensors.torch import save_file
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from ..files import (
-    lock,
-    on_main_process,
-    remove_folder,
-    save_folder,
-    seal,
-    sweep,
-    verify,
-    write_text_durably,
-)
+from ..files import lock, on_main_process, remove_folder, save_folder, seal, sweep, verify, write_text_durably
 from ..files.folders import LOCK, MANIFEST, STAGING, file_sha256
 from ..models.autoencoder_kl_dynamic import DynamicAutoencoderKL
 from ..words import differences
 from .images import UnusableImageError, decode_image, to_pixels
-from .latent_cache import (
-    BAD_IMAGES,
-    CODES,
-    PLAN,
-    LatentCachePlan,
-    read_bad_images,
-    shard_folder,
-    shard_metadata,
-)
+from .latent_cache import BAD_IMAGES, CODES, PLAN, LatentCachePlan, read_bad_images, shard_folder, shard_metadata
 from .source import ImageSource
 
 
@@ -117,62 +100,49 @@ def encode_shards(
     }
     decoded = DataLoader(
         _DecodedRows(source, plan.resolution),
-        batch_sampler=[rows for shard in shards for rows in batches[shard]],
+        batch_size=None,  # an item is a batch
+        sampler=[rows for shard in shards for rows in batches[shard]],
         num_workers=num_workers,
-        collate_fn=_collate,
     )
     decoded = iter(tqdm(decoded, desc="batches", disable=not progress))
     for shard in shards:
-        encoded = [_encode_batch(vae, *batch, plan.flips) for batch in islice(decoded, len(batches[shard]))]
+        encoded = [_encode_rows(vae, batch, plan.flips) for batch in islice(decoded, len(batches[shard]))]
         full = [batch.tensors for batch in encoded if batch.tensors]
-        yield (
-            shard,
-            EncodedRows(
-                {name: torch.cat([tensors[name] for tensors in full]) for name in (full[0] if full else ())},
-                [image for batch in encoded for image in batch.bad_images],
-            ),
-        )
+        tensors = {name: torch.cat([one[name] for one in full]) for name in (full[0] if full else ())}
+        yield shard, EncodedRows(tensors, [image for batch in encoded for image in batch.bad_images])
 
 
 class _DecodedRows(Dataset):
-    """Batches of rows of a source: (row, label, pixels) of usable images, and the others."""
+    """Batches of rows of a source: numbers, labels and pixels of usable images, and the others."""
 
     def __init__(self, source: ImageSource, resolution: int):
         self.source = source
         self.resolution = resolution
 
-    def __getitems__(self, rows: range) -> tuple[list[tuple[int, int, torch.Tensor]], list[dict]]:
-        images, bad_images = [], []
+    def __getitem__(self, rows: range) -> EncodedRows:
+        used, labels, images, bad_images = [], [], [], []
         for row, (name, encoded, label) in zip(rows, self.source.rows(rows.start, rows.stop), strict=True):
             try:
-                images.append((row, label, to_pixels(decode_image(encoded), self.resolution)))
+                images.append(to_pixels(decode_image(encoded), self.resolution))
+                used.append(row)
+                labels.append(label)
             except UnusableImageError as error:
                 bad_images.append({"row": row, "name": name, "reason": str(error)})
-        return images, bad_images
+        if not images:
+            return EncodedRows(bad_images=bad_images)
+        numbers = {"class_labels": torch.tensor(labels), "rows": torch.tensor(used)}
+        return EncodedRows({"pixels": torch.stack(images), **numbers}, bad_images)
 
 
-def _collate(batch: tuple[list, list]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, list[dict]]:
-    images, bad_images = batch
-    rows, labels = (torch.tensor([image[i] for image in images], dtype=torch.int64) for i in (0, 1))
-    pixels = torch.stack([image[2] for image in images]) if images else None
-    return rows, labels, pixels, bad_images
-
-
-def _encode_batch(
-    vae: DynamicAutoencoderKL,
-    rows: torch.Tensor,
-    labels: torch.Tensor,
-    pixels: torch.Tensor | None,
-    bad_images: list[dict],
-    flips: bool,
-) -> EncodedRows:
-    if pixels is None:
-        return EncodedRows(bad_images=bad_images)
+def _encode_rows(vae: DynamicAutoencoderKL, decoded: EncodedRows, flips: bool) -> EncodedRows:
+    if not decoded.tensors:
+        return decoded
+    numbers, rows = dict(decoded.tensors), decoded.tensors["rows"]
     try:
-        tensors = encode_images(vae, pixels.to(vae.device), flips)
+        codes = encode_images(vae, numbers.pop("pixels").to(vae.device), flips)
     except ValueError as error:
         raise ValueError(f"images of rows {rows[0].item()} to {rows[-1].item()}: {error}") from error
-    return EncodedRows({**tensors, "class_labels": labels, "rows": rows}, bad_images)
+    return EncodedRows(codes | numbers, decoded.bad_images)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -28,34 +28,25 @@ from .source import ImageSource, Row
 MAX_UNUSABLE = 1000  # so many in a row, and the images are not what they should be
 
 
-class _FromSource:
-    """What a data set of images says of itself, as `LatentCache` does."""
+class _Images(Dataset):
+    """What data sets of a source have in common, and with `LatentCache` what they say of themselves."""
 
-    source: ImageSource
-    resolution: int
+    def __init__(self, source: ImageSource, resolution: int, seed: int, bad_images: BadImages):
+        self.source = source
+        self.resolution = resolution
+        self.seed = seed
+        self.bad_images = bad_images
+        self.num_classes = source.num_classes
+        self.id2label = source.id2label
+        self.description = source.describe(resolution)
+        self.fingerprint = source.fingerprint
 
-    @property
-    def num_classes(self) -> int | None:
-        """Size of the label table, None without classes."""
-        return self.source.num_classes
-
-    @property
-    def id2label(self) -> dict[int, str] | None:
-        """Names of the classes by id, None without classes."""
-        return self.source.id2label
-
-    @property
-    def description(self) -> str:
-        """The images in words."""
-        return self.source.describe(self.resolution)
-
-    @property
-    def fingerprint(self) -> str:
-        """Changes when the images do."""
-        return self.source.fingerprint
+    def _item(self, row: Row, image: PIL.Image.Image, position: str) -> dict[str, torch.Tensor]:
+        flip = random.Random(f"{self.seed}/{position}").random() < 0.5
+        return {"pixels": to_pixels(image, self.resolution, flip), "class_labels": torch.tensor(row.label)}
 
 
-class ImageDataset(_FromSource, Dataset):
+class ImageDataset(_Images):
     """Images and labels of a map-style source, randomly flipped.
 
     Items are {"pixels": (3, R, R) in [-1, 1], "class_labels": int64 scalar}; the label is 0 without classes.
@@ -68,14 +59,15 @@ class ImageDataset(_FromSource, Dataset):
         resolution: R.
         seed: with the epoch and the index it decides every flip.
         bad_images: notes what cannot be used.
+
+    Attributes:
+        num_classes: size of the label table, None without classes.
+        id2label: names of the classes by id, None without classes.
+        description: the images in words.
+        fingerprint: changes when the images do.
     """
 
-    def __init__(self, source: ImageSource, resolution: int, seed: int, bad_images: BadImages):
-        self.source = source
-        self.resolution = resolution
-        self.seed = seed
-        self.bad_images = bad_images
-        self.epoch = 0
+    epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
         """Draw other flips; accelerate's loaders call this at the start of an epoch."""
@@ -94,15 +86,14 @@ class ImageDataset(_FromSource, Dataset):
         row, image = next(usable_images(rows, self.resolution, self.bad_images), (None, None))
         if row is None:
             raise ValueError(f"{self.source.name}: none of the images can be used. {self.bad_images.summary()}")
-        flip = random.Random(f"{self.seed}/{self.epoch}/{index}").random() < 0.5
-        return {"pixels": to_pixels(image, self.resolution, flip), "class_labels": torch.tensor(row.label)}
+        return self._item(row, image, f"{self.epoch}/{index}")
 
 
-class ImageStream(_FromSource, IterableDataset):
+class ImageStream(_Images, IterableDataset):
     """Images and labels of a stream without end, shuffled anew in every epoch, randomly flipped.
 
-    Items are those of `ImageDataset`. The stream goes on from one epoch to the next within a batch, so no image is
-    left out, whatever is left over; images that cannot be used are noted and left out.
+    Items and attributes are those of `ImageDataset`. The stream goes on from one epoch to the next within a batch, so
+    no image is left out, whatever is left over; images that cannot be used are noted and left out.
 
     Args:
         source: the images, streamed.
@@ -122,10 +113,7 @@ class ImageStream(_FromSource, IterableDataset):
         process_index: int = 0,
         num_processes: int = 1,
     ):
-        self.source = source.part(process_index, num_processes)
-        self.resolution = resolution
-        self.seed = seed
-        self.bad_images = bad_images
+        super().__init__(source.part(process_index, num_processes), resolution, seed, bad_images)
         self.process_index = process_index
         self.num_skipped = 0  # images of each worker
 
@@ -138,10 +126,6 @@ class ImageStream(_FromSource, IterableDataset):
         """
         worker = get_worker_info()
         place = f"{self.process_index}/{0 if worker is None else worker.id}"
-        for row, image, flip in self._images(place):
-            yield {"pixels": to_pixels(image, self.resolution, flip), "class_labels": torch.tensor(row.label)}
-
-    def _images(self, place: str) -> Iterator[tuple[Row, PIL.Image.Image, bool]]:
         # What is skipped is not decoded: the run that is resumed has noted which of these images cannot be used
         to_skip = self.num_skipped
         known_bad = self.bad_images.found() if to_skip else {}
@@ -156,7 +140,7 @@ class ImageStream(_FromSource, IterableDataset):
                 position = sum(1 for _ in islice(usable, to_skip))
                 to_skip -= position
             for row, image in usable_images(rows, self.resolution, self.bad_images):
-                yield row, image, random.Random(f"{self.seed}/{epoch}/{place}/{position}").random() < 0.5
+                yield self._item(row, image, f"{epoch}/{place}/{position}")
                 position += 1
             if position == 0:
                 raise ValueError(
@@ -251,8 +235,7 @@ def make_dataset(
     """The images of a source for training, of a stream the part of this process."""
     if not source.streaming:
         return ImageDataset(source, resolution, seed, bad_images)
-    place = accelerator.process_index, accelerator.num_processes
-    return ImageStream(source, resolution, seed, bad_images, *place)
+    return ImageStream(source, resolution, seed, bad_images, accelerator.process_index, accelerator.num_processes)
 
 
 def make_loader(

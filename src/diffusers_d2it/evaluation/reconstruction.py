@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 
 from ..files import on_main_process
 from ..files.folders import digest
+from ..files.source import public_config
 from ..grains import fine_share
 from ..models.autoencoder_kl_dynamic import DynamicAutoencoderKL
 from ..optional import import_optional
@@ -258,12 +259,11 @@ def evaluate_reconstructions(
         reconstructions, shares = reconstruct(vae, images, fine_ratio)
         scores.update(images, reconstructions, fine_share=shares)
     scores.join()
-    config = {name: value for name, value in vae.config.items() if not name.startswith("_")}
     samples = {
         "name": "reconstructions",
         "num_images": len(reference),
         "resolution": list(reference.size),
-        "checkpoint": {"weights": weights_digest(vae), "config": digest(config)},
+        "checkpoint": {"weights": weights_digest(vae), "config": digest(public_config(vae.config))},
         "fine_ratio": vae.grain_ratios[-1] if fine_ratio is None else fine_ratio,
         "latents": "mode of the posterior",
         "dtype": str(vae.dtype).removeprefix("torch."),

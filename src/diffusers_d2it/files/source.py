@@ -4,6 +4,7 @@
 import json
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +119,11 @@ def download_model(name: str, subfolder: str | None, variant: str | None, argume
         names += [f"{stem}.{variant}-?????-of-?????.safetensors", f"{stem}-?????-of-?????.{variant}.safetensors"]
     folder = snapshot_download(name, allow_patterns=[f"{inside}{name}" for name in names], **pin(name, arguments))
     return Path(folder, subfolder or "")
+
+
+def public_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration without what diffusers notes in it about classes, files and versions."""
+    return {key: value for key, value in config.items() if not key.startswith("_")}
 
 
 def without_origin(config: str) -> str:

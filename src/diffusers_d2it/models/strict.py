@@ -12,7 +12,7 @@ from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.modeling_utils import ModelMixin
 
 from ..files.folders import STAGING, read_json, save_folder
-from ..files.source import HUB_ARGUMENTS, WithoutOrigin, check_source, download_model, refuse_code
+from ..files.source import HUB_ARGUMENTS, WithoutOrigin, check_source, download_model, public_config, refuse_code
 from ..files.weights import (
     check_finite,
     check_fits,
@@ -114,7 +114,7 @@ class StrictModelMixin(WithoutOrigin, ModelMixin):
         defaults = {parameter.name: parameter.default for parameter in parameters}
         overrides = {key: value for key, value in kwargs.items() if key in defaults}
         source = str(file) if not overrides else f"{file} with the arguments {', '.join(sorted(overrides))}"
-        public = {key: value for key, value in stored.items() if not key.startswith("_")}
+        public = public_config(stored)
         config = defaults | public | overrides
         known = [base.__name__ for base in cls.__mro__ if issubclass(base, StrictModelMixin)][:-1]
         try:

@@ -13,7 +13,7 @@ from diffusers import DiffusionPipeline, SchedulerMixin
 from huggingface_hub import HfApi, ModelCard, hf_hub_download
 
 from ..files.folders import read_json, save_folder
-from ..files.source import HUB_ARGUMENTS, WithoutOrigin, check_source, pin, refuse_code
+from ..files.source import HUB_ARGUMENTS, WithoutOrigin, check_source, pin, public_config, refuse_code
 from ..files.weights import check_sealed, sealed_files
 from ..hub.card import make_model_card
 from ..hub.push import CARD, SAMPLES, check_png, make_repository, named_errors, upload, write_card
@@ -136,7 +136,7 @@ class StrictPipeline(WithoutOrigin, DiffusionPipeline):
     def _read_index(cls, file: Path) -> dict[str, Any]:
         """model_index.json, which names the components of this pipeline and nothing else. Nothing is imported."""
         index = read_json(file)
-        public = {key: value for key, value in index.items() if not key.startswith("_")}
+        public = public_config(index)
         known = [base.__name__ for base in cls.__mro__ if "_schedulers" in vars(base)]  # those with components
         try:
             if index.get("_class_name") not in known:

@@ -279,11 +279,11 @@ class SampleFolder:
         pack = self.format != "png" and bool(self._missing or not self._npz_is_whole)
         if pack or not is_sealed(self.path):
             shares: list[float] = []
+            checked = self._check_all(shares, decode=pack)
             if pack:
-                pixels = self._check_all(shares, decode=True)
-                write_npz(self.path / NPZ, (self.plan.num_images, *self.size, 3), pixels)
+                write_npz(self.path / NPZ, (self.plan.num_images, *self.size, 3), checked)
             else:
-                for _ in self._check_all(shares, decode=False):
+                for _ in checked:
                     pass
             run = self.protocol["run"]
             run["format"] = self.format

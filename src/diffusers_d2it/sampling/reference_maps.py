@@ -11,6 +11,7 @@ from ..data.images import UnusableImageError, decode_image, to_pixels
 from ..data.source import Row, load_images
 from ..grains import grain_map_from_entropy
 from ..pipelines.labels import class_of
+from ..words import listed
 from .sets import SamplePlan
 
 
@@ -87,7 +88,7 @@ class ReferenceMaps:
             named = f"{lacking[0]} ({id2label[lacking[0]]})" if id2label else str(lacking[0])
             raise ValueError(
                 f"{path} has no photograph of class {named}, its classes are"
-                f" {', '.join(list(self.source.id2label.values())[:10])}: each class of the samples needs one."
+                f" {listed(self.source.id2label.values(), 10)}: each class of the samples needs one."
             )
 
     def _decode(self, row: Row) -> torch.Tensor:

@@ -28,8 +28,9 @@ import torch
 from diffusers import DiffusionPipeline
 
 from ..files.folders import digest, file_sha256, read_json
+from ..files.source import public_config
 from ..files.weights import weight_files
-from ..words import without_paths
+from ..words import listed, without_paths
 
 
 PROTOCOL = "protocol.json"
@@ -159,8 +160,7 @@ def read_protocol(folder: str | Path) -> dict[str, Any]:
     parts = [protocol.get(name) for name in ("sampling", "environment", "run")]
     if protocol.get("version") != _VERSION or not all(isinstance(part, dict) for part in parts):
         raise ValueError(
-            f"{path} is no protocol of samples, version {_VERSION}: it holds"
-            f" {', '.join(map(repr, protocol)) or 'nothing'}."
+            f"{path} is no protocol of samples, version {_VERSION}: it holds {listed(protocol) or 'nothing'}."
         )
     return protocol
 
@@ -184,15 +184,10 @@ def describe_checkpoint(folder: str | Path, pipe: DiffusionPipeline) -> dict[str
         files = weight_files(Path(folder, component))
         hashes = {path.name: file_sha256(path) for path in files if path.suffix == ".safetensors"}
         weights[component] = next(iter(hashes.values())) if len(hashes) == 1 else digest(hashes)
-        configs[component] = digest(_public(model.config))
+        configs[component] = digest(public_config(model.config))
     return {"weights_sha256": weights, "configs_sha256": configs}
 
 
 def describe_scheduler(scheduler: Any) -> dict[str, Any]:
     """Class and configuration of a scheduler."""
-    return {"class": type(scheduler).__name__, "config": _public(scheduler.config)}
-
-
-def _public(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A configuration without what diffusers notes about files and versions."""
-    return {key: value for key, value in config.items() if not key.startswith("_")}
+    return {"class": type(scheduler).__name__, "config": public_config(scheduler.config)}

@@ -45,6 +45,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LRScheduler
 
 from ..files import on_main_process, read_json, remove_folder, replace_folder, seal, staging_folder, verify
+from ..files.source import public_config
 from ..words import differences, printable
 from .gate import FiniteGate
 
@@ -235,8 +236,7 @@ class Checkpoints:
         _refuse_changes(f"{checkpoint} is of another run", state["flags"], self.flags)
         stored = type(self.model).from_pretrained(checkpoint / "model")
         configs = (json.loads(model.to_json_string()) for model in (stored, self.model))  # no tuples in JSON
-        found, expected = ({k: v for k, v in config.items() if not k.startswith("_")} for config in configs)
-        _refuse_changes(f"{checkpoint} holds another model", found, expected)
+        _refuse_changes(f"{checkpoint} holds another model", *map(public_config, configs))
         for name, optimizer in self.optimizers.items():  # first: to load it, torch takes a step of length 0
             self._load_optimizer(optimizer, state["optimizers"][name], checkpoint / f"{name}.safetensors")
         _load_weights(self.model, stored.state_dict(), checkpoint / "model")
