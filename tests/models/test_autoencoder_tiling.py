@@ -3,6 +3,7 @@
 
 import pytest
 import torch
+from grain_maps import random_map
 
 from diffusers_d2it.grains import check_tied
 
@@ -28,35 +29,29 @@ def test_slicing_gives_every_image_what_it_gets_alone(make_vae, photos, num_grai
 
 
 @KINDS
+@pytest.mark.parametrize(("height", "width"), [(32, 32), (64, 96), (32, 80), (112, 48)])
 @torch.no_grad()
-def test_tiling_an_image_of_one_tile_changes_nothing(make_vae, photos, num_grains):
-    vae = make_vae(num_grains, sample_size=64)
-    z = vae.encode(photos).latent_dist
-    decoded = vae.decode(z.mode()).sample
-    vae.enable_tiling()
-    assert torch.equal(vae.encode(photos).latent_dist.parameters, z.parameters)
-    assert torch.equal(vae.decode(z.mode()).sample, decoded)
-
-
-@KINDS
-@pytest.mark.parametrize(("height", "width"), [(64, 64), (64, 96), (32, 80), (112, 48)])
-@torch.no_grad()
-def test_several_tiles_give_tied_latents_and_images_of_the_right_size(
-    make_vae, load_photos, num_grains, height, width
-):
+def test_tiles_give_tied_latents_and_images_of_the_right_size(make_vae, load_photos, num_grains, height, width):
     vae = make_vae(num_grains, sample_size=32)
     x = load_photos(128)[:2, :, :height, :width]
     untiled = vae.encode(x)
+    z = untiled.latent_dist.mode()
+    expected = vae.decode(z).sample
     vae.enable_tiling()
     tiled = vae.encode(x)
-    assert torch.equal(tiled.grain_map, untiled.grain_map)
-    assert torch.equal(tiled.entropy, untiled.entropy)
-    assert tiled.latent_dist.mean.shape == untiled.latent_dist.mean.shape == (2, 4, height // 4, width // 4)
-    sample = tiled.latent_dist.sample(torch.Generator().manual_seed(0))
-    for tensor in (tiled.latent_dist.parameters, sample):
+    assert torch.equal(tiled.grain_map, untiled.grain_map) and torch.equal(tiled.entropy, untiled.entropy)
+    assert tiled.latent_dist.mean.shape == z.shape
+    for tensor in (tiled.latent_dist.parameters, tiled.latent_dist.sample(torch.Generator().manual_seed(0))):
         check_tied(tensor, tiled.grain_map)
-    decoded = vae.decode(tiled.latent_dist.mode()).sample
+    decoded = vae.decode(z).sample
     assert decoded.shape == x.shape and decoded.isfinite().all()
+    if (height, width) == (32, 32):  # one tile
+        assert torch.equal(tiled.latent_dist.parameters, untiled.latent_dist.parameters)
+        assert torch.equal(decoded, expected)
+    vae.enable_slicing()
+    both = vae.encode(x).latent_dist
+    torch.testing.assert_close(both.parameters, tiled.latent_dist.parameters, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(vae.decode(z).sample, decoded, rtol=1e-4, atol=1e-5)
 
 
 def tiles_along(side: int, tile: int, stride: int) -> list[tuple[int, int, int, int]]:
@@ -81,10 +76,7 @@ def test_away_from_seams_a_tiled_image_is_what_its_tiles_are_alone(make_vae, loa
     """Exact, while closeness to the untiled image is not to be had: norms and attention look at the whole tile."""
     vae = make_vae(num_grains, sample_size=64)
     x = load_photos(128)[:2, :, :height, :width]
-    generator = torch.Generator().manual_seed(0)
-    grain_map = torch.randint(
-        num_grains, (2, height // vae.region_size, width // vae.region_size), generator=generator
-    )
+    grain_map = random_map(num_grains, (2, height // vae.region_size, width // vae.region_size))
     vae.enable_tiling()
     parameters = vae.encode(x, grain_map=grain_map).latent_dist.parameters
     z = parameters[:, :4]
@@ -113,13 +105,9 @@ def test_where_two_tiles_meet_one_fades_into_the_other(make_vae, load_photos):
     before, after = vae.decode(z[..., :16]).sample[..., 48:], vae.decode(z[..., 12:]).sample[..., :16]
     vae.enable_tiling()
     blend = vae.decode(z).sample[..., 48:64]
-    assert (blend >= torch.minimum(before, after) - 1e-5).all() and (
-        blend <= torch.maximum(before, after) + 1e-5
-    ).all()
     difference = after - before
-    share = ((blend - before) * difference).sum(dim=(0, 1, 2)) / difference.pow(2).sum(dim=(0, 1, 2))
-    assert (share.diff() > 0).all()
-    assert 0 < share[0] < 0.2 and 0.8 < share[-1] < 1
+    share = torch.arange(1, 17) / 17  # of the later one, column by column
+    torch.testing.assert_close(blend, before + share * difference, rtol=1e-4, atol=1e-5)
 
 
 @torch.no_grad()
@@ -134,16 +122,3 @@ def test_a_side_of_one_tile_is_not_tiled(make_vae, load_photos):
     torch.testing.assert_close(tiled[..., :12], left[..., :12])
     z = torch.cat([left[:, :4], tiled[:, :4, :, 16:]], dim=-1)
     torch.testing.assert_close(vae.decode(z).sample[..., :48], decoded_left[..., :48])
-
-
-@torch.no_grad()
-def test_slicing_and_tiling_together_are_tiling(make_vae, load_photos):
-    vae = make_vae(2, sample_size=32)
-    x = load_photos(64)[:2]
-    vae.enable_tiling()
-    tiled = vae.encode(x).latent_dist
-    decoded = vae.decode(tiled.mode()).sample
-    vae.enable_slicing()
-    both = vae.encode(x).latent_dist
-    torch.testing.assert_close(both.parameters, tiled.parameters, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(vae.decode(tiled.mode()).sample, decoded, rtol=1e-4, atol=1e-5)

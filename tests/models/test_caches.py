@@ -112,24 +112,17 @@ def relative_error(samples: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 @CACHES
-@pytest.mark.parametrize("interval", [(0.0, 1.0), INTERVAL])
-def test_a_cache_that_never_fires_changes_nothing(pipe, computed, cache, interval):
-    plain = sample(pipe, guidance_interval=interval)
-    assert computed() == [BLOCKS] * STEPS
+def test_a_cache_that_never_fires_changes_nothing_and_a_disabled_one_leaves_no_trace(pipe, computed, cache):
+    plain = sample(pipe, guidance_interval=INTERVAL)
     pipe.transformer.enable_cache(cache(pipe, fires=False))
-    assert torch.equal(sample(pipe, guidance_interval=interval), plain)
-    assert computed() == [BLOCKS] * STEPS
-
-
-@CACHES
-def test_a_cache_skips_blocks_and_stays_near(pipe, computed, cache):
-    plain = sample(pipe)
-    computed()
+    assert torch.equal(sample(pipe, guidance_interval=INTERVAL), plain)
+    pipe.transformer.disable_cache()
     pipe.transformer.enable_cache(cache(pipe, fires=True))
-    samples = sample(pipe)
-    steps = computed()
-    assert len(steps) == STEPS and sum(steps) <= 0.5 * BLOCKS * STEPS
-    assert 1e-5 < relative_error(samples, plain) < 0.05
+    sample(pipe)
+    pipe.transformer.disable_cache()
+    computed()
+    assert torch.equal(sample(pipe, guidance_interval=INTERVAL), plain)
+    assert computed() == [BLOCKS] * STEPS
 
 
 @pytest.mark.parametrize(
@@ -142,10 +135,15 @@ def test_a_cache_skips_blocks_and_stays_near(pipe, computed, cache):
         (pyramid_attention_broadcast, True),
     ],
 )
-def test_which_caches_reach_the_refine_nets(pipe, cache, reaches_refine_nets):
+def test_a_cache_skips_blocks_and_stays_near(pipe, computed, cache, reaches_refine_nets):
+    plain = sample(pipe)
+    computed()
     refined = count_attention(pipe.transformer, pipe.transformer.refine_nets[0].transformer_blocks)
     pipe.transformer.enable_cache(cache(pipe, fires=True))
-    sample(pipe)
+    samples = sample(pipe)
+    steps = computed()
+    assert len(steps) == STEPS and sum(steps) <= 0.5 * BLOCKS * STEPS
+    assert 1e-5 < relative_error(samples, plain) < 0.05
     assert (sum(refined()) < STEPS) == reaches_refine_nets
 
 
@@ -162,36 +160,18 @@ def test_a_cache_begins_anew_where_guidance_does(pipe, computed, cache):
 
 
 @CACHES
-def test_a_call_finds_nothing_of_the_one_before(pipe, cache):
-    pipe.transformer.enable_cache(cache(pipe, fires=True))
-    expected = {batch_size: sample(pipe, batch_size) for batch_size in (3, 1)}
-    for batch_size in (1, 3, 3):
-        assert torch.equal(sample(pipe, batch_size), expected[batch_size])
-
-
-@CACHES
-def test_a_call_finds_nothing_of_one_that_failed(pipe, cache):
+def test_a_call_finds_nothing_of_the_one_before_nor_of_one_that_failed(pipe, cache):
     def fail(pipe, step, timestep, tensors):
         if step == STEPS // 2:
             raise RuntimeError("stopped")
         return tensors
 
     pipe.transformer.enable_cache(cache(pipe, fires=True))
-    expected = sample(pipe)
+    expected = {batch_size: sample(pipe, batch_size) for batch_size in (3, 1)}
     with pytest.raises(RuntimeError, match="stopped"):
         sample(pipe, batch_size=3, callback_on_step_end=fail)
-    assert torch.equal(sample(pipe), expected)
-
-
-@CACHES
-def test_a_disabled_cache_leaves_no_trace(pipe, computed, cache):
-    plain = sample(pipe)
-    pipe.transformer.enable_cache(cache(pipe, fires=True))
-    sample(pipe)
-    pipe.transformer.disable_cache()
-    computed()
-    assert torch.equal(sample(pipe), plain)
-    assert computed() == [BLOCKS] * STEPS
+    for batch_size in (1, 3, 3):
+        assert torch.equal(sample(pipe, batch_size), expected[batch_size])
 
 
 def test_compiled_blocks_are_skipped_alike(pipe):

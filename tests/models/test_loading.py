@@ -21,6 +21,8 @@ from diffusers_d2it.models import configs
 
 
 CLASSES = [DynamicAutoencoderKL, D2iTGrainModel, D2iTContentModel]
+FACTORIES = ["make_vae", "make_grain_model", "make_content_model"]
+SHARDS = {"max_shard_size": "100KB"}
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
@@ -38,9 +40,8 @@ def names_in(folder: str | Path) -> list[str]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("shards", [{}, {"max_shard_size": "100KB"}])
 @pytest.mark.parametrize("fault", ["missing", "foreign", "shape", "nan", "inf", "-inf"])
-@pytest.mark.parametrize("factory", ["make_vae", "make_grain_model", "make_content_model"])
+@pytest.mark.parametrize(("factory", "shards"), [(name, {}) for name in FACTORIES] + [(FACTORIES[0], SHARDS)])
 def test_a_checkpoint_with_other_weights_is_refused_by_name(request, tmp_path, factory, fault, shards):
     model = request.getfixturevalue(factory)()
     model.save_pretrained(tmp_path, **shards)
@@ -61,6 +62,25 @@ def test_a_checkpoint_with_other_weights_is_refused_by_name(request, tmp_path, f
     with pytest.raises(ValueError, match=re.escape(key)) as caught:
         type(model).from_pretrained(tmp_path)
     assert str(tmp_path) in str(caught.value)
+
+
+@pytest.mark.parametrize(("factory", "key"), [("make_vae", "latent_channels"), ("make_grain_model", "num_classes")])
+def test_a_checkpoint_of_another_width_is_refused(request, tmp_path, factory, key):
+    """Not even with diffusers' option that ignores mismatched sizes: it would leave random weights."""
+    model = request.getfixturevalue(factory)()
+    model.save_pretrained(tmp_path)
+    for options in ({}, {"ignore_mismatched_sizes": True, "low_cpu_mem_usage": False}):
+        with pytest.raises(ValueError, match="conv|label_embed"):
+            type(model).from_pretrained(tmp_path, **{key: 20}, **options)
+
+
+def test_shards_dtype_and_loading_information_are_to_be_had(make_vae, tmp_path):
+    vae = make_vae()
+    vae.save_pretrained(tmp_path, **SHARDS)
+    loaded, info = DynamicAutoencoderKL.from_pretrained(tmp_path, output_loading_info=True)
+    assert same_weights(loaded, vae) and len(list(tmp_path.glob("*.safetensors"))) > 1
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert same_weights(DynamicAutoencoderKL.from_pretrained(tmp_path, torch_dtype=torch.bfloat16), vae.bfloat16())
 
 
 @pytest.mark.parametrize("cls", CLASSES)
