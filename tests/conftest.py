@@ -1,15 +1,17 @@
 # Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
 """Real photographs and real, tiny components, the same in every test: all of it built from fixed seeds.
 
-    photos                  (8, 3, 64, 64) in [-1, 1]
+    photos                  (8, 3, 64, 64) in [-1, 1], float32
     load_photos(resolution) the same photographs at another size
-    calibrate(region_size)  entropy calibration counted on `photos`
-    make_vae, make_grain_model, make_content_model, make_pipeline   tiny components that fit one another
+    calibrate(region_size)  entropy calibration counted on them, as it stands in a DVAE's config
+    make_vae(num_grains=2, seed=0, **overrides)                                 calibrated, in eval mode as all models
+    make_grain_model(num_grains=2, num_classes=10, randomize=True, seed=1, **overrides)
+    make_content_model(num_grains=2, num_classes=10, randomize=True, seed=2, **overrides)
+    make_pipeline(num_grains=2, num_classes=10, id2label=..., **components)     of them and DDIM schedulers
 
 Two grains see 32 px images, 8x8 latents and 4x4 maps; three grains 64 px images, 16x16 latents and 4x4 maps.
 """
 
-from collections.abc import Callable
 from functools import cache
 
 import pytest
@@ -39,12 +41,17 @@ def _calibrate(region_size: int) -> dict:
     return calibration.to_config(source="photographs of scikit-image, 64x64 centre crops")
 
 
-def _randomize(model: torch.nn.Module, seed: int) -> None:
-    """Every parameter normal with std 0.05, so that no path is dead because adaLN-Zero starts at zero."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(std=0.05, generator=generator)
+def _make_transformer(cls: type, config: dict, randomize: bool, seed: int) -> torch.nn.Module:
+    """Every parameter normal with std 0.05 if asked, so that no path is dead because adaLN-Zero starts at zero."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = cls(**config).eval()
+    if randomize:
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.normal_(std=0.05, generator=generator)
+    return model
 
 
 def _make_vae(num_grains: int = 2, seed: int = 0, **overrides) -> DynamicAutoencoderKL:
@@ -66,13 +73,8 @@ def _make_vae(num_grains: int = 2, seed: int = 0, **overrides) -> DynamicAutoenc
 def _make_grain_model(
     num_grains: int = 2, num_classes: int | None = 10, randomize: bool = True, seed: int = 1, **overrides
 ) -> D2iTGrainModel:
-    config = load_preset("grain-tiny") | {"num_grains": num_grains, "num_classes": num_classes} | overrides
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = D2iTGrainModel(**config).eval()
-    if randomize:
-        _randomize(model, seed)
-    return model
+    config = load_preset("grain-tiny") | {"num_grains": num_grains, "num_classes": num_classes}
+    return _make_transformer(D2iTGrainModel, config | overrides, randomize, seed)
 
 
 def _make_content_model(
@@ -81,12 +83,7 @@ def _make_content_model(
     config = load_preset("content-tiny") | {"num_grains": num_grains, "num_classes": num_classes}
     if num_grains == 3:
         config["sample_size"] = 16
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = D2iTContentModel(**(config | overrides)).eval()
-    if randomize:
-        _randomize(model, seed)
-    return model
+    return _make_transformer(D2iTContentModel, config | overrides, randomize, seed)
 
 
 def _make_pipeline(
@@ -108,43 +105,18 @@ def _make_pipeline(
     return pipe
 
 
+def _fixture(make):
+    return pytest.fixture(scope="session")(lambda: make)
+
+
 @pytest.fixture
 def photos() -> torch.Tensor:
-    """Eight photographs (8, 3, 64, 64) in [-1, 1], float32."""
     return load_photographs(64).clone()
 
 
-@pytest.fixture(scope="session")
-def load_photos() -> Callable[[int], torch.Tensor]:
-    """load_photos(resolution): the photographs at another size, (8, 3, R, R) in [-1, 1]."""
-    return lambda resolution: load_photographs(resolution).clone()
-
-
-@pytest.fixture(scope="session")
-def calibrate() -> Callable[[int], dict]:
-    """calibrate(region_size): the entropy calibration of `photos`, as it stands in a DVAE's config."""
-    return lambda region_size: dict(_calibrate(region_size))
-
-
-@pytest.fixture(scope="session")
-def make_vae() -> Callable[..., DynamicAutoencoderKL]:
-    """make_vae(num_grains=2, seed=0, **overrides): a calibrated tiny DVAE in eval mode."""
-    return _make_vae
-
-
-@pytest.fixture(scope="session")
-def make_grain_model() -> Callable[..., D2iTGrainModel]:
-    """make_grain_model(num_grains=2, num_classes=10, randomize=True, seed=1, **overrides), in eval mode."""
-    return _make_grain_model
-
-
-@pytest.fixture(scope="session")
-def make_content_model() -> Callable[..., D2iTContentModel]:
-    """make_content_model(num_grains=2, num_classes=10, randomize=True, seed=2, **overrides), in eval mode."""
-    return _make_content_model
-
-
-@pytest.fixture(scope="session")
-def make_pipeline() -> Callable[..., D2iTPipeline]:
-    """make_pipeline(num_grains=2, num_classes=10, id2label=..., **components), tiny, with DDIM schedulers."""
-    return _make_pipeline
+load_photos = _fixture(lambda resolution: load_photographs(resolution).clone())
+calibrate = _fixture(lambda region_size: dict(_calibrate(region_size)))
+make_vae = _fixture(_make_vae)
+make_grain_model = _fixture(_make_grain_model)
+make_content_model = _fixture(_make_content_model)
+make_pipeline = _fixture(_make_pipeline)

@@ -28,18 +28,21 @@ def build(name: str) -> torch.nn.Module:
 
 
 @pytest.mark.parametrize(
-    ("name", "millions"), [("grain-s", 33), ("content-b", 136), ("content-l", 467), ("content-xl", 687)]
+    ("name", "millions", "num_blocks"),
+    [("grain-s", 33, 12), ("content-b", 136, 12), ("content-l", 467, 24), ("content-xl", 687, 28)],
 )
-def test_parameters_are_those_of_the_paper(name, millions):
-    assert build(name).num_parameters() == pytest.approx(millions * 1e6, rel=0.005)
+def test_parameters_are_those_of_the_paper(name, millions, num_blocks):
+    model = build(name)
+    assert model.num_parameters() == pytest.approx(millions * 1e6, rel=0.005)
+    # Refine layers replace layers of the backbone
+    assert model.config.num_layers + model.config.get("num_refine_layers", 0) == num_blocks
 
 
 @pytest.mark.parametrize("name", list_presets())
 def test_every_preset_is_a_whole_configuration_of_its_model(name):
     """Every key is an argument of the model, and what is built has the values of the file."""
-    config = load_preset(name)
     model = build(name)
-    for key, value in config.items():
+    for key, value in load_preset(name).items():
         stored = model.config[key]
         assert (list(stored) if isinstance(stored, tuple) else stored) == value
 
@@ -59,13 +62,6 @@ def test_presets_of_one_family_fit_one_another(content):
         assert sum(model.num_parameters() for model in (dvae, grain, content)) < 1e6
     else:
         assert (side, content.config.num_classes) == (256, 1000)
-
-
-def test_refine_layers_replace_layers_of_the_backbone():
-    """DiT-B, L and XL have 12, 24 and 28 blocks."""
-    for name, num_blocks in (("content-b", 12), ("content-l", 24), ("content-xl", 28)):
-        config = load_preset(name)
-        assert config["num_layers"] + config["num_refine_layers"] == num_blocks
 
 
 def test_a_json_file_is_read_like_a_preset(tmp_path):

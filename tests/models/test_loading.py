@@ -21,8 +21,6 @@ from diffusers_d2it.models import configs
 
 
 CLASSES = [DynamicAutoencoderKL, D2iTGrainModel, D2iTContentModel]
-FACTORIES = ["make_vae", "make_grain_model", "make_content_model"]
-SHARDS = {"max_shard_size": "100KB"}
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
@@ -41,10 +39,10 @@ def names_in(folder: str | Path) -> list[str]:
 
 
 @pytest.mark.parametrize("fault", ["missing", "foreign", "shape", "nan", "inf", "-inf"])
-@pytest.mark.parametrize(("factory", "shards"), [(name, {}) for name in FACTORIES] + [(FACTORIES[0], SHARDS)])
-def test_a_checkpoint_with_other_weights_is_refused_by_name(request, tmp_path, factory, fault, shards):
+@pytest.mark.parametrize("factory", ["make_vae", "make_grain_model", "make_content_model"])
+def test_a_checkpoint_with_other_weights_is_refused_by_name(request, tmp_path, factory, fault):
     model = request.getfixturevalue(factory)()
-    model.save_pretrained(tmp_path, **shards)
+    model.save_pretrained(tmp_path, max_shard_size="100KB")
     (tmp_path / "manifest.json").unlink()
     file = sorted(tmp_path.glob("*.safetensors"))[0]
     weights = load_file(file)
@@ -64,21 +62,19 @@ def test_a_checkpoint_with_other_weights_is_refused_by_name(request, tmp_path, f
     assert str(tmp_path) in str(caught.value)
 
 
-@pytest.mark.parametrize(("factory", "key"), [("make_vae", "latent_channels"), ("make_grain_model", "num_classes")])
-def test_a_checkpoint_of_another_width_is_refused(request, tmp_path, factory, key):
-    """Not even with diffusers' option that ignores mismatched sizes: it would leave random weights."""
-    model = request.getfixturevalue(factory)()
-    model.save_pretrained(tmp_path)
+def test_mismatched_sizes_cannot_be_ignored(make_grain_model, tmp_path):
+    """It would leave random weights."""
+    make_grain_model().save_pretrained(tmp_path)
     for options in ({}, {"ignore_mismatched_sizes": True, "low_cpu_mem_usage": False}):
-        with pytest.raises(ValueError, match="conv|label_embed"):
-            type(model).from_pretrained(tmp_path, **{key: 20}, **options)
+        with pytest.raises(ValueError, match="label_embed"):
+            D2iTGrainModel.from_pretrained(tmp_path, num_classes=20, **options)
 
 
 def test_shards_dtype_and_loading_information_are_to_be_had(make_vae, tmp_path):
     vae = make_vae()
-    vae.save_pretrained(tmp_path, **SHARDS)
+    vae.save_pretrained(tmp_path, max_shard_size="100KB")
     loaded, info = DynamicAutoencoderKL.from_pretrained(tmp_path, output_loading_info=True)
-    assert same_weights(loaded, vae) and len(list(tmp_path.glob("*.safetensors"))) > 1
+    assert same_weights(loaded, vae) and len(names_in(tmp_path)) > 4
     assert not info["missing_keys"] and not info["unexpected_keys"]
     assert same_weights(DynamicAutoencoderKL.from_pretrained(tmp_path, torch_dtype=torch.bfloat16), vae.bfloat16())
 
@@ -128,7 +124,7 @@ def test_arguments_replace_keys_of_the_file_and_are_checked_like_them(make_vae, 
     make_vae().save_pretrained(tmp_path)
     vae = DynamicAutoencoderKL.from_pretrained(tmp_path, scaling_factor=0.5, calibration=None)
     assert vae.config.scaling_factor == 0.5 and vae.config.calibration is None
-    with pytest.raises(ValueError, match=r"config.json.* scaling_factor: `scaling_factor`.*nan"):
+    with pytest.raises(ValueError, match="config.json.*`scaling_factor`.*nan"):
         DynamicAutoencoderKL.from_pretrained(tmp_path, scaling_factor=float("nan"))
 
 
@@ -198,27 +194,17 @@ def test_any_folder_will_do(request, factory, tmp_path, monkeypatch):
     assert not [name for _, folders, files in os.walk(tmp_path) for name in folders + files if name[0] == "."]
 
 
-@pytest.mark.parametrize("factory", ["make_grain_model", "make_pipeline"])
-def test_an_argument_that_nobody_has_is_refused_before_anything_is_saved(request, factory, tmp_path):
-    with pytest.raises(TypeError, match="max_shard_sizes"):
-        request.getfixturevalue(factory)().save_pretrained(tmp_path / "new", max_shard_sizes="5GB")
-    assert names_in(tmp_path) == []
-
-
-def test_only_the_main_process_writes(make_grain_model, tmp_path):
-    make_grain_model().save_pretrained(tmp_path / "model", is_main_process=False)
-    assert not (tmp_path / "model").exists()
-
-
-def test_nothing_but_safetensors_is_saved(make_grain_model, make_pipeline, tmp_path):
+def test_what_is_refused_leaves_nothing_behind(make_grain_model, make_pipeline, tmp_path):
     (tmp_path / "file").touch()
     for saved in (make_grain_model(), make_pipeline()):
-        with pytest.raises(ValueError, match="`safe_serialization`.*True"):
-            saved.save_pretrained(tmp_path / "new", safe_serialization=False)
-        with pytest.raises(ValueError, match="`use_flashpack`.*False"):
-            saved.save_pretrained(tmp_path / "new", use_flashpack=True)
+        for options in ({"safe_serialization": False}, {"use_flashpack": True}):
+            with pytest.raises(ValueError, match=f"`{next(iter(options))}`"):
+                saved.save_pretrained(tmp_path / "new", **options)
+        with pytest.raises(TypeError, match="max_shard_sizes"):
+            saved.save_pretrained(tmp_path / "new", max_shard_sizes="5GB")
         with pytest.raises(ValueError, match=str(tmp_path / "file")):
             saved.save_pretrained(tmp_path / "file")
+    make_grain_model().save_pretrained(tmp_path / "new", is_main_process=False)
     assert names_in(tmp_path) == ["file"]
 
 

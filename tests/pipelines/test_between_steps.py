@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from grain_maps import random_map
 
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
@@ -30,19 +31,6 @@ def fresh_compiler():
     torch._dynamo.reset()
 
 
-def before_each_forward(pipe, act) -> None:
-    """Let `act` do something with the latents before they go into the denoiser."""
-
-    def hook(module, inputs) -> None:
-        act(inputs[0])
-
-    pipe.transformer.register_forward_pre_hook(hook)
-
-
-def random_map(num_grains: int = 2, batch_size: int = 2) -> torch.Tensor:
-    return torch.randint(num_grains, (batch_size, 4, 4), generator=torch.Generator().manual_seed(0))
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Host traffic
 # ---------------------------------------------------------------------------------------------------------------------
@@ -50,7 +38,7 @@ def random_map(num_grains: int = 2, batch_size: int = 2) -> torch.Tensor:
 
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_no_step_waits_for_the_device(make_pipeline, name):
-    grain_map = random_map()
+    grain_map = random_map(2, (2, 4, 4))
     pipe = move_to_meta(make_pipeline(scheduler=make_scheduler(name)), grain_map)
     of_loop, of_scheduler = host_traffic(pipe, grain_map)
     assert of_loop == []
@@ -58,24 +46,19 @@ def test_no_step_waits_for_the_device(make_pipeline, name):
 
 
 @pytest.mark.parametrize(
-    "options",
+    "num_grains, num_classes, options",
     [
-        {"guidance_scale": 1.0},
-        {"guidance_interval": (0.3, 0.7)},
-        {"guidance_power": 2.0},
+        (2, 10, {"guidance_scale": 1.0}),
+        (2, 10, {"guidance_interval": (0.3, 0.7)}),
+        (2, 10, {"guidance_power": 2.0}),
+        (3, 10, {}),
+        (2, None, {}),
     ],
 )
-def test_no_kind_of_guidance_waits_for_the_device(make_pipeline, options):
-    grain_map = random_map()
-    pipe = move_to_meta(make_pipeline(), grain_map)
-    assert host_traffic(pipe, grain_map, **options) == ([], [])
-
-
-@pytest.mark.parametrize("num_grains, num_classes, batch_size", [(3, 10, 2), (2, None, 1)])
-def test_no_kind_of_model_waits_for_the_device(make_pipeline, num_grains, num_classes, batch_size):
-    grain_map = random_map(num_grains, batch_size)
+def test_no_kind_of_guidance_or_model_waits_for_the_device(make_pipeline, num_grains, num_classes, options):
+    grain_map = random_map(num_grains, (1 if num_classes is None else 2, 4, 4))
     pipe = move_to_meta(make_pipeline(num_grains, num_classes), grain_map)
-    assert host_traffic(pipe, grain_map) == ([], [])
+    assert host_traffic(pipe, grain_map, **options) == ([], [])
 
 
 @pytest.mark.parametrize(
@@ -89,18 +72,17 @@ def test_no_kind_of_model_waits_for_the_device(make_pipeline, num_grains, num_cl
     ],
 )
 def test_traffic_is_noticed(make_pipeline, traffic):
-    grain_map = random_map()
+    grain_map = random_map(2, (2, 4, 4))
     pipe = move_to_meta(make_pipeline(), grain_map)
-    before_each_forward(pipe, traffic)
+    pipe.transformer.register_forward_pre_hook(lambda module, inputs: (traffic(inputs[0]), None)[1])
     assert len(host_traffic(pipe, grain_map, num_inference_steps=4)[0]) == 3
 
 
 def test_reading_a_value_is_noticed(make_pipeline):
-    grain_map = random_map()
-    pipe = move_to_meta(make_pipeline(), grain_map)
-    before_each_forward(pipe, lambda latents: latents.amax().item())
+    pipe = move_to_meta(make_pipeline(), random_map(2, (2, 4, 4)))
+    pipe.transformer.register_forward_pre_hook(lambda module, inputs: (inputs[0].amax().item(), None)[1])
     with pytest.raises(RuntimeError, match="meta"):
-        host_traffic(pipe, grain_map)
+        host_traffic(pipe, random_map(2, (2, 4, 4)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -108,20 +90,16 @@ def test_reading_a_value_is_noticed(make_pipeline):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("num_grains", [2, 3])
-def test_graphs_of_the_first_two_maps_serve_all(make_pipeline, fresh_compiler, num_grains):
+@pytest.mark.parametrize(
+    "num_grains, steps, options", [(2, 3, {}), (3, 3, {}), (2, 4, {"guidance_interval": (0.25, 0.75)})]
+)
+def test_graphs_of_the_first_two_maps_serve_all(make_pipeline, fresh_compiler, num_grains, steps, options):
     pipe = make_pipeline(num_grains)
     pipe.transformer.compile_repeated_blocks(backend="eager")
-    grain_maps = [(num_grains - 1) * grain_map for grain_map in different_maps(20, (2, 4, 4))]
-    graphs = count_graphs(pipe, grain_maps, num_inference_steps=3)
-    assert graphs[0][0] >= 2  # they have been compiled, in the first step
-    assert all(call == [call[-1]] * 3 for call in graphs)
+    grain_maps = [(num_grains - 1) * grain_map for grain_map in different_maps(10, (2, 4, 4))]
+    graphs = count_graphs(pipe, grain_maps, num_inference_steps=steps, **options)
+    assert graphs[0][0] >= (1 if options else 2)  # they have been compiled, in the first step
+    assert all(call == [call[-1]] * steps for call in (graphs[1:] if options else graphs))
     assert graphs[1][-1] == graphs[-1][-1]
-
-
-def test_a_guidance_interval_compiles_in_the_first_call_alone(make_pipeline, fresh_compiler):
-    pipe = make_pipeline()
-    pipe.transformer.compile_repeated_blocks(backend="eager")
-    grain_maps = different_maps(5, (2, 4, 4))
-    graphs = count_graphs(pipe, grain_maps, num_inference_steps=4, guidance_interval=(0.25, 0.75))
-    assert all(call == [graphs[0][-1]] * 4 for call in graphs[1:])
+    if options:  # a guidance interval compiles in the first call alone
+        assert graphs[0][-1] == graphs[1][-1]

@@ -268,23 +268,18 @@ def test_callback_sees_every_step_and_may_change_everything(make_pipeline):
     assert not output.images.any()
 
 
-def test_untied_latents_of_a_callback_are_tied_again(make_pipeline):
+def test_untied_latents_of_a_callback_are_tied_again_and_it_may_interrupt(make_pipeline):
     def scatter(pipe, step, timestep, tensors):
+        pipe._interrupt = step == 1
         return {"latents": torch.randn_like(tensors["latents"])}
-
-    output = call(make_pipeline(), 1, grain_map="coarse", callback_on_step_end=scatter, output_type="latent")
-    check_tied(output.images, output.grain_maps)
-
-
-def test_interrupt_ends_denoising(make_pipeline):
-    def interrupt(pipe, step, timestep, tensors):
-        pipe._interrupt = True
-        return {}
 
     pipe = make_pipeline()
     passes = CountPasses(pipe.transformer)
-    call(pipe, 1, num_inference_steps=5, callback_on_step_end=interrupt)
-    assert len(passes.batches) == 1
+    output = call(
+        pipe, 1, num_inference_steps=5, grain_map="coarse", callback_on_step_end=scatter, output_type="latent"
+    )
+    check_tied(output.images, output.grain_maps)
+    assert len(passes.batches) == 2
 
 
 def test_latents_fix_the_noise(make_pipeline):
@@ -317,35 +312,19 @@ MAP = torch.zeros(4, 4, dtype=torch.int64)
     [
         ({"class_labels": "clas 3"}, "`class_labels`.*'clas 3'.*'class 3'"),
         ({"class_labels": 11}, "`class_labels`.*11.*9 .class 9"),
-        ({"class_labels": -1}, "`class_labels`.*-1"),
         ({"class_labels": [1.0]}, "`class_labels`.*1.0"),
-        ({"class_labels": [True]}, "`class_labels`.*True"),
-        ({"class_labels": 1.0}, "`class_labels`.*1.0"),
-        ({"class_labels": []}, "`class_labels`"),
         ({"class_labels": None}, "`class_labels`"),
-        ({"num_images_per_prompt": 0}, "`num_images_per_prompt`.*0"),
-        ({"num_inference_steps": 0}, "`num_inference_steps`.*0"),
-        ({"grain_num_inference_steps": 2.5}, "`grain_num_inference_steps`.*2.5"),
         ({"guidance_interval": (0.8, 0.2)}, "`guidance_interval`.*0.8, 0.2"),
         ({"guidance_interval": (-0.1, 0.5)}, "`guidance_interval`.*-0.1"),
-        ({"guidance_power": -1.0}, "`guidance_power`.*-1.0"),
-        ({"fine_ratio": 1.5}, "`fine_ratio`.*1.5"),
-        ({"fine_ratio": float("nan")}, "`fine_ratio`.*nan"),
-        ({"output_type": "jpg"}, "`output_type`.*'jpg'"),
-        ({"grain_map": "medium"}, "`grain_map`.*'medium'"),
         ({"grain_map": "fine", "fine_ratio": 0.5}, "`fine_ratio`.*`grain_map`"),
         ({"grain_map": MAP, "fine_ratio": 0.5}, "`fine_ratio`.*`grain_map`"),
         ({"grain_map": MAP.float()}, "`grain_map`.*int64.*float32"),
         ({"grain_map": MAP.numpy().astype(np.uint8)}, "`grain_map`.*int64.*uint8"),
-        ({"grain_map": MAP.tolist()}, "`grain_map`.*list"),
         ({"grain_map": MAP + 2}, "`grain_map`.*2"),
         ({"grain_map": MAP.expand(3, 4, 4)}, r"`grain_map`.*\(2, h, w\).*\(3, 4, 4\)"),
-        ({"grain_map": MAP[0]}, r"`grain_map`.*\(4,\)"),
         ({"grain_map": MAP, "height": 40, "width": 32}, "grain_map 4x4.*5x4"),
         ({"height": 36, "width": 32}, "`height`.*8.*36"),
         ({"width": 36}, "`width`.*8.*36"),
-        ({"height": 0}, "`height`.*8.*0"),
-        ({"height": 20_000}, "`height`.*16384.*20000"),
         ({"latents": torch.zeros(1, 4, 8, 8)}, r"`latents`.*\(1, 4, 8, 8\)"),
         ({"latents": torch.zeros(2, 3, 8, 8)}, r"`latents`.*\(2, 3, 8, 8\)"),
         ({"latents": torch.zeros(2, 4, 8, 7)}, r"`latents`.*\(2, 4, 8, 7\)"),
@@ -355,7 +334,6 @@ MAP = torch.zeros(4, 4, dtype=torch.int64)
         ({"latents": torch.zeros(2, 4, 8, 8), "height": 64, "width": 64}, "latents 4x4.*8x8"),
         ({"generator": [torch.Generator() for _ in range(3)]}, "`generator`.*2"),
         ({"callback_on_step_end_tensor_inputs": ["noise"]}, "`callback_on_step_end_tensor_inputs`.*'noise'"),
-        ({"callback_on_step_end": "stop"}, "`callback_on_step_end`.*'stop'"),
     ],
 )
 def test_bad_argument_is_named(make_pipeline, arguments, message):
@@ -427,12 +405,4 @@ def test_without_a_grain_model_a_map_is_required(make_pipeline):
     pipe = make_pipeline(grain_model=None, grain_scheduler=None)
     assert call(pipe, 1, grain_map="random").images.shape[0] == 1
     with pytest.raises(ValueError, match="`grain_map`"):
-        call(pipe, 1)
-
-
-def test_diverged_latents_are_reported(make_pipeline):
-    pipe = make_pipeline()
-    with torch.no_grad():
-        pipe.transformer.norm_out.proj_out.bias.fill_(float("nan"))
-    with pytest.raises(ValueError, match="finite"):
         call(pipe, 1)
