@@ -57,6 +57,18 @@ def contents(source) -> list[tuple[int, int]]:
     return sorted(found)
 
 
+def write_table(path, **columns) -> str:
+    pyarrow.parquet.write_table(pyarrow.table(columns), path)
+    return str(path)
+
+
+def refuse(path, *named: str, **arguments) -> None:
+    """`load_images` raises a ValueError that names all of these."""
+    with pytest.raises(ValueError) as error:
+        load_images(path, **arguments)
+    assert [word for word in named if word not in str(error.value)] == [], error.value
+
+
 TWO_CLASSES = [(i, i % 2) for i in range(8)]
 NO_CLASSES = [(i, 0) for i in range(8)]
 
@@ -97,8 +109,7 @@ def test_parquet(tmp_path, streaming, single_file):
     source = load_images(path if single_file else tmp_path / "photos", streaming=streaming)
     assert contents(source) == TWO_CLASSES and source.id2label == {0: "earth", 1: "sky"}
     assert single_file or str(source).endswith("2 classes (earth, sky); 1 file not used: LICENSE.txt")
-    name = next(source.rows()).name
-    assert name.startswith("image of data" if single_file else "image of photos") if streaming else "row 0 of" in name
+    assert ("image of " if streaming else "row 0 of ") in next(source.rows()).name
 
 
 @STREAMED
@@ -112,7 +123,7 @@ def test_webdataset(tmp_path, streaming, sidecar):
         write_tar(tmp_path / "photos" / f"{shard}.tar", samples)
     source = load_images(tmp_path / "photos", streaming=streaming, num_classes=3)
     assert contents(source) == TWO_CLASSES and source.num_classes == 3
-    assert source.label_column == ("cls" if sidecar == "cls" else "json.label")
+    assert source.label_column == {"cls": "cls", "json": "json.label"}[sidecar]
     assert source.id2label == ({0: "0", 1: "1", 2: "2"} if streaming else {0: "0", 1: "1"})
     assert next(source.rows()).name == str(tmp_path / "photos" / "0.tar") + "/0000.png"
     single = load_images(tmp_path / "photos" / "1.tar", streaming=streaming, labelled=False)
@@ -125,7 +136,7 @@ def test_images_with_a_metadata_file(tmp_path):
     write_folder(tmp_path / "photos", {"metadata.jsonl": "\n".join(lines).encode()})
     source = load_images(tmp_path / "photos")
     assert contents(source) == TWO_CLASSES[:7]
-    assert str(source).endswith("; 1 image not used: missing in the metadata")
+    assert "; 1 image " in str(source)
 
 
 def test_one_class_is_a_class(tmp_path):
@@ -141,39 +152,26 @@ def test_names_that_datasets_takes_for_splits(tmp_path):
 
 
 def test_unused_files_are_named(photos_folder):
-    others = {
-        "sky/a.heic": b"x",
-        "notes\x1b[31m.txt": b"x",
-        ".DS_Store": b"x",
-        "sky/._1.png": b"x",
-        "__MACOSX/1": b"x",
-    }
-    source = load_images(write_folder(photos_folder, others))
+    names = ["sky/a.heic", "notes\x1b[31m.txt", ".DS_Store", "sky/._1.png", "__MACOSX/1"]
+    source = load_images(write_folder(photos_folder, dict.fromkeys(names, b"x")))
     assert contents(source) == TWO_CLASSES
     remark = str(source).split("; ")[1]
-    assert remark.startswith("5 files not used: ") and "a.heic" in remark and ".DS_Store" in remark
-    assert "\x1b" not in remark
+    assert remark.startswith("5 files") and "a.heic" in remark and ".DS_Store" in remark and "\x1b" not in remark
 
 
 def test_unclear_folders(photos_folder, tmp_path):
-    write_folder(photos_folder, {"root.png": encode(photo())})
-    with pytest.raises(ValueError, match="1.*root.png.*8.*`labelled=False`"):
-        load_images(photos_folder)
-    assert contents(load_images(photos_folder, labelled=False))[:2] == [(0, 0), (0, 0)]
-    assert load_images(photos_folder, labelled=False).num_rows == 9
-    nested = {"train/a/0.png": encode(photo()), "test/a/0.png": encode(photo())}
-    with pytest.raises(ValueError, match="test/a/0.png lies too deep, expected .*/<class>/<image>"):
-        load_images(write_folder(tmp_path / "nested", nested))
-    assert load_images(tmp_path / "nested", labelled=False).num_rows == 2
-    write_folder(tmp_path / "gap", {"a/0.png": encode(photo()), "b/notes.txt": b"x"})
-    with pytest.raises(ValueError, match="class folder .*gap/b holds no image"):
-        load_images(tmp_path / "gap")
-    write_folder(tmp_path / "both", {"0.png": encode(photo()), "1.parquet": b"x"})
-    with pytest.raises(ValueError, match="holds 1 images, 1 .parquet: expected"):
-        load_images(tmp_path / "both")
-    os.symlink(tmp_path, tmp_path / "gap" / "a" / "loop")
-    with pytest.raises(ValueError, match="loop links to .*, a folder above it"):
-        load_images(tmp_path / "gap")
+    image = encode(photo())
+    refuse(write_folder(photos_folder, {"root.png": image}), "root.png", "`labelled=False`")
+    source = load_images(photos_folder, labelled=False)
+    assert source.num_rows == 9 and {label for _, label in contents(source)} == {0}
+    nested = write_folder(tmp_path / "nested", {"train/a/0.png": image, "test/a/0.png": image})
+    refuse(nested, "test/a/0.png")
+    assert load_images(nested, labelled=False).num_rows == 2
+    gap = write_folder(tmp_path / "gap", {"a/0.png": image, "b/notes.txt": b"x"})
+    refuse(gap, "gap/b")
+    refuse(write_folder(tmp_path / "both", {"0.png": image, "1.parquet": b"x"}), "both", "1 images, 1 .parquet")
+    os.symlink(tmp_path, gap / "a" / "loop")
+    refuse(gap, "gap/a/loop", str(tmp_path))
 
 
 def test_linked_class_folders_are_read(photos_folder, tmp_path):
@@ -184,24 +182,15 @@ def test_linked_class_folders_are_read(photos_folder, tmp_path):
 
 def test_nothing_to_read(tmp_path):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="empty holds no files: expected images"):
-        load_images(tmp_path / "empty")
-    with pytest.raises(ValueError, match="texts holds 2 .txt: expected images"):
-        load_images(write_folder(tmp_path / "texts", {"a.txt": b"", "b.txt": b""}))
-    with pytest.raises(ValueError, match="/nowhere does not exist"):
-        load_images(tmp_path / "nowhere")
-    with pytest.raises(ValueError, match="a.txt is a file: expected a folder, a .parquet or a .tar"):
-        load_images(tmp_path / "texts" / "a.txt")
-    with pytest.raises(ValueError, match="data.parquet cannot be read"):
-        load_images(write_folder(tmp_path / "broken", {"data.parquet": b"x"}) / "data.parquet")
-    with pytest.raises(ValueError, match="none.parquet cannot be read: .*no data"):
-        load_images(parquet(tmp_path / "none.parquet", [], datasets.Value("int64"), num_images=0))
-
-
-@STREAMED
-def test_a_name_that_cannot_be_reached(streaming):
-    with pytest.raises(ValueError, match="nobody/nothing cannot be read: .*nobody/nothing"):
-        load_images("nobody/nothing", streaming=streaming)
+    refuse(tmp_path / "empty", "empty", ".png")
+    texts = write_folder(tmp_path / "texts", {"a.txt": b"", "b.txt": b""})
+    refuse(texts, "texts", "2 .txt")
+    for path in (tmp_path / "nowhere", texts / "a.txt"):
+        refuse(path, str(path), ".tar")
+    refuse(write_folder(tmp_path / "broken", {"data.parquet": b"x"}) / "data.parquet", "data.parquet")
+    refuse(parquet(tmp_path / "none.parquet", [], datasets.Value("int64"), num_images=0), "none.parquet")
+    for streaming in (False, True):
+        refuse("nobody/nothing", "nobody/nothing", streaming=streaming)
 
 
 @STREAMED
@@ -211,68 +200,56 @@ def test_another_split(tmp_path, streaming):
         parquet(path, [0] * number, datasets.ClassLabel(names=["a"]), number)
     source = load_images(tmp_path / "photos", split="test", streaming=streaming)
     assert len(contents(source)) == 2 and "; split test of " in str(source)
-    with pytest.raises(ValueError, match="cannot be read: .*valid"):
-        load_images(tmp_path / "photos", split="valid", streaming=streaming)
+    refuse(tmp_path / "photos", "valid", split="valid", streaming=streaming)
 
 
 @STREAMED
 def test_a_tar_that_was_cut_off(tmp_path, streaming):
     write_tar(tmp_path / "a.tar", {str(i): {"png": encode(photo(i)), "cls": b"0"} for i in range(8)})
-    data = (tmp_path / "a.tar").read_bytes()
-    (tmp_path / "a.tar").write_bytes(data[: len(data) // 2])  # datasets delivers half of it without a word
-    with pytest.raises(ValueError, match=r"a.tar \(\d+ bytes\) is cut off"):
-        load_images(tmp_path, num_classes=1, streaming=streaming)
+    size = (tmp_path / "a.tar").stat().st_size // 2
+    os.truncate(tmp_path / "a.tar", size)  # datasets delivers half of it without a word
+    refuse(tmp_path, f"a.tar ({size} bytes)", num_classes=1, streaming=streaming)
 
 
 def test_a_stream_that_breaks_names_the_place(tmp_path):
     samples = {str(i): {"png": encode(photo(i)), "json": b'{"label": 0}'} for i in range(7)}
     write_tar(tmp_path / "a.tar", samples | {"7": {"png": b"x", "json": b"{"}})
     source = load_images(tmp_path, num_classes=1, streaming=True)
-    with pytest.raises(ValueError, match="cannot be read on after .*a.tar/6.png: JSONDecodeError"):
+    with pytest.raises(ValueError, match="a.tar/6.png: JSONDecodeError"):
         list(source.rows())
 
 
 def test_columns_of_images(tmp_path):
-    table = {"data": [encode(photo(i)) for i in range(8)], "thumbnail": [encode(photo(i)) for i in range(8)]}
-    pyarrow.parquet.write_table(pyarrow.table(table), tmp_path / "two.parquet")
-    with pytest.raises(ValueError, match=r"several columns hold images: \['data', 'thumbnail'\]"):
-        load_images(tmp_path / "two.parquet")
+    encoded = [encode(photo(i)) for i in range(8)]
+    path = write_table(tmp_path / "two.parquet", data=encoded, thumbnail=encoded)
     for streaming in (False, True):
-        assert contents(load_images(tmp_path / "two.parquet", image_column="data", streaming=streaming)) == NO_CLASSES
-    with pytest.raises(ValueError, match=r"`image_column` 'x' .* \['data', 'thumbnail'\]"):
-        load_images(tmp_path / "two.parquet", image_column="x")
-    files = write_folder(tmp_path / "files", {f"{i}.png": encode(photo(i)) for i in range(8)})
-    table = {"file": [str(files / f"{i}.png") for i in range(8)], "number": list(range(8))}
-    pyarrow.parquet.write_table(pyarrow.table(table), tmp_path / "paths.parquet")
-    with pytest.raises(ValueError, match="no column holds images, found"):
-        load_images(tmp_path / "paths.parquet")
-    with pytest.raises(ValueError, match="`image_column` 'number' .*int64"):
-        load_images(tmp_path / "paths.parquet", image_column="number")
-    source = load_images(tmp_path / "paths.parquet", image_column="file")
-    assert contents(source) == NO_CLASSES and next(source.rows()).name == str(files / "0.png")
-    undeclared = {"image": [{"bytes": encode(photo(i)), "path": f"{i}.png"} for i in range(8)]}
-    pyarrow.parquet.write_table(pyarrow.table(undeclared), tmp_path / "structs.parquet")
-    source = load_images(tmp_path / "structs.parquet")
+        assert contents(load_images(path, image_column="data", streaming=streaming)) == NO_CLASSES
+    refuse(path, "['data', 'thumbnail']", "`image_column`")
+    refuse(path, "`image_column` 'x'", "['data', 'thumbnail']", image_column="x")
+    files = write_folder(tmp_path / "files", {f"{i}.png": data for i, data in enumerate(encoded)})
+    names = [str(files / f"{i}.png") for i in range(8)]
+    path = write_table(tmp_path / "paths.parquet", file=names, number=list(range(8)))
+    refuse(path, "'file'", "'number'", "`image_column`")
+    refuse(path, "`image_column` 'number'", "int64", image_column="number")
+    source = load_images(path, image_column="file")
+    assert contents(source) == NO_CLASSES and next(source.rows()).name == names[0]
+    images = [{"bytes": data, "path": f"{i}.png"} for i, data in enumerate(encoded)]
+    source = load_images(write_table(tmp_path / "structs.parquet", image=images))
     assert contents(source) == NO_CLASSES and next(source.rows()).name == "row 0 of structs.parquet (0.png)"
 
 
 def test_columns_of_labels(tmp_path):
     path = parquet(tmp_path / "floats.parquet", [0.5] * 8, datasets.Value("float32"))
     assert load_images(path).num_classes is None
-    with pytest.raises(ValueError, match="`label_column` 'label' .*float32"):
-        load_images(path, label_column="label")
-    with pytest.raises(ValueError, match=r"`label_column` 'kind' .* \['image', 'label'\]"):
-        load_images(path, label_column="kind")
-    with pytest.raises(ValueError, match="`num_classes`"):
-        load_images(path, num_classes=10)
-    with pytest.raises(ValueError, match="`labelled` False .*`label_column`"):
-        load_images(path, labelled=False, label_column="label")
-    image = {"bytes": encode(photo()), "path": None}
-    columns = {"image": [image] * 2, "coarse": [0, 1], "fine": [3, 2]}
+    refuse(path, "`label_column` 'label'", "float32", label_column="label")
+    refuse(path, "`label_column` 'kind'", "['image', 'label']", label_column="kind")
+    refuse(path, "`num_classes`", num_classes=10)
+    refuse(path, "`labelled` False", "`label_column`", labelled=False, label_column="label")
     names = datasets.ClassLabel(names=list("abcd"))
+    columns = {"image": [{"bytes": encode(photo()), "path": None}] * 2, "coarse": [0, 1], "fine": [3, 2]}
     dataset = datasets.Dataset.from_dict(columns, features(coarse=names, fine=names))
     dataset.to_parquet(str(tmp_path / "two.parquet"))
-    assert str(load_images(tmp_path / "two.parquet")).endswith("no classes; `label_column` could be coarse or fine")
+    assert "`label_column` could be coarse or fine" in str(load_images(tmp_path / "two.parquet"))
     source = load_images(tmp_path / "two.parquet", label_column="fine")
     assert source.id2label == {2: "c", 3: "d"} and source.num_classes == 4
 
@@ -281,8 +258,7 @@ def test_labels_that_are_names(tmp_path):
     path = parquet(tmp_path / "names.parquet", ["sky", "earth"] * 4, datasets.Value("string"))
     source = load_images(path)
     assert source.id2label == {0: "earth", 1: "sky"} and [row.label for row in source.rows(0, 3)] == [1, 0, 1]
-    with pytest.raises(ValueError, match="column 'label' does not declare its classes.*`id2label`"):
-        load_images(path, streaming=True, num_classes=2)
+    refuse(path, "'label'", "`id2label`", streaming=True, num_classes=2)
     mapping = tmp_path / "names.json"
     mapping.write_text(json.dumps({5: "sky", 1: "earth", 3: "sea"}))
     source = load_images(path, id2label=mapping)
@@ -290,52 +266,43 @@ def test_labels_that_are_names(tmp_path):
     source = load_images(path, id2label=mapping, streaming=True)
     assert [row.label for row in source.rows(0, 3)] == [5, 1, 5] and len(source.id2label) == 3
     mapping.write_text(json.dumps({0: "earth"}))
-    with pytest.raises(ValueError, match=r"`id2label` .*names.json.*\['sky'\]"):
-        load_images(path, id2label=mapping)
-    with pytest.raises(ValueError, match="has the label 'sky' in column 'label': expected 0 to 0"):
+    refuse(path, "`id2label`", "names.json", "['sky']", id2label=mapping)
+    with pytest.raises(ValueError, match="'sky' .*'label': .*0 to 0"):
         list(load_images(path, id2label=mapping, streaming=True).rows())
 
 
 def test_labels_outside_num_classes(tmp_path):
     path = parquet(tmp_path / "a.parquet", list(range(8)), datasets.Value("int64"))
     assert load_images(path).num_classes == 8
-    with pytest.raises(ValueError, match="0 to 7, `num_classes` 5 .*0 to 4"):
-        load_images(path, num_classes=5)
-    with pytest.raises(ValueError, match="label.*`num_classes` or `id2label`"):
-        load_images(path, streaming=True)
+    refuse(path, "0 to 7", "`num_classes` 5", "0 to 4", num_classes=5)
+    refuse(path, "'label'", "`num_classes` or `id2label`", streaming=True)
     rows = load_images(path, streaming=True, num_classes=5).rows()
     assert [next(rows).label for _ in range(5)] == [0, 1, 2, 3, 4]
-    with pytest.raises(ValueError, match="sha256 .* has the label 5 in column 'label': expected 0 to 4"):
+    with pytest.raises(ValueError, match="sha256 .* 5 .*'label': .*0 to 4"):
         next(rows)
     path = parquet(tmp_path / "b.parquet", [0, None, 1, 0], datasets.Value("int64"), num_images=4)
-    with pytest.raises(ValueError, match="column 'label' has rows without a label"):
-        load_images(path)
-    with pytest.raises(ValueError, match="has the label None"):
+    refuse(path, "'label'")
+    with pytest.raises(ValueError, match="None .*'label'"):
         list(load_images(path, streaming=True, num_classes=2).rows())
-    path = parquet(tmp_path / "c.parquet", [-1] * 8, datasets.Value("int64"))
-    with pytest.raises(ValueError, match="holds labels from -1 to -1"):
-        load_images(path)
+    refuse(parquet(tmp_path / "c.parquet", [-1] * 8, datasets.Value("int64")), "'label'", "-1 to -1")
 
 
-@pytest.mark.parametrize("text", ["{", "[1]", '{"a": "b"}', '{"0": 1}', "{}"])
-def test_files_of_names_that_are_wrong(photos_folder, tmp_path, text):
+@pytest.mark.parametrize(
+    "text, named",
+    [("{", ""), ("[1]", ""), ('{"a": "b"}', "'a'"), ('{"0": 1}', "{0: 1}"), ("{}", "{}"), ('{"0": "earth"}', "[1]")],
+)
+def test_files_of_names_that_are_wrong(photos_folder, tmp_path, text, named):
     (tmp_path / "names.json").write_text(text)
-    with pytest.raises(ValueError, match="`id2label` .*names.json"):
-        load_images(photos_folder, id2label=tmp_path / "names.json")
-    (tmp_path / "names.json").write_text('{"0": "earth"}')
-    with pytest.raises(ValueError, match=r"names.json.*\[1\]"):
-        load_images(photos_folder, id2label=tmp_path / "names.json")
+    refuse(photos_folder, "`id2label`", "names.json", named, id2label=tmp_path / "names.json")
 
 
 @STREAMED
-def test_shares_of_processes_are_disjoint_and_complete(photos_folder, streaming):
-    for num_processes in (1, 2, 3):
-        for source in (
-            load_images(photos_folder, streaming=streaming),
-            load_images(photos_folder, streaming=streaming).shuffled(3),
-        ):
-            names = [row.name for i in range(num_processes) for row in source.share(i, num_processes)]
-            assert len(names) == 8 == len(set(names))
+@pytest.mark.parametrize("num_processes", [1, 2, 3])
+def test_shares_of_processes_are_disjoint_and_complete(photos_folder, streaming, num_processes):
+    source = load_images(photos_folder, streaming=streaming)
+    for shared in (source, source.shuffled(3)):
+        names = [row.name for i in range(num_processes) for row in shared.share(i, num_processes)]
+        assert len(names) == 8 == len(set(names))
 
 
 @STREAMED
@@ -351,15 +318,17 @@ def test_shuffled_is_fixed_by_the_seed(photos_folder, streaming):
 
 @STREAMED
 def test_fingerprint_follows_the_data_not_the_place(photos_folder, tmp_path, streaming):
-    first = load_images(photos_folder, streaming=streaming).fingerprint
-    assert load_images(photos_folder, streaming=streaming).fingerprint == first
-    assert load_images(photos_folder, streaming=streaming, labelled=False).fingerprint != first
+    def fingerprint(folder, **arguments) -> str:
+        return load_images(folder, streaming=streaming, **arguments).fingerprint
+
+    first, moved = fingerprint(photos_folder), tmp_path / "moved"
+    assert fingerprint(photos_folder) == first != fingerprint(photos_folder, labelled=False)
     assert load_images(photos_folder, streaming=streaming).shuffled(1).fingerprint != first
-    moved = photos_folder.rename(tmp_path / "moved")
-    assert load_images(moved, streaming=streaming).fingerprint == first
+    photos_folder.rename(moved)
+    assert fingerprint(moved) == first
     (moved / "sky" / "1.png").write_bytes(encode(photo(2)))
-    assert load_images(moved, streaming=streaming).fingerprint != first
+    assert fingerprint(moved) != first
     (moved / "sky" / "1.png").write_bytes(encode(photo(1)))
-    assert load_images(moved, streaming=streaming).fingerprint == first
+    assert fingerprint(moved) == first
     (moved / "sky" / "1.png").rename(moved / "earth" / "1.png")
-    assert load_images(moved, streaming=streaming).fingerprint != first
+    assert fingerprint(moved) != first
