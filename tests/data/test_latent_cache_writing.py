@@ -3,18 +3,16 @@
 
 import json
 import os
-import random
+import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
 from accelerate import Accelerator
 from photo_caches import CODES, SHARD, contents, flip_bit, to_png
-from script_runs import EXAMPLES, TWO_PROCESSES, call
+from script_runs import call, in_two_processes
 
 from diffusers_d2it.data import latent_cache_writer
 from diffusers_d2it.data.latent_cache import LatentCache
@@ -83,41 +81,36 @@ def folder(load_photos, tmp_path) -> Path:
 
 def test_two_processes_that_were_killed_continue_to_the_cache_that_one_writes(make_vae, folder, tmp_path, capsys):
     make_vae().save_pretrained(tmp_path / "vae")
-    arguments = ["--train_data_dir", folder, "--vae", tmp_path / "vae"]
-    arguments += "--resolution 32 --rows_per_shard 2 --encode_batch_size 2".split()
     killed, whole = tmp_path / "killed", tmp_path / "whole"
-    call("cache_latents.py", *arguments, "--output_dir", whole)
-    assert "24 shards, written by 1 processes" in capsys.readouterr().out
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true"}
 
-    command = [*TWO_PROCESSES, EXAMPLES / "cache_latents.py", *arguments, "--output_dir", killed]
+    def write(output: Path) -> None:
+        sizes = {"resolution": 32, "rows_per_shard": 2, "encode_batch_size": 2}
+        arguments = {"train_data_dir": folder, "vae": tmp_path / "vae", "output_dir": output} | sizes
+        call("cache_latents.py", *(word for name, value in arguments.items() for word in (f"--{name}", value)))
 
-    def start() -> subprocess.Popen:
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        return subprocess.Popen(command, env=environment, **pipes)
+    def write_until_killed() -> None:
+        save_file, num_shards = latent_cache_writer.save_file, 3 + int(os.environ["RANK"])
 
-    process = start()
-    moment = random.randint(1, 12), random.uniform(0, 0.06)
-    while len(list(killed.glob("shard-*"))) < moment[0]:
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.002)
-    time.sleep(moment[1])
-    for member in [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]:
-        member.kill()
-    process.communicate()
-    with pytest.raises(ValueError, match=r"\d+ of 24 shards"):
+        def killed_in_the_next_shard(*arguments, **metadata) -> None:
+            nonlocal num_shards
+            save_file(*arguments, **metadata)
+            if num_shards == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            num_shards -= 1
+
+        latent_cache_writer.save_file = killed_in_the_next_shard
+        write(killed)
+
+    write(whole)
+    assert "24 shards" in capsys.readouterr().out
+    assert in_two_processes(write_until_killed) == [None, None] and list(killed.glob(".staging-*"))
+    with pytest.raises(ValueError, match="7 of 24 shards"):
         LatentCache(killed, make_vae(), seed=0)
     kept = {path: path.stat() for path in killed.glob("shard-*/codes.safetensors")}
-    assert kept
 
-    process = start()
-    output = process.communicate(timeout=100)[0]
-    assert process.returncode == 0, output
-    assert "24 shards, written by 2 processes; 1 unusable images left out" in output
-    assert {path: path.stat() for path in kept} == kept, moment
-    assert contents(killed) == contents(whole)
-    assert not list(killed.glob(".*"))
-
+    in_two_processes(lambda: write(killed))
+    assert len(kept) == 7 and {path: path.stat() for path in kept} == kept
+    assert contents(killed) == contents(whole) and not list(killed.glob(".*"))
     lists = [json.loads(path.read_text())["bad_images"] for path in killed.glob("shard-*/bad_images.json")]
     (bad,) = (image for images in lists for image in images)
     assert bad["name"].endswith("earth/30.png") and bad["row"] == 15 and bad["reason"]

@@ -2,6 +2,7 @@
 """Batches of whole, damaged and streamed data: nothing grey, nothing lost, and exactly the same after a resume."""
 
 import random
+from itertools import islice
 
 import numpy as np
 import PIL.Image
@@ -23,6 +24,7 @@ from diffusers_d2it.data.loaders import (
     first_batches,
     make_dataset,
     make_loader,
+    usable_images,
 )
 from diffusers_d2it.data.source import load_images
 from diffusers_d2it.training.measures import count_entropy
@@ -87,6 +89,11 @@ def damaged_tars(tmp_path):
 USABLE = set(range(20)) - {4, 5, 6, 17}
 
 
+def item(data: dict) -> tuple[int, bool, int]:
+    """`known` of one item."""
+    return known({key: value[None] for key, value in data.items()})[0]
+
+
 def test_items_of_a_map_style_source(damaged_folder, bad_images):
     dataset = ImageDataset(load_images(damaged_folder), 32, 7, bad_images)
     assert len(dataset) == 20 and dataset.num_classes == 2 and dataset.id2label == {0: "a", 1: "b"}
@@ -94,23 +101,21 @@ def test_items_of_a_map_style_source(damaged_folder, bad_images):
         dataset.set_epoch(epoch)
         for i in sorted(USABLE):
             flip = random.Random(f"7/{epoch}/{i}").random() < 0.5
-            item = dataset[i]
             path = next(damaged_folder.rglob(f"{i:02d}.png"))
-            assert torch.equal(item["pixels"], to_pixels(PIL.Image.open(path), 32, flip))
-            assert item["class_labels"].dtype == torch.int64 and item["class_labels"].item() == i // 10
+            assert torch.equal(dataset[i]["pixels"], to_pixels(PIL.Image.open(path), 32, flip))
+            assert torch.equal(dataset[i]["class_labels"], torch.tensor(i // 10))
     assert not bad_images.found()
 
 
 def test_another_image_stands_in(damaged_folder, bad_images):
     dataset = ImageDataset(load_images(damaged_folder), 32, 7, bad_images)
-    items = {i: known({key: value[None] for key, value in dataset[i].items()})[0] for i in (4, 5, 6, 17)}
+    items = {i: item(dataset[i]) for i in (4, 5, 6, 17)}
     # 1, 2, 4, 8 places after the index, the first that can be used
     assert {i: number for i, (number, _, _) in items.items()} == {4: 8, 5: 7, 6: 7, 17: 18}
     assert all(label == number // 10 for number, _, label in items.values())
     reasons = {name.split("/")[-1]: reason for name, reason in bad_images.found().items()}
     assert set(reasons) == {"04.png", "05.png", "06.png", "17.png"}
-    assert "empty" in reasons["04.png"] and "truncated" in reasons["05.png"]
-    assert "Pillow cannot read it" in reasons["06.png"] and "8x8" in reasons["17.png"]
+    assert len(set(reasons.values())) == 4 and "8x8" in reasons["17.png"]
 
 
 def test_a_part_that_is_all_damaged_is_left_soon(tmp_path, bad_images):
@@ -122,10 +127,10 @@ def test_a_part_that_is_all_damaged_is_left_soon(tmp_path, bad_images):
 
 def test_nothing_but_damage_ends_at_once(tmp_path, bad_images, accelerator):
     write_folder(tmp_path / "photos", {f"{i}.png": b"" for i in range(5)})
-    with pytest.raises(ValueError, match="photos: none of the images can be used. 5 of the images .*is empty"):
+    with pytest.raises(ValueError, match="photos.* 5 .*/0.png"):
         ImageDataset(load_images(tmp_path / "photos"), 32, 0, bad_images)[2]
     stream = prepared(accelerator, bad_images, tmp_path / "photos", streaming=True)
-    with pytest.raises(ValueError, match="photos: worker 0/0 finds no image that can be used. 5 of the images"):
+    with pytest.raises(ValueError, match="photos.* 0/0 .* 5 .*/0.png"):
         next(batches_from(accelerator, stream, 0))
 
 
@@ -133,11 +138,11 @@ def test_a_long_run_of_damage_is_an_error(tmp_path, bad_images, monkeypatch):
     monkeypatch.setattr(loaders, "MAX_UNUSABLE", 4)
     files = {f"{i}.png": b"" if i < 5 else level(i) for i in range(9)}
     source = load_images(write_folder(tmp_path / "photos", files))
-    with pytest.raises(ValueError, match="4 images in a row cannot be used, the last is .*3.png"):
-        list(loaders.usable_images(source.rows(), 32, bad_images))
+    with pytest.raises(ValueError, match="^4 .*/3.png"):
+        list(usable_images(source.rows(), 32, bad_images))
     files = {f"{i}.png": b"" if i % 2 else level(i) for i in range(20)}
     source = load_images(write_folder(tmp_path / "mixed", files))
-    assert len(list(loaders.usable_images(source.rows(), 32, bad_images))) == 10
+    assert len(list(usable_images(source.rows(), 32, bad_images))) == 10
 
 
 def test_order_and_flips_are_those_of_accelerate(tmp_path, accelerator, bad_images):
@@ -158,23 +163,20 @@ def test_the_data_set_hears_of_epochs_also_from_loaders_that_do_not_tell_it(dama
             pass
 
     loader = Loader([{"number": 0}, {"number": 1}])
-    epochs = [
-        (batch["number"], loader.dataset.epoch) for batch, _ in zip(batches_from(accelerator, loader, 4), range(5))
-    ]
-    assert epochs == [(0, 2), (1, 2), (0, 3), (1, 3), (0, 4)]
+    batches = islice(batches_from(accelerator, loader, 4), 5)
+    assert [(batch["number"], loader.dataset.epoch) for batch in batches] == [(0, 2), (1, 2), (0, 3), (1, 3), (0, 4)]
 
 
 @pytest.mark.parametrize("first_batch", [0, 5, 13])
 def test_resume_with_damaged_images_and_other_workers(damaged_folder, accelerator, bad_images, first_batch):
-    runs = {}
-    for workers in (0, 1, 2):
-        start = first_batch if workers else 0
+    def batches(workers: int, start: int) -> list:
         loader = prepared(accelerator, bad_images, damaged_folder, batch_size=3, num_workers=workers)
-        batches = batches_from(accelerator, loader, start)
-        runs[workers] = first(batches, 19 - start)
-    assert runs[1] == runs[2] == runs[0][first_batch:]
-    seen = [i for batch in runs[0][:6] for i, _, _ in batch]
-    assert set(seen) <= USABLE and len(set(seen)) >= 14
+        return first(batches_from(accelerator, loader, start), 19 - start)
+
+    whole = batches(0, 0)
+    assert batches(1, first_batch) == batches(2, first_batch) == whole[first_batch:]
+    seen = {i for batch in whole[:6] for i, _, _ in batch}
+    assert seen <= USABLE and len(seen) >= 14
     assert len(bad_images.found()) == 4
 
 
@@ -218,26 +220,21 @@ def test_processes_share_a_stream(damaged_tars, bad_images, num_processes):
     for process in range(num_processes):
         streams.append(ImageStream(source, 32, 0, bad_images, process, num_processes))
         rows = streams[-1].source.shuffled(5).stream()
-        seen += [row.name for row, _ in loaders.usable_images(rows, 32, bad_images)]
+        seen += [row.name for row, _ in usable_images(rows, 32, bad_images)]
     assert len(seen) == 16 == len(set(seen))
-    flips = [[known({k: v[None] for k, v in item.items()})[0][1] for item, _ in zip(s, range(30))] for s in streams]
+    flips = [[item(data)[1] for data in islice(stream, 30)] for stream in streams]
     assert flips[0] != flips[1]
 
 
-def test_more_workers_than_files(damaged_tars, accelerator, bad_images):
+def test_what_a_loader_cannot_do_is_named(damaged_tars, damaged_folder, accelerator, bad_images):
+    stream = {"streaming": True, "num_classes": 3}
     with pytest.raises(ValueError, match="`num_workers` 5.* 4 "):
-        prepared(accelerator, bad_images, damaged_tars, num_workers=5, streaming=True, num_classes=3)
-
-
-def test_a_bad_label_in_a_stream_is_named(damaged_tars, accelerator, bad_images):
-    loader = prepared(accelerator, bad_images, damaged_tars, streaming=True, num_classes=2)
-    with pytest.raises(ValueError, match="tar/.*png has the label 2 in column 'cls': expected 0 to 1"):
-        first(batches_from(accelerator, loader, 0), 20)
-
-
-def test_too_few_images_for_a_batch(damaged_folder, accelerator, bad_images):
+        prepared(accelerator, bad_images, damaged_tars, num_workers=5, **stream)
     with pytest.raises(ValueError, match="`batch_size` 21.* 20 "):
         prepared(accelerator, bad_images, damaged_folder, batch_size=21)
+    loader = prepared(accelerator, bad_images, damaged_tars, **stream | {"num_classes": 2})
+    with pytest.raises(ValueError, match="tar/.*png .* 2 .*'cls': .*0 to 1"):
+        first(batches_from(accelerator, loader, 0), 20)
 
 
 def test_enlarged_images_are_counted_in_workers(tmp_path, accelerator, bad_images):

@@ -5,7 +5,6 @@ import json
 import os
 import re
 import signal
-import socket
 import sys
 from collections import Counter
 from pathlib import Path
@@ -15,7 +14,7 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 from PIL import Image
-from script_runs import TWO_PROCESSES, call, run
+from script_runs import TWO_PROCESSES, call, in_two_processes, run
 
 from diffusers_d2it import D2iTPipeline, load_sampler
 from diffusers_d2it.sampling import SampleFolder
@@ -95,41 +94,23 @@ def test_two_processes_draw_the_same_files(checkpoint, drawn, tmp_path):
 
 
 def draw_with_two_processes(checkpoint: Path, output: Path) -> list[list]:
-    """What each of two processes draws, the first image of each batch; or the error with which it ends.
+    """What each of two processes draws, the first image of each batch; or the error with which it ends."""
 
-    Without accelerate's launcher, which would end a process when the other one has failed.
-    """
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        environment = {
-            "OMP_NUM_THREADS": "1",
-            "WORLD_SIZE": "2",
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(server.getsockname()[1]),
-        }
-    notes = [output.with_name(f"{output.name}-{rank}.json") for rank in range(2)]
-    children = []
-    for rank in range(2):
-        children.append(os.fork())
-        if children[-1]:
-            continue
+    def drawn_batches() -> list:
         write, said = SampleFolder.write, []
 
-        def noted(samples: SampleFolder, batch: range, *images, write=write, said=said) -> None:
+        def noted(samples: SampleFolder, batch: range, *images) -> None:
             said.append(batch.start)
             write(samples, batch, *images)
 
         SampleFolder.write = noted
-        os.environ |= environment | {"RANK": str(rank), "LOCAL_RANK": str(rank), "ACCELERATE_USE_CPU": "true"}
-        sys.stdout = sys.stderr = open(os.devnull, "w")
         try:
             call(SCRIPT, *flags(checkpoint, output))
         except ValueError as error:
-            said = [str(error)]
-        notes[rank].write_text(json.dumps(said))
-        os._exit(0)
-    for child in children:
-        os.waitpid(child, 0)
-    return [json.loads(path.read_text()) for path in notes]
+            return [str(error)]
+        return said
+
+    return in_two_processes(drawn_batches)
 
 
 def test_two_processes_share_what_is_missing(checkpoint, drawn, tmp_path):
