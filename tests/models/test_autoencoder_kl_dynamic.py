@@ -2,6 +2,7 @@
 """The Dynamic VAE: which head encodes which region, the tied posterior, decoding and scale, and what it refuses."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -96,23 +97,6 @@ def test_every_region_holds_the_codes_of_the_head_of_its_grain(make_vae, photos,
     parameters = vae.encode(photos, grain_map=grain_map).latent_dist.parameters
     for image, grain, row, column, block in codes(parameters, grain_map, num_grains):
         assert (block == heads[grain][image, :, row, column, None, None]).all()
-    finest = vae.encode(photos, fine_ratio=1.0).latent_dist
-    assert torch.equal(finest.mode(), heads[-1].chunk(2, dim=1)[0])
-
-
-@KINDS
-@torch.no_grad()
-def test_a_change_in_one_region_of_the_map_changes_only_its_latents(make_vae, photos, num_grains):
-    vae = make_vae(num_grains)
-    grain_map = map_for(vae)
-    changed_map = grain_map.clone()
-    changed_map[3, 1, 2] = (grain_map[3, 1, 2] + 1) % num_grains
-    before, after = (vae.encode(photos, grain_map=m).latent_dist.mode() for m in (grain_map, changed_map))
-    cells = 2 ** (num_grains - 1)
-    differs = (before != after).any(dim=1)
-    expected = torch.zeros_like(differs)
-    expected[3, cells : 2 * cells, 2 * cells : 3 * cells] = True
-    assert differs.any() and not (differs & ~expected).any()
 
 
 # ---- Tied posterior ----
@@ -255,24 +239,22 @@ def test_low_precision_leaves_the_map_alone(make_vae, photos):
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("key", "value"),
     [
-        ({"downsample_factors": [8]}, r"`downsample_factors`.*8"),
-        ({"downsample_factors": [3, 6]}, r"`downsample_factors`.*\[3, 6\]"),
-        ({"downsample_factors": [8, 4]}, r"`downsample_factors`.*\[8, 4\]"),
-        ({"downsample_factors": [4, 16]}, r"`downsample_factors`.*\[4, 16\]"),
-        ({"downsample_factors": [8, 16]}, "`block_out_channels`"),
-        ({"block_out_channels": [8, 8, 16]}, "`block_out_channels`"),
-        ({"decoder_block_out_channels": [8, 8]}, "`decoder_block_out_channels`"),
-        ({"grain_ratios": [1.0]}, r"`grain_ratios`.*1.0"),
-        ({"grain_ratios": [0.2, 0.2]}, r"`grain_ratios`.*0.2, 0.2"),
-        ({"grain_ratios": [1.5, -0.5]}, r"`grain_ratios`.*1.5"),
-        ({"calibration": {"region_size": 16, "quantiles": [2.0, 5.0]}}, "`calibration`.*16 .*8"),
+        *(("downsample_factors", factors) for factors in ([8], [3, 6], [8, 4], [4, 16])),
+        *(("grain_ratios", ratios) for ratios in ([1.0], [0.2, 0.2], [1.5, -0.5])),
+        ("block_out_channels", [8, 8, 16]),
+        ("decoder_block_out_channels", [8, 8]),
     ],
 )
-def test_configurations_that_contradict_themselves_are_refused(changes, message):
-    with pytest.raises(ValueError, match=message):
-        DynamicAutoencoderKL(**(load_preset("dvae-tiny") | changes))
+def test_configurations_that_contradict_themselves_are_refused(key, value):
+    with pytest.raises(ValueError, match=f"`{key}`.*{re.escape(str(value))}"):
+        DynamicAutoencoderKL(**(load_preset("dvae-tiny") | {key: value}))
+
+
+def test_a_calibration_of_other_regions_is_refused(calibrate):
+    with pytest.raises(ValueError, match="`calibration`.*16 .*8"):
+        DynamicAutoencoderKL(**(load_preset("dvae-tiny") | {"calibration": calibrate(16)}))
 
 
 MAP = torch.zeros(8, 8, 8, dtype=torch.int64)
@@ -325,12 +307,9 @@ def test_images_out_of_range_or_shape_are_refused_with_and_without_a_map(make_va
 
 
 @pytest.mark.parametrize("shape", [(1, 3, 64, 64, 1), (3, 64, 64), (1, 4, 64, 64), (1, 3, 60, 64), (1, 3, 64, 60)])
-def test_images_of_another_shape_have_no_moments(make_vae, shape):
+def test_tensors_of_another_shape_have_neither_moments_nor_image(make_vae, shape):
     with pytest.raises(ValueError, match=r"`x`.*\(B, 3, H, W\)"):
         make_vae().encode_grains(torch.zeros(shape))
-
-
-@pytest.mark.parametrize("shape", [(1, 3, 8, 8), (4, 8, 8), (1, 8, 8, 8)])
-def test_latents_with_other_channels_are_not_decoded(make_vae, shape):
-    with pytest.raises(ValueError, match=r"`z`.*\(B, 4, h, w\)"):
-        make_vae().decode(torch.zeros(shape))
+    if shape[1:2] != (4,):
+        with pytest.raises(ValueError, match=r"`z`.*\(B, 4, h, w\)"):
+            make_vae().decode(torch.zeros(shape))
