@@ -46,27 +46,13 @@ NUM_MAPS = 20
 BATCH_SIZE = 2
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Host traffic
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 def host_traffic(
     pipe: D2iTPipeline, grain_map: torch.Tensor, num_inference_steps: int = NUM_STEPS, **options
 ) -> tuple[list[str], list[str]]:
-    """What the host reads from the device, or sends to it, in the steps after the first.
+    """What the host reads from the device, or sends to it, in the steps after the first, for a map (B, h, w).
 
-    Args:
-        pipe: on a GPU, or on the meta device by `move_to_meta`.
-        grain_map: (B, h, w).
-        num_inference_steps: of denoising.
-        options: of the call of the pipeline.
-
-    Returns:
-        Traffic of the denoising loop, and that inside `scheduler.step`.
-
-    Raises:
-        RuntimeError: a value is read on the meta device, or the watch is blind.
+    The pipeline is on a GPU, or on the meta device by `move_to_meta`, where to read a value is a RuntimeError.
+    Returned are the traffic of the denoising loop, and that inside `scheduler.step`.
     """
     device = pipe.transformer.device
     watch = _watch_meta if device.type == "meta" else _watch_cuda
@@ -94,13 +80,7 @@ def host_traffic(
 
     with patch.object(pipe.scheduler, "step", step), ExitStack() as stack:
         try:
-            pipe(
-                _labels(pipe, len(grain_map)),
-                num_inference_steps=num_inference_steps,
-                grain_map=grain_map,
-                callback_on_step_end=on_step_end,
-                **options,
-            )
+            _call(pipe, grain_map, num_inference_steps, on_step_end, **options)
         except _LoopIsOver:  # what follows, decoding to images, has to wait
             pass
     return found, of_scheduler
@@ -131,16 +111,13 @@ def _watch_cuda(found: list[str]) -> Iterator[None]:
 @contextmanager
 def _watch_meta(found: list[str]) -> Iterator[None]:
     """Note what would make the host wait if the meta device were a GPU; a read raises by itself."""
-    with _Operators(found), _Constructors(found):
+    with _Operators() as operators, _Constructors() as constructors:
+        operators.found = constructors.found = found
         yield
 
 
 class _Operators(TorchDispatchMode):
     """Notes operators that move data between the CPU and the meta device, or check on the host what they computed."""
-
-    def __init__(self, found: list[str]):
-        super().__init__()
-        self.found = found
 
     def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
         output = operator(*args, **(kwargs or {}))
@@ -159,10 +136,6 @@ class _Operators(TorchDispatchMode):
 class _Constructors(TorchFunctionMode):
     """Notes tensors made on the meta device from values of the host, which never reach an operator there."""
 
-    def __init__(self, found: list[str]):
-        super().__init__()
-        self.found = found
-
     def __torch_function__(self, function, types, args=(), kwargs=None):
         output = function(*args, **(kwargs or {}))
         if function in (torch.tensor, torch.as_tensor, torch.asarray) and output.is_meta:
@@ -175,17 +148,12 @@ def move_to_meta(pipe: D2iTPipeline, grain_map: torch.Tensor) -> D2iTPipeline:
     """Move a pipeline to the meta device, where only layouts of this map (B, h, w) can be had: they read values."""
     pipe.to("meta")
     prepare = pipe.transformer.prepare_grain_map
-    pipe.transformer.prepare_grain_map = functools.partial(_prepare_for_meta, prepare, grain_map)
+
+    def prepare_for_meta(on_meta: torch.Tensor) -> GrainLayout:
+        return prepare(grain_map.repeat(len(on_meta) // len(grain_map), 1, 1)).to("meta")
+
+    pipe.transformer.prepare_grain_map = prepare_for_meta
     return pipe
-
-
-def _prepare_for_meta(prepare: Callable, real: torch.Tensor, on_meta: torch.Tensor) -> GrainLayout:
-    return prepare(real.repeat(len(on_meta) // len(real), 1, 1)).to("meta")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Graphs
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def count_graphs(
@@ -202,14 +170,7 @@ def count_graphs(
 
     for grain_map in grain_maps:
         graphs.append([])
-        pipe(
-            _labels(pipe, len(grain_map)),
-            num_inference_steps=num_inference_steps,
-            grain_map=grain_map,
-            output_type="latent",
-            callback_on_step_end=on_step_end,
-            **options,
-        )
+        _call(pipe, grain_map, num_inference_steps, on_step_end, output_type="latent", **options)
     return graphs
 
 
@@ -221,13 +182,10 @@ def different_maps(count: int, shape: tuple[int, int, int]) -> list[torch.Tensor
     return [(torch.rand(shape, generator=generator) < share).long() for share in shares]
 
 
-def _labels(pipe: D2iTPipeline, count: int) -> list[int] | None:
-    return None if pipe.transformer.config.num_classes is None else list(range(count))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The report
-# ---------------------------------------------------------------------------------------------------------------------
+def _call(pipe: D2iTPipeline, grain_map: torch.Tensor, num_inference_steps: int, on_step_end: Callable, **options):
+    labels = None if pipe.transformer.config.num_classes is None else list(range(len(grain_map)))
+    options |= {"num_inference_steps": num_inference_steps, "callback_on_step_end": on_step_end}
+    pipe(labels, grain_map=grain_map, **options)
 
 
 def make_scheduler(name: str):
@@ -241,9 +199,8 @@ def make_scheduler(name: str):
 
 def build_pipeline(device: str) -> D2iTPipeline:
     """A pipeline without a grain model: content-xl in bf16 on a GPU, content-tiny on the CPU."""
-    size, vae, dtype = ("content-xl", "dvae-f8f16", torch.bfloat16)
-    if device == "cpu":
-        size, vae, dtype = ("content-tiny", "dvae-tiny", torch.float32)
+    large, small = ("content-xl", "dvae-f8f16", torch.bfloat16), ("content-tiny", "dvae-tiny", torch.float32)
+    size, vae, dtype = small if device == "cpu" else large
     return random_pipeline(D2iTContentModel(**load_preset(size)).eval(), vae, None, device, dtype)
 
 
@@ -268,9 +225,8 @@ def measure(bench: Bench) -> str:
     graphs = count_graphs(pipe, grain_maps)
     traffic = count_all_traffic(bench, pipe, grain_maps[0], "compiled") if bench.cuda else 0
     pipe = build_pipeline(bench.device)
-    traffic += count_all_traffic(
-        bench, pipe if bench.cuda else move_to_meta(pipe, grain_maps[0]), grain_maps[0], "eager"
-    )
+    pipe = pipe if bench.cuda else move_to_meta(pipe, grain_maps[0])
+    traffic += count_all_traffic(bench, pipe, grain_maps[0], "eager")
 
     bench.note("graphs of the first map", graphs[0][-1])
     found = {
@@ -280,9 +236,7 @@ def measure(bench: Bench) -> str:
     }
     for text, number in found.items():
         bench.claim(text, number, 0, goal=9)
-    return (
-        f"Between the steps of sampling, {'content-xl on a GPU' if bench.cuda else 'content-tiny on the meta device'}"
-    )
+    return f"Between the steps of sampling, content-{'xl on a GPU' if bench.cuda else 'tiny on the meta device'}"
 
 
 if __name__ == "__main__":

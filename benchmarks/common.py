@@ -41,23 +41,12 @@ RESULTS = Path(__file__).parent / "results"
 DEVICES = ("cpu", "cuda")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# One main for all
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Flag:
-    """A flag of one script, an argument of its `measure`.
+    """A flag of one script, an argument of its `measure`."""
 
-    Args:
-        default: a number, a name or a list; {"cpu": ..., "cuda": ...} where it depends on the device.
-        help: what it is, and which values it takes.
-        valid: tells whether it takes a value.
-    """
-
-    default: Any
-    help: str
+    default: Any  # a number, a name or a list; {"cpu": ..., "cuda": ...} where it depends on the device
+    help: str  # what it is, and which values it takes
     valid: Callable[[Any], bool] = lambda value: True
 
     def add(self, parser: argparse.ArgumentParser, name: str) -> None:
@@ -65,8 +54,6 @@ class Flag:
         kind = {"nargs": "+", "type": type(of_cpu[0])} if isinstance(of_cpu, list) else {"type": type(of_cpu)}
         if isinstance(of_cpu, bool):
             kind = {"action": argparse.BooleanOptionalAction}
-        elif of_cpu is None:
-            kind = {}
         shown = " or ".join(f"{value} ({device})" for device, value in self._of_devices().items())
         parser.add_argument(f"--{name}", help=f"{self.help}; default: {shown}", **kind)
 
@@ -87,9 +74,7 @@ def main(
 
     Args:
         measure: of a `Bench` and the values of `flags`; returns the title of its report.
-        devices: that it measures on.
-        most_turns: of a device, at most, where turns take long.
-        flags: its own.
+        most_turns: of a device, where turns take long.
     """
     script = sys.modules[measure.__module__]
     parser = argparse.ArgumentParser(description=script.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -122,11 +107,6 @@ def result_path(name: str, device: str) -> Path:
     return RESULTS / (f"{name}.json" if device == "cpu" else f"{name}-{device}.json")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What is found
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Timing:
     """Time of one side over its turns, in milliseconds a call."""
@@ -141,21 +121,13 @@ class Timing:
 
 @dataclass(frozen=True)
 class Claim:
-    """One number that is promised.
+    """One number that is promised."""
 
-    Args:
-        text: what is measured, with its unit.
-        measured: the number.
-        limit: what is promised: at most this, or at least this.
-        at_least: the direction.
-        goal: number of the goal in `goals.py` that it belongs to; None for a promise of its own.
-    """
-
-    text: str
+    text: str  # what is measured, with its unit
     measured: float
-    limit: float
+    limit: float  # at most this, or at least
     at_least: bool = False
-    goal: int | None = None
+    goal: int | None = None  # of `goals.py`; None for a promise of its own
 
     @property
     def reached(self) -> bool:
@@ -166,13 +138,7 @@ class Claim:
 
 
 class Bench:
-    """How a benchmark is to measure, and what it has found.
-
-    Args:
-        device: "cpu" or "cuda".
-        threads: of torch on the CPU.
-        repeats: timed turns of each side.
-    """
+    """How a benchmark is to measure, and what it has found."""
 
     def __init__(self, device: str, threads: int, repeats: int):
         self.device, self.threads, self.repeats = device, threads, repeats
@@ -303,11 +269,6 @@ class Bench:
         output.write_text(json.dumps(result | self.more, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Scripts, processes and the machine
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 def load_script(name: str) -> ModuleType:
     """A script of examples/ as a module."""
     path = Path(__file__).parents[1] / "examples" / f"{name}.py"
@@ -319,14 +280,7 @@ def load_script(name: str) -> ModuleType:
 
 
 def in_fresh_process(function: Callable, *arguments, threads: int = 1, **environment: str) -> Any:
-    """What a function of a script returns in a process of its own, that has imported the script and nothing more.
-
-    Args:
-        function: found by its name in its module.
-        arguments: of the function.
-        threads: of every library that has some.
-        environment: further variables of the process.
-    """
+    """What a function of a script returns in a process of its own, that has imported the script and nothing more."""
     counts = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), str(threads))
     with patch.dict(os.environ, counts | environment), ProcessPoolExecutor(1, get_context("spawn")) as pool:
         return pool.submit(function, *arguments).result()
@@ -345,8 +299,11 @@ def forget_peak_memory() -> None:
 
 def describe_machine(device: str) -> dict[str, str | int | float]:
     """CPU model, cores, threads of torch, load (programs that want to run, this one included), versions, GPU."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.is_file() else []
+    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     description = {
-        "cpu": _cpu_model(),
+        "cpu": models[0] if models else platform.processor() or platform.machine(),
         "cores": os.cpu_count() or 0,
         "threads": torch.get_num_threads(),
         "load": round(os.getloadavg()[0], 1),
@@ -354,15 +311,4 @@ def describe_machine(device: str) -> dict[str, str | int | float]:
         "diffusers": diffusers.__version__,
         "python": platform.python_version(),
     }
-    if device == "cuda":
-        description["gpu"] = torch.cuda.get_device_name()
-    return description
-
-
-def _cpu_model() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        for line in cpuinfo.read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
+    return description | ({"gpu": torch.cuda.get_device_name()} if device == "cuda" else {})

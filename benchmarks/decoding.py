@@ -1,19 +1,19 @@
 # Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
 """Decoding with the DVAE: layout of the memory, bfloat16 and tiling; time, peak memory, change of the images.
 
-    python benchmarks/decoding.py [--size 256] [--tile 256]
+    python benchmarks/decoding.py
 
-The decoder of `dvae-f8f16` has random weights, which time and memory do not ask about. It decodes one image of
-`--size` pixels a side in both layouts of the memory and both dtypes, and images of two and of four tiles a side whole
-and in tiles. The defaults of a CPU are small: with tiles of 64 pixels for 256, images of
-128 and 256 pixels for 512 and 1024, every tensor is a sixteenth, so ratios of memory are those of the large images.
+The decoder of `dvae-f8f16` has random weights, which time and memory do not ask about. It decodes one image in both
+layouts of the memory and both dtypes, and images of two and of four tiles a side whole and in tiles. On a CPU they are
+small: with tiles of 64 pixels for 256, images of 128 and 256 pixels for 512 and 1024, every tensor is a sixteenth, so
+ratios of memory are those of the large images.
 What tiles do to an image is measured on photographs with the bundled checkpoint, whose weights are trained.
 """
 
 import copy
 
 import torch
-from common import Bench, Flag, main
+from common import Bench, main
 from peers import cast
 from photo_maps import load_photographs
 
@@ -46,10 +46,7 @@ def compare_formats(bench: Bench, vae: DynamicAutoencoderKL, size: int) -> None:
     for dtype in ("float32", "bfloat16"):
         plain = copy.deepcopy(models[f"contiguous, {dtype}"])
         models[f"channels last, {dtype}"] = plain.to(memory_format=torch.channels_last)
-    sides = {
-        name: lambda model=model: model.decode(latents.to(model.dtype), return_dict=False)[0]
-        for name, model in models.items()
-    }
+    sides = {name: lambda vae=model: vae.decode(latents.to(vae.dtype)).sample for name, model in models.items()}
     median = bench.time(sides, warmup=1)
     expected = sides["contiguous, float32"]()
     for name, decode in sides.items():
@@ -82,13 +79,14 @@ def compare_tiling(bench: Bench, vae: DynamicAutoencoderKL, tile: int) -> None:
 def seams(device: str) -> float:
     """Relative error that tiles make in photographs, 256 px in tiles of 64, by the bundled checkpoint."""
     vae = DynamicAutoencoderKL.from_pretrained(bundled_checkpoint(), subfolder="vae").to(device)
-    photographs = load_photographs(None).to(device)
+    photographs = load_photographs().to(device)
     latents = vae.encode(photographs).latent_dist.mode()
     return relative_error(tiled(vae, vae.config.sample_size).decode(latents).sample, vae.decode(latents).sample)
 
 
 @torch.no_grad()
-def measure(bench: Bench, size: int, tile: int) -> str:
+def measure(bench: Bench) -> str:
+    size, tile = (256, 256) if bench.cuda else (128, 64)  # pixels
     torch.manual_seed(0)
     vae = DynamicAutoencoderKL(**load_preset(PRESET)).to(bench.device).eval()
     compare_formats(bench, vae, size)
@@ -98,10 +96,4 @@ def measure(bench: Bench, size: int, tile: int) -> str:
 
 
 if __name__ == "__main__":
-    main(
-        measure,
-        size=Flag(
-            {"cpu": 128, "cuda": 256}, "side of an image in pixels, a multiple of 16", lambda n: n % 16 == 0 < n
-        ),
-        tile=Flag({"cpu": 64, "cuda": 256}, "side of a tile in pixels, a multiple of 32", lambda n: n % 32 == 0 < n),
-    )
+    main(measure)

@@ -28,31 +28,17 @@ from diffusers_d2it.models.window_attention import RefineBlock, WindowAttention
 
 @dataclass(frozen=True)
 class DenseLayout:
-    """What depends on the map alone, worked out once per map, as `GrainLayout` is for the packed path.
+    """What depends on the map alone, worked out once per map, as `GrainLayout` is for the packed path."""
 
-    Args:
-        side: cells along a side of a window, v.
-        fine: (B, 1, H, W) bool, cells of fine regions.
-        key_mask: (B * n, 1, 1, L), 0 for fine keys and -inf for coarse ones; all 0 in windows without a fine cell,
-            where -inf everywhere would give NaN.
-        relative_index: (L, L) int64, row of the bias table for each query and key.
-    """
-
-    side: int
-    fine: torch.Tensor
-    key_mask: torch.Tensor
-    relative_index: torch.Tensor
+    side: int  # v
+    fine: torch.Tensor  # (B, 1, H, W) bool, cells of fine regions
+    key_mask: torch.Tensor  # (B * n, 1, 1, L), -inf for coarse keys, but not in windows that have no other: NaN
+    relative_index: torch.Tensor  # (L, L) int64, row of the bias table for each query and key
 
     @classmethod
     def from_grain_map(cls, grain_map: torch.Tensor, side: int) -> "DenseLayout":
-        """Work out the layout of a map (B, h, w) int64, 0 = coarse, 1 = fine; a region is 2 x 2 cells.
-
-        Raises:
-            ValueError: a side of the grid is not a multiple of `side`: this plain version knows no partial windows.
-        """
+        """Work out the layout of a map (B, h, w) int64, 0 = coarse, 1 = fine; H and W are multiples of `side`."""
         fine = grain_map_to_cells(grain_map, 2) == 1  # (B, H, W)
-        if fine.shape[1] % side or fine.shape[2] % side:
-            raise ValueError(f"sides of the grid must be multiples of {side}, got {tuple(fine.shape[1:])}.")
         coarse_key = ~windows_of(fine[..., None], side).squeeze(-1)  # (B * n, L)
         masked = coarse_key & ~coarse_key.all(dim=-1, keepdim=True)
         key_mask = torch.zeros(masked.shape, device=fine.device).masked_fill_(masked, -torch.inf)
@@ -78,16 +64,7 @@ def dense_refine(
     label_embedding: torch.Tensor | float,
     layout: DenseLayout,
 ) -> torch.Tensor:
-    """Residual of `RefineNet.forward`, (B, O, H, W), from all cells.
-
-    Args:
-        refine_net: the packed network, for its weights.
-        parents: tokens of the Multi-grained Net, (B * h * w, D).
-        latents, noise: (B, C, H, W), (B, O, H, W).
-        timestep: (B,).
-        label_embedding: (B, D) or 0.
-        layout: of the grain map.
-    """
+    """Residual of `RefineNet.forward`, (B, O, H, W), from all cells; inputs as there, but for the layout."""
     batch, _, height, width = noise.shape
     side = layout.side
     conditioning = F.silu(refine_net.time_embed(timestep, latents.dtype) + label_embedding)  # (B, D)
@@ -95,17 +72,8 @@ def dense_refine(
     # Tokens stand in the order of windows from here on, so that a window is a reshape away.
     patches = windows_of(rearrange(torch.cat([latents, noise], dim=1), "b c y x -> b y x c"), side)
     children = refine_net.up_proj(parents)  # (B * h * w, 4 * D)
-    children = rearrange(
-        children,
-        "(b y yr x xr) (p q d) -> (b y x) (yr p xr q) d",
-        b=batch,
-        yr=side // 2,
-        x=width // side,
-        xr=side // 2,
-        p=2,
-        q=2,
-        d=children.shape[-1] // 4,
-    )
+    sizes = {"b": batch, "yr": side // 2, "x": width // side, "xr": side // 2, "p": 2, "q": 2}
+    children = rearrange(children, "(b y yr x xr) (p q d) -> (b y x) (yr p xr q) d", **sizes)
     tokens = (refine_net.patch_embed(patches) + children).view(batch, height * width, -1)  # (B, H * W, D)
     tokens = residual_stream(tokens, refine_net.residual_dtype)
 

@@ -19,28 +19,16 @@ The operators of the whole forward stand beside it.
 import dataclasses
 from collections.abc import Callable
 
+import peers
 import torch
 from common import Bench, Flag, main
-from peers import (
-    DiTShape,
-    Forward,
-    Inputs,
-    backbone,
-    check_equal,
-    compiled,
-    content_model,
-    diffusers_dit_of,
-    forward_of,
-    original_dit_of,
-    with_fused_projections,
-)
+from peers import DIFFUSERS, ORIGINAL, DiTShape, Forward, Inputs
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 
 SHAPE = DiTShape(num_layers=28, heads=4, head_dim=16, sample_size=8)  # width 64, 16 tokens
-OURS, FUSED, ORIGINAL, DIFFUSERS = "coarse path", "coarse path, fused", "original DiT", "diffusers' DiT"
-EMPTY = "coarse path and a RefineNet without tokens"
+OURS, FUSED, EMPTY = "coarse path", "coarse path, fused", "coarse path and a RefineNet without tokens"
 
 
 class OperatorCount(TorchDispatchMode):
@@ -74,19 +62,19 @@ def count_operators(function: Callable[[], object]) -> int:
 
 def sides_of(shape: DiTShape, inputs: Inputs, compile: bool) -> dict[str, Forward]:
     """Forwards of the models of one shape, with the same weights and inputs."""
-    ours = backbone(shape)
-    models = {OURS: ours, FUSED: with_fused_projections(ours)}
-    models |= {ORIGINAL: original_dit_of(ours), DIFFUSERS: diffusers_dit_of(ours)}
+    ours = peers.backbone(shape)
+    models = {OURS: ours, FUSED: peers.with_fused_projections(ours)} | peers.peers_of(ours)
     models = {name: model.to(inputs.latents.device) for name, model in models.items()}
     if compile:
-        models |= {f"{name}, compiled": compiled(model) for name, model in models.items()}
-    return {name: forward_of(model, inputs) for name, model in models.items()}
+        models |= {f"{name}, compiled": peers.compiled(model) for name, model in models.items()}
+    return {name: peers.forward_of(model, inputs) for name, model in models.items()}
 
 
 def side_without_fine_tokens(device: str) -> Forward:
     """Forward of the content model with one block of RefineNet more, on a map that leaves it no token."""
-    model = content_model(dataclasses.replace(SHAPE, num_layers=SHAPE.num_layers + 1), num_refine_layers=1).to(device)
-    return forward_of(model, Inputs.random(torch.zeros(1, SHAPE.side, SHAPE.side, dtype=torch.int64, device=device)))
+    model = peers.content_model(dataclasses.replace(SHAPE, num_layers=SHAPE.num_layers + 1), num_refine_layers=1)
+    all_coarse = torch.zeros(1, SHAPE.side, SHAPE.side, dtype=torch.int64, device=device)
+    return peers.forward_of(model.to(device), Inputs.random(all_coarse))
 
 
 @torch.no_grad()
@@ -95,7 +83,7 @@ def measure(bench: Bench, compile: bool) -> str:
     shallow = dataclasses.replace(SHAPE, num_layers=SHAPE.num_layers // 2)
     inputs = Inputs.random(torch.ones(1, SHAPE.side, SHAPE.side, dtype=torch.int64, device=bench.device))
     sides, at_half = sides_of(SHAPE, inputs, compile), sides_of(shallow, inputs, compile=False)
-    error = check_equal({name: forward() for name, forward in sides.items()}, 1e-5)
+    error = peers.check_equal({name: forward() for name, forward in sides.items()}, 1e-5)
     bench.note("largest relative difference of the sides", error)
     per_block = {}
     for name, forward in at_half.items():

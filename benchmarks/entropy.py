@@ -9,7 +9,7 @@ The direct side takes one exponential for every pixel and every bin. Errors are 
 import torch
 from common import Bench, main
 from einops import rearrange
-from photo_maps import IMAGES, load_photographs
+from photo_maps import load_photographs
 
 from diffusers_d2it.entropy import LUMA_WEIGHTS, NUM_BINS, SIGMA, region_entropy
 
@@ -28,9 +28,8 @@ def direct_entropy(pixels: torch.Tensor, region_size: int = 16) -> torch.Tensor:
 
 def max_error(images: torch.Tensor) -> float:
     """Largest error of `region_entropy` in nats, image by image against the direct sum in float64."""
-    return max(
-        (region_entropy(image) - direct_entropy(image.double())).abs().max().item() for image in images.split(1)
-    )
+    differences = (region_entropy(image) - direct_entropy(image.double()) for image in images.split(1))
+    return max(difference.abs().max().item() for difference in differences)
 
 
 def synthetic_images(device: str) -> dict[str, torch.Tensor]:
@@ -44,8 +43,8 @@ def synthetic_images(device: str) -> dict[str, torch.Tensor]:
 
 
 @torch.no_grad()
-def measure(bench: Bench, images: str | None) -> str:
-    photographs = load_photographs(images).to(bench.device)
+def measure(bench: Bench) -> str:
+    photographs = load_photographs().to(bench.device)
     image = photographs[:1]
     sides = {"region_entropy": lambda: region_entropy(image), "direct broadcast": lambda: direct_entropy(image)}
     fast, direct = bench.time(sides).values()
@@ -63,4 +62,4 @@ def measure(bench: Bench, images: str | None) -> str:
 
 
 if __name__ == "__main__":
-    main(measure, images=IMAGES)
+    main(measure)

@@ -17,7 +17,7 @@ import torch
 from common import Bench, main
 from matmul_peak import matmul_peak
 from peers import XL, DiTShape, Inputs, backbone, cast, compiled, content_model, forward_of, original_dit_of
-from photo_maps import IMAGES, load_photographs, real_grain_maps
+from photo_maps import load_photographs, real_grain_maps
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -37,12 +37,12 @@ def count_operations(forward: Callable[[], object]) -> int:
 
 
 @torch.no_grad()
-def measure(bench: Bench, images: str | None) -> str:
+def measure(bench: Bench) -> str:
     shape, num_refine_layers, dtype = (XL, 5, torch.bfloat16) if bench.cuda else (SMALL, 1, torch.float32)
     batch_size = 64 if bench.cuda else 4
 
     torch.manual_seed(0)
-    photographs = load_photographs(images, limit=batch_size, size=16 * shape.side).to(bench.device)
+    photographs = load_photographs(batch_size, size=16 * shape.side).to(bench.device)
     inputs = Inputs.random(real_grain_maps(photographs, FINE_RATIO, batch_size)).to(dtype)
     bench.note("share of fine regions", fine_share(inputs.grain_map, 2).mean().item())
     models = {"D2iT": content_model(shape, num_refine_layers), "backbone alone": backbone(shape)}
@@ -69,4 +69,4 @@ def measure(bench: Bench, images: str | None) -> str:
 
 
 if __name__ == "__main__":
-    main(measure, images=IMAGES)
+    main(measure)

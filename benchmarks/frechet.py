@@ -28,11 +28,6 @@ FEW_IMAGES, MANY_IMAGES = 2_000, 20_000
 OURS, ROOT = "frechet_distance", "root of a matrix"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Time
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 def root_of_matrix(mean_a: np.ndarray, a: np.ndarray, mean_b: np.ndarray, b: np.ndarray) -> float:
     """The distance by the formula as it is printed."""
     with warnings.catch_warnings():
@@ -63,11 +58,6 @@ def time_distances(num_features: int, turns: int, threads: int) -> dict[str, dic
                 found[f"{name}, {rank}"]["distance"] = side(*a, *b)
                 found[f"{name}, {rank}"]["milliseconds"].append(1e3 * (clock() - start))
     return found
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Memory
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def batches(num_images: int, num_features: int, seed: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

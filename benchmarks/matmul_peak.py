@@ -15,10 +15,6 @@ def matmul_peak(bench: Bench, dtype: torch.dtype) -> float:
 
     The best of several sizes and the best turn of each: what the machine can do at all, so that no share of it is
     flattered by a slow turn. The entries are random: products of zeros run faster on some accelerators.
-
-    Args:
-        bench: says where, and with how many threads.
-        dtype: of factors and product.
     """
     return max(2 * side**3 / _seconds(side, bench, dtype) for side in SIDES[bench.device])
 

@@ -12,22 +12,11 @@ The backbone alone, all blocks in the Multi-grained Net, computes what the two p
 A compiled side is one graph, and is compared with its eager form.
 """
 
+import peers
 import torch
 from common import Bench, main
-from peers import (
-    XL,
-    DiTShape,
-    Inputs,
-    backbone,
-    cast,
-    check_equal,
-    compiled,
-    content_model,
-    diffusers_dit_of,
-    forward_of,
-    original_dit_of,
-)
-from photo_maps import IMAGES, load_photographs, real_grain_maps
+from peers import DIFFUSERS, ORIGINAL, XL, DiTShape, Inputs
+from photo_maps import load_photographs, real_grain_maps
 
 from diffusers_d2it.grains import fine_share
 
@@ -35,32 +24,32 @@ from diffusers_d2it.grains import fine_share
 # On an accelerator one image is bound by the launches of operators, so the small form is small enough for that too.
 SMALL = DiTShape(num_layers=12, heads=3, head_dim=64, sample_size=16)
 FINE_RATIO = 0.5
-D2IT, BACKBONE, ORIGINAL, DIFFUSERS = "D2iT", "backbone alone", "original DiT", "diffusers' DiT"
+D2IT, BACKBONE = "D2iT", "backbone alone"
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.05}  # of a compiled form, relative to the largest value
 
 
 @torch.no_grad()
-def measure(bench: Bench, images: str | None) -> str:
+def measure(bench: Bench) -> str:
     shape, num_refine_layers, dtype = (XL, 5, torch.bfloat16) if bench.cuda else (SMALL, 2, torch.float32)
 
     torch.manual_seed(0)
-    photograph = load_photographs(images, limit=1, size=16 * shape.side).to(bench.device)
+    photograph = load_photographs(1, size=16 * shape.side).to(bench.device)
     grain_map = real_grain_maps(photograph, FINE_RATIO)
-    models = {D2IT: content_model(shape, num_refine_layers), BACKBONE: backbone(shape)}
-    models |= {ORIGINAL: original_dit_of(models[BACKBONE]), DIFFUSERS: diffusers_dit_of(models[BACKBONE])}
+    models = {D2IT: peers.content_model(shape, num_refine_layers), BACKBONE: peers.backbone(shape)}
+    models |= peers.peers_of(models[BACKBONE])
     inputs = Inputs.random(grain_map).guided()
     of_model = {name: inputs if name == D2IT else inputs.all_fine() for name in models}
 
-    models = {name: cast(model, bench.device, torch.float32) for name, model in models.items()}
-    outputs = {name: forward_of(models[name], of_model[name])() for name in (BACKBONE, ORIGINAL, DIFFUSERS)}
-    bench.note("largest relative difference of backbone and peers", check_equal(outputs, 1e-4))
+    models = {name: peers.cast(model, bench.device, torch.float32) for name, model in models.items()}
+    outputs = {name: peers.forward_of(models[name], of_model[name])() for name in (BACKBONE, ORIGINAL, DIFFUSERS)}
+    bench.note("largest relative difference of backbone and peers", peers.check_equal(outputs, 1e-4))
     bench.note("share of fine regions", fine_share(grain_map, 2).mean().item())
 
     sides = {}
     for name, model in models.items():
-        forms = {name: cast(model, bench.device, dtype), f"{name}, compiled": compiled(model)}
-        forms = {form: forward_of(one, of_model[name].to(dtype)) for form, one in forms.items()}
-        difference = check_equal({form: forward() for form, forward in forms.items()}, TOLERANCE[dtype])
+        forms = {name: peers.cast(model, bench.device, dtype), f"{name}, compiled": peers.compiled(model)}
+        forms = {form: peers.forward_of(one, of_model[name].to(dtype)) for form, one in forms.items()}
+        difference = peers.check_equal({form: forward() for form, forward in forms.items()}, TOLERANCE[dtype])
         bench.note(f"relative difference of eager and compiled, {name}", difference)
         sides |= forms
     median = bench.time(sides)
@@ -79,4 +68,4 @@ def measure(bench: Bench, images: str | None) -> str:
 
 
 if __name__ == "__main__":
-    main(measure, images=IMAGES)
+    main(measure)

@@ -24,21 +24,13 @@ LAYER_NORM_EPS = 1e-6
 
 @dataclass(frozen=True)
 class DiTShape:
-    """What all sides of a comparison share.
-
-    Args:
-        num_layers: blocks.
-        heads: number of heads A.
-        head_dim: D / A.
-        sample_size: side of the latents in cells.
-        num_classes: class labels; label `num_classes` means no class.
-    """
+    """What all sides of a comparison share."""
 
     num_layers: int
-    heads: int
-    head_dim: int
-    sample_size: int
-    num_classes: int = 1000
+    heads: int  # A
+    head_dim: int  # D / A
+    sample_size: int  # side of the latents in cells
+    num_classes: int = 1000  # label `num_classes` means no class
 
     @property
     def width(self) -> int:
@@ -61,13 +53,8 @@ class OriginalBlock(nn.Module):
         self.proj = nn.Linear(dim, dim)
         self.proj_drop = nn.Dropout(0.0)
         self.norm2 = nn.LayerNorm(dim, elementwise_affine=False, eps=LAYER_NORM_EPS)
-        self.mlp = nn.Sequential(
-            nn.Linear(dim, 4 * dim),
-            nn.GELU(approximate="tanh"),
-            nn.Dropout(0.0),
-            nn.Linear(4 * dim, dim),
-            nn.Dropout(0.0),
-        )
+        widened = nn.Linear(dim, 4 * dim), nn.GELU(approximate="tanh"), nn.Dropout(0.0)
+        self.mlp = nn.Sequential(*widened, nn.Linear(4 * dim, dim), nn.Dropout(0.0))
         self.adaln = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
 
     def forward(self, tokens: torch.Tensor, conditioning: torch.Tensor) -> torch.Tensor:

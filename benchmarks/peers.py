@@ -20,12 +20,8 @@ from diffusers_d2it.grains import tie
 
 
 XL = DiTShape(num_layers=28, heads=16, head_dim=72, sample_size=32)  # DiT-XL/2 at 256x256 pixels
+ORIGINAL, DIFFUSERS = "original DiT", "diffusers' DiT"
 Forward = Callable[[], torch.Tensor]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Models of one shape
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def content_model(shape: DiTShape, num_refine_layers: int) -> D2iTContentModel:
@@ -125,14 +121,13 @@ def diffusers_dit_of(model: D2iTContentModel) -> DiTTransformer2DModel:
 
 
 def _shape_of(model: D2iTContentModel) -> DiTShape:
-    config = model.config
-    return DiTShape(
-        config.num_layers,
-        config.num_attention_heads,
-        config.attention_head_dim,
-        config.sample_size,
-        config.num_classes,
-    )
+    names = ("num_layers", "num_attention_heads", "attention_head_dim", "sample_size", "num_classes")
+    return DiTShape(*(model.config[name] for name in names))
+
+
+def peers_of(model: D2iTContentModel) -> dict[str, nn.Module]:
+    """Both DiTs, by name, with the weights of a backbone."""
+    return {ORIGINAL: original_dit_of(model), DIFFUSERS: diffusers_dit_of(model)}
 
 
 def _state_of(pairs: dict[str, nn.Module]) -> dict[str, torch.Tensor]:
@@ -149,25 +144,14 @@ def _loaded(dit: nn.Module, state: dict[str, torch.Tensor], missing: set[str]) -
     return dit
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Sides of a comparison
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """What one step of sampling works on, the same for all sides.
+    """What one step of sampling works on, the same for all sides."""
 
-    Args:
-        latents: tied, (B, C, H, W).
-        timestep, class_labels: (B,).
-        grain_map: (B, h, w).
-    """
-
-    latents: torch.Tensor
-    timestep: torch.Tensor
-    class_labels: torch.Tensor
-    grain_map: torch.Tensor
+    latents: torch.Tensor  # tied, (B, C, H, W)
+    timestep: torch.Tensor  # (B,)
+    class_labels: torch.Tensor  # (B,)
+    grain_map: torch.Tensor  # (B, h, w)
 
     @classmethod
     def random(cls, grain_map: torch.Tensor, num_classes: int = 1000, cells: int = PATCH_SIZE) -> "Inputs":
@@ -229,10 +213,7 @@ def with_fused_projections(model: D2iTContentModel) -> D2iTContentModel:
 def random_pipeline(
     transformer: D2iTContentModel, vae: str, grain_model: str | None, device: str, dtype: torch.dtype
 ) -> D2iTPipeline:
-    """A pipeline of a content model and of the presets of the other two, whose weights are random.
-
-    As it starts, a grain model draws maps without fine regions.
-    """
+    """A pipeline of a content model and of presets of the other two with random weights, whose maps mean nothing."""
     grains = None
     if grain_model is not None:
         labels = {"num_classes": transformer.config.num_classes}
@@ -259,11 +240,7 @@ def relative_error(output: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def check_equal(outputs: dict[str, torch.Tensor], tolerance: float) -> float:
-    """Compare the outputs of all sides with the first one's and return the largest relative error.
-
-    Raises:
-        RuntimeError: a side lies further off than the tolerance: it does not compute the same function.
-    """
+    """The largest relative error of all sides against the first one, which must lie within the tolerance."""
     (first, expected), *others = outputs.items()
     errors = {name: relative_error(output, expected) for name, output in others}
     for name, error in errors.items():

@@ -9,11 +9,8 @@ Shapes:
     N images, h w sides of the grain map in regions, k grains
 """
 
-from pathlib import Path
-
 import numpy as np
 import torch
-from common import Flag
 from PIL import Image, ImageOps
 
 from diffusers_d2it.entropy import region_entropy
@@ -21,48 +18,20 @@ from diffusers_d2it.pixels import from_uint8
 
 
 CELL_SIZE = 8  # pixels along a side of the finest cell of latents
-PHOTOGRAPHS = (
-    "astronaut",
-    "chelsea",
-    "coffee",
-    "rocket",
-    "retina",
-    "hubble_deep_field",
-    "immunohistochemistry",
-    "stereo_motorcycle",
-)
-IMAGES = Flag(None, "folder of photographs, instead of those of scikit-image")
+PHOTOGRAPHS = ["astronaut", "chelsea", "coffee", "rocket", "retina"]
+PHOTOGRAPHS += ["hubble_deep_field", "immunohistochemistry", "stereo_motorcycle"]
 
 
-def load_photographs(folder: str | None, limit: int = 4, size: int = 256) -> torch.Tensor:
-    """Photographs as (N, 3, size, size) in [-1, 1], cut to their central square and scaled.
-
-    Args:
-        folder: a folder of images, sorted by name; None takes those of scikit-image.
-        limit: N at most.
-        size: side in pixels.
-
-    Raises:
-        ValueError: no image in the folder.
-    """
-    if folder is None:
-        images = _photographs(limit)
-    else:
-        endings = Image.registered_extensions()
-        paths = sorted(path for path in Path(folder).iterdir() if path.suffix.lower() in endings)
-        if not paths:
-            raise ValueError(f"`images`: {folder} must hold images, got none.")
-        images = [Image.open(path).convert("RGB") for path in paths[:limit]]
-    return torch.stack([_pixels(ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)) for image in images])
+def load_photographs(limit: int = 4, size: int = 256) -> torch.Tensor:
+    """Photographs as (N, 3, size, size) in [-1, 1], N at most `limit`, cut to their central square and scaled."""
+    images = [ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS) for image in _photographs(limit)]
+    return torch.stack([_pixels(image) for image in images])
 
 
 def photograph_entropies(count: int, size: int, region_size: int) -> torch.Tensor:
-    """Entropy of the regions of random crops, (N, h, w): each photograph in turn, 0.6 to 1 of its shorter side.
+    """Entropy of the regions of `count` random crops, (N, h, w): photographs in turn, 0.6 to 1 of their shorter side.
 
-    Args:
-        count: N.
-        size: side of a crop in pixels after scaling.
-        region_size: side of a region in pixels; divides `size`.
+    A crop is scaled to `size` pixels a side; a region has `region_size`, which divides it.
     """
     draw, photographs, entropies = np.random.default_rng(0), _photographs(count), []
     for index in range(count):
@@ -75,12 +44,7 @@ def photograph_entropies(count: int, size: int, region_size: int) -> torch.Tenso
 
 
 def maps_of_shares(entropy: torch.Tensor, shares: tuple[float, ...]) -> torch.Tensor:
-    """Grain maps (N, h, w) in which each grain has its share of the regions of all images together, not of each.
-
-    Args:
-        entropy: of the regions, (N, h, w).
-        shares: of each grain, coarsest first; they sum to 1.
-    """
+    """Grain maps (N, h, w) in which each grain, coarsest first, has its share of all regions of all images."""
     rank = entropy.flatten().argsort().argsort()
     bounds = (torch.tensor(shares, device=rank.device).cumsum(0)[:-1] * len(rank)).round()
     return torch.bucketize(rank.float(), bounds, right=True).view(entropy.shape)

@@ -12,7 +12,7 @@ import torch
 from common import Bench, Flag, main
 from dense_refine import DenseLayout, dense_refine
 from peers import Forward
-from photo_maps import IMAGES, load_photographs, real_grain_maps
+from photo_maps import load_photographs, real_grain_maps
 from torch import nn
 
 from diffusers_d2it import load_preset
@@ -95,10 +95,10 @@ def compare(bench: Bench, refine_net: RefineNet, grain_map: torch.Tensor, backwa
         bench.note(f"packed / dense at {share:.2f}, backward included", packed / dense)
 
 
-def measure(bench: Bench, fine_ratio: list[float], preset: str, batch_size: int, images: str | None) -> str:
+def measure(bench: Bench, fine_ratio: list[float], preset: str, batch_size: int) -> str:
     torch.manual_seed(0)
     refine_net = build_refine_net(load_preset(preset)).to(bench.device)
-    photographs = load_photographs(images, batch_size).to(bench.device)
+    photographs = load_photographs(batch_size).to(bench.device)
     for index, ratio in enumerate(fine_ratio):
         compare(bench, refine_net, real_grain_maps(photographs, ratio), backward=index == 0)
     return f"RefineNet of {preset}, {len(photographs)} images, 32x32 latents"
@@ -110,5 +110,4 @@ if __name__ == "__main__":
         fine_ratio=Flag([0.5, 0.3, 0.7], "shares of fine regions, above 0 and up to 1", lambda ratio: 0 < ratio <= 1),
         preset=Flag("content-b", "preset of the content model"),
         batch_size=Flag(4, "photographs"),
-        images=IMAGES,
     )

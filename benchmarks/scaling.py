@@ -90,11 +90,6 @@ class Scaling:
         return self.bench.time(forwards, warmup=1), memory
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Fits
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 def exponent(sizes: list[float], values: list[float]) -> float:
     """p of values ~ sizes ** p."""
     return float(np.polyfit(np.log(sizes), np.log(values), 1)[0])
@@ -105,11 +100,6 @@ def line(sizes: list[float], values: list[float]) -> tuple[float, float, float]:
     slope, intercept = np.polyfit(sizes, values, 1)
     residuals = np.asarray(values) - (slope * np.asarray(sizes) + intercept)
     return float(slope), float(intercept), float(1 - residuals.var() / np.var(values))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What grows
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def over_resolution(scaling: Scaling) -> None:

@@ -48,19 +48,12 @@ EVERY_BLOCK = [r"(refine_nets\.\d+\.)?transformer_blocks\.\d+"]
 
 @dataclass(frozen=True)
 class Saver:
-    """A way to sample.
-
-    Args:
-        num_inference_steps: steps.
-        sampler: name for `load_sampler`; None for DDIM.
-        cache: makes the config of a cache for a pipeline; None for none.
-        arguments: of the call of the pipeline.
-    """
+    """A way to sample."""
 
     num_inference_steps: int = STEPS
-    sampler: str | None = None
-    cache: Callable[[D2iTPipeline], object] | None = None
-    arguments: dict = field(default_factory=dict)
+    sampler: str | None = None  # name for `load_sampler`; None for DDIM
+    cache: Callable[[D2iTPipeline], object] | None = None  # makes the config of a cache for a pipeline
+    arguments: dict = field(default_factory=dict)  # of the call of the pipeline
 
 
 @dataclass(frozen=True)

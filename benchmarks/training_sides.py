@@ -1,9 +1,5 @@
 # Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
-"""Steps of training that are measured against one another: ours in its variants, and that of the original DiT.
-
-Shapes:
-    B batch, C latent channels, H W sides of the latents in cells, h w sides of the grain map in regions
-"""
+"""Steps of training that are measured against one another: ours in its variants, and that of the original DiT."""
 
 import copy
 from collections.abc import Callable
@@ -34,20 +30,13 @@ COMPILED_CHECKPOINTED, DENSE, ORIGINAL = "packed, compiled, checkpointed", "dens
 
 @dataclass(frozen=True)
 class Batch:
-    """What a latent cache gives to a step.
+    """What a latent cache gives to a step."""
 
-    Args:
-        latents: z_0, tied, (B, C, H, W).
-        grain_map: (B, h, w).
-        class_labels: (B,).
-    """
-
-    latents: torch.Tensor
-    grain_map: torch.Tensor
-    class_labels: torch.Tensor
+    latents: torch.Tensor  # z_0, tied, (B, C, H, W)
+    grain_map: torch.Tensor  # (B, h, w)
+    class_labels: torch.Tensor  # (B,)
 
     def images(self, start: int, stop: int) -> "Batch":
-        """Some of the images."""
         return Batch(*(x[start:stop] for x in astuple(self)))
 
 
@@ -62,12 +51,7 @@ def make_batches(shape: DiTShape, batch_size: int, fine_ratio: float, device: st
 
 
 class Training:
-    """Our training: one set of weights, moments and averages for all variants of the content model.
-
-    Args:
-        model: the packed content model.
-        device: "cpu" or "cuda", where autocast to bfloat16 is on.
-    """
+    """Our training: one set of weights, moments and averages for all variants of the packed content model."""
 
     def __init__(self, model: D2iTContentModel, device: str):
         self.accelerator = Accelerator(cpu=device == "cpu", mixed_precision="bf16" if device == "cuda" else "no")
@@ -93,7 +77,6 @@ class Training:
         return multi_grained_loss(prediction, noise, layout)["loss"]
 
     def step(self, model: nn.Module, batch: Batch) -> None:
-        """One update."""
         self.accelerator.backward(self.gate.watch(self.loss(model, batch)))
         if self.gate.lets_through(self.accelerator.clip_grad_norm_(self.weights, 1.0)):
             self.optimizer.step()
@@ -112,7 +95,6 @@ class OriginalTraining:
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=LEARNING_RATE, weight_decay=0.0)
 
     def step(self, batch: Batch) -> None:
-        """One update."""
         noise = torch.randn_like(batch.latents)
         timesteps = torch.randint(1000, (len(noise),), device=noise.device)
         noised = self.objective.add_noise(batch.latents, noise, timesteps)

@@ -42,7 +42,7 @@ RESOLUTION = 32  # of dvae-tiny
 
 def crops(num_images: int) -> torch.Tensor:
     """Crops of four photographs, (N, 3, 32, 32): a grid of them at 512 px, and again from one pixel further on."""
-    photographs = load_photographs(None, size=512)
+    photographs = load_photographs(size=512)
     found = []
     for shift in range(RESOLUTION):
         shifted = photographs[..., shift : 512 - RESOLUTION + shift, shift : 512 - RESOLUTION + shift]

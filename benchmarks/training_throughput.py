@@ -23,6 +23,7 @@ import itertools
 from collections.abc import Callable
 
 import torch
+import training_sides
 from common import Bench, Flag, main
 from dense_refine import DenseContentModel
 from forward_mfu import count_operations
@@ -30,25 +31,13 @@ from matmul_peak import matmul_peak
 from original_dit import DiTShape
 from peers import XL, cast, content_model, sharing_weights
 from torch import nn
-from training_sides import (
-    CHECKPOINTED,
-    COMPILED,
-    COMPILED_CHECKPOINTED,
-    DENSE,
-    ORIGINAL,
-    PACKED,
-    Batch,
-    OriginalTraining,
-    Training,
-    make_batches,
-    memory_of,
-    variants,
-)
+from training_sides import CHECKPOINTED, COMPILED, COMPILED_CHECKPOINTED, DENSE, ORIGINAL, PACKED, Batch, Training
 
 from diffusers_d2it import D2iTContentModel
 
 
 SMALL = DiTShape(num_layers=6, heads=8, head_dim=32, sample_size=32)
+FINE_RATIO = 0.5  # over all batches
 COUNTED_IMAGES = 4  # whose operations are counted at a time, attention written out
 
 
@@ -112,14 +101,14 @@ def compare_residual_dtypes(bench: Bench, training: Training, model: D2iTContent
     bench.time(sides)
 
 
-def measure(bench: Bench, fine_ratio: float, batch_size: int, compile: bool) -> str:
+def measure(bench: Bench, batch_size: int, compile: bool) -> str:
     shape, num_refine_layers, dtype = (XL, 5, torch.bfloat16) if bench.cuda else (SMALL, 1, torch.float32)
     torch.manual_seed(0)
-    batches = make_batches(shape, batch_size, fine_ratio, bench.device)
+    batches = training_sides.make_batches(shape, batch_size, FINE_RATIO, bench.device)
     halves = [batch.images(0, batch_size // 2) for batch in batches]
     model = cast(content_model(shape, num_refine_layers), bench.device, torch.float32).train()
     training = Training(model, bench.device)
-    models = variants(model, compile) | {DENSE: DenseContentModel(model)}
+    models = training_sides.variants(model, compile) | {DENSE: DenseContentModel(model)}
     error = gradient_error(training, models, batches[0].images(0, COUNTED_IMAGES))
     bench.note("largest relative difference of gradients", error)
     operations = operations_of(training, model, batches)
@@ -129,10 +118,9 @@ def measure(bench: Bench, fine_ratio: float, batch_size: int, compile: bool) -> 
     at_full = {name: step for name, step in steps.items() if name != DENSE}
     peak = matmul_peak(bench, dtype)
     median = time_steps(bench, at_full, batches)
-    memory = {
-        name: memory_of(bench, training.optimizer, lambda s=step: s(batches[0])) for name, step in at_full.items()
-    }
-    original = OriginalTraining(shape, bench.device)
+    first, memory_of, optimizer = batches[0], training_sides.memory_of, training.optimizer
+    memory = {name: memory_of(bench, optimizer, lambda s=step: s(first)) for name, step in at_full.items()}
+    original = training_sides.OriginalTraining(shape, bench.device)
     steps = {name: step for name, step in steps.items() if name in (PACKED, COMPILED, DENSE)}
     steps[ORIGINAL] = original.step
     half = time_steps(bench, steps, halves, ", half the batch")
@@ -162,7 +150,7 @@ def measure(bench: Bench, fine_ratio: float, batch_size: int, compile: bool) -> 
         found[f"share of the matrix product peak, {name}"] = operations / (1e-3 * milliseconds) / peak
         found[f"GiB, {name}"] = memory[name]
     for text, value in found.items():
-        if text in promised and (batch_size, fine_ratio) == (256, 0.5):
+        if text in promised and batch_size == 256:
             bench.claim(text, value, *promised[text])
         else:
             bench.note(text, value)
@@ -173,9 +161,6 @@ def measure(bench: Bench, fine_ratio: float, batch_size: int, compile: bool) -> 
 if __name__ == "__main__":
     main(
         measure,
-        fine_ratio=Flag(0.5, "share of fine regions over all batches"),
-        batch_size=Flag(
-            {"cpu": 4, "cuda": 256}, "images of a step, an even number", lambda size: size % 2 == 0 < size
-        ),
+        batch_size=Flag({"cpu": 4, "cuda": 256}, "images of a step, an even number", lambda n: n % 2 == 0 < n),
         compile=Flag({"cpu": False, "cuda": True}, "compiled variants too, which takes minutes on a CPU"),
     )

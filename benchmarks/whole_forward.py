@@ -13,7 +13,7 @@ import torch
 from common import Bench, Flag, main
 from dense_refine import DenseContentModel
 from peers import Inputs, cast, check_equal, forward_of, randomized
-from photo_maps import IMAGES, load_photographs, real_grain_maps
+from photo_maps import load_photographs, real_grain_maps
 
 from diffusers_d2it import D2iTContentModel, load_preset
 from diffusers_d2it.grains import fine_share
@@ -23,11 +23,11 @@ FINE_RATIO = 0.5
 
 
 @torch.no_grad()
-def measure(bench: Bench, preset: str, batch_size: int, images: str | None) -> str:
+def measure(bench: Bench, preset: str, batch_size: int) -> str:
     torch.manual_seed(0)
     packed = cast(randomized(D2iTContentModel(**load_preset(preset))), bench.device, torch.float32)
     size = 8 * packed.config.sample_size
-    photographs = load_photographs(images, limit=batch_size, size=size).to(bench.device)
+    photographs = load_photographs(batch_size, size).to(bench.device)
     inputs = Inputs.random(real_grain_maps(photographs, FINE_RATIO, batch_size), packed.config.num_classes)
     models = {"dense": DenseContentModel(packed), "packed": packed}
 
@@ -48,5 +48,4 @@ if __name__ == "__main__":
         measure,
         preset=Flag({"cpu": "content-b", "cuda": "content-xl"}, "preset of the content model, two grains"),
         batch_size=Flag({"cpu": 4, "cuda": 32}, "images"),
-        images=IMAGES,
     )

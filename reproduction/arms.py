@@ -8,20 +8,12 @@ from diffusers_d2it import load_preset
 
 @dataclass(frozen=True)
 class Arm:
-    """A content model that is trained as examples/train_d2it.py does, but for what is named here.
+    """A content model that is trained as examples/train_d2it.py does, but for what is named here."""
 
-    Args:
-        fine_ratio: share of fine regions over the data set; 1 is a plain VAE, 0 one of the largest factor.
-        refine_share: share of the layers that are RefineNet's: 0 leaves RefineNet out.
-        grain_weights: loss weights of a coarse and a fine cell; 1/4 and 1 are Eq. 11.
-        tied_noise: whether a coarse code is one value with one draw of noise, or its cells are noised and predicted
-            each on its own.
-    """
-
-    fine_ratio: float = 0.5
-    refine_share: float = 1 / 6
-    grain_weights: tuple[float, float] = (0.25, 1.0)
-    tied_noise: bool = True
+    fine_ratio: float = 0.5  # share of fine regions over the data set; 1 is a plain VAE, 0 one of the largest factor
+    refine_share: float = 1 / 6  # of the layers; 0 leaves RefineNet out
+    grain_weights: tuple[float, float] = (0.25, 1.0)  # of a coarse and a fine cell in the loss: Eq. 11
+    tied_noise: bool = True  # a coarse code has one draw of noise; or its cells are noised and predicted on their own
 
 
 ARMS = {
@@ -41,45 +33,25 @@ ARMS = {
 
 @dataclass(frozen=True)
 class Preset:
-    """Size of the study.
+    """Size of the study."""
 
-    Args:
-        resolution: side of the images in pixels.
-        grain_preset: of the grain model: a preset, or a file of examples/configs.
-        grain_steps: steps it is trained for.
-        num_layers: of backbone and RefineNet together.
-        num_attention_heads: of `head_dim` each.
-        head_dim: width of a head.
-        batch_size: images of a step.
-        steps: of every arm at equal steps, and of d2it at equal seconds.
-        learning_rate: of AdamW, constant after `warmup`, so that a shorter run is the beginning of a longer one.
-        warmup: steps.
-        ema_decay: of the average that is sampled from.
-        mixed_precision: of the training.
-        seeds: runs of every arm.
-        num_samples: images behind a Frechet distance.
-        sampling_steps: of UniPC.
-        classifier_epochs: passes over the training images.
-        timed_steps: of every arm, interleaved, behind the equal seconds.
-    """
-
-    resolution: int
-    grain_preset: str
+    resolution: int  # side of the images in pixels
+    grain_preset: str  # of the grain model: a preset, or a file of examples/configs
     grain_steps: int
-    num_layers: int
+    num_layers: int  # of backbone and RefineNet together
     num_attention_heads: int
     head_dim: int
     batch_size: int
-    steps: int
-    learning_rate: float
-    warmup: int
-    ema_decay: float
-    num_samples: int
+    steps: int  # of every arm at equal steps, and of d2it at equal seconds
+    learning_rate: float  # constant after `warmup`, so that a shorter run is the beginning of a longer one
+    warmup: int  # steps
+    ema_decay: float  # of the average that is sampled from
+    num_samples: int  # images behind a Frechet distance
     mixed_precision: str = "no"
-    seeds: tuple[int, ...] = (0, 1, 2)
-    sampling_steps: int = 20
+    seeds: tuple[int, ...] = (0, 1, 2)  # runs of every arm
+    sampling_steps: int = 20  # of UniPC
     classifier_epochs: int = 12
-    timed_steps: int = 20
+    timed_steps: int = 20  # of every arm, interleaved, behind the equal seconds
 
 
 PRESETS = {

@@ -53,11 +53,6 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Autoencoder and grain model
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 @torch.no_grad()
 def reconstruction(pipe: D2iTPipeline, pixels: torch.Tensor) -> dict[str, dict[str, float]]:
     """Mean PSNR in dB, and the share of fine regions, at each ratio."""

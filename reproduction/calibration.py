@@ -24,25 +24,22 @@ from diffusers_d2it.data import to_pixels
 from diffusers_d2it.grains import grain_map_from_entropy
 
 
+RESOLUTION = 256
 RATIOS = (0.3, 0.5, 0.7)
+DIVISIONS = 200  # into two halves
 
 
-def parse_args() -> argparse.Namespace:
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help="folder with a split train and a column image")
-    parser.add_argument("--resolution", type=int, default=256, help="side of the photographs")
-    parser.add_argument("--divisions", type=int, default=200, help="random divisions into two halves")
     parser.add_argument("--output", type=Path, default=RESULTS / "calibration.json", help="JSON file")
-    return parser.parse_args()
-
-
-def main(args: argparse.Namespace) -> None:
+    args = parser.parse_args()
     images = datasets.load_dataset(args.data, split="train")
-    entropy = torch.cat([region_entropy(to_pixels(row["image"], args.resolution)[None]) for row in images])
+    entropy = torch.cat([region_entropy(to_pixels(row["image"], RESOLUTION)[None]) for row in images])
     generator = torch.Generator().manual_seed(0)
     half = len(entropy) // 2
     deviations = []
-    for _ in range(args.divisions):
+    for _ in range(DIVISIONS):
         order = torch.randperm(len(entropy), generator=generator).tolist()
         quantiles = entropy[order[:half]].flatten().quantile(torch.linspace(0, 1, NUM_QUANTILES + 1))
         calibration, unseen = {"quantiles": quantiles.tolist()}, entropy[order[half:]]
@@ -55,7 +52,7 @@ def main(args: argparse.Namespace) -> None:
     whole = between_halves / 2
     result = {
         "photographs": len(entropy),
-        "divisions": args.divisions,
+        "divisions": DIVISIONS,
         "ratios": RATIOS,
         "mean_share_of_unseen_half": [round(r + d, 4) for r, d in zip(RATIOS, deviations.mean(dim=0).tolist())],
         "rms_deviation_between_halves": [round(x, 4) for x in between_halves.tolist()],
@@ -67,4 +64,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    main()

@@ -5,7 +5,6 @@ Fréchet distances in its features compare the models of one run with one anothe
 another paper can be set beside them.
 """
 
-import argparse
 import random
 from pathlib import Path
 
@@ -37,15 +36,11 @@ class ResidualBlock(nn.Module):
 
 
 class Classifier(nn.Module):
-    """Four strided residual stages, about 0.7M parameters: images (B, 3, R, R) in [-1, 1] -> logits (B, K).
+    """Four strided residual stages, about 0.7M parameters: (B, 3, R, R) in [-1, 1] -> logits (B, num_classes)."""
 
-    Args:
-        num_classes: K.
-        width: channels of the first stage.
-    """
-
-    def __init__(self, num_classes: int, width: int = 32):
+    def __init__(self, num_classes: int):
         super().__init__()
+        width = 32
         layers = [nn.Conv2d(3, width, 3, stride=2, padding=1), nn.BatchNorm2d(width), nn.ReLU()]
         for _ in range(3):
             layers += [ResidualBlock(width), nn.Conv2d(width, min(2 * width, 128), 3, stride=2, padding=1)]
@@ -92,14 +87,9 @@ def accuracy(model: Classifier, pixels: torch.Tensor, targets: torch.Tensor) -> 
 def trained_classifier(
     file: Path | None, train: tuple[torch.Tensor, torch.Tensor], classes: list[int], epochs: int, seed: int
 ) -> Classifier:
-    """The classifier kept in `file`; it is trained, and kept there, if there is none.
+    """The classifier kept in `file`; if there is none it is trained on pixels and labels, and kept if a file is named.
 
-    Args:
-        file: None keeps nothing.
-        train: pixels and labels of real images.
-        classes: the labels, in the order of the logits.
-        epochs: passes over the images.
-        seed: of weights, order and augmentation.
+    `classes` are the labels in the order of the logits; weights, order and augmentation are those of the seed.
     """
     if file is not None and file.exists():
         classifier = Classifier(len(classes))
@@ -119,22 +109,3 @@ def class_targets(labels: torch.Tensor, classes: list[int]) -> torch.Tensor:
     """Position of each label among the classes."""
     index = {label: i for i, label in enumerate(classes)}
     return torch.tensor([index[label] for label in labels.tolist()])
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", required=True, help="folder with splits train and validation")
-    parser.add_argument("--output", type=Path, required=True, help="file of its weights")
-    parser.add_argument("--resolution", type=int, default=64, help="side of the images in pixels")
-    parser.add_argument("--epochs", type=int, default=12, help="passes over the training images")
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    train, validation = (load_split(args.data, split, args.resolution) for split in ("train", "validation"))
-    classes = train[1].unique().tolist()
-    classifier = trained_classifier(args.output, train, classes, args.epochs, args.seed)
-    score = accuracy(classifier, validation[0], class_targets(validation[1], classes))
-    print(f"{args.output}: {score:.1%} of {len(validation[0])} real validation images, chance {1 / len(classes):.1%}")
-
-
-if __name__ == "__main__":
-    main()

@@ -8,10 +8,7 @@ from pathlib import Path
 
 def plot_ratios(path: Path, ratios: Sequence[float], reconstructions: Sequence[dict], table: dict[str, dict]) -> None:
     """Reconstruction and generation over the fine ratio."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 3.5), layout="constrained")
-    left, right = figure.subplots(1, 2)
+    figure, (left, right) = _figure()
     left.plot(ratios, [row["frechet_distance"] for row in reconstructions], "o-", color="black")
     left.set(title="reconstruction", xlabel="fine ratio", ylabel="Fréchet distance")
     for budget, label in (("equal_steps", "equal steps"), ("equal_seconds", "equal seconds")):
@@ -23,15 +20,20 @@ def plot_ratios(path: Path, ratios: Sequence[float], reconstructions: Sequence[d
 
 def plot_curves(path: Path, curves: dict[str, list[dict]]) -> None:
     """Fréchet distance over training steps, and over seconds of training."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 3.5), layout="constrained")
-    for axes, unit in zip(figure.subplots(1, 2), ("steps", "seconds")):
+    figure, both = _figure()
+    for axes, unit in zip(both, ("steps", "seconds")):
         for label, points in curves.items():
             _draw(axes, [point[unit] for point in points], [point["frechet_distance"] for point in points], label)
         axes.set(xlabel=f"{unit} of training", ylabel="Fréchet distance")
         axes.legend()
     _save(figure, path)
+
+
+def _figure() -> tuple:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.5), layout="constrained")
+    return figure, figure.subplots(1, 2)
 
 
 def _draw(axes, positions: Sequence[float], values: Sequence[Sequence[float]], label: str) -> None:

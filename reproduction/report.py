@@ -27,30 +27,17 @@ MEASURES = {"frechet_distance": 1, "distance_to_reconstructions": 1, "labelled_c
 
 @dataclass(frozen=True)
 class Row:
-    """A line of a table.
-
-    Args:
-        label: what it shows.
-        arm: of `ARMS`.
-        source: of the maps that are sampled with.
-        paper: what the paper has there, None for nothing.
-    """
+    """A line of a table."""
 
     label: str
-    arm: str
-    source: str = "predicted"
-    paper: float | None = None
+    arm: str  # of `ARMS`
+    source: str = "predicted"  # of the maps that are sampled with
+    paper: float | None = None  # what the paper has there
 
 
 @dataclass(frozen=True)
 class Claim:
-    """That one row is better than another.
-
-    Args:
-        text: the claim, in words.
-        better: label of the row that should be better.
-        worse: label of the other one.
-    """
+    """That one row, named by its label, is better than another."""
 
     text: str
     better: str
@@ -130,9 +117,7 @@ def protocol(scorer: Scorer, args: argparse.Namespace) -> dict:
         "preset": {"name": args.preset} | asdict(PRESETS[args.preset]),
         "arms": {name: asdict(arm) for name, arm in ARMS.items()},
         "autoencoder": {key: scorer.study.vae.config[key] for key in ("downsample_factors", "latent_channels")},
-        "features": {
-            **scorer.features.describe(),
-        },
+        "features": scorer.features.describe(),
         "classifier": {
             "sha256": weights_digest(scorer.classifier),
             "accuracy_on_real_validation_images": scorer.labelled_correctly(*scorer.validation),

@@ -42,18 +42,10 @@ BATCH = 50
 
 
 class Scorer:
-    """Scores the runs of a study.
-
-    Args:
-        study: the study.
-    """
+    """Scores the runs of a study."""
 
     def __init__(self, study: Study):
         self.study = study
-
-    # -----------------------------------------------------------------------------------------------------------------
-    # Photographs and features
-    # -----------------------------------------------------------------------------------------------------------------
 
     @cached_property
     def photographs(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -127,10 +119,6 @@ class Scorer:
         pixels = from_uint8(images.to(device))
         return accuracy(classifier, pixels, class_targets(labels, self.classes).to(device))
 
-    # -----------------------------------------------------------------------------------------------------------------
-    # Samples
-    # -----------------------------------------------------------------------------------------------------------------
-
     def drawing(self, seed: int, labels: torch.Tensor | None = None) -> Drawing:
         """Without guidance, as in the paper's ablations; by default for the labels of the samples."""
         labels = self.labels if labels is None else labels
@@ -186,18 +174,6 @@ class Scorer:
         true = self.true_maps(self.validation[0][self.chosen(seed)], fine_ratio)
         return self.drawing(seed).maps(source, true)
 
-    def load(self, arm: str, seed: int, steps: int) -> None:
-        """Put the content model of a run after some steps into the pipeline."""
-        folder = self.study.train(arm, seed) / f"checkpoint-{steps}"
-        transformer = D2iTContentModel.from_pretrained(folder, subfolder="model_ema").to(self.study.device)
-        self.pipeline.register_modules(transformer=transformer)
-
-    def samples(self, arm: str, seed: int, source: str) -> torch.Tensor:
-        """Images of the loaded model, drawn for maps of a source, uint8 (N, 3, R, R)."""
-        maps = self.maps(source, ARMS[arm].fine_ratio, seed)
-        with nullcontext() if ARMS[arm].tied_noise else untied_sampling():
-            return self.drawing(seed).images(maps)
-
     def noise_error(self, arm: str) -> list[float | None]:
         """Mean squared error of the loaded model's prediction on the cells of each grain, on validation images.
 
@@ -214,8 +190,12 @@ class Scorer:
         """All figures of a run, kept in the work folder."""
         file = self.study.work_dir / "scores" / f"{arm}-{seed}-{steps}-{source}.json"
         if not file.exists():
-            self.load(arm, seed, steps)
-            images = self.samples(arm, seed, source)
+            folder = self.study.train(arm, seed) / f"checkpoint-{steps}"
+            transformer = D2iTContentModel.from_pretrained(folder, subfolder="model_ema").to(self.study.device)
+            self.pipeline.register_modules(transformer=transformer)
+            maps = self.maps(source, ARMS[arm].fine_ratio, seed)
+            with nullcontext() if ARMS[arm].tied_noise else untied_sampling():
+                images = self.drawing(seed).images(maps)
             score = {"frechet_distance": self.distance(images)}
             reconstructed = self.reconstructed_reference(ARMS[arm].fine_ratio)
             score["distance_to_reconstructions"] = self.distance(images, reconstructed)
@@ -241,11 +221,6 @@ def untied_sampling():
 
     with independent_cells(), patch.multiple(D2iTPipeline, prepare_grain_map=remembered, decode_latents=averaged):
         yield
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Many scores
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 @cache

@@ -67,14 +67,15 @@ def _make_step(
 
 
 def _time(step: Callable[[], None], device: torch.device) -> float:
-    clock = time.process_time if device.type == "cpu" else time.perf_counter
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    start = clock()
+    if device.type == "cpu":
+        start = time.process_time()
+        step()
+        return time.process_time() - start
+    torch.cuda.synchronize()
+    start = time.perf_counter()
     step()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return clock() - start
+    torch.cuda.synchronize()
+    return time.perf_counter() - start
 
 
 def _to(value, device: torch.device):

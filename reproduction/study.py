@@ -31,35 +31,27 @@ from diffusers_d2it.words import differences
 
 HERE = Path(__file__).parent
 EXAMPLES = HERE.parent / "examples"
+AUTOENCODER = Path(bundled_checkpoint()) / "vae"  # of all arms
 
 
 class Study:
-    """All runs of one preset on one data set.
-
-    Args:
-        args: of `make_parser`.
-    """
+    """All runs of one preset on one data set, by the flags of `make_parser`."""
 
     def __init__(self, args: argparse.Namespace):
         self.data = args.data
         self.preset = PRESETS[args.preset]
         self.work_dir = args.work_dir
         self.device = torch.device(args.device)
-        self.source = args.vae
         self.jobs = args.jobs
         self.features, self.weights = args.features, args.weights
         self._check_work_dir(args.preset)
         torch.set_num_threads(1 if self.device.type == "cpu" else torch.get_num_threads())
 
     def _check_work_dir(self, preset: str) -> None:
-        """Note what the study is of in its work folder, and refuse a folder of another one.
-
-        Raises:
-            ValueError: a field differs; it is named.
-        """
+        """Note what the study is of in its work folder, and refuse a folder of another one."""
         arms = {name: asdict(arm) for name, arm in ARMS.items()}
         identity = {"preset": {"name": preset} | asdict(self.preset), "arms": arms, "data": str(self.data)}
-        identity |= {"vae": weights_digest(DynamicAutoencoderKL.from_pretrained(self.source))}
+        identity |= {"vae": weights_digest(DynamicAutoencoderKL.from_pretrained(AUTOENCODER))}
         identity |= {"device": self.device.type, "features": self.features, "weights": self.weights}
         identity = json.loads(json.dumps(identity))
         path = self.work_dir / "study.json"
@@ -70,16 +62,12 @@ class Study:
         if wrong:
             raise ValueError(f"`work_dir` {self.work_dir} holds another study: {'; '.join(wrong)}.")
 
-    # -----------------------------------------------------------------------------------------------------------------
-    # What all arms share
-    # -----------------------------------------------------------------------------------------------------------------
-
     @cached_property
     def vae_folder(self) -> Path:
         """The autoencoder, its thresholds counted on the training images at the resolution of the study."""
         folder, aside = self.work_dir / "vae", self.work_dir / "vae.part"
         if not folder.exists():
-            vae = DynamicAutoencoderKL.from_pretrained(self.source)
+            vae = DynamicAutoencoderKL.from_pretrained(AUTOENCODER)
             vae.register_to_config(sample_size=self.preset.resolution)
             vae.save_pretrained(aside)
             self._call(EXAMPLES / "calibrate_dvae.py", *self._data_flags, "--vae", aside)
@@ -126,10 +114,6 @@ class Study:
         flags += ["--mixed_precision", preset.mixed_precision, "--report_to", "none", "--seed", seed]
         flags += ["--checkpointing_steps", self._steps_between_checkpoints]
         return flags + (["--resume_from_checkpoint", "latest"] if folder.exists() else [])
-
-    # -----------------------------------------------------------------------------------------------------------------
-    # The arms
-    # -----------------------------------------------------------------------------------------------------------------
 
     @cached_property
     def step_seconds(self) -> dict[str, float]:
@@ -184,15 +168,10 @@ class Study:
         return flags + ["--grain_weights", *ablated.grain_weights, *self._training_flags(folder, seed)]
 
     def _call(self, script: Path, *flags) -> None:
-        """Run a script to its end, its output in a file of the work folder.
-
-        Raises:
-            RuntimeError: it failed; the message ends with what it said last.
-        """
+        """Run a script to its end; where it fails, the error ends with what it said last."""
         cpu = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"} if self.device.type == "cpu" else {}
-        result = subprocess.run(
-            [sys.executable, script, *map(str, flags)], env=os.environ | cpu, capture_output=True, text=True
-        )
+        command = [sys.executable, script, *map(str, flags)]
+        result = subprocess.run(command, env=os.environ | cpu, capture_output=True, text=True)
         if result.returncode:
             raise RuntimeError(f"{script.name} {' '.join(map(str, flags))}\n{result.stdout}{result.stderr[-3000:]}")
 
@@ -213,7 +192,6 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--jobs", type=int, default=1, help="processes at a time, of one thread each on a CPU")
     parser.add_argument("--features", help="of examples/evaluate.py, such as inception; default: the classifier")
     parser.add_argument("--weights", help="with --features inception: file of its weights")
-    parser.add_argument("--vae", default=f"{bundled_checkpoint()}/vae", help="folder of the autoencoder of all arms")
     return parser
 
 

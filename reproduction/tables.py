@@ -23,6 +23,7 @@ from report import Claim, Row, open_study, score_table
 from study import make_parser
 
 
+TIED, INDEPENDENT = "weights 1/4 : 1, tied noise", "weights 1/4 : 1, independent noise"
 TABLES = {
     "table_3": (
         [
@@ -66,17 +67,13 @@ TABLES = {
     ),
     "loss_and_noise": (
         [
-            Row("weights 1/4 : 1, tied noise", "d2it"),
+            Row(TIED, "d2it"),
             Row("weights 1 : 1, tied noise", "equal-weights"),
-            Row("weights 1/4 : 1, independent noise", "independent-noise"),
+            Row(INDEPENDENT, "independent-noise"),
         ],
         [
-            Claim("weights 1/4 : 1 are better than 1 : 1", "weights 1/4 : 1, tied noise", "weights 1 : 1, tied noise"),
-            Claim(
-                "tied noise is better than independent noise",
-                "weights 1/4 : 1, tied noise",
-                "weights 1/4 : 1, independent noise",
-            ),
+            Claim("weights 1/4 : 1 are better than 1 : 1", TIED, "weights 1 : 1, tied noise"),
+            Claim("tied noise is better than independent noise", TIED, INDEPENDENT),
         ],
     ),
 }
