@@ -9,9 +9,6 @@ import torch
 from diffusers_d2it.evaluation.grain_maps import (
     fine_ratio_error,
     map_accuracy,
-    mean_by_grain,
-    psnr_of_error,
-    region_means,
     spatial_coherence,
 )
 from diffusers_d2it.pipelines.grain_maps import random_grain_map
@@ -144,25 +141,6 @@ def test_photographs_are_coherent_and_their_regions_shuffled_are_not(make_vae, l
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Errors by grain
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def test_means_of_regions_and_grains_by_hand():
-    grain_map = maps([[0, 1], [2, 0]])
-    values = torch.arange(2 * 4 * 4.0).view(1, 2, 4, 4)  # two channels, 16 apart; a region has 2x2 cells
-    per_region = region_means(values, grain_map)
-    assert per_region.tolist() == [[[10.5, 12.5], [18.5, 20.5]]]
-    assert mean_by_grain(per_region, grain_map, 3) == [15.5, 12.5, 18.5]
-    assert math.isnan(mean_by_grain(per_region, grain_map, 4)[3])
-
-
-def test_psnr_of_an_error():
-    assert psnr_of_error(0.04) == pytest.approx(20)
-    assert psnr_of_error(4) == 0 and psnr_of_error(0) == math.inf and math.isnan(psnr_of_error(math.nan))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # Bad input
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -179,10 +157,6 @@ def test_psnr_of_an_error():
         (lambda: map_accuracy("fine", maps(HALF), 2), "`predicted`.* str"),
         (lambda: spatial_coherence(maps([[1]]), 2), "`maps`.*1x1"),
         (lambda: spatial_coherence(-maps(HALF), 2), "`maps`"),
-        (lambda: mean_by_grain(torch.zeros(1, 2, 3), maps(HALF), 2), r"`values`.*\(1, 2, 2\)"),
-        (lambda: region_means(torch.zeros(1, 3, 5, 4), maps(HALF)), r"`values`.*\(5, 4\)"),
-        (lambda: region_means(torch.zeros(1, 3, 4, 8), maps(HALF)), r"`values`.*\(4, 8\)"),
-        (lambda: region_means(torch.zeros(2, 3, 4, 4), maps(HALF)), "`values`.*`grain_map`"),
     ],
 )
 def test_what_is_wrong_is_named(call, message):

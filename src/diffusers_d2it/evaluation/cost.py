@@ -64,13 +64,10 @@ class AdaptiveDenoiser(Protocol):
     budget_argument: BudgetArgument
 
     def count_tokens(self, inputs: Mapping[str, Any], output: Any) -> dict[str, torch.Tensor]:
-        """Tokens of each image in the stages of a forward pass, by their names: (B,) of "backbone", "refine".
+        """Tokens of each image in the stages of a forward pass, (B,) of "backbone" and "refine".
 
-        Args:
-            inputs: the arguments of `forward` by their names.
-            output: what it returned.
+        `inputs` are the arguments of `forward` by their names, `output` is what it returned.
         """
-        ...
 
 
 class GrainBudget:
@@ -181,21 +178,13 @@ def _now(device: torch.device) -> Any:
 
 @dataclass(frozen=True)
 class TimedCall:
-    """A call of the pipeline.
-
-    Args:
-        num_images: B.
-        seconds: of the whole call.
-        step_seconds: of its denoising steps.
-        tokens: of an image by stage, mean over its images.
-        figures: what else was found of its images, means.
-    """
+    """A call of the pipeline."""
 
     num_images: int
-    seconds: float
-    step_seconds: list[float]
-    tokens: dict[str, float]
-    figures: dict[str, float] = field(default_factory=dict)
+    seconds: float  # of the whole call
+    step_seconds: list[float]  # of its denoising steps
+    tokens: dict[str, float]  # of an image by stage, mean over its images
+    figures: dict[str, float] = field(default_factory=dict)  # what else was found of its images, means
 
 
 def cost_of(calls: Sequence[TimedCall]) -> dict[str, Any]:

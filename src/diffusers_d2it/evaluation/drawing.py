@@ -129,11 +129,7 @@ class Drawing:
         )
 
     def images(self, maps: torch.Tensor) -> torch.Tensor:
-        """An image for every map, (N, h, w) int64 -> (N, 3, H, W) uint8: the same noise for any maps.
-
-        Raises:
-            ValueError: there are other than N labels, or what the pipeline raises.
-        """
+        """An image for every map, (N, h, w) int64 -> (N, 3, H, W) uint8: the same noise for any maps."""
         size = tuple(side * self.pipe.vae.region_size for side in maps.shape[1:])
         out = torch.zeros(len(maps), 3, *size, dtype=torch.uint8)
         return self.over_images(lambda images: unit_to_uint8(self.call(images, size, grain_map=maps).images), out)

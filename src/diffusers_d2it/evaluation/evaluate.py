@@ -16,7 +16,6 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from tqdm.auto import tqdm
 
 from ..files import on_main_process
 from ..files.folders import file_sha256
@@ -104,12 +103,7 @@ def evaluate(
 
 
 class Evaluator:
-    """`evaluate` for several sets of samples: evaluator(samples) reads the reference once, for the first of them.
-
-    Args:
-        reference, metrics, features, accelerator, seed, kid_subset_size: of `evaluate`.
-        **reading: batch_size and num_workers of `evaluate`.
-    """
+    """`evaluate`, with its arguments, for several sets of samples: evaluator(samples) reads the reference once."""
 
     def __init__(
         self,
@@ -160,7 +154,6 @@ class Evaluator:
         return results
 
     def _open(self, reference: ImageSet | str | os.PathLike | None) -> None:
-        """Open what the metrics need of the reference: images, statistics from a file, or both."""
         parts = {metric.part for metric in self.metrics.values()} - {"scores"}
         if not parts:
             return
@@ -228,7 +221,6 @@ class Evaluator:
         return read_images(images, self.features, rows, moments, **self.reading)
 
     def _values(self, ours: "ReadImages") -> list[tuple[float, float | None]]:
-        """Value and deviation of each metric."""
         theirs, values = self._theirs, {}
         known = self.statistics.moments if self.statistics else theirs.moments if theirs else {}
         for name, metric in self.metrics.items():
@@ -245,12 +237,10 @@ class Evaluator:
         return [values[name] for name in self.metrics]
 
     def _protocol(self, metric: _Metric, ours: "ReadImages", widths: dict[str, int]) -> dict:
-        """How one metric was measured."""
         protocol = {"features": self.features.describe(), "samples": ours.description, "settings": metric.settings}
         if metric.part == "moments" and self.statistics is not None:
             file = {"name": self.path.name, "num_images": self.statistics.num_images}
-            known = self._known.get("images") or file | {"statistics_sha256": file_sha256(self.path)}
-            protocol["reference"] = known
+            protocol["reference"] = self._known.get("images") or file | {"statistics_sha256": file_sha256(self.path)}
         elif metric.part != "scores":
             protocol["reference"] = self._theirs.description
         if metric.part == "moments":
@@ -289,17 +279,11 @@ def compute_exactly() -> None:
 
 @dataclass(frozen=True)
 class ReadImages:
-    """What metrics need of the images of a set.
+    """What metrics need of the images of a set."""
 
-    Args:
-        description: what a protocol says of them.
-        rows: features of all images in the order of the set, (N, D) float32, by their names: "pool", "logits".
-        moments: mean and covariance of features, by their names.
-    """
-
-    description: dict
-    rows: dict[str, torch.Tensor]
-    moments: dict[str, Moments]
+    description: dict  # what a protocol says of them
+    rows: dict[str, torch.Tensor]  # features of all images in the order of the set, (N, D) float32, by their names
+    moments: dict[str, Moments]  # of features, by their names
 
 
 def read_images(
@@ -314,22 +298,12 @@ def read_images(
 ) -> ReadImages:
     """Read all images once, each process its share, and join what the processes have: the same on each.
 
-    Args:
-        images: the set.
-        features: on the device of the accelerator.
-        rows: names of features to keep of every image, 4 * N * D bytes.
-        moments: names of features of which mean and covariance are kept.
-        batch_size, accelerator, num_workers: of `evaluate`.
-
-    Raises:
-        ValueError: images cannot be used, features are not finite, or there are fewer than two images for moments.
+    Of the features in `rows` those of every image are kept, of those in `moments` mean and covariance.
     """
     index, count = place_of(accelerator)
     places, kept, hashes = [], {output: [] for output in rows}, 0
     statistics: dict[str, FeatureStatistics] = {}
-    number = -(-len(images) // (batch_size * count))
-    batches = images.batches(batch_size, index, count, num_workers)
-    for indices, pixels in tqdm(batches, desc=images.name, total=number, disable=index > 0):
+    for indices, pixels in images.batches(batch_size, index, count, num_workers, progress=index == 0):
         places.append(indices)
         hashes += hash_pixels(pixels)
         found = features(pixels.to(features.device))
@@ -403,8 +377,6 @@ def save_statistics(
     num_workers: int = 0,
 ) -> None:
     """Write the mean and covariance of reference images with their protocol, for FID and where it can be sFID.
-
-    Memory does not depend on the number of images.
 
     Args:
         path: ends in .npz; a file of this name is replaced.

@@ -78,7 +78,7 @@ class FeatureExtractor(nn.Module, ABC):
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 of the weights, of `weights_digest`."""
+        """`weights_digest` of the network."""
         return weights_digest(self)
 
     def describe(self) -> dict[str, str]:
@@ -120,13 +120,7 @@ class InceptionFeatures(FeatureExtractor):
     """The Inception network of FID, as torch-fidelity has it: TensorFlow's of 2015-12-05, with its weights.
 
     "pool" are the 2048 features of FID, KID, precision and recall, "logits" those without bias that the Inception
-    Score is computed on, "spatial" the 2023 features of sFID.
-
-    Args:
-        weights: file of the weights; downloaded into the folder of torch.hub by default.
-
-    Raises:
-        ValueError: torch-fidelity is missing or broken, or the weights are; the way to get them is told.
+    Score is computed on, "spatial" the 2023 features of sFID. Argument and errors are those of `load_features`.
     """
 
     name = "inception"
@@ -163,11 +157,7 @@ class InceptionFeatures(FeatureExtractor):
 class VisionTransformerFeatures(FeatureExtractor):
     """The class token of a vision transformer; of DINOv2 ViT-L/14 it is that of FD-DINOv2 (arXiv:2306.04675).
 
-    Args:
-        name: folder or Hub name of a model that `transformers.AutoModel` loads.
-
-    Raises:
-        ValueError: from `load_vision_model`, or the size of its input is no multiple of its patches.
+    Argument and errors are those of `load_vision_model`; the size of the input must be a multiple of the patches.
     """
 
     package = "transformers"
@@ -230,11 +220,11 @@ class ModuleFeatures(FeatureExtractor):
     def extract(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
         output = self.module(from_uint8(images))
         output = output if isinstance(output, dict) else {"pool": output}
-        fits = set(output) <= {"pool", "spatial", "logits"} and all(
+        fits = {"pool"} <= set(output) <= {"pool", "spatial", "logits"} and all(
             isinstance(value, torch.Tensor) and value.ndim == 2 and len(value) == len(images)
             for value in output.values()
         )
-        if not fits or "pool" not in output:
+        if not fits:
             shapes = ", ".join(f"{name} {tuple(getattr(value, 'shape', ()))}" for name, value in output.items())
             raise ValueError(
                 f"the network of the features {self.name!r} must return (B, D), or `pool`, `logits`, `spatial` of such"
@@ -260,11 +250,7 @@ def _download_inception(url: str) -> Path:
 
 
 def _read_tensors(path: Path, url: str) -> io.BytesIO:
-    """A file of weights as torch-fidelity reads it, which would unpickle whatever is in there: tensors, nothing else.
-
-    Raises:
-        ValueError: it is missing, damaged, or holds something else.
-    """
+    """A file of weights for torch-fidelity, which would unpickle whatever is in there: tensors, nothing else."""
     if not path.is_file():
         raise ValueError(f"{path} is missing, expected the weights of {url}.")
     try:
@@ -283,7 +269,7 @@ def _read_tensors(path: Path, url: str) -> io.BytesIO:
 
 
 def _input_side(preprocessing: dict, config: object) -> int:
-    """The side in pixels that a vision model gets its images in: its crop, else its size."""
+    """The side of a vision model's images in pixels: its crop, else its size."""
     for key in ("crop_size", "size"):
         side = preprocessing.get(key)
         if isinstance(side, dict):
@@ -360,8 +346,7 @@ def load_lpips(network: str, purpose: str, advice: str = "") -> torch.nn.Module:
 
     Args:
         network: whose features are compared: "alex", which its authors advise for measuring, or "vgg", for training.
-        purpose: what needs it, in words, for errors.
-        advice: what else a user can do, for errors.
+        purpose, advice: what needs it, and what else a user can do, in words, for errors.
 
     Raises:
         ValueError: the package is missing or broken, or the weights of the network, a download, are missing.

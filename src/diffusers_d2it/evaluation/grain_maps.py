@@ -30,22 +30,18 @@ TIMESTEPS = (250, 500, 750, 999)
 
 
 def fine_ratio_error(predicted: torch.Tensor, real: torch.Tensor, num_grains: int) -> dict[str, float]:
-    """How the fine shares of predicted maps differ from those of real maps.
-
-    The sets need not be paired, nor of one size: compared are the mean share, and the distribution of the share over
-    the images.
+    """How the fine shares of predicted maps differ from those of real maps: their mean, and their distribution.
 
     Args:
         predicted: (N, h, w) int64, 0 = coarsest.
-        real: (M, h, w) int64.
+        real: (M, h, w) int64; the two sets are not paired.
         num_grains: k.
 
     Returns:
-        "fine_share" and "fine_share_real", means over the images; "error", the first minus the second; "std" and
-        "std_real", standard deviations over the images (population); "std_error", the first minus the second;
-        "wasserstein", the 1-D Wasserstein distance between both distributions of the share: how far, on average, the
-        shares of one set must be moved to become those of the other. It is at least the size of "error", and equal to
-        it where one set is the other shifted.
+        "fine_share" and "fine_share_real", means over the images; "std" and "std_real", their standard deviations
+        (population); "error" and "std_error", the first minus the second; "wasserstein", how far, on average, the
+        shares of one set must be moved to become those of the other: at least the size of "error", and equal to it
+        where one set is the other shifted.
 
     Raises:
         ValueError: maps of a wrong type, dtype, shape or value, or of two sizes.
@@ -92,7 +88,9 @@ def map_accuracy(predicted: torch.Tensor, true: torch.Tensor, num_grains: int) -
             f"`predicted` and `true` must have one shape, got {tuple(predicted.shape)} and {tuple(true.shape)}."
         )
     accuracy = (predicted == true.to(predicted.device)).double().mean().item()
-    chance = (_shares(predicted, num_grains) * _shares(true, num_grains)).sum().item()
+    counts = (torch.bincount(maps.flatten(), minlength=num_grains).double().cpu() for maps in (predicted, true))
+    shares, true_shares = (count / predicted.numel() for count in counts)
+    chance = (shares * true_shares).sum().item()
     return {"accuracy": accuracy, "chance": chance, "above_chance": _above(accuracy, chance)}
 
 
@@ -129,75 +127,12 @@ def spatial_coherence(maps: torch.Tensor, num_grains: int) -> dict[str, float]:
     return {"agreement": agreement, "chance": chance, "coherence": 1.0 if math.isnan(coherence) else coherence}
 
 
-def region_means(values: torch.Tensor, grain_map: torch.Tensor) -> torch.Tensor:
-    """The mean of an image-like quantity over every region.
-
-    Args:
-        values: (N, C, h * R, w * R) with a whole number R: squared errors of pixels, of latent cells, ...
-        grain_map: (N, h, w), for the size of a region.
-
-    Returns:
-        (N, h, w), float64.
-
-    Raises:
-        ValueError: `values` are not R times the map.
-    """
-    if values.ndim != 4 or grain_map.ndim != 3 or len(values) != len(grain_map):
-        raise ValueError(
-            f"`values` (N, C, H, W) and `grain_map` (N, h, w) must be of equally many images, got"
-            f" {tuple(values.shape)} and {tuple(grain_map.shape)}."
-        )
-    rows, columns = grain_map.shape[1:]
-    side = values.shape[2] // rows
-    if side == 0 or values.shape[2:] != (rows * side, columns * side):
-        raise ValueError(
-            f"the sides of `values` must be a multiple of those of `grain_map`, got {tuple(values.shape[2:])} and"
-            f" {(rows, columns)}."
-        )
-    per_region = values.double().unflatten(3, (columns, side)).unflatten(2, (rows, side))
-    return per_region.mean(dim=(1, 3, 5))
-
-
-def mean_by_grain(values: torch.Tensor, grain_map: torch.Tensor, num_grains: int) -> list[float]:
-    """The mean of a value per region over all regions of a grain, of whichever image.
-
-    Args:
-        values: (N, h, w), one value for each region.
-        grain_map: (N, h, w) int64, 0 = coarsest.
-        num_grains: k.
-
-    Returns:
-        A mean for each grain, coarsest first: NaN where no region has it.
-
-    Raises:
-        ValueError: the map has a wrong type, dtype, shape or value, or the values another shape.
-    """
-    _check_maps({"grain_map": grain_map}, num_grains)
-    if values.shape != grain_map.shape:
-        raise ValueError(f"`values` must be one for each region, {tuple(grain_map.shape)}, got {tuple(values.shape)}.")
-    values = values.double()
-    return [values[grain_map == grain].mean().item() for grain in range(num_grains)]
-
-
-def psnr_of_error(mean_squared_error: float) -> float:
-    """dB of a mean squared error of pixels in [-1, 1]; infinity without an error, NaN of NaN."""
-    if mean_squared_error == 0:
-        return math.inf
-    return 10 * math.log10(4 / mean_squared_error)
-
-
-def _shares(maps: torch.Tensor, num_grains: int) -> torch.Tensor:
-    """Share of each grain over all regions of all maps, (k,), float64."""
-    return torch.bincount(maps.flatten(), minlength=num_grains).double().cpu() / maps.numel()
-
-
 def _above(value: float, chance: float) -> float:
     """0 at chance, 1 at 1; NaN where chance is 1."""
     return (value - chance) / (1 - chance) if chance < 1 else math.nan
 
 
 def _check_maps(maps: dict[str, torch.Tensor], num_grains: int) -> None:
-    """Raise a ValueError that names the argument unless all are maps of `num_grains` grains."""
     if not isinstance(num_grains, int) or num_grains < 2:
         raise ValueError(f"`num_grains` must be a whole number, 2 or more, got {num_grains!r}.")
     for name, grain_map in maps.items():
@@ -230,8 +165,7 @@ def grain_diagnostics(
     Returns:
         "fine_ratio_error" of predicted against true maps; "map_accuracy" of each predicted map against the true one of
         its class that stands at its place; "coherence" of both; "grain_model_accuracy" by timestep;
-        "error_by_grain": the mean squared error of the content model by timestep and grain, "denoising", and
-        "reconstruction_psnr_db" by grain, each with one value for a grain, coarsest first.
+        "error_by_grain": "denoising" and "reconstruction_psnr_db". Each is what the function of its name returns.
 
     Raises:
         ValueError: there are other than N labels, or the pipeline has no grain model.
@@ -266,15 +200,15 @@ def grain_model_accuracy(
     num_grains = model.config.num_grains
 
     @torch.no_grad()
-    def predict(numbers: slice, timestep: int) -> torch.Tensor:
+    def predict(timestep: int, numbers: slice) -> torch.Tensor:
         state = model.state_from_grain_map(true_maps[numbers], num_grains)
         noise = randn_tensor(state.shape, generator=drawing.generators(NOISE, numbers))
         t = torch.full((len(state),), timestep)
         noised = scheduler.add_noise(state, noise, t).to(device, model.dtype)
         return model(noised, t.to(device), drawing.class_ids(numbers)).logits.argmax(dim=1)
 
-    predicted = _at_timesteps(drawing, predict, timesteps, torch.zeros_like(true_maps))
-    return {t: map_accuracy(found, true_maps, num_grains) for t, found in predicted.items()}
+    found = {t: drawing.over_images(partial(predict, t), torch.zeros_like(true_maps)) for t in timesteps}
+    return {str(t): map_accuracy(predicted, true_maps, num_grains) for t, predicted in found.items()}
 
 
 def denoising_error_by_grain(
@@ -300,7 +234,7 @@ def denoising_error_by_grain(
     channels, objective = pipe.transformer.config.in_channels, _objective_of(pipe.scheduler)
 
     @torch.no_grad()
-    def errors(numbers: slice, timestep: int) -> torch.Tensor:
+    def errors(timestep: int, numbers: slice) -> torch.Tensor:
         grain_map = grain_maps[numbers].to(device)
         posterior = pipe.vae.encode(_to_pixels(pipe, images[numbers]), grain_map).latent_dist
         latents = posterior.sample(drawing.generators(ENCODING, numbers))
@@ -310,11 +244,10 @@ def denoising_error_by_grain(
         t = torch.full((len(latents),), timestep, device=device)
         noised = objective.add_noise(latents, noise, t).to(pipe.transformer.dtype)
         prediction = pipe.transformer(noised, t, grain_map, drawing.class_ids(numbers)).sample[:, :channels]
-        return region_means((prediction.float() - objective.target(latents, noise, t)).square(), grain_map)
+        return (prediction.float() - objective.target(latents, noise, t)).square()
 
     num_grains = pipe.transformer.config.num_grains
-    found = _at_timesteps(drawing, errors, timesteps, torch.zeros(grain_maps.shape, dtype=torch.float64))
-    return {t: mean_by_grain(of_regions, grain_maps, num_grains) for t, of_regions in found.items()}
+    return {str(t): _mean_by_grain(drawing, partial(errors, t), grain_maps, num_grains) for t in timesteps}
 
 
 def reconstruction_psnr_by_grain(drawing: Drawing, images: torch.Tensor, grain_maps: torch.Tensor) -> list[float]:
@@ -323,9 +256,7 @@ def reconstruction_psnr_by_grain(drawing: Drawing, images: torch.Tensor, grain_m
     Reconstructions are those of the mode of the posterior, in 8 bits.
 
     Args:
-        drawing: the checkpoint, batch size.
-        images: (N, 3, H, W) uint8.
-        grain_maps: (N, h, w) int64, the maps that they are encoded with.
+        drawing, images, grain_maps: of `denoising_error_by_grain`.
 
     Returns:
         dB for each grain, coarsest first: NaN where no region has it, infinity for regions without an error.
@@ -336,17 +267,23 @@ def reconstruction_psnr_by_grain(drawing: Drawing, images: torch.Tensor, grain_m
     def errors(numbers: slice) -> torch.Tensor:
         pixels, grain_map = _to_pixels(pipe, images[numbers]), grain_maps[numbers].to(pipe._execution_device)
         decoded = to_uint8(pipe.vae.decode(pipe.vae.encode(pixels, grain_map).latent_dist.mode()).sample)
-        return region_means((from_uint8(decoded) - pixels.float()).square(), grain_map)
+        return (from_uint8(decoded) - pixels.float()).square()
 
-    of_regions = drawing.over_images(errors, torch.zeros(grain_maps.shape, dtype=torch.float64))
-    return [psnr_of_error(error) for error in mean_by_grain(of_regions, grain_maps, pipe.vae.num_grains)]
+    means = _mean_by_grain(drawing, errors, grain_maps, pipe.vae.num_grains)
+    return [10 * math.log10(4 / error) if error else math.inf for error in means]
 
 
-def _at_timesteps(
-    drawing: Drawing, function: Callable[[slice, int], torch.Tensor], timesteps: Sequence[int], zeros: torch.Tensor
-) -> dict[str, torch.Tensor]:
-    """What a function finds for all images at each timestep."""
-    return {str(t): drawing.over_images(partial(function, timestep=t), zeros.clone()) for t in timesteps}
+def _mean_by_grain(
+    drawing: Drawing, errors: Callable[[slice], torch.Tensor], grain_maps: torch.Tensor, num_grains: int
+) -> list[float]:
+    """The mean of errors (B, C, H, W) over all regions of a grain, of whichever image: NaN where there are none."""
+    rows, columns = grain_maps.shape[1:]
+
+    def of_regions(numbers: slice) -> torch.Tensor:
+        return errors(numbers).double().unflatten(3, (columns, -1)).unflatten(2, (rows, -1)).mean(dim=(1, 3, 5))
+
+    means = drawing.over_images(of_regions, torch.zeros(grain_maps.shape, dtype=torch.float64))
+    return [means[grain_maps == grain].mean().item() for grain in range(num_grains)]
 
 
 def _to_pixels(pipe, images: torch.Tensor) -> torch.Tensor:

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
 
 from ..data.folders import is_image, list_files
 from ..data.images import UnusableImageError, decode_image, to_pixels
@@ -39,7 +40,7 @@ class ImageSet:
         read: an image by its place in the set, uint8 (3, H, W); an UnusableImageError if it cannot be used.
         size: (H, W); None for that of the first image.
         name_of: what errors call the image of a place; default: its place.
-        protocol: what is known of how they were made: of samples, how they were drawn.
+        protocol: how they were made; of samples, how they were drawn.
 
     Raises:
         ValueError: there are none, or the size is that of the first image and this cannot be used.
@@ -80,7 +81,12 @@ class ImageSet:
         return image
 
     def batches(
-        self, batch_size: int, process_index: int = 0, num_processes: int = 1, num_workers: int = 0
+        self,
+        batch_size: int,
+        process_index: int = 0,
+        num_processes: int = 1,
+        num_workers: int = 0,
+        progress: bool = False,
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """The batches of one of several processes: batch k of the set belongs to process k % num_processes.
 
@@ -89,6 +95,7 @@ class ImageSet:
             process_index: which process reads.
             num_processes: how many share the set.
             num_workers: processes that decode images for this one; 0 for none.
+            progress: show a bar.
 
         Returns:
             Pairs of places in the set, int64 (B,), and images, uint8 (B, 3, H, W).
@@ -105,7 +112,7 @@ class ImageSet:
             self, sampler=slices, batch_size=None, num_workers=num_workers, generator=torch.Generator()
         )
         read = iter(loader)
-        for one in slices:
+        for one in tqdm(slices, desc=self.name, disable=not progress):
             try:
                 images = next(read)
             except UnusableImageError:
@@ -186,19 +193,14 @@ def open_images(
 
 
 def hash_pixels(images: torch.Tensor) -> int:
-    """The sum of a hash of each image, uint8 (B, 3, H, W): sums over the parts of a set add up to that of the set."""
+    """The sum of a hash of each image, uint8 (B, 3, H, W): those of the parts of a set add up."""
     size = str(tuple(images.shape[1:])).encode()
     arrays = images.cpu().contiguous().numpy()
     return sum(int.from_bytes(hashlib.sha256(size + one.tobytes()).digest(), "big") for one in arrays)
 
 
 def pixel_digest(num_images: int, hashes: int) -> str:
-    """Identifies a set by its pixels, whatever their order and the format of their files.
-
-    Args:
-        num_images: of the set.
-        hashes: sum of `hash_pixels`.
-    """
+    """Identifies a set by its pixels, by the sum of `hash_pixels`, whatever their order and the format of files."""
     return hashlib.sha256(f"{num_images} {hashes % 2**256:x}".encode()).hexdigest()
 
 
@@ -209,11 +211,11 @@ def pixel_digest(num_images: int, hashes: int) -> str:
 
 def _open_folder(root: str) -> ImageSet:
     files, _ = list_files(root)
-    images = sorted(filter(is_image, files), key=lambda path: _natural(os.path.relpath(path, root)))
+    names = sorted((os.path.relpath(file, root) for file in filter(is_image, files)), key=_natural)
     archives = [file for file in files if file.lower().endswith(".npz")]
-    if images:
-        read, name_of = partial(_decode_file, images), partial(_relative, images, root)
-        return ImageSet(_last_part(root), len(images), read, None, name_of, _read_protocol(root, len(images)))
+    if names:
+        read, protocol = partial(_decode_file, root, names), _read_protocol(root, len(names))
+        return ImageSet(_last_part(root), len(names), read, name_of=names.__getitem__, protocol=protocol)
     if len(archives) == 1:
         return _open_npz(archives[0], None)
     if any(file.lower().endswith(_DATA_SETS) for file in files):
@@ -222,12 +224,8 @@ def _open_folder(root: str) -> ImageSet:
     raise ValueError(f"{root} holds no images, and {held}.")
 
 
-def _decode_file(files: list[str], place: int) -> torch.Tensor:
-    return _to_tensor(np.asarray(decode_image({"path": files[place], "bytes": None})))
-
-
-def _relative(files: list[str], root: str, place: int) -> str:
-    return os.path.relpath(files[place], root)
+def _decode_file(root: str, names: list[str], place: int) -> torch.Tensor:
+    return _to_tensor(np.asarray(decode_image({"path": os.path.join(root, names[place]), "bytes": None})))
 
 
 class _NpzReader:
@@ -280,7 +278,6 @@ def _name_of_row(source: ImageSource, place: int) -> str:
 
 
 def _read_protocol(folder: str, num_images: int) -> dict:
-    """How the samples of a folder were drawn; empty if it does not tell."""
     if not Path(folder, PROTOCOL).is_file():
         return {}
     protocol = read_protocol(folder)

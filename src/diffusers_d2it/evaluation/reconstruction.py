@@ -7,12 +7,11 @@ Shapes:
     B images, H W their sides in pixels
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from tqdm.auto import tqdm
 
 from ..files import on_main_process
 from ..files.folders import digest
@@ -71,13 +70,10 @@ def reconstruct(
     Args:
         vae: the autoencoder.
         images: uint8 (B, 3, H, W).
-        fine_ratio: as in `encode`.
+        fine_ratio: as in `encode`, which may raise a ValueError.
 
     Returns:
         uint8 (B, 3, H, W) and (B,).
-
-    Raises:
-        ValueError: from `encode`.
     """
     encoded = vae.encode(from_uint8(images.to(vae.device)).to(vae.dtype), fine_ratio=fine_ratio)
     decoded = vae.decode(encoded.latent_dist.mode()).sample
@@ -85,13 +81,7 @@ def reconstruct(
 
 
 class PairScores:
-    """Means over pairs of an image and its reconstruction, in one pass.
-
-    Args:
-        metrics: some of `PAIR_METRICS`.
-        features: of the Frechet distance "rfid".
-        accelerator: joins the processes, which have other pairs each.
-        device: where scores are computed; default: the accelerator's, else that of the features.
+    """Means over pairs of an image and its reconstruction, in one pass; each process has pairs of its own.
 
     Raises:
         ValueError: a metric is unknown, given twice or lacks features, or a package or its weights are missing.
@@ -158,33 +148,25 @@ class PairScores:
         return means
 
     def results(self, samples: dict, reference: ImageSet) -> list[Result]:
-        """A result for each metric and other value, once all is joined.
-
-        Args:
-            samples: what a protocol says of the reconstructions.
-            reference: the originals.
-        """
+        """A result for each metric and other value, once all is joined; `samples` is what protocols say of them."""
         values = on_main_process(self.accelerator, self.compute)
         original, reconstruction = (pixel_digest(self.num_images, hashes) for hashes in self.hashes)
         common = {
             "samples": {**samples, "digest": reconstruction},
             "reference": {**reference.describe(), "digest": original},
         }
+        versions_of = {"versions": versions(self.features)}
         details = {metric: {"settings": _SETTINGS.get(metric, {})} for metric in self.metrics}
         if "lpips" in details:
             details["lpips"] = {"features": {"name": _LPIPS_NETWORK, "digest": weights_digest(self.lpips)}}
         if "rfid" in details:
             rank_deficient = self.num_images <= self.statistics[0].num_features
             details["rfid"] = {"features": self.features.describe(), "rank_deficient": rank_deficient}
-        common_versions = {"versions": versions(self.features)}
-        return [
-            Result(
-                result_name(name, self.features) if name == "rfid" else name,
-                values[name],
-                common | details.get(name, {}) | common_versions,
-            )
-            for name in dict.fromkeys([*self.metrics, *values])
-        ]
+        results = []
+        for name in dict.fromkeys([*self.metrics, *values]):
+            shown = result_name(name, self.features) if name == "rfid" else name
+            results.append(Result(shown, values[name], common | details.get(name, {}) | versions_of))
+        return results
 
 
 def evaluate_pairs(
@@ -204,9 +186,7 @@ def evaluate_pairs(
         reference: the originals, in the same order.
         metrics: some of `PAIR_METRICS`.
         features: for "rfid", which is called "rfd_<name>" with others than Inception's.
-        batch_size: images of a batch and process.
-        accelerator: its processes share the images; all of them get the results.
-        num_workers: processes that decode images, of each process.
+        batch_size, accelerator, num_workers: of `evaluate`.
 
     Returns:
         A result for each metric.
@@ -217,11 +197,9 @@ def evaluate_pairs(
     if (len(samples), samples.size) != (len(reference), reference.size):
         numbers = (f"{len(one)} of {one.size[0]}x{one.size[1]} in {one.name}" for one in (samples, reference))
         raise ValueError(f"pairs need as many images of the same size, got {' and '.join(numbers)}.")
-    scores = PairScores(metrics, features, accelerator)
-    originals, others = (
-        _batches(one, batch_size, accelerator, num_workers, hidden=one is samples) for one in (reference, samples)
-    )
-    for images, reconstructions in zip(originals, others):
+    scores, place = PairScores(metrics, features, accelerator), place_of(accelerator)
+    originals = reference.batches(batch_size, *place, num_workers, progress=place[0] == 0)
+    for (_, images), (_, reconstructions) in zip(originals, samples.batches(batch_size, *place, num_workers)):
         scores.update(images, reconstructions)
     scores.join()
     return scores.results(samples.describe(), reference)
@@ -243,9 +221,8 @@ def evaluate_reconstructions(
     Args:
         vae: the autoencoder.
         reference: the images.
-        metrics, features: of `evaluate_pairs`.
         fine_ratio: as in `encode`.
-        batch_size, accelerator, num_workers: of `evaluate_pairs`.
+        metrics, features, batch_size, accelerator, num_workers: of `evaluate_pairs`.
 
     Returns:
         A result for each metric, and "fine_share", the share of fine regions that the maps really had.
@@ -255,7 +232,8 @@ def evaluate_reconstructions(
     """
     vae = vae if accelerator is None else vae.to(accelerator.device)
     scores = PairScores(metrics, features, accelerator, vae.device)
-    for images in _batches(reference, batch_size, accelerator, num_workers):
+    place = place_of(accelerator)
+    for _, images in reference.batches(batch_size, *place, num_workers, progress=place[0] == 0):
         reconstructions, shares = reconstruct(vae, images, fine_ratio)
         scores.update(images, reconstructions, fine_share=shares)
     scores.join()
@@ -300,14 +278,3 @@ def reconstruction_scores(
     if not scores.num_images:
         raise ValueError("`batches` must hold images to score, got none.")
     return scores.compute() | {"num_images": scores.num_images}
-
-
-def _batches(
-    images: ImageSet, batch_size: int, accelerator: Accelerator | None, num_workers: int, hidden: bool = False
-) -> Iterator[torch.Tensor]:
-    """The batches of this process, with a progress bar on the main one."""
-    place = place_of(accelerator)
-    number = -(-len(images) // (batch_size * place[1]))
-    batches = images.batches(batch_size, *place, num_workers)
-    for _, pixels in tqdm(batches, desc=images.name, total=number, disable=hidden or place[0] > 0):
-        yield pixels

@@ -40,19 +40,12 @@ _COUNTED_IMAGES, _COUNTED_STEPS = 8, 10  # of which multiply-adds are counted
 
 @dataclass(frozen=True)
 class Row:
-    """What `compare` finds of one way to draw.
-
-    Attributes:
-        name: of the row.
-        results: of `evaluate`, as dictionaries {"metric", "value", "protocol", "deviation"}.
-        images: that were drawn, (N, 3, H, W) uint8.
-        cost: of an image: `cost_of` the calls, and "macs_per_forward"; None where it was not asked for.
-    """
+    """What `compare` finds of one way to draw."""
 
     name: str
-    results: list[dict]
-    images: torch.Tensor
-    cost: dict[str, Any] | None = None
+    results: list[dict]  # of `evaluate`, as dictionaries {"metric", "value", "protocol", "deviation"}
+    images: torch.Tensor  # that were drawn, (N, 3, H, W) uint8
+    cost: dict[str, Any] | None = None  # of an image: `cost_of` the calls, and "macs_per_forward"; None: not asked for
 
 
 def compare(
@@ -155,19 +148,12 @@ def _count_macs(drawing: Drawing, shape: tuple[int, ...], arguments: Mapping[str
 
 @dataclass(frozen=True)
 class LabelledImages:
-    """Real images of a data set, drawn at random, and others of it to compare with.
+    """Real images of a data set, drawn at random, and others of it to compare with."""
 
-    Attributes:
-        images: (N, 3, R, R) uint8.
-        labels: (N,) int64, ids of the checkpoint's classes; None for an unconditional one.
-        reference: M other images of the same data set.
-        description: the data set in words.
-    """
-
-    images: torch.Tensor
-    labels: torch.Tensor | None
-    reference: ImageSet
-    description: str
+    images: torch.Tensor  # (N, 3, R, R) uint8
+    labels: torch.Tensor | None  # (N,) int64, ids of the checkpoint's classes; None for an unconditional one
+    reference: ImageSet  # M other images of the same data set
+    description: str  # the data set in words
 
 
 def draw_labelled_images(
@@ -181,14 +167,12 @@ def draw_labelled_images(
 ) -> LabelledImages:
     """Images of a data set for a report on a checkpoint.
 
-    The reference is of other images than the first ones: images whose own maps are asked for would be compared with
-    themselves.
+    The reference is of other images: those whose own maps are asked for would be compared with themselves.
 
     Args:
         source: the data set.
         pipe: the checkpoint.
-        num_images: N.
-        num_reference_images: M.
+        num_images, num_reference_images: N and M.
         bad_images: notes what cannot be used.
         resolution: R; None for that of the checkpoint.
         seed: fixes which images are taken, and their order.
@@ -217,11 +201,7 @@ def draw_labelled_images(
 
 
 def classes_of_checkpoint(source: ImageSource, pipe: D2iTPipeline) -> dict[int, int] | None:
-    """The checkpoint's class of every label of a data set, by `class_of`; None for an unconditional checkpoint.
-
-    Raises:
-        ValueError: the data set has no classes, or some that the checkpoint does not have.
-    """
+    """The checkpoint's class of every label of a data set, by `class_of`; None for an unconditional checkpoint."""
     num_classes = pipe.transformer.config.num_classes
     if num_classes is None:
         return None

@@ -19,8 +19,8 @@ _SHUFFLE_SEED = 2020  # of torch-fidelity, so that its splits are these
 def inception_score(logits: torch.Tensor, num_splits: int = 10) -> tuple[float, float]:
     """exp of the mean Kullback-Leibler divergence between p(class | image) and p(class) (Salimans et al., 2016).
 
-    The images are dealt to the splits by a fixed permutation of their places, that of torch-fidelity: it does not
-    count that images of one class may lie beside one another in a folder.
+    A fixed permutation, that of torch-fidelity, deals the images to the splits: images of one class may lie side by
+    side in a folder.
 
     Args:
         logits: (N, K), float32 or float64, in the order of the set.
@@ -114,8 +114,7 @@ def precision_recall(
         Precision and recall in [0, 1].
 
     Raises:
-        ValueError: a set has too few images, another shape or dtype, or values that are not finite; a number is too
-            small.
+        ValueError: as for `kernel_distance`.
     """
     if k < 1 or block_size < 1:
         raise ValueError(f"`k` and `block_size` must be at least 1, got {k} and {block_size}.")
@@ -163,7 +162,6 @@ def _blocks(features: torch.Tensor, block_size: int, shift: torch.Tensor) -> Ite
 
 
 def _check_sets(sets: dict[str, torch.Tensor], num_images: int, purpose: str) -> None:
-    """Raise a ValueError unless all sets are features (N, D) with one D, finite, and have enough images."""
     for name, features in sets.items():
         try:
             check_features(features)

@@ -52,13 +52,7 @@ class FeatureStatistics:
             self._join(len(features), batch_mean, features - batch_mean)
 
     def merge(self, other: "FeatureStatistics") -> None:
-        """Add the statistics of other images.
-
-        Raises:
-            ValueError: they have another number of features.
-        """
-        if other.num_features != self.num_features:
-            raise ValueError(f"both must have as many features, got {self.num_features} and {other.num_features}.")
+        """Add the statistics of other images, of as many features."""
         if other.num_images:
             self._join(other.num_images, other._mean, other._mean.new_empty(0, self.num_features))
             self._scatter += other._scatter
@@ -89,15 +83,12 @@ class FeatureStatistics:
 def check_features(
     features: torch.Tensor, indices: torch.Tensor | None = None, num_features: int | None = None
 ) -> None:
-    """Check what a network gave for some images.
+    """Raise a ValueError unless features are (B, D), float32 or float64, and finite.
 
     Args:
-        features: should be (B, D), float32 or float64, and finite.
+        features: of some images.
         indices: (B,), which images they are of, for errors; None for 0 ... B-1.
         num_features: D; None for any.
-
-    Raises:
-        ValueError: they are something else.
     """
     if features.ndim != 2 or features.shape[1] != (num_features or features.shape[1]) or not features.shape[1]:
         raise ValueError(f"features must be (B, {num_features or 'D'}), got {tuple(features.shape)}.")
@@ -116,17 +107,11 @@ def check_features(
 
 @dataclass(frozen=True)
 class ReferenceStatistics:
-    """Means and covariances from a file, and how they came about.
+    """Means and covariances from a file, and how they came about."""
 
-    Args:
-        moments: of "pool", and where the file has them of "spatial", the features of sFID.
-        num_images: how many images they are of; None where the file does not say.
-        protocol: what `write_statistics` was given; empty in files of others.
-    """
-
-    moments: dict[str, Moments]
-    num_images: int | None
-    protocol: dict
+    moments: dict[str, Moments]  # of "pool", and where the file has them of "spatial", the features of sFID
+    num_images: int | None  # that they are of; None where the file does not say
+    protocol: dict  # what `write_statistics` was given; empty in files of others
 
 
 def write_statistics(path: str | os.PathLike, moments: dict[str, Moments], num_images: int, protocol: dict) -> None:
@@ -140,12 +125,10 @@ def write_statistics(path: str | os.PathLike, moments: dict[str, Moments], num_i
         protocol: how the numbers came about, JSON values.
 
     Raises:
-        ValueError: the name ends otherwise, or `protocol` is not JSON.
+        ValueError: `protocol` is not JSON.
         OSError: the disk is full or failed. What was at `path` is still there.
     """
     path = Path(path).absolute()
-    if path.suffix != ".npz":
-        raise ValueError(f"`path` of statistics must end in .npz, got {path.name}.")
     arrays = {key: moment.numpy() for name, pair in moments.items() for key, moment in zip(_ARRAYS[name], pair)}
     arrays["num_images"] = np.int64(num_images)
     try:
