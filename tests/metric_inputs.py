@@ -1,9 +1,12 @@
 # Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
-"""What metrics are tried on: crops of photographs, and a small network with all kinds of features.
+"""What metrics are tried on: crops of photographs, a small network with all kinds of features, and what is refused.
 
 A command line finds the network as `metric_inputs:small_network`.
 """
 
+from collections.abc import Callable
+
+import pytest
 import torch
 from photographs import load_photographs
 from torch import nn
@@ -37,3 +40,9 @@ def small_network(seed: int = 0) -> SmallNetwork:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return SmallNetwork().eval()
+
+
+def refused(said: str, function: Callable, *arguments: object, **options: object) -> None:
+    """Check that a call raises a ValueError which says this, a pattern."""
+    with pytest.raises(ValueError, match=said):
+        function(*arguments, **options)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 from diffusers.utils.torch_utils import randn_tensor
+from metric_inputs import refused
 from photographs import load_photographs
 
 from diffusers_d2it import D2iTPipeline, bundled_checkpoint
@@ -146,10 +147,8 @@ def test_all_diagnostics_with_three_grains_and_in_half_precision(make_pipeline, 
 
 def test_what_is_wrong_is_named(make_pipeline, images, true_maps):
     without = make_pipeline(grain_model=None, grain_scheduler=None)
-    with pytest.raises(ValueError, match="`pipe`.*grain model"):
-        grain_model_accuracy(drawing_of(without), true_maps)
+    refused("`pipe`.*grain model", grain_model_accuracy, drawing_of(without), true_maps)
     other = make_pipeline(scheduler=DDIMScheduler(prediction_type="sample", clip_sample=False))
-    with pytest.raises(ValueError, match="`pipe.scheduler`.*'sample'"):
-        denoising_error_by_grain(drawing_of(other), images, true_maps)
+    refused("`pipe.scheduler`.*'sample'", denoising_error_by_grain, drawing_of(other), images, true_maps)
     with pytest.raises(ValueError, match=r"`labels`.* 8 .*\(7,\)"):
         denoising_error_by_grain(drawing_of(make_pipeline(), LABELS[:7]), images, true_maps)

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from diffusers import DDPMScheduler
+from metric_inputs import refused
 from photographs import load_photographs
 
 from diffusers_d2it import D2iTPipeline
@@ -47,11 +48,6 @@ def changed(before: torch.Tensor, after: torch.Tensor) -> list[int]:
     return (before != after).flatten(1).any(dim=1).nonzero().flatten().tolist()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Maps
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 def test_true_maps_are_those_that_the_autoencoder_encodes(drawing, images, true_maps):
     assert torch.equal(true_maps, drawing.pipe.vae.encode(images / 127.5 - 1).grain_map)
     assert torch.equal(drawing.maps("true", true_maps), true_maps)
@@ -80,11 +76,6 @@ def test_predicted_maps_belong_to_image_seed_and_label(drawing, true_maps):
     other = LABELS.clone()
     other[4] = 7
     assert changed(maps, replace(drawing, labels=other).maps("predicted", true_maps)) == [4]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Images
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def test_noise_is_that_of_the_image(drawing, true_maps):
@@ -145,23 +136,13 @@ def test_batches_are_handed_out_once(drawing):
     assert found.tolist() == [1, 2, 3, 4, 5, 6, 7] and seen == [(0, 3), (3, 6), (6, 7)]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Bad input
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 def test_what_is_wrong_is_named(drawing, make_pipeline, images, true_maps):
-    with pytest.raises(ValueError, match="`source`.*true, predicted, random, coarse, fine.*'real'"):
-        drawing.maps("real", true_maps)
-    with pytest.raises(ValueError, match="`labels`"):
-        drawing_of(drawing.pipe, None)
-    with pytest.raises(ValueError, match="`labels`.*None"):
-        drawing_of(make_pipeline(num_classes=None))
+    refused("`source`.*true, predicted, random, coarse, fine.*'real'", drawing.maps, "real", true_maps)
+    refused("`labels`", drawing_of, drawing.pipe, None)
+    refused("`labels`.*None", drawing_of, make_pipeline(num_classes=None))
     for draw in (lambda few: few.maps("random", true_maps), lambda few: few.images(true_maps)):
-        with pytest.raises(ValueError, match=r"`labels`.* 8 .*\(7,\)"):
-            draw(replace(drawing, labels=LABELS[:7]))
+        refused(r"`labels`.* 8 .*\(7,\)", draw, replace(drawing, labels=LABELS[:7]))
     with pytest.raises(ValueError, match="`pipe`.*grain model"):
         drawing_of(make_pipeline(grain_model=None, grain_scheduler=None)).maps("predicted", true_maps)
     for wrong in (images.float(), images[0], images[:0]):
-        with pytest.raises(ValueError, match=r"`images`.*\(N, 3, H, W\)"):
-            drawing.true_maps(wrong)
+        refused(r"`images`.*\(N, 3, H, W\)", drawing.true_maps, wrong)

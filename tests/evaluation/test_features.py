@@ -11,7 +11,7 @@ import PIL.Image
 import pytest
 import torch
 from image_files import photo
-from metric_inputs import crops, small_network
+from metric_inputs import crops, refused, small_network
 from torch import nn
 from transformers import Dinov2Config, Dinov2Model, ViTConfig, ViTModel
 
@@ -64,13 +64,10 @@ def test_side_of_the_input_is_that_of_the_preprocessing(tmp_path, preprocessing,
 
 
 def test_a_vision_model_that_cannot_be_used_is_named(tmp_path):
-    with pytest.raises(ValueError, match="nowhere"):
-        load_features(str(tmp_path / "nowhere"))
-    with pytest.raises(ValueError, match="30x30.* 7"):
-        load_features(save_vision_model(tmp_path, size=30))
+    refused("nowhere", load_features, str(tmp_path / "nowhere"))
+    refused("30x30.* 7", load_features, save_vision_model(tmp_path, size=30))
     (tmp_path / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0.5, 0.5, 0.5]}))
-    with pytest.raises(ValueError, match="preprocessor_config.json.* image_std"):
-        load_features(str(tmp_path))
+    refused("preprocessor_config.json.* image_std", load_features, str(tmp_path))
 
 
 def test_half_precision_weights_are_used_in_single(tmp_path):
@@ -118,23 +115,18 @@ def test_digest_tells_weights_apart(tmp_path):
 
 def test_a_network_that_cannot_be_used_is_refused():
     images = crops(2, seed=0)
-    with pytest.raises(ValueError, match="'small'.*training"):
-        ModuleFeatures(small_network().train(), "small")
+    refused("'small'.*training", ModuleFeatures, small_network().train(), "small")
     for name in ("", "inception"):
-        with pytest.raises(ValueError, match=f"`name`.*got '{name}'"):
-            ModuleFeatures(small_network(), name)
-    with pytest.raises(ValueError, match=r"'image'.*\(B, D\).* pool \(2, 3, 32, 32\)"):
-        ModuleFeatures(nn.Identity().eval(), "image")(images)
+        refused(f"`name`.*got '{name}'", ModuleFeatures, small_network(), name)
+    refused(r"'image'.*\(B, D\).* pool \(2, 3, 32, 32\)", ModuleFeatures(nn.Identity().eval(), "image"), images)
 
     class Tokens(nn.Module):
         def forward(self, pixels):
             return {"tokens": pixels.flatten(1)}
 
-    with pytest.raises(ValueError, match=r"'tokens'.* tokens \(2, 3072\)"):
-        ModuleFeatures(Tokens().eval(), "tokens")(images)
+    refused(r"'tokens'.* tokens \(2, 3072\)", ModuleFeatures(Tokens().eval(), "tokens"), images)
     for wrong in (images.float(), images[:, :1], images[0]):
-        with pytest.raises(ValueError, match=r"`images`.*\(B, 3, H, W\)"):
-            ModuleFeatures(small_network(), "small")(wrong)
+        refused(r"`images`.*\(B, 3, H, W\)", ModuleFeatures(small_network(), "small"), wrong)
 
 
 def test_what_a_command_line_names_is_loaded_or_refused():
@@ -142,14 +134,10 @@ def test_what_a_command_line_names_is_loaded_or_refused():
     features = load_features("metric_inputs:small_network")
     assert features.name == "small_network"
     assert torch.equal(features(images)["pool"], ModuleFeatures(small_network(), "small")(images)["pool"])
-    with pytest.raises(ValueError, match="'no_such_module:load'"):
-        load_features("no_such_module:load")
-    with pytest.raises(ValueError, match="'metric_inputs:load'"):
-        load_features("metric_inputs:load")
-    with pytest.raises(ValueError, match="'builtins:dict'.* dict"):
-        load_features("builtins:dict")
-    with pytest.raises(ValueError, match="`weights`.*'inception'"):
-        load_features("metric_inputs:small_network", weights="weights.pth")
+    refused("'no_such_module:load'", load_features, "no_such_module:load")
+    refused("'metric_inputs:load'", load_features, "metric_inputs:load")
+    refused("'builtins:dict'.* dict", load_features, "builtins:dict")
+    refused("`weights`.*'inception'", load_features, "metric_inputs:small_network", weights="weights.pth")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -163,8 +151,7 @@ needs_fidelity = pytest.mark.skipif(
 
 @pytest.mark.skipif(find_spec("torch_fidelity") is not None, reason="torch-fidelity is installed")
 def test_without_torch_fidelity_the_way_to_get_it_is_told():
-    with pytest.raises(ValueError, match=r'torch_fidelity: `pip install "diffusers-d2it\[incep'):
-        load_features("inception")
+    refused(r'torch_fidelity: `pip install "diffusers-d2it\[incep', load_features, "inception")
 
 
 @pytest.fixture(scope="module")
@@ -227,8 +214,7 @@ def test_wrong_weights_of_inception_are_refused_and_the_right_ones_named(incepti
     assert not (tmp_path / "made").exists()
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
     monkeypatch.setattr(module, "URL_INCEPTION_V3", "http://127.0.0.1:9/weights-inception-2015-12-05-6726825d.pth")
-    with pytest.raises(ValueError, match="`weights`.*hub/checkpoints"):
-        load_features("inception")
+    refused("`weights`.*hub/checkpoints", load_features, "inception")
 
 
 @needs_fidelity

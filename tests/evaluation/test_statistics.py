@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from metric_inputs import refused
 
 from diffusers_d2it.evaluation.frechet import frechet_distance
 from diffusers_d2it.evaluation.statistics import (
@@ -90,12 +91,8 @@ def test_merging_is_associative_and_has_a_zero():
     assert_same(left, right, 1e-13)
     assert_same(left, count(draw()))
     assert (a.num_images, b.num_images, c.num_images) == (100, 1, 200)
-
-
-def test_merged_with_itself():
-    twice = count(draw())
-    twice.merge(twice)
-    assert_same(twice, count(torch.cat([draw(), draw()])))
+    left.merge(left)
+    assert_same(left, count(torch.cat([draw(), draw()])))
 
 
 def test_empty_batches_add_nothing_and_what_was_handed_out_stays():
@@ -120,8 +117,7 @@ def test_empty_batches_add_nothing_and_what_was_handed_out_stays():
 )
 def test_refuses(features, said):
     statistics = count(draw())
-    with pytest.raises(ValueError, match=said):
-        statistics.update(features, torch.tensor([9, 7, 5, 3]))
+    refused(said, statistics.update, features, torch.tensor([9, 7, 5, 3]))
     assert_same(statistics, count(draw()), 0)
 
 
@@ -209,29 +205,24 @@ def test_layouts_that_are_refused(tmp_path, what):
 
 def test_damaged_files(tmp_path):
     path = tmp_path / "file.npz"
-    with pytest.raises(ValueError, match="file.npz"):
-        read_statistics(path)
+    refused("file.npz", read_statistics, path)
     save(path, draw())
     whole = path.read_bytes()
     damaged = [whole[:400], b"", b"<html>", pickle.dumps({"mu": 1}), whole[:200] + b"\1" + whole[201:]]
     for content in damaged:
         path.write_bytes(content)
-        with pytest.raises(ValueError, match="file.npz"):
-            read_statistics(path)
+        refused("file.npz", read_statistics, path)
     np.save(tmp_path / "array.npy", np.eye(3))
-    with pytest.raises(ValueError, match=r"array.npy.*\(3, 3\)"):
-        read_statistics(tmp_path / "array.npy")
+    refused(r"array.npy.*\(3, 3\)", read_statistics, tmp_path / "array.npy")
     with zipfile.ZipFile(path, "w") as archive:  # a header that promises more than there is memory
         header = b"{'descr': '<f8', 'fortran_order': False, 'shape': (1000000000000000,), }".ljust(117) + b"\n"
         archive.writestr("mu.npy", b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header)
-    with pytest.raises(ValueError, match="file.npz"):
-        read_statistics(path)
+    refused("file.npz", read_statistics, path)
 
 
 def test_a_save_that_fails_keeps_the_old_file(tmp_path):
     path = tmp_path / "file.npz"
     save(path, draw())
     content = path.read_bytes()
-    with pytest.raises(ValueError, match="`protocol`"):
-        save(path, draw(seed=1), {"when": object()})
+    refused("`protocol`", save, path, draw(seed=1), {"when": object()})
     assert path.read_bytes() == content and len(list(tmp_path.iterdir())) == 1
