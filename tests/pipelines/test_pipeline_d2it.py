@@ -111,13 +111,11 @@ def test_factors_8_16_32_from_photographs_to_samples(make_pipeline, make_vae, ca
     assert output.images.shape == (2, 3, 128, 128)
 
 
-@pytest.mark.parametrize("num_grains", [2, 3])
-@pytest.mark.parametrize("scheduler", [DDPMScheduler, EulerAncestralDiscreteScheduler])
-def test_latents_are_tied_to_the_map(make_pipeline, num_grains, scheduler):
-    pipe = make_pipeline(num_grains)
-    pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
+def test_latents_are_tied_to_the_map(make_pipeline):
+    pipe = make_pipeline(3)
+    pipe.scheduler = EulerAncestralDiscreteScheduler.from_config(pipe.scheduler.config)
     output = call(pipe, [1, 2], grain_map="random", output_type="latent")
-    assert len(output.grain_maps.unique()) == num_grains
+    assert len(output.grain_maps.unique()) == 3
     check_tied(output.images, output.grain_maps)
 
 
