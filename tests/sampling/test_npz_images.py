@@ -79,44 +79,46 @@ def test_a_failed_write_leaves_the_old_file(images, tmp_path):
 
     with pytest.raises(KeyError):
         write_npz(path, images.shape, fails())
-    for number, found in ((8, images[:2]), (2, images)):
-        with pytest.raises(ValueError, match=f"a.npz .*{number}.*`shape`.*{len(found)}"):
-            write_npz(path, (number, 24, 32, 3), [found])
-    for rows in (np.zeros((1, 24, 32, 3), np.float32), np.zeros((1, 3, 24, 32), np.uint8)):
-        with pytest.raises(ValueError, match=re.escape(f"{rows.dtype} {rows.shape}")):
-            write_npz(path, (1, 24, 32, 3), [rows])
+    rows = np.zeros((1, 24, 32, 3), np.uint8)
+    for wrong, named in (
+        ([images[:2]], "a.npz .*8.*`shape`.*2"),
+        ([images, rows], "a.npz .*8.*`shape`.*9"),
+        ([rows.astype(np.float32)], r"float32 \(1, 24, 32, 3\)"),
+        ([rows.transpose(0, 3, 1, 2)], r"uint8 \(1, 3, 24, 32\)"),
+    ):
+        with pytest.raises(ValueError, match=named):
+            write_npz(path, images.shape, wrong)
     assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 1
 
 
+PIXELS = np.zeros((2, 8, 8, 3), np.uint8)
+
+
 @pytest.mark.parametrize(
-    "arrays, message",
+    "arrays, named",
     [
         ({"mu": np.zeros(3), "sigma": np.zeros((3, 3))}, "'mu', 'sigma'.*`arr_0`"),
         ({}, "nothing"),
-        ({"arr_0": np.zeros((2, 8, 8, 3))}, r"float64 \(2, 8, 8, 3\)"),
-        ({"arr_0": np.zeros((2, 3, 8, 8), np.uint8)}, r"uint8 \(2, 3, 8, 8\)"),
-        ({"arr_0": np.zeros((0, 8, 8, 3), np.uint8)}, r"uint8 \(0, 8, 8, 3\)"),
-        ({"arr_0": np.asfortranarray(np.zeros((2, 8, 8, 3), np.uint8))}, "Fortran"),
+        ({"arr_0": PIXELS.astype(float)}, r"float64 \(2, 8, 8, 3\)"),
+        ({"arr_0": PIXELS.transpose(0, 3, 1, 2).copy()}, r"uint8 \(2, 3, 8, 8\)"),
+        ({"arr_0": PIXELS[:0]}, r"uint8 \(0, 8, 8, 3\)"),
+        ({"arr_0": np.asfortranarray(PIXELS)}, "Fortran"),
         ({"arr_0": np.array([object()])}, "pickled"),
     ],
 )
-def test_a_wrong_layout_is_named(arrays, message, tmp_path):
+def test_a_wrong_layout_is_named(arrays, named, tmp_path):
     np.savez(tmp_path / "a.npz", **arrays)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=f"a.npz.*{named}"):
         NpzImages(tmp_path / "a.npz")
 
 
 def test_what_is_no_npz_is_refused(images, tmp_path):
-    for path in (tmp_path / "a.npz", tmp_path):
-        with pytest.raises(ValueError, match=re.escape(str(path))):
-            NpzImages(path)
     np.save(tmp_path / "a.npy", images)
-    with pytest.raises(ValueError, match="a.npy"):
-        NpzImages(tmp_path / "a.npy")
     with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:
         archive.writestr("arr_0.npy", b"no array")
-    with pytest.raises(ValueError, match="a.npz: `arr_0`"):
-        NpzImages(tmp_path / "a.npz")
+    for name in ("missing.npz", "", "a.npy", "a.npz"):
+        with pytest.raises(ValueError, match=re.escape(str(tmp_path / name))):
+            NpzImages(tmp_path / name)
 
 
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
@@ -127,16 +129,16 @@ def test_damage_is_noticed(images, save, tmp_path):
     with zipfile.ZipFile(path) as archive:
         array = archive.read("arr_0.npy")
     path.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ValueError, match="a.npz is damaged"):
+    with pytest.raises(ValueError, match="a.npz"):
         NpzImages(path)
     for position in (len(whole) * 3 // 4, whole.index(b"PK\x01\x02") + 16):  # of an image, of the checksum
         flipped = bytearray(whole)
         flipped[position] ^= 1
         path.write_bytes(flipped)
         for batch_size in (3, 8):
-            with pytest.raises(ValueError, match="a.npz is damaged"):
+            with pytest.raises(ValueError, match="a.npz"):
                 read_all(path, batch_size)
     with zipfile.ZipFile(path, "w") as archive:  # an array cut off before it was zipped
         archive.writestr("arr_0.npy", array[:-100])
-    with pytest.raises(ValueError, match="a.npz is damaged: `arr_0`"):
+    with pytest.raises(ValueError, match="a.npz.*`arr_0`"):
         NpzImages(path)
