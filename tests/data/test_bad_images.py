@@ -20,42 +20,48 @@ def path(tmp_path):
     return tmp_path / "run" / "bad_images.jsonl"
 
 
-def test_nothing_to_say(path):
-    bad_images = BadImages(path)
-    assert bad_images.summary() == "" and bad_images.found() == {}
+@pytest.fixture
+def bad_images(path):
+    return BadImages(path)
+
+
+def noted(path) -> list[dict[str, str]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_nothing_to_say(path, bad_images):
     bad_images.count((256, 300), 256)
-    assert bad_images.summary() == "" and not path.exists()
+    assert bad_images.summary() == "" and bad_images.found() == {} and not path.exists()
 
 
-def test_each_name_once_with_its_reason(path, caplog):
-    bad_images = BadImages(path)
-    for _ in range(3):
-        bad_images.add("a.jpg", "truncated")
-        bad_images.add("b\x1b[31m.jpg", "empty")
-    assert [json.loads(line)["name"] for line in path.read_text().splitlines()] == ["a.jpg", "b\x1b[31m.jpg"]
-    assert bad_images.found() == {"a.jpg": "truncated", "b\x1b[31m.jpg": "empty"}
-    summary = bad_images.summary()
-    assert summary.startswith("2 of the images could not be used: 'a.jpg': truncated; ") and str(path) in summary
-    assert len(caplog.messages) == 2 and caplog.messages[0] == "image 'a.jpg' cannot be used: truncated"
-    assert "\x1b" not in summary + caplog.text + path.read_text()
+def test_each_name_once_with_its_reason(path, bad_images, caplog):
+    reasons = {"a.jpg": "truncated", "b\x1b[31m.jpg": "empty"}
+    for name, reason in [*reasons.items()] * 3:
+        bad_images.add(name, reason)
+    assert noted(path) == [{"name": name, "reason": reason} for name, reason in reasons.items()]
+    assert bad_images.found() == reasons and len(caplog.messages) == 2
+    for said in (bad_images.summary(), caplog.text):
+        assert "'a.jpg'" in said and "truncated" in said and "empty" in said
+    assert "\x1b" not in bad_images.summary() + caplog.text + path.read_text()
+    assert bad_images.summary().startswith("2 ") and str(path) in bad_images.summary()
 
 
-def test_long_lists_are_cut_where_they_are_shown(path, caplog):
-    bad_images = BadImages(path)
+def test_long_lists_are_cut_where_they_are_shown(path, bad_images, caplog):
     for i in range(30):
         bad_images.add(f"{i}.jpg", "empty")
-    assert len(bad_images.found()) == 30 == len(path.read_text().splitlines())
-    assert bad_images.summary().startswith("30 of the images") and "'29.jpg'" not in bad_images.summary()
+    assert len(bad_images.found()) == 30 == len(noted(path))
+    assert bad_images.summary().startswith("30 ") and "'29.jpg'" not in bad_images.summary()
     assert len(caplog.messages) == 10 and str(path) in caplog.messages[-1]
 
 
-def test_another_process_is_heard(path):
-    ours, theirs = BadImages(path), BadImages(path)
+def test_another_process_is_heard(path, bad_images):
+    theirs = BadImages(path)
     theirs.add("a.jpg", "empty")
-    ours.add("a.jpg", "empty")
-    ours.add("b.jpg", "empty")
-    assert len(path.read_text().splitlines()) == 2 and set(theirs.found()) == {"a.jpg", "b.jpg"}
-    assert set(BadImages(path).found()) == {"a.jpg", "b.jpg"}  # also when a run is resumed
+    bad_images.add("a.jpg", "empty")
+    bad_images.add("b.jpg", "empty")
+    assert [image["name"] for image in noted(path)] == ["a.jpg", "b.jpg"]
+    for one in (bad_images, theirs, BadImages(path)):  # also when a run is resumed
+        assert set(one.found()) == {"a.jpg", "b.jpg"}
 
 
 def test_many_processes_write_at_once(path):
@@ -65,21 +71,18 @@ def test_many_processes_write_at_once(path):
     for process in processes:
         process.join()
     assert set(BadImages(path).found()) == {f"image {i}" for i in range(600)}
-    assert all(set(json.loads(line)) == {"name", "reason"} for line in path.read_text().splitlines())
+    assert all(set(image) == {"name", "reason"} for image in noted(path))
 
 
-def test_a_line_that_was_cut_is_written_again(path):
+def test_a_line_that_was_cut_is_written_again(path, bad_images):
     path.parent.mkdir()
     path.write_text('{"name": "a.jpg", "rea')
-    bad_images = BadImages(path)
-    bad_images.add("b.jpg", "empty")
-    bad_images.add("a.jpg", "empty")
-    bad_images.add("b.jpg", "empty")
+    for name in ("b.jpg", "a.jpg", "b.jpg"):
+        bad_images.add(name, "empty")
     assert set(BadImages(path).found()) == {"a.jpg", "b.jpg"}
 
 
-def test_enlarged_images_are_counted(path):
-    bad_images = BadImages(path)
+def test_enlarged_images_are_counted(bad_images):
     for size in ((256, 256), (255, 400), (400, 128)):
         bad_images.count(size, 256)
-    assert bad_images.summary().startswith("2 of 3 images read by this process were smaller")
+    assert bad_images.summary().startswith("2 of 3 images")

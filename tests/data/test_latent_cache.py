@@ -244,25 +244,15 @@ def swap(a: Path, b: Path) -> None:
     a.with_name("aside").rename(b)
 
 
-BAD_IMAGES, MANIFEST = f"{SHARD}/bad_images.json", f"{SHARD}/manifest.json"
-DAMAGE = {  # what is done, and what is named
-    "flipped bit in a tensor": (lambda cache: flip_bit(cache / CODES, -5), CODES),
+DAMAGE = {  # what is done, and what is named; each file damaged in each way: tests/faults/test_damaged_files.py
     "flipped bit in a header": (lambda cache: flip_bit(cache / CODES, 40), CODES),
     "truncated": (lambda cache: os.truncate(cache / CODES, 3000), CODES),
-    "empty": (lambda cache: os.truncate(cache / CODES, 0), CODES),
     "missing": (lambda cache: (cache / CODES).unlink(), CODES),
-    "HTML": (lambda cache: (cache / CODES).write_text("<html>404</html>"), CODES),
     "swapped": (lambda cache: swap(cache / CODES, cache / "shard-00000" / "codes.safetensors"), "shard-0000[01]"),
     "a whole shard swapped": (lambda cache: swap(cache / SHARD, cache / "shard-00000"), "shard-0000[01]"),
     "a whole shard missing": (lambda cache: shutil.rmtree(cache / SHARD), SHARD),
-    "other bad images": (lambda cache: change(cache / BAD_IMAGES, "[]", "[ ]"), BAD_IMAGES),
-    "flipped bit in a manifest of a shard": (lambda cache: flip_bit(cache / MANIFEST, -30), MANIFEST),
-    "flipped bit in the manifest": (lambda cache: flip_bit(cache / "manifest.json", -30), "manifest.json"),
-    "truncated manifest": (lambda cache: os.truncate(cache / "manifest.json", 100), "manifest.json"),
     "another manifest": (lambda cache: (cache / "manifest.json").write_text("[]"), "manifest.json"),
     "changed plan": (lambda cache: change(cache / "plan.json", 'classes": 2', 'classes": 3'), "plan.json"),
-    "truncated plan": (lambda cache: os.truncate(cache / "plan.json", 100), "plan.json"),
-    "no plan": (lambda cache: (cache / "plan.json").unlink(), "plan.json"),
 }
 
 
