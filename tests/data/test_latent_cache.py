@@ -4,7 +4,6 @@
 import os
 import pickle
 import random
-import re
 import shutil
 from itertools import islice
 from pathlib import Path
@@ -175,11 +174,8 @@ def test_values_beyond_float16_are_refused(make_vae, photos, write_cache, tmp_pa
         write_cache(tmp_path, vae)
 
 
-def test_grains_are_encoded_only_from_whole_regions(make_vae):
-    for shape in ((1, 3, 32, 36), (1, 1, 32, 32), (3, 32, 32)):
-        with pytest.raises(ValueError, match=rf"`x` must have shape \(B, 3, H, W\).*{re.escape(str(shape))}"):
-            make_vae().encode_grains(torch.zeros(shape))
-    with pytest.raises(ValueError, match="`grain_map` must hold grains 0"):
+def test_a_map_must_fit_the_codes(make_vae):
+    with pytest.raises(ValueError, match="`grain_map`.* 0"):
         make_vae().posterior(make_vae().encode_grains(torch.zeros(1, 3, 32, 32)), torch.full((1, 4, 4), 2))
 
 

@@ -37,14 +37,20 @@ def test_balanced_classes_take_turns():
     assert Counter(map(plan.label, range(47))) == {7: 10, 3: 10, 11: 9, 5: 9, 2: 9}
 
 
-def test_random_classes_are_uniform_and_independent_of_one_another():
-    plan = SamplePlan(2000, 10, classes=(7, 3, 11, 5), scheme="random")
-    labels = [plan.label(i) for i in range(2000)]
-    assert all(abs(count - 500) < 5 * (2000 * 0.25 * 0.75) ** 0.5 for count in Counter(labels).values())
-    pairs = Counter(zip(labels, labels[1:]))
-    assert len(pairs) == 16 and all(abs(count - 125) < 5 * 125**0.5 for count in pairs.values())
-    other = SamplePlan(2000, 10, seed=1, classes=(7, 3, 11, 5), scheme="random")
-    assert sum(a == other.label(i) for i, a in enumerate(labels)) < 650
+def count_evenly(drawn: list, num_choices: int) -> None:
+    """All are drawn, and each as often as another but for five standard deviations."""
+    counts, share = Counter(drawn), len(drawn) / num_choices
+    assert len(counts) == num_choices and all(abs(count - share) < 5 * share**0.5 for count in counts.values())
+
+
+def test_random_classes_and_photographs_are_uniform_and_independent_of_one_another():
+    plan, other = (SamplePlan(2000, 10, seed=seed, classes=(7, 3, 11, 5), scheme="random") for seed in (0, 1))
+    labels, others = plan.labels(range(2000)), other.labels(range(2000))
+    count_evenly(labels, 4)
+    count_evenly(list(zip(labels, labels[1:])), 16)
+    count_evenly(list(zip(labels, others)), 16)
+    count_evenly([plan.choice(i, 5) for i in range(2000)], 5)
+    count_evenly([(label, plan.choice(i, 5)) for i, label in enumerate(labels)], 20)
 
 
 def test_no_two_images_have_the_same_noise():
@@ -65,19 +71,11 @@ def test_no_two_images_have_the_same_noise():
 def test_an_image_is_the_same_in_a_larger_set_and_other_batches(scheme):
     small = SamplePlan(10, 4, seed=5, classes=(1, 2, 3), scheme=scheme)
     large = SamplePlan(100, 7, seed=5, classes=(1, 2, 3), scheme=scheme)
-    for i in range(10):
-        assert small.label(i) == large.label(i)
-        assert small.noise_seed(i) == large.noise_seed(i)
-        assert small.choice(i, 1000) == large.choice(i, 1000)
+    drawn = [[(p.label(i), p.noise_seed(i), p.choice(i, 1000)) for i in range(10)] for p in (small, large)]
+    assert drawn[0] == drawn[1]
     assert small.batches() == [range(0, 4), range(4, 8), range(8, 10)]
     assert small.labels(range(4, 8)) == [small.label(i) for i in range(4, 8)]
     assert SamplePlan(3, 2).labels(range(2)) is None
-
-
-def test_photographs_are_chosen_uniformly():
-    plan = SamplePlan(2000, 10)
-    counts = Counter(plan.choice(i, 5) for i in range(2000))
-    assert sorted(counts) == list(range(5)) and all(abs(count - 400) < 100 for count in counts.values())
 
 
 @pytest.mark.parametrize(
@@ -105,8 +103,8 @@ def test_a_plan_that_cannot_be_is_refused(changed, message):
 def test_a_protocol_says_what_the_plan_and_the_machine_are(tmp_path):
     plan = SamplePlan(5, 2, seed=3, classes=(4, 2))
     protocol = new_protocol(plan.describe() | {"sides": (1, 2)}, torch.device("cpu"), str(tmp_path / "mine"))
-    assert json.loads(json.dumps(protocol)) == protocol and protocol["complete"] is False
     sampling = protocol["sampling"]
+    assert json.loads(json.dumps(protocol)) == protocol and protocol["complete"] is False
     assert (sampling["num_images"], sampling["seed"], sampling["sides"]) == (5, 3, [1, 2])
     assert sampling["labels"]["classes"] == [4, 2] and sampling["labels"]["scheme"] == "balanced"
     by_hand = torch.Generator().manual_seed((sampling["noise_seeds"]["first"] + 4) % 2**32)
@@ -124,28 +122,28 @@ def test_another_file_is_no_protocol(text, tmp_path):
         read_protocol(tmp_path)
 
 
+def changed(before: dict, after: dict) -> list[str]:
+    return [line.split()[0] for line in differences(before, after)]
+
+
 def test_a_checkpoint_is_known_by_its_contents(make_pipeline, tmp_path):
     pipe = make_pipeline()
     pipe.save_pretrained(tmp_path / "a")
     described = describe_checkpoint(tmp_path / "a", pipe)
     file = tmp_path / "a" / "transformer" / "diffusion_pytorch_model.safetensors"
     assert described["weights_sha256"]["transformer"] == hashlib.sha256(file.read_bytes()).hexdigest()
-    assert (
-        set(described["configs_sha256"]) == set(described["weights_sha256"]) == {"vae", "grain_model", "transformer"}
-    )
+    assert all(set(hashes) == {"vae", "grain_model", "transformer"} for hashes in described.values())
 
     make_pipeline().save_pretrained(tmp_path / "elsewhere")
     moved = D2iTPipeline.from_pretrained(tmp_path / "elsewhere")
     assert describe_checkpoint(tmp_path / "elsewhere", moved) == described
     moved.vae.register_to_config(scaling_factor=0.5)
-    changed = describe_checkpoint(tmp_path / "elsewhere", moved)
-    assert [line.split()[0] for line in differences(described, changed)] == ["configs_sha256.vae"]
+    assert changed(described, describe_checkpoint(tmp_path / "elsewhere", moved)) == ["configs_sha256.vae"]
 
     tensors = load_file(file)
     tensors[next(iter(tensors))].flatten()[0] += 1
     save_file(tensors, file)
-    changed = describe_checkpoint(tmp_path / "a", pipe)
-    assert [line.split()[0] for line in differences(described, changed)] == ["weights_sha256.transformer"]
+    assert changed(described, describe_checkpoint(tmp_path / "a", pipe)) == ["weights_sha256.transformer"]
     pipe.grain_model = None
     assert set(describe_checkpoint(tmp_path / "a", pipe)["weights_sha256"]) == {"vae", "transformer"}
 
@@ -158,8 +156,7 @@ def test_shards_are_part_of_a_checkpoint(make_pipeline, tmp_path):
     before = describe_checkpoint(tmp_path, pipe)
     assert len(shards) > 1
     shards[1].write_bytes(shards[1].read_bytes()[:-1] + b"x")
-    changed = differences(before, describe_checkpoint(tmp_path, pipe))
-    assert [line.split()[0] for line in changed] == ["weights_sha256.transformer"]
+    assert changed(before, describe_checkpoint(tmp_path, pipe)) == ["weights_sha256.transformer"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -183,12 +180,17 @@ def picture(image: int) -> torch.Tensor:
 
 
 @pytest.fixture
-def fill(accelerator, tmp_path) -> Callable[..., tuple[list[range], dict]]:
-    """fill(format, plan): draw what is missing in tmp_path / "set"; the batches that were, and the protocol."""
+def folder(tmp_path) -> Path:
+    return tmp_path / "set"
+
+
+@pytest.fixture
+def fill(accelerator, folder) -> Callable[..., tuple[list[range], dict]]:
+    """fill(format, plan): draw what is missing in the folder; the batches that were, and the protocol."""
 
     def fill(format: str = "png", plan: SamplePlan = PLAN, stop_after: int | None = None, **sampling):
         sampling = plan.describe() | sampling
-        with SampleFolder(tmp_path / "set", plan, sampling, SIZE, format, accelerator, "mine") as samples:
+        with SampleFolder(folder, plan, sampling, SIZE, format, accelerator, "mine") as samples:
             for batch in samples.batches[:stop_after]:
                 shares = torch.tensor([i / 16 for i in batch])
                 samples.write(batch, torch.stack([picture(i) for i in batch]), shares)
@@ -201,29 +203,29 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.suffix in (".png", ".npz")}
 
 
-def test_images_are_those_that_the_pipeline_would_have_made(fill, tmp_path):
+def test_images_are_those_that_the_pipeline_would_have_made(fill, folder):
     batches, protocol = fill("both")
     assert batches == PLAN.batches()
     expected = VaeImageProcessor.numpy_to_pil(torch.stack([picture(i) for i in range(10)]).permute(0, 2, 3, 1).numpy())
-    packed = np.load(tmp_path / "set" / "images.npz")["arr_0"]
+    packed = np.load(folder / "images.npz")["arr_0"]
     for i, image in enumerate(expected):
-        with Image.open(tmp_path / "set" / f"{i:06d}.png") as stored:
+        with Image.open(folder / f"{i:06d}.png") as stored:
             assert np.array_equal(stored, image) and np.array_equal(packed[i], image)
             assert stored.text == {"fine_share": str(i / 16), "class_label": str((3, 5, 8)[i % 3])}
     assert packed.shape == (10, *SIZE, 3)
-    assert protocol == read_protocol(tmp_path / "set") and protocol["complete"] is True
+    assert protocol == read_protocol(folder) and protocol["complete"] is True
     assert protocol["mean_fine_share"] == sum(range(10)) / 160
     run = protocol["run"]
     assert (run["format"], run["batch_sizes"], run["num_processes"], run["num_drawn"]) == ("both", [4], 1, 10)
     assert run["seconds"] > 0 and run["images_per_second"] > 0 and run["checkpoint"] == "mine"
-    names = {path.name for path in (tmp_path / "set").iterdir()}
+    names = {path.name for path in folder.iterdir()}
     assert names == {f"{i:06d}.png" for i in range(10)} | {"images.npz", "manifest.json", "protocol.json"}
-    verify(tmp_path / "set")
+    verify(folder)
 
 
-def test_only_missing_and_damaged_images_are_drawn_again(fill, tmp_path):
+def test_only_missing_and_damaged_images_are_drawn_again(fill, folder):
     fill("both")
-    folder, before = tmp_path / "set", contents(tmp_path / "set")
+    before = contents(folder)
     assert fill("both")[0] == [] and contents(folder) == before
     protocol = (folder / "protocol.json").read_bytes()
 
@@ -239,9 +241,9 @@ def test_only_missing_and_damaged_images_are_drawn_again(fill, tmp_path):
     assert json.loads(protocol)["sampling"] == read_protocol(folder)["sampling"]
 
 
-def test_cuts_and_flipped_bits_of_an_image_are_noticed(fill, tmp_path):
+def test_cuts_and_flipped_bits_of_an_image_are_noticed(fill, folder):
     fill()
-    path = tmp_path / "set" / "000002.png"
+    path = folder / "000002.png"
     whole = path.read_bytes()
     damaged = [whole[:length] for length in (*range(0, len(whole), 97), len(whole) - 12, len(whole) - 1)]
     for position in (*range(0, len(whole), 101), len(whole) - 12, len(whole) - 1):
@@ -253,65 +255,62 @@ def test_cuts_and_flipped_bits_of_an_image_are_noticed(fill, tmp_path):
         assert path.read_bytes() == whole
 
 
-def test_a_set_that_was_left_off_is_not_complete_and_goes_on(fill, tmp_path):
+def test_a_set_that_was_left_off_is_not_complete_and_goes_on(fill, folder):
     with pytest.raises(ValueError, match="000004.png"):
         fill(stop_after=1)
-    assert read_protocol(tmp_path / "set")["complete"] is False
+    assert read_protocol(folder)["complete"] is False
     other_batches = SamplePlan(10, 3, classes=(3, 5, 8))
     batches, protocol = fill(plan=other_batches)
     assert batches == [range(3, 6), range(6, 9), range(9, 10)]
     assert protocol["complete"] and protocol["run"]["batch_sizes"] == [3, 4] and protocol["run"]["num_drawn"] == 6
 
 
-def test_another_protocol_is_refused_and_its_fields_named(fill, tmp_path):
+def test_another_protocol_is_refused_and_its_fields_named(fill, folder):
     with pytest.raises(ValueError):  # a mistake, and nothing drawn yet
         fill(steps=500, stop_after=0)
     fill(steps=50)
-    before = contents(tmp_path / "set")
+    before = contents(folder)
     with pytest.raises(ValueError, match="sampling.steps 50, not 20"):
         fill(steps=20)
     with pytest.raises(ValueError, match="sampling.num_images 10, not 9; sampling.labels.classes"):
         fill(plan=SamplePlan(9, 4, classes=(3, 5)), steps=50)
-    protocol = read_protocol(tmp_path / "set")
+    protocol = read_protocol(folder)
     protocol["environment"]["torch"] = "1.0"
-    (tmp_path / "set" / "protocol.json").write_text(json.dumps(protocol))
+    (folder / "protocol.json").write_text(json.dumps(protocol))
     with pytest.raises(ValueError, match='environment.torch "1.0", not "'):
         fill(steps=50)
-    assert contents(tmp_path / "set") == before
+    assert contents(folder) == before
 
 
-def test_folders_that_hold_something_else_are_left_alone(fill, tmp_path):
-    (tmp_path / "set").mkdir()
-    (tmp_path / "set" / "thesis.tex").write_text("mine")
+def test_folders_that_hold_something_else_are_left_alone(fill, folder):
+    folder.mkdir()
+    (folder / "thesis.tex").write_text("mine")
     with pytest.raises(ValueError, match="thesis.tex"):
         fill()
-    assert [path.name for path in (tmp_path / "set").iterdir()] == ["thesis.tex"]
-    (tmp_path / "set" / "thesis.tex").unlink()
+    assert [path.name for path in folder.iterdir()] == ["thesis.tex"]
+    (folder / "thesis.tex").unlink()
     fill()
-    for pixels in (Image.new("RGB", SIZE[::-1]), Image.open(tmp_path / "set" / "000001.png")):
-        pixels.save(tmp_path / "set" / "000004.png")
-        mine = (tmp_path / "set" / "000004.png").read_bytes()
+    for pixels in (Image.new("RGB", SIZE[::-1]), Image.open(folder / "000001.png")):
+        pixels.save(folder / "000004.png")
+        mine = (folder / "000004.png").read_bytes()
         with pytest.raises(ValueError, match="000004.png .*image 4"):
             fill()
-        assert (tmp_path / "set" / "000004.png").read_bytes() == mine
-    (tmp_path / "file").write_text("")
-    os.rename(tmp_path / "set", tmp_path / "old")
-    (tmp_path / "set").write_text("")
+        assert (folder / "000004.png").read_bytes() == mine
+    folder.rename(folder.with_name("old"))
+    folder.write_text("")
     with pytest.raises(ValueError, match="set.* file"):
         fill()
 
 
-def test_one_run_at_a_time(fill, tmp_path, monkeypatch):
+def test_one_run_at_a_time(fill, folder):
     fill()
-    (tmp_path / "set" / "000001.png").unlink()
-    with lock(tmp_path / "set"):
-        with pytest.raises(ValueError, match=re.escape(str(tmp_path / "set"))):
-            fill()
+    (folder / "000001.png").unlink()
+    with lock(folder), pytest.raises(ValueError, match=re.escape(str(folder))):
+        fill()
     assert len(fill()[0]) == 1
 
 
-def test_an_npz_alone(fill, tmp_path):
-    folder = tmp_path / "set"
+def test_an_npz_alone(fill, folder):
     fill("npz")
     assert sorted(contents(folder)) == ["images.npz"]
     assert np.array_equal(NpzImages(folder / "images.npz").read(3, 4)[0], unit_to_uint8(picture(3)).permute(1, 2, 0))
@@ -328,34 +327,34 @@ def test_an_npz_alone(fill, tmp_path):
     assert len(contents(folder)) == 11
 
 
-def test_a_set_that_was_not_sealed_is_checked_and_sealed(fill, tmp_path):
+def test_a_set_that_was_not_sealed_is_checked_and_sealed(fill, folder):
     fill("both")
-    folder, before = tmp_path / "set", contents(tmp_path / "set")
+    before = contents(folder)
     (folder / "manifest.json").unlink()  # killed right before it
     assert fill("both")[0] == [] and contents(folder) == before
     verify(folder)
 
 
-def test_pngs_can_be_packed_later(fill, tmp_path):
+def test_pngs_can_be_packed_later(fill, folder):
     drawn = fill("png")[1]["run"]["seconds"]
     batches, protocol = fill("both")
-    assert batches == [] and "images.npz" in contents(tmp_path / "set")
+    assert batches == [] and "images.npz" in contents(folder)
     assert protocol["run"]["format"] == "both" and protocol["run"]["seconds"] == drawn
 
 
-def test_a_disk_that_fails_is_noticed(accelerator, tmp_path):
+def test_a_disk_that_fails_is_noticed(accelerator, folder):
     with pytest.raises(OSError):
-        with SampleFolder(tmp_path / "set", PLAN, PLAN.describe(), SIZE, "png", accelerator, "mine") as samples:
+        with SampleFolder(folder, PLAN, PLAN.describe(), SIZE, "png", accelerator, "mine") as samples:
             os.rmdir(samples._staging)
             samples.write(range(0, 4), torch.zeros(4, 3, *SIZE), torch.zeros(4))
             samples.finish()
-    assert [path.name for path in (tmp_path / "set").iterdir()] == ["protocol.json"]
-    assert read_protocol(tmp_path / "set")["complete"] is False
+    assert [path.name for path in folder.iterdir()] == ["protocol.json"]
+    assert read_protocol(folder)["complete"] is False
 
 
-def test_no_more_than_one_batch_waits_to_be_written(accelerator, tmp_path):
+def test_no_more_than_one_batch_waits_to_be_written(accelerator, folder):
     plan = SamplePlan(60, 3)
-    with SampleFolder(tmp_path / "set", plan, plan.describe(), SIZE, "png", accelerator, "mine") as samples:
+    with SampleFolder(folder, plan, plan.describe(), SIZE, "png", accelerator, "mine") as samples:
         for batch in samples.batches:
             samples.write(batch, torch.zeros(len(batch), 3, *SIZE), torch.zeros(len(batch)))
             assert len(samples._pending) <= 3
