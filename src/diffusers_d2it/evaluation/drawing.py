@@ -106,13 +106,9 @@ class Drawing:
         return out
 
     def call(self, images: slice, size: tuple[int, int], **arguments: Any) -> Any:
-        """Draw some of the images in one call of the pipeline; its output, images as a tensor in [0, 1].
+        """Draw images of these numbers and size (H, W) in one call; the pipeline's output, images in [0, 1].
 
-        Args:
-            images: their numbers.
-            size: (H, W).
-            **arguments: what else the pipeline is given, such as `fine_ratio`. A tensor has a part for each of the N
-                images.
+        `arguments` are what else the pipeline gets, such as `fine_ratio`; a tensor has a part for each of N images.
         """
         mine = {name: value[images] if isinstance(value, torch.Tensor) else value for name, value in arguments.items()}
         num_images, factor = images.stop - images.start, self.pipe.vae.downsample_factor
@@ -146,7 +142,7 @@ class Drawing:
         batches = images.split(self.batch_size)
         return torch.cat([self.pipe.grain_map_from_image(batch / 255).cpu() for batch in batches])
 
-    def maps(self, source: str, true_maps: torch.Tensor, fine_ratio: float | None = None) -> torch.Tensor:
+    def maps(self, source: str, true_maps: torch.Tensor) -> torch.Tensor:
         """A map for every image, from one of `MAP_SOURCES`.
 
         Args:
@@ -154,7 +150,6 @@ class Drawing:
                 draws independent regions, fine with a probability that is the mean fine share of the true maps;
                 "coarse" and "fine" are uniform.
             true_maps: (N, h, w) int64, of real images with these labels.
-            fine_ratio: for "predicted", the share of fine regions of every map; None leaves it to the model.
 
         Returns:
             (N, h, w) int64.
@@ -178,16 +173,9 @@ class Drawing:
             raise ValueError("`pipe` has no grain model: maps can be true, random, coarse or fine, not predicted.")
 
         def predict(images: slice) -> torch.Tensor:
-            return self.pipe.prepare_grain_map(
-                None,
-                fine_ratio,
-                self.class_ids(images),
-                images.stop - images.start,
-                tuple(true_maps.shape[1:]),
-                self.grain_num_inference_steps,
-                1.0,
-                self.generators(_MAP, images),
-            )
+            ids, number, size = self.class_ids(images), images.stop - images.start, tuple(true_maps.shape[1:])
+            steps, generators = self.grain_num_inference_steps, self.generators(_MAP, images)
+            return self.pipe.prepare_grain_map(None, None, ids, number, size, steps, 1.0, generators)
 
         return self.over_images(predict, torch.zeros_like(true_maps))
 

@@ -381,8 +381,7 @@ def save_statistics(
     Args:
         path: ends in .npz; a file of this name is replaced.
         images: the reference.
-        features: of which network.
-        batch_size, accelerator, num_workers: of `evaluate`.
+        features, batch_size, accelerator, num_workers: of `evaluate`.
 
     Raises:
         ValueError: there are fewer than two images, some cannot be used, features are not finite, or the name ends

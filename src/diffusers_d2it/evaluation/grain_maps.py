@@ -1,6 +1,8 @@
 # Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
 """How good grain maps are, and what a checkpoint does with them: shares, coherence, agreement, errors by grain.
 
+Maps are int64 tensors (N, h, w), 0 the coarsest of `num_grains` grains. A ValueError names the argument that is none.
+
 Shapes:
     N maps or images, H W sides of an image, h w sides of a map in regions, k grains
 """
@@ -30,12 +32,7 @@ TIMESTEPS = (250, 500, 750, 999)
 
 
 def fine_ratio_error(predicted: torch.Tensor, real: torch.Tensor, num_grains: int) -> dict[str, float]:
-    """How the fine shares of predicted maps differ from those of real maps: their mean, and their distribution.
-
-    Args:
-        predicted: (N, h, w) int64, 0 = coarsest.
-        real: (M, h, w) int64; the two sets are not paired.
-        num_grains: k.
+    """How the fine shares of predicted maps differ from those of real maps, which may be of other images and number.
 
     Returns:
         "fine_share" and "fine_share_real", means over the images; "std" and "std_real", their standard deviations
@@ -44,7 +41,7 @@ def fine_ratio_error(predicted: torch.Tensor, real: torch.Tensor, num_grains: in
         where one set is the other shifted.
 
     Raises:
-        ValueError: maps of a wrong type, dtype, shape or value, or of two sizes.
+        ValueError: the maps are of two sizes.
     """
     _check_maps({"predicted": predicted, "real": real}, num_grains)
     if predicted.shape[1:] != real.shape[1:]:
@@ -68,11 +65,6 @@ def fine_ratio_error(predicted: torch.Tensor, real: torch.Tensor, num_grains: in
 def map_accuracy(predicted: torch.Tensor, true: torch.Tensor, num_grains: int) -> dict[str, float]:
     """Share of regions that have the same grain in both maps of a pair, beside that of chance.
 
-    Args:
-        predicted: (N, h, w) int64, 0 = coarsest.
-        true: (N, h, w) int64; map i belongs to map i of `predicted`.
-        num_grains: k.
-
     Returns:
         "accuracy"; "chance", that of maps whose regions are drawn independently with the shares that the grains have
         over all of `predicted`: the sum over the grains of the share in one set times the share in the other;
@@ -80,7 +72,7 @@ def map_accuracy(predicted: torch.Tensor, true: torch.Tensor, num_grains: int) -
         both sets hold one and the same grain.
 
     Raises:
-        ValueError: maps of a wrong type, dtype, shape or value, or of two shapes.
+        ValueError: the maps are of two shapes.
     """
     _check_maps({"predicted": predicted, "true": true}, num_grains)
     if predicted.shape != true.shape:
@@ -100,10 +92,6 @@ def spatial_coherence(maps: torch.Tensor, num_grains: int) -> dict[str, float]:
     Chance is the same map with its regions in a random order. So only where regions stand counts, and not how many of
     them are fine in an image, or how much that differs from image to image: `fine_ratio_error` is about that.
 
-    Args:
-        maps: (N, h, w) int64, 0 = coarsest.
-        num_grains: k.
-
     Returns:
         "agreement", the share of pairs of neighbours, to the right and below, with one grain; "chance", the same for
         two regions of a map drawn without replacement, n_g (n_g - 1) / (n (n - 1)) summed over the grains, mean over
@@ -112,7 +100,7 @@ def spatial_coherence(maps: torch.Tensor, num_grains: int) -> dict[str, float]:
         if all maps are constant, the coherence is 1 by convention.
 
     Raises:
-        ValueError: maps of a wrong type, dtype, shape or value, or of a single region.
+        ValueError: the maps are of a single region.
     """
     _check_maps({"maps": maps}, num_grains)
     num_regions = maps.shape[1] * maps.shape[2]
@@ -219,10 +207,8 @@ def denoising_error_by_grain(
     Without the weights of Eq. 11: the figures that training logs as "mse_grain_<i>", of given timesteps.
 
     Args:
-        drawing: the checkpoint, labels, seed, batch size.
-        images: (N, 3, H, W) uint8.
-        grain_maps: (N, h, w) int64, the maps that the images are encoded with.
-        timesteps: 0 ... 999.
+        drawing, images, timesteps: of `grain_diagnostics`.
+        grain_maps: the maps that the images are encoded with.
 
     Returns:
         By timestep an error for each grain, coarsest first: NaN where no region has it.

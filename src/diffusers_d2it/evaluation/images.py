@@ -186,10 +186,8 @@ def open_images(
         return _open_folder(path)
     if os.path.isfile(path) and not path.lower().endswith(_DATA_SETS):
         raise ValueError(f"{path} is a file: expected a folder of images, an .npz, or a data set.")
-    hint = "a data set needs `resolution`, to which it is resized."
-    if os.path.isfile(path):
-        raise ValueError(f"{path} is a data set: {hint}")
-    raise ValueError(f"{path} does not exist. If it is a data set on the Hub: {hint}")
+    what = "is a data set" if os.path.isfile(path) else "does not exist; a data set on the Hub"
+    raise ValueError(f"{path} {what}: it needs `resolution`, to which it is resized.")
 
 
 def hash_pixels(images: torch.Tensor) -> int:

@@ -84,8 +84,7 @@ def differences(a: Result, b: Result, varying: Sequence[str] = ()) -> dict[str, 
     """The fields of two protocols that differ, by their dotted names, with both values.
 
     Args:
-        a: a result.
-        b: another one.
+        a, b: two results.
         varying: dotted names of fields that may differ, with all that they hold. Names, versions, and the pixels of
             the samples always may.
 
@@ -106,9 +105,7 @@ def compare(a: Result, b: Result, varying: Sequence[str] = ("samples.checkpoint"
     """How much higher b is than a, if the two were measured alike.
 
     Args:
-        a: a result.
-        b: another one.
-        varying: as in `differences`; by default only the checkpoint.
+        a, b, varying: as in `differences`; by default only the checkpoint may differ.
 
     Returns:
         b.value - a.value.

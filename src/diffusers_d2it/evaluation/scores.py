@@ -1,6 +1,9 @@
 # Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
 """Scores of sets of images from their features or logits: Inception Score, KID, precision and recall.
 
+Sets are tensors in float32 or float64. A ValueError says which one has another shape or dtype, too few images, or
+values that are not finite or too large, and which number is too small.
+
 Shapes:
     N M images of two sets, D features, K classes
 """
@@ -23,14 +26,11 @@ def inception_score(logits: torch.Tensor, num_splits: int = 10) -> tuple[float, 
     side in a folder.
 
     Args:
-        logits: (N, K), float32 or float64, in the order of the set.
+        logits: (N, K), in the order of the set.
         num_splits: parts that are scored by themselves.
 
     Returns:
         Mean and standard deviation (divided by their number) of the scores of the splits.
-
-    Raises:
-        ValueError: there are fewer images than splits, another shape or dtype, or values that are not finite.
     """
     if num_splits < 1:
         raise ValueError(f"`num_splits` must be at least 1, got {num_splits}.")
@@ -57,8 +57,7 @@ def kernel_distance(
     those of torch-fidelity for the same seed, whose own is 2020.
 
     Args:
-        a: features of one set, (N, D).
-        b: features of the other, (M, D).
+        a, b: features of two sets, (N, D) and (M, D).
         subset_size: images of each set in a subset.
         num_subsets: how many are averaged.
         seed: of the draws.
@@ -66,10 +65,6 @@ def kernel_distance(
     Returns:
         Mean and standard deviation (divided by their number) over the subsets. The mean may be slightly below zero
         for sets that are alike.
-
-    Raises:
-        ValueError: a set has too few images, another shape or dtype, or values that are not finite; a number is too
-            small.
     """
     if subset_size < 2 or num_subsets < 1:
         raise ValueError(
@@ -105,16 +100,12 @@ def precision_recall(
     closed: an image at their edge, or a copy where they have no extent, is inside as far as float64 can tell.
 
     Args:
-        real: features (N, D).
-        fake: features (M, D).
+        real, fake: features (N, D) and (M, D).
         k: neighbours; an image is not its own, a copy of it is.
         block_size: rows of either set that are compared at once. Memory grows with its square, not with N or M.
 
     Returns:
         Precision and recall in [0, 1].
-
-    Raises:
-        ValueError: as for `kernel_distance`.
     """
     if k < 1 or block_size < 1:
         raise ValueError(f"`k` and `block_size` must be at least 1, got {k} and {block_size}.")
