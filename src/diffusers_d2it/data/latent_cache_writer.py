@@ -6,7 +6,7 @@ Shards do not depend on who writes them: the rows of each are encoded in batches
 
 import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import islice
@@ -19,9 +19,9 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from ..files import lock, on_main_process, remove_folder, save_folder, seal, sweep, verify, write_text_durably
-from ..files.folders import LOCK, MANIFEST, STAGING, file_sha256
+from ..files.folders import MANIFEST, file_sha256, names_in
 from ..models.autoencoder_kl_dynamic import DynamicAutoencoderKL
-from ..words import differences
+from ..words import differences, listed
 from .images import UnusableImageError, decode_image, to_pixels
 from .latent_cache import BAD_IMAGES, CODES, PLAN, LatentCachePlan, read_bad_images, shard_folder, shard_metadata
 from .source import ImageSource
@@ -193,10 +193,11 @@ class LatentCacheWriter:
         self._plan_sha256 = file_sha256(self.folder / PLAN)
 
         # A share of the verification, then a share of what is missing: one process has not all the work that is left.
-        for shard in self._share(range(self.plan.num_shards)):
+        shards = range(self.plan.num_shards)
+        for shard in self._share(shards):
             self._drop_if_damaged(shard_folder(self.folder, shard))
         self.accelerator.wait_for_everyone()
-        missing = [shard for shard in range(self.plan.num_shards) if not shard_folder(self.folder, shard).is_dir()]
+        missing = [shard for shard in shards if not shard_folder(self.folder, shard).is_dir()]
         if missing and self.accelerator.is_main_process:
             (self.folder / MANIFEST).unlink(missing_ok=True)
         self.accelerator.wait_for_everyone()
@@ -233,27 +234,24 @@ class LatentCacheWriter:
     def _take_folder(self) -> None:
         """Lock the folder for this run, and see that it holds a plan."""
         is_new = not (self.folder / PLAN).is_file()
-        if is_new and self.folder.is_dir():
-            found = [path.name for path in sorted(self.folder.iterdir()) if not path.name.startswith((STAGING, LOCK))]
-            if found:
-                raise ValueError(f"{self.folder} is neither empty nor a latent cache, it holds {found[0]}.")
+        if is_new and (found := names_in(self.folder)):
+            raise ValueError(f"{self.folder} is neither empty nor a latent cache, it holds {listed(found)}.")
         self._lock = lock(self.folder, wait=_LOCK_SECONDS)
         if is_new:
             write_text_durably(self.folder / PLAN, json.dumps(self.plan.to_json(), indent=2) + "\n")
 
     def _seal(self) -> list[dict]:
-        left_out = [read_bad_images(self.folder, shard) for shard in range(self.plan.num_shards)]
-        bad_images = [image for images in left_out for image in images]
+        shards = range(self.plan.num_shards)
+        bad_images = [image for shard in shards for image in read_bad_images(self.folder, shard)]
         if len(bad_images) == self.plan.num_rows:
             image = bad_images[0]
             raise ValueError(f"none of {self.plan.num_rows} images can be used, {image['name']}: {image['reason']}")
-        shards = (shard_folder(self.folder, shard) for shard in range(self.plan.num_shards))
-        seal(self.folder, [self.folder / PLAN, *(shard / MANIFEST for shard in shards)])
+        seal(self.folder, [self.folder / PLAN, *(shard_folder(self.folder, shard) / MANIFEST for shard in shards)])
         sweep(self.folder)
         return bad_images
 
-    def _share(self, shards) -> list[int]:
-        return list(shards)[self.accelerator.process_index :: self.accelerator.num_processes]
+    def _share(self, shards: Sequence[int]) -> list[int]:
+        return list(shards[self.accelerator.process_index :: self.accelerator.num_processes])
 
     def _drop_if_damaged(self, shard: Path) -> None:
         if not shard.is_dir():

@@ -154,6 +154,12 @@ def lock(folder: str | os.PathLike, *, wait: float = 4.0) -> ExitStack:
         time.sleep(0.05)
 
 
+def names_in(folder: Path) -> list[str]:
+    """What lies in a folder, without what locks and unfinished saves leave there; nothing where there is none."""
+    names = sorted(os.listdir(folder)) if folder.is_dir() else []
+    return [name for name in names if not name.startswith((STAGING, LOCK))]
+
+
 def settle(folder: Path) -> dict:
     """Finish a save into a sealed folder, if the process that saved was killed in the middle of it.
 

@@ -31,7 +31,7 @@ from PIL.PngImagePlugin import PngInfo
 from tqdm.auto import tqdm
 
 from ..files import is_sealed, lock, on_main_process, seal, staging_folder, verify, write_text_durably
-from ..files.folders import LOCK, MANIFEST, STAGING, settle
+from ..files.folders import MANIFEST, names_in, settle
 from ..pixels import unit_to_uint8
 from ..words import differences, listed
 from .npz import write_npz
@@ -216,8 +216,7 @@ class SampleFolder:
 
     def _open(self) -> tuple[dict[str, Any], set[int], bool]:
         """Take the folder; its protocol, the images that are to be drawn, and whether the .npz is whole."""
-        names = sorted(os.listdir(self.path)) if self.path.is_dir() else []
-        others = [name for name in names if not name.startswith((STAGING, LOCK))]
+        others = names_in(self.path)
         if others and PROTOCOL not in others:
             raise ValueError(f"{self.path} holds no samples but {listed(others)}: pass another folder.")
         self._stack.enter_context(lock(self.path))
