@@ -66,27 +66,25 @@ def prepared(accelerator, bad_images, path, *, seed: int = 0, batch_size: int = 
     return accelerator.prepare(make_loader(accelerator, dataset, batch_size=batch_size, num_workers=num_workers))
 
 
+DAMAGED = {4: b"", 5: truncated_jpeg(), 6: b"<html>", 17: encode(photo(0).resize((8, 8)))}
+PICTURES = [DAMAGED.get(i, level(i)) for i in range(20)]
+USABLE = set(range(20)) - set(DAMAGED)
+
+
 @pytest.fixture
 def damaged_folder(tmp_path):
-    """Twenty pictures in two classes; the 4th, 5th, 6th and 17th cannot be used."""
-    files = {f"{'a' if i < 10 else 'b'}/{i:02d}.png": level(i) for i in range(20)}
-    files |= {"a/04.png": b"", "a/05.png": truncated_jpeg(), "a/06.png": b"<html>"}
-    files |= {"b/17.png": encode(photo(0).resize((8, 8)))}
+    """Twenty pictures in two classes, four of which cannot be used."""
+    files = {f"{'a' if i < 10 else 'b'}/{i:02d}.png": picture for i, picture in enumerate(PICTURES)}
     return write_folder(tmp_path / "photos", files)
 
 
 @pytest.fixture
 def damaged_tars(tmp_path):
-    """Twenty pictures in four tars; four of them cannot be used."""
-    bad = {4: b"", 5: truncated_jpeg(), 6: b"<html>", 17: encode(photo(0).resize((8, 8)))}
+    """The same in four tars, in three classes."""
+    samples = {f"{i:02d}": {"png": picture, "cls": str(i % 3).encode()} for i, picture in enumerate(PICTURES)}
     for shard in range(4):
-        numbers = range(shard, 20, 4)
-        samples = {f"{i:02d}": {"png": bad.get(i, level(i)), "cls": str(i % 3).encode()} for i in numbers}
-        write_tar(tmp_path / "tars" / f"{shard}.tar", samples)
+        write_tar(tmp_path / "tars" / f"{shard}.tar", dict(list(samples.items())[shard::4]))
     return tmp_path / "tars"
-
-
-USABLE = set(range(20)) - {4, 5, 6, 17}
 
 
 def item(data: dict) -> tuple[int, bool, int]:

@@ -85,7 +85,7 @@ def test_two_processes_draw_the_same_files(checkpoint, drawn, tmp_path):
     output = tmp_path / "two"
     result = run(SCRIPT, *flags(checkpoint, output, format="both"), launch=TWO_PROCESSES, ACCELERATE_USE_CPU="true")
     assert pngs(output) == pngs(drawn[0])
-    assert result.stdout.count("10 of 10 images are to be drawn") == 1
+    assert result.stdout.count("10 of 10 images") == 1
     assert np.array_equal(np.load(output / "images.npz")["arr_0"], pixels(output))
     protocol = json.loads((output / "protocol.json").read_text())
     assert protocol["run"]["num_processes"] == 2 and protocol["run"]["num_drawn"] == 10
@@ -169,9 +169,8 @@ def test_a_moved_checkpoint_goes_on_and_another_is_refused(checkpoint, drawn, ma
     pipe.save_pretrained(tmp_path / "trained")
     with pytest.raises(ValueError, match=' sampling.checkpoint.weights_sha256.transformer "[^;]*$'):
         draw(tmp_path / "trained", tmp_path / "set")
-    with pytest.raises(
-        ValueError, match="sampling.num_inference_steps 2, not 3; sampling.guidance.scale 4.0, not 1.5"
-    ):
+    differ = "sampling.num_inference_steps 2, not 3; sampling.guidance.scale 4.0, not 1.5"
+    with pytest.raises(ValueError, match=differ):
         draw(checkpoint, tmp_path / "set", num_inference_steps=3, guidance_scale=1.5)
     assert pngs(tmp_path / "set") == before == pngs(drawn[0])
 
@@ -227,11 +226,8 @@ def test_a_fast_sampler_and_half_precision(checkpoint, drawn, tmp_path):
     scheduler = load_sampler("unipc", D2iTPipeline.from_pretrained(checkpoint).scheduler)
     assert sampling["scheduler"]["class"] == "UniPCMultistepScheduler"
     assert sampling["scheduler"]["config"]["solver_order"] == scheduler.config.solver_order
-    assert sampling["dtype"] == "bfloat16" and sampling["guidance"] == {
-        "scale": 4.0,
-        "interval": [0.2, 0.8],
-        "power": None,
-    }
+    assert sampling["guidance"] == {"scale": 4.0, "interval": [0.2, 0.8], "power": None}
+    assert sampling["dtype"] == "bfloat16"
     assert sampling["checkpoint"] == drawn[1]["sampling"]["checkpoint"]
     assert np.abs(pixels(tmp_path) - pixels(drawn[0])).max() > 1
 
@@ -256,10 +252,9 @@ def test_an_unconditional_model_with_a_scheduler_that_draws_noise(make_pipeline,
     assert [set(text) for text in texts(tmp_path / "2")] == [{"fine_share"}] * 5
     assert np.abs(pixels(tmp_path / "2") - pixels(tmp_path / "5")).max() <= 1
     assert len(np.unique(pixels(tmp_path / "2").reshape(5, -1), axis=0)) == 5
-    with pytest.raises(ValueError, match="--guidance_scale"):
-        draw(tmp_path / "pipe", tmp_path / "set", guidance_scale=2)
-    with pytest.raises(ValueError, match="--labels"):
-        draw(tmp_path / "pipe", tmp_path / "set", labels="balanced")
+    for flag in ({"guidance_scale": 2}, {"labels": "balanced"}):
+        with pytest.raises(ValueError, match=f"--{next(iter(flag))}"):
+            draw(tmp_path / "pipe", tmp_path / "set", **flag)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -292,9 +287,8 @@ def test_flags_that_make_no_sense_are_refused_and_nothing_is_written(checkpoint,
 
 
 def test_photographs_that_do_not_fit_are_refused(checkpoint, folder, make_pipeline, tmp_path):
-    make_pipeline(id2label={0: "astronaut", 3: "zebra"}, grain_model=None, grain_scheduler=None).save_pretrained(
-        tmp_path / "pipe"
-    )
+    other = make_pipeline(id2label={0: "astronaut", 3: "zebra"}, grain_model=None, grain_scheduler=None)
+    other.save_pretrained(tmp_path / "pipe")
     true = {"grain_source": "true", "reference_data": folder}
     with pytest.raises(ValueError, match=r"photos .*3 \(zebra\)"):
         draw(tmp_path / "pipe", tmp_path / "set", **true)
