@@ -16,7 +16,7 @@ FACTORIES = ["make_vae", "make_grain_model", "make_content_model"]
 TRANSFORMERS = FACTORIES[1:]
 
 
-@pytest.fixture(params=[(name, num_grains) for name in FACTORIES for num_grains in (2, 3)], ids=str)
+@pytest.fixture(params=[(name, num_grains) for name in FACTORIES for num_grains in (2, 3)], ids="{0[0]}-{0[1]}".format)
 def make(request):
     """make(**overrides): a tiny model of one of the three classes, of two or three grains."""
     name, num_grains = request.param
