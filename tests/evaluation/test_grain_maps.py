@@ -7,11 +7,7 @@ import pytest
 import torch
 from metric_inputs import refused
 
-from diffusers_d2it.evaluation.grain_maps import (
-    fine_ratio_error,
-    map_accuracy,
-    spatial_coherence,
-)
+from diffusers_d2it.evaluation.grain_maps import fine_ratio_error, map_accuracy, spatial_coherence
 from diffusers_d2it.pipelines.grain_maps import random_grain_map
 
 

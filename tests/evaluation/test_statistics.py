@@ -12,11 +12,7 @@ import torch
 from metric_inputs import refused
 
 from diffusers_d2it.evaluation.frechet import frechet_distance
-from diffusers_d2it.evaluation.statistics import (
-    FeatureStatistics,
-    read_statistics,
-    write_statistics,
-)
+from diffusers_d2it.evaluation.statistics import FeatureStatistics, read_statistics, write_statistics
 
 
 N, D = 301, 12

@@ -170,28 +170,26 @@ def test_files_without_a_common_metric_are_refused(by_one, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "flags, reason",
+    "flags, named",
     [
-        ("--samples a --reference b --metrics fid", "pass --metrics and --output"),
-        ("--samples a --reference b --output c.json", "pass --metrics and --output"),
-        ("--samples a --metrics fid is --output c.json", "--reference is needed, but for the metric 'is' alone"),
-        ("--samples a --reference b --metrics psnr --output c.json --fine_ratio 0.5", "belongs to --reconstruction"),
-        (
-            "--reconstruction a --reference b --metrics fid --output c.json",
-            "--reconstruction is measured by psnr, ssim",
-        ),
-        ("--reference b --save_statistics c.npz --metrics fid", "--save_statistics computes no metrics"),
-        ("--samples a --reconstruction b --metrics psnr --output c.json", "not allowed with argument"),
-        ("--samples a --reference b --metrics fid --output taken.json", "taken.json exists: remove it"),
-        ("--reference b --save_statistics taken.json", "taken.json exists: remove it"),
+        ("--samples a --reference b --metrics fid", ["--metrics", "--output"]),
+        ("--samples a --reference b --output c.json", ["--metrics", "--output"]),
+        ("--samples a --metrics fid is --output c.json", ["--reference", "'is'"]),
+        ("--samples a --reference b --metrics psnr --output c.json --fine_ratio 0.5", ["--fine_ratio"]),
+        ("--reconstruction a --reference b --metrics fid --output c.json", ["--reconstruction", "psnr, ssim"]),
+        ("--reference b --save_statistics c.npz --metrics fid", ["--save_statistics", "--metrics"]),
+        ("--samples a --reconstruction b --metrics psnr --output c.json", ["--reconstruction", "--samples"]),
+        ("--samples a --reference b --metrics fid --output taken.json", ["taken.json exists"]),
+        ("--reference b --save_statistics taken.json", ["taken.json exists"]),
     ],
 )
-def test_flags_that_do_not_go_together(flags, reason, tmp_path, monkeypatch, capsys):
+def test_flags_that_do_not_go_together(flags, named, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "taken.json").write_text("{}")
     with pytest.raises(SystemExit):
         load_script("evaluate.py").parse_args(flags.split())
-    assert reason in capsys.readouterr().err
+    error = capsys.readouterr().err.rpartition("error: ")[2]  # without the usage
+    assert all(one in error for one in named)
 
 
 def test_an_inception_score_needs_no_reference(folders, tmp_path):
