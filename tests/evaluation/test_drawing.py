@@ -90,14 +90,8 @@ def test_noise_is_that_of_the_image(drawing, true_maps):
 
 def test_images_are_those_of_the_pipeline(drawing, true_maps):
     latents = torch.randn(1, 4, 8, 8, generator=drawing.generators(0, slice(5, 6))[0])
-    expected = drawing.pipe(
-        LABELS[5:6].tolist(),
-        grain_map=true_maps[5:6],
-        latents=latents,
-        num_inference_steps=2,
-        guidance_scale=1.0,
-        output_type="pil",
-    ).images[0]
+    how = {"num_inference_steps": 2, "guidance_scale": 1.0, "output_type": "pil"}
+    expected = drawing.pipe(LABELS[5:6].tolist(), grain_map=true_maps[5:6], latents=latents, **how).images[0]
     image = drawing.images(true_maps)[5]
     difference = image.int() - torch.tensor(list(expected.tobytes())).view(32, 32, 3).movedim(-1, 0)
     assert difference.abs().max() <= 1
@@ -141,7 +135,7 @@ def test_what_is_wrong_is_named(drawing, make_pipeline, images, true_maps):
     refused("`labels`.*None", drawing_of, make_pipeline(num_classes=None))
     for draw in (lambda few: few.maps("random", true_maps), lambda few: few.images(true_maps)):
         refused(r"`labels`.* 8 .*\(7,\)", draw, replace(drawing, labels=LABELS[:7]))
-    with pytest.raises(ValueError, match="`pipe`.*grain model"):
-        drawing_of(make_pipeline(grain_model=None, grain_scheduler=None)).maps("predicted", true_maps)
+    without = drawing_of(make_pipeline(grain_model=None, grain_scheduler=None))
+    refused("`pipe`.*grain model", without.maps, "predicted", true_maps)
     for wrong in (images.float(), images[0], images[:0]):
         refused(r"`images`.*\(N, 3, H, W\)", drawing.true_maps, wrong)
