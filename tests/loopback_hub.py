@@ -4,7 +4,10 @@
 import base64
 import hashlib
 import json
+import os
 import re
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -71,13 +74,7 @@ def serve_hub(repositories: dict[str, Path | MovingBranch], uploads: Uploads | N
         def log_message(self, *args) -> None:
             pass
 
-        def do_HEAD(self) -> None:
-            self.respond(with_body=False)
-
         def do_GET(self) -> None:
-            self.respond(with_body=True)
-
-        def respond(self, with_body: bool) -> None:
             path = unquote(urlsplit(self.path).path)
             if uploads is not None and path == "/api/whoami-v2":
                 if self.role() is None:
@@ -89,18 +86,21 @@ def serve_hub(repositories: dict[str, Path | MovingBranch], uploads: Uploads | N
                 refused = name is None or self.role() != "write"
                 return self.send_json({"error": "Forbidden"} if refused else {}, 403 if refused else 200)
             if name is not None:
-                visibility = None if uploads is None else uploads.visibility.get(name)
-                info = tree_of(folder) if rest.startswith("/tree/") else model_info(name, folder, sha, visibility)
-                return self.send_json(info, with_body=with_body)
+                private = uploads is not None and uploads.visibility.get(name) == "private"
+                info = {"id": name, "modelId": name, "sha": sha, "private": private, "tags": [], "downloads": 0}
+                info["siblings"] = [{"rfilename": file} for file in files_of(folder)]
+                return self.send_json(tree_of(folder) if rest.startswith("/tree/") else info)
             name, folder, sha, rest = self.repository(path, "/")
             if name is not None and rest.startswith("/resolve/"):
                 file = folder / rest.removeprefix("/resolve/").split("/", 1)[1]
                 if file.is_file():
                     content = file.read_bytes()
                     headers = {"ETag": f'"{hashlib.sha256(content).hexdigest()}"', "X-Repo-Commit": sha}
-                    return self.send(200, content, headers, with_body)
-                return self.send(404, b"", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": sha}, with_body)
-            return self.send(404, b"", {"X-Error-Code": "RepoNotFound"}, with_body)
+                    return self.send(200, content, headers)
+                return self.send(404, b"", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": sha})
+            return self.send(404, b"", {"X-Error-Code": "RepoNotFound"})
+
+        do_HEAD = do_GET
 
         def do_POST(self) -> None:
             body = self.rfile.read(int(self.headers["Content-Length"]))
@@ -171,15 +171,15 @@ def serve_hub(repositories: dict[str, Path | MovingBranch], uploads: Uploads | N
                     return name, *folder.commit(revision and revision[1]), rest
             return None, None, _SHA, ""
 
-        def send_json(self, answer: dict | list, status: int = 200, with_body: bool = True) -> None:
-            self.send(status, json.dumps(answer).encode(), {"Content-Type": "application/json"}, with_body)
+        def send_json(self, answer: dict | list, status: int = 200) -> None:
+            self.send(status, json.dumps(answer).encode(), {"Content-Type": "application/json"})
 
-        def send(self, status: int, body: bytes, headers: dict[str, str], with_body: bool) -> None:
+        def send(self, status: int, body: bytes, headers: dict[str, str]) -> None:
             self.send_response(status)
             for key, value in (headers | {"Content-Length": str(len(body))}).items():
                 self.send_header(key, value)
             self.end_headers()
-            if with_body:
+            if self.command != "HEAD":
                 self.wfile.write(body)
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
@@ -198,26 +198,17 @@ def files_of(folder: Path) -> list[str]:
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
 
 
-def model_info(name: str, folder: Path, sha: str = _SHA, visibility: str | None = None) -> dict:
-    siblings = [{"rfilename": file} for file in files_of(folder)]
-    return {
-        "id": name,
-        "modelId": name,
-        "sha": sha,
-        "private": visibility == "private",
-        "tags": [],
-        "downloads": 0,
-        "siblings": siblings,
-    }
-
-
 def tree_of(folder: Path) -> list[dict]:
-    return [
-        {
-            "type": "file",
-            "path": file,
-            "size": (folder / file).stat().st_size,
-            "oid": hashlib.sha1(file.encode()).hexdigest(),
-        }
-        for file in files_of(folder)
-    ]
+    sizes = {file: (folder / file).stat().st_size for file in files_of(folder)}
+    oids = {file: hashlib.sha1(file.encode()).hexdigest() for file in sizes}
+    return [{"type": "file", "path": file, "size": size, "oid": oids[file]} for file, size in sizes.items()]
+
+
+def run_with_hub(code: str, endpoint: str, home: Path) -> str:
+    """What a process prints, errors included, that sees this Hub and no other, and keeps its files in `home`."""
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))}
+    environment |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(home), "HF_TOKEN": TOKEN, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-W", "always", "-c", code]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout + result.stderr

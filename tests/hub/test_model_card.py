@@ -4,7 +4,7 @@
 import re
 
 import pytest
-import yaml
+from cards import first_snippet, metadata
 from diffusers import DDIMScheduler
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
@@ -13,14 +13,6 @@ from diffusers_d2it import make_model_card
 
 
 SECTIONS = ["What is in it", "Classes", "Training data and its terms", "Commands", "Figures", "Limits", "Licence"]
-
-
-def first_snippet(card: str) -> str:
-    return re.search(r"```python\n(.*?)\n```", card, re.DOTALL)[1]
-
-
-def metadata(card: str) -> dict:
-    return yaml.safe_load(card.split("---\n")[1])
 
 
 EVIL = [
