@@ -35,6 +35,14 @@ def edit_weights(folder: Path, change: Callable[[dict], dict]) -> None:
     save_file(change(load_file(path)), path, metadata={"format": "pt"})
 
 
+def change_folder(folder: Path, change: dict | Callable[[dict], dict]) -> None:
+    """Change the configuration of a model by a dictionary, or its weights by a function."""
+    if callable(change):
+        edit_weights(folder, change)
+    else:
+        edit_config(folder, **change)
+
+
 def same_weights(a: torch.nn.Module, b: torch.nn.Module) -> bool:
     a, b = a.state_dict(), b.state_dict()
     return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)

@@ -4,31 +4,23 @@
 import io
 import json
 import os
+from functools import partial
 from importlib.util import find_spec
 
 import numpy as np
 import PIL.Image
 import pytest
 import torch
+import vision_models
 from image_files import photo
 from metric_inputs import crops, refused, small_network
 from torch import nn
-from transformers import Dinov2Config, Dinov2Model, ViTConfig, ViTModel
+from transformers import Dinov2Model
 
 from diffusers_d2it.evaluation import ImageSet, ModuleFeatures, evaluate, load_features
 
 
-def save_vision_model(folder, kind: str = "dinov2", seed: int = 0, **preprocessing) -> str:
-    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 42, "patch_size": 7}
-    torch.manual_seed(seed)
-    if kind == "dinov2":
-        model = Dinov2Model(Dinov2Config(**sizes))
-    else:
-        model = ViTModel(ViTConfig(**sizes, intermediate_size=32))
-    model.save_pretrained(folder)
-    preprocessing = {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.2, 0.2]} | preprocessing
-    (folder / "preprocessor_config.json").write_text(json.dumps(preprocessing))
-    return str(folder)
+save_vision_model = partial(vision_models.save_vision_model, image_size=42)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,8 +1,8 @@
 # Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
 """The scripts of examples/ that do not train, and the recipes of those that do."""
 
-import importlib
 import json
+import re
 import shlex
 import shutil
 import sys
@@ -12,7 +12,7 @@ import PIL.Image
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils import DistributedType
-from script_runs import EXAMPLES, TWO_PROCESSES, call, run
+from script_runs import EXAMPLES, TWO_PROCESSES, call, load_script, run
 
 from diffusers_d2it import DynamicAutoencoderKL, load_preset
 from diffusers_d2it.calibration import EntropyCalibration
@@ -32,7 +32,7 @@ def test_calibration_is_the_same_streamed_and_by_two_processes(folder, dvae, tmp
     two = ["calibrate_dvae.py", *source, *to_file, tmp_path / "two.json"]
     result = run(*two, launch=TWO_PROCESSES, ACCELERATE_USE_CPU="true")
     assert "2 processes" in result.stdout and "photos: 9 images" in result.stdout
-    assert "1 of the images could not be used" in result.stdout
+    assert re.search(r"\b1 of .*images", result.stdout)
     lists = sorted(path.name for path in tmp_path.glob("*.jsonl"))
     assert lists == ["one.json.bad_images.jsonl", "two.json.bad_images.jsonl"]
     one, two = (json.loads((tmp_path / name).read_text()) for name in ("one.json", "two.json"))
@@ -54,7 +54,7 @@ def test_demo_draws_the_bundled_checkpoint(tmp_path):
 # ---------------------------------------------------------------------------------------------------------------------
 
 RECIPES = sorted(path.relative_to(EXAMPLES.parent).as_posix() for path in (EXAMPLES / "configs").rglob("*.txt"))
-SCRIPTS = {"dvae": "train_dvae", "grain": "train_grain", "content": "train_d2it"}
+SCRIPTS = {"dvae": ("train_dvae.py", 4), "grain": ("train_grain.py", 6), "content": ("train_d2it.py", 8)}
 LAUNCHES = {
     "one-gpu.yaml": (DistributedType.NO, 1, 1),
     "eight-gpus.yaml": (DistributedType.MULTI_GPU, 1, 8),
@@ -66,13 +66,11 @@ LAUNCHES = {
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_flags_of_a_recipe_are_known_and_its_model_exists(recipe, monkeypatch):
     monkeypatch.chdir(EXAMPLES.parent)  # presets in files are named from there
-    monkeypatch.syspath_prepend(EXAMPLES)
-    script = importlib.import_module(SCRIPTS[Path(recipe).stem.split("-")[0]])
-    required = ["--dataset_name", "user/photos", "--output_dir", "out", "--vae", "vae", "--grain", "grain"]
-    required = required[: {"train_dvae": 4, "train_grain": 6, "train_d2it": 8}[script.__name__]]
-    if "from-dit" in recipe and script.__name__ != "train_grain":
+    script, num_required = SCRIPTS[Path(recipe).stem.split("-")[0]]
+    required = "--dataset_name user/photos --output_dir out --vae vae --grain grain".split()[:num_required]
+    if "from-dit" in recipe and script != "train_grain.py":
         required += ["--init_from", "start"]
-    args = script.parse_args([f"@{recipe}", *required])
+    args = load_script(script).parse_args([f"@{recipe}", *required])
     load_preset(args.preset)
     assert args.mixed_precision == "bf16"
 
@@ -81,25 +79,20 @@ def test_flags_of_a_recipe_are_known_and_its_model_exists(recipe, monkeypatch):
 def test_the_papers_recipes_are_its_eight_hundred_epochs(dataset, num_images, model, monkeypatch):
     # Sec. 4.1: batch 256 on eight GPUs, AdamW at 1e-4, average 0.9999, 800 epochs
     monkeypatch.chdir(EXAMPLES.parent)
-    monkeypatch.syspath_prepend(EXAMPLES)
-    script = importlib.import_module("train_d2it")
     recipe = f"@examples/configs/{dataset}-256/content-{model}.txt"
+    script = load_script("train_d2it.py")
     args = script.parse_args([recipe, *"--latent_cache cache --output_dir out --vae vae --grain grain".split()])
     assert 8 * args.train_batch_size * args.gradient_accumulation_steps == 256
     assert args.max_train_steps == num_images // 256 * 800
     assert (args.learning_rate, args.ema_decay, args.preset) == (1e-4, 0.9999, f"content-{model}")
 
 
-@pytest.mark.parametrize("name", LAUNCHES)
+@pytest.mark.parametrize("name", sorted(path.name for path in (EXAMPLES / "configs" / "accelerate").iterdir()))
 def test_configurations_of_accelerate_are_read_by_it(name):
     config = load_config_from_file(str(EXAMPLES / "configs" / "accelerate" / name))  # raises for keys it does not know
     assert (config.distributed_type, config.num_machines, config.num_processes) == LAUNCHES[name]
     assert config.mixed_precision == "bf16" and not config.use_cpu
     assert config.fsdp_config.get("fsdp_version") == (2 if config.distributed_type == DistributedType.FSDP else None)
-
-
-def test_every_configuration_of_accelerate_is_tested():
-    assert {path.name for path in (EXAMPLES / "configs" / "accelerate").iterdir()} == set(LAUNCHES)
 
 
 @pytest.mark.parametrize("page", ["examples/README.md", "docs/evaluation.md"])
@@ -108,7 +101,6 @@ def test_training_commands_of_the_pages_parse(page, monkeypatch, tmp_path):
     (tmp_path / "examples").symlink_to(EXAMPLES)
     (tmp_path / "DiT-XL-2-256").mkdir()  # what `hf download` would have made
     monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(EXAMPLES)
     commands = [line for line in text.splitlines() if line.startswith(("accelerate launch", "python examples"))]
     assert commands
     for command in commands:
@@ -116,7 +108,7 @@ def test_training_commands_of_the_pages_parse(page, monkeypatch, tmp_path):
         if "--config_file" in words:
             assert words[words.index("--config_file") + 1].removeprefix("examples/configs/accelerate/") in LAUNCHES
         position = next(i for i, word in enumerate(words) if word.startswith("examples/") and word.endswith(".py"))
-        script = importlib.import_module(Path(words[position]).stem)
+        script = load_script(Path(words[position]).name)
         with monkeypatch.context() as context:
             context.setattr(sys, "argv", words[position:])
             script.parse_args()  # a flag that is unknown exits

@@ -12,7 +12,7 @@ from loopback_hub import TOKEN, Uploads, serve_hub
 from safetensors.torch import load_file
 from script_runs import STEPS, call, call_train, train
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from transformers import Dinov2Config, Dinov2Model
+from vision_models import save_vision_model
 
 from diffusers_d2it import D2iTContentModel, D2iTGrainModel, D2iTPipeline, DynamicAutoencoderKL, load_preset
 from diffusers_d2it.data.images import to_pixels
@@ -43,6 +43,9 @@ def test_autoencoder_run_leaves_a_calibrated_model_and_pictures(dvae):
     assert PIL.Image.open(dvae / "samples" / f"step-{STEPS:07d}.png").size == (8 * 32, 3 * 32)
     assert sorted(path.name for path in dvae.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4", "checkpoint-5"]
     assert not list(dvae.glob(".staging*"))  # nothing written aside is left
+    card = (dvae / "vae" / "README.md").read_text()  # with figures and their protocol
+    assert "PSNR in dB" in card and "32x32" in card and "licence" in card
+    assert str(dvae.parent) not in card
 
 
 def test_latents_have_unit_scale_after_training(dvae, folder):
@@ -80,12 +83,6 @@ def test_discriminator_of_a_run_learns_to_tell_images_from_reconstructions(dvae_
     assert sum(losses[step] for step in range(31, 41)) / 10 < 0.5
 
 
-def test_card_of_the_autoencoder_has_its_figures_with_their_protocol(dvae):
-    card = (dvae / "vae" / "README.md").read_text()
-    assert "PSNR in dB" in card and "32x32" in card and "licence" in card
-    assert str(dvae.parent) not in card
-
-
 def test_without_lpips_the_run_stops_and_says_what_to_do(folder, tmp_path, monkeypatch):
     # The package may be installed: VGG's weights are then missing where nothing has been downloaded
     arguments = ["--train_data_dir", folder, "--preset", "dvae-tiny"]
@@ -98,7 +95,14 @@ def test_frozen_fine_path_keeps_codes_decoder_and_scale(dvae, dvae_arguments, tm
     start = DynamicAutoencoderKL.from_pretrained(dvae / "vae")
     arguments = [*dvae_arguments, "--init_from", dvae / "vae", "--freeze_fine_path", "--gan_weight", 0]
     call_train(
-        "train_dvae.py", tmp_path / "run", 2, *arguments, "--ema_decay", 0.5, "--fid_model", vision_model(tmp_path)
+        "train_dvae.py",
+        tmp_path / "run",
+        2,
+        *arguments,
+        "--ema_decay",
+        0.5,
+        "--fid_model",
+        save_vision_model(tmp_path / "vision"),
     )
     vae = DynamicAutoencoderKL.from_pretrained(tmp_path / "run" / "vae")
     assert vae.config.scaling_factor == start.config.scaling_factor
@@ -111,17 +115,6 @@ def test_frozen_fine_path_keeps_codes_decoder_and_scale(dvae, dvae_arguments, tm
 # ---------------------------------------------------------------------------------------------------------------------
 # Stage 2
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-def vision_model(folder):
-    """A tiny vision transformer, as a folder that transformers loads."""
-    path = folder / "vision"
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28, "patch_size": 7}
-    Dinov2Model(Dinov2Config(**sizes)).save_pretrained(path)
-    preprocessing = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.2, 0.2, 0.2]}
-    (path / "preprocessor_config.json").write_text(json.dumps(preprocessing))
-    return path
 
 
 def test_output_loads_in_the_pipeline(d2it, grain):
@@ -157,7 +150,7 @@ def test_unconditional_training_with_three_grains_from_images(folder, tmp_path, 
     call_train("train_grain.py", tmp_path / "grain", 1, *data, "--preset", "grain-tiny")
     # Alignment with a vision model needs the images; flow matching changes the scheduler of the pipeline
     arguments = ["--grain", tmp_path / "grain", "--preset", "content-tiny", "--objective", "flow_matching"]
-    arguments += ["--repa_model", vision_model(tmp_path), "--mixed_precision", "bf16"]
+    arguments += ["--repa_model", save_vision_model(tmp_path / "vision"), "--mixed_precision", "bf16"]
     call_train("train_d2it.py", tmp_path / "d2it", 3, *data, *arguments, "--report_to", "tensorboard")
     scalars = logged(tmp_path / "d2it")["alignment"]
     assert scalars[1] == pytest.approx(1, abs=0.5) and scalars[3] != scalars[1]

@@ -73,21 +73,15 @@ def test_what_is_usable_is_used_and_the_rest_is_named(tmp_path, fault, repeats):
 @pytest.mark.parametrize("num_good", [0, 1])
 def test_a_folder_of_almost_nothing(num_good, tmp_path, fault):
     count = fault(f"folder with {num_good} usable images")
-    source = load_images(
-        write_folder(tmp_path / "photos", {f"{i}.png": encode(photo(i)) for i in range(num_good)} | unusable())
-    )
+    files = {f"{i}.png": encode(photo(i)) for i in range(num_good)} | unusable()
+    source = load_images(write_folder(tmp_path / "photos", files))
     dataset = ImageDataset(source, 32, 0, BadImages(tmp_path / "bad_images.jsonl"))
     if num_good:
         images = [dataset[i]["pixels"] for i in range(len(dataset))]
         same = all(torch.equal(image.sort().values, images[0].sort().values) for image in images)
         count.tried(silent=not same)
         return
-    try:
-        dataset[0]
-    except ValueError as error:
-        count.tried(error, silent="none of the images can be used" not in str(error))
-    else:
-        count.tried(silent=True)
+    count.refused(lambda: dataset[0], "photos")
 
 
 def test_rows_that_point_out_of_their_data_set_open_nothing(tmp_path, fault):
@@ -108,9 +102,8 @@ def test_rows_that_point_out_of_their_data_set_open_nothing(tmp_path, fault):
         threading.Thread(target=server.serve_forever, daemon=True).start()
         address = f"http://127.0.0.1:{server.server_port}/x.png"
         targets = [str(secret), "../secret.png", f"file://{secret}", address, f"zip://x.png::{address}", "/etc/passwd"]
-        images = [{"bytes": None, "path": target} for target in targets] + [
-            {"bytes": encode(photo()), "path": "fine.png"}
-        ]
+        images = [{"bytes": None, "path": target} for target in targets]
+        images.append({"bytes": encode(photo()), "path": "fine.png"})
         (tmp_path / "table").mkdir()
         column = pyarrow.array(images, pyarrow.struct({"bytes": pyarrow.binary(), "path": pyarrow.string()}))
         pyarrow.parquet.write_table(pyarrow.table({"image": column}), tmp_path / "table" / "train.parquet")
@@ -118,7 +111,7 @@ def test_rows_that_point_out_of_their_data_set_open_nothing(tmp_path, fault):
             rows = list(load_images(tmp_path / "table", streaming=streaming).rows())
             assert len(rows) == len(targets) + 1 and decode_image(rows[-1].encoded).size == (64, 64)
             for target, row in zip(targets, rows):
-                with pytest.raises(UnusableImageError, match="outside of the data set|no image"):
+                with pytest.raises(UnusableImageError, match="outside|no image"):
                     decode_image(row.encoded)
                 count.tried(target, silent=bool(requests))
         server.shutdown()

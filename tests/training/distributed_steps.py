@@ -14,6 +14,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -52,22 +53,14 @@ def draw(seed: int, *shape: int) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def randomized(make: Callable[[], nn.Module]) -> nn.Module:
+def make_randomized(cls: type[nn.Module], preset: str) -> nn.Module:
     """With weights from a fixed seed, none of them zero: every path has a gradient."""
     torch.manual_seed(0)
-    model = make()
+    model = cls(**load_preset(preset))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(std=0.05)
     return model.double()
-
-
-def make_content_model() -> nn.Module:
-    return randomized(lambda: D2iTContentModel(**load_preset("content-tiny")))
-
-
-def make_grain_model() -> nn.Module:
-    return randomized(lambda: D2iTGrainModel(**load_preset("grain-tiny")))
 
 
 def make_autoencoder() -> nn.Module:
@@ -107,8 +100,8 @@ def autoencoder_loss(model: nn.Module, step: int, rows: slice) -> torch.Tensor:
 
 STEPS = {
     "autoencoder": Step(make_autoencoder, autoencoder_loss),
-    "grain": Step(make_grain_model, grain_model_loss),
-    "content": Step(make_content_model, content_loss),
+    "grain": Step(partial(make_randomized, D2iTGrainModel, "grain-tiny"), grain_model_loss),
+    "content": Step(partial(make_randomized, D2iTContentModel, "content-tiny"), content_loss),
 }
 SHARDED = ("grain", "content")
 
@@ -136,11 +129,8 @@ def named_weights(model: nn.Module) -> Iterable[tuple[str, nn.Parameter]]:
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
     """A copy, of all shards."""
-    return (
-        (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor)
-        .detach()
-        .clone(memory_format=torch.contiguous_format)
-    )
+    tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return tensor.detach().clone(memory_format=torch.contiguous_format)
 
 
 def train_prepared(accelerator: Accelerator, name: str, rows: slice) -> dict[str, torch.Tensor]:
@@ -149,11 +139,16 @@ def train_prepared(accelerator: Accelerator, name: str, rows: slice) -> dict[str
     return train(STEPS[name], model, rows, accelerator.backward, optimizer)
 
 
-def make_sharding_accelerator(mixed_precision: str) -> Accelerator:
-    """An Accelerator of the configuration that was launched, which shards."""
+def start_again(sharded: bool) -> None:
+    """Let the next Accelerator of this process be of another kind."""
     AcceleratorState._reset_state()
     GradientState._reset_state()
-    os.environ["ACCELERATE_USE_FSDP"] = "true"
+    os.environ["ACCELERATE_USE_FSDP"] = "true" if sharded else "false"
+
+
+def make_sharding_accelerator(mixed_precision: str) -> Accelerator:
+    """An Accelerator of the configuration that was launched, which shards."""
+    start_again(sharded=True)
     # It shards on accelerators only, and would average here: processes of a CPU must pass as such
     PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     accelerator = Accelerator(cpu=True, mixed_precision=mixed_precision)
@@ -173,7 +168,7 @@ def loss_in_bfloat16(name: str, rows: slice) -> float:
 
 def main(output: Path) -> None:
     torch.set_num_threads(1)
-    os.environ["ACCELERATE_USE_FSDP"] = "false"
+    start_again(sharded=False)
     accelerator = Accelerator(cpu=True)
     num_rows = BATCH // accelerator.num_processes
     rows = slice(accelerator.process_index * num_rows, (accelerator.process_index + 1) * num_rows)
@@ -187,9 +182,7 @@ def main(output: Path) -> None:
     for name in SHARDED:
         save(name, "sharded", train_prepared(make_sharding_accelerator("no"), name, rows))
         losses[name] = loss_in_bfloat16(name, rows)
-    AcceleratorState._reset_state()
-    GradientState._reset_state()
-    os.environ["ACCELERATE_USE_FSDP"] = "false"
+    start_again(sharded=False)
     checkpoints = save_and_resume(output / "checkpoints")
     facts = {"num_processes": accelerator.num_processes, "losses": losses, "checkpoints": checkpoints}
     (output / f"{accelerator.process_index}.json").write_text(json.dumps(facts))

@@ -19,17 +19,17 @@ NUM_STEPS = 3
 
 
 class SmallRun:
-    """A grain model with optimizer, schedule and average, and updates by gradients that were drawn.
+    """A model with optimizer, schedule and average, and updates by gradients that were drawn.
 
     Args:
         accelerator: with as many processes as weights are to be spread over.
         output_dir: of its checkpoints.
-        seed: of the weights it starts from.
+        model: a grain model.
+        **kwargs: of `Checkpoints`.
     """
 
-    def __init__(self, accelerator: Accelerator, output_dir: Path, seed: int = 0):
-        torch.manual_seed(seed)
-        self.model = D2iTGrainModel(**load_preset("grain-tiny"))
+    def __init__(self, accelerator: Accelerator, output_dir: Path, model: D2iTGrainModel, **kwargs):
+        self.model = model
         if accelerator.num_processes > 1:
             mesh = init_device_mesh("cpu", (accelerator.num_processes,))
             for block in self.model.transformer_blocks:
@@ -38,9 +38,9 @@ class SmallRun:
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-2)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: 1 / (1 + step))
         self.ema = EMAModel(self.model.parameters(), decay=0.9, foreach=True)
-        optimizers = {"optimizer": self.optimizer}
-        gate = FiniteGate(accelerator)
-        self.checkpoints = Checkpoints(accelerator, output_dir, self.model, self.ema, optimizers, self.schedule, gate)
+        self.gate = FiniteGate(accelerator)
+        state = (self.model, self.ema, {"optimizer": self.optimizer}, self.schedule, self.gate)
+        self.checkpoints = Checkpoints(accelerator, output_dir, *state, **kwargs)
 
     def update(self, step: int) -> None:
         generator = torch.Generator().manual_seed(step)
@@ -55,19 +55,24 @@ class SmallRun:
 
     def tensors(self) -> list[torch.Tensor]:
         """Weights, average and moments, as this process holds them."""
-        moments = [self.optimizer.state[p][key] for p in self.model.parameters() for key in ("exp_avg", "exp_avg_sq")]
+        moments = [value for p in self.model.parameters() for _, value in sorted(self.optimizer.state[p].items())]
         found = [*self.model.parameters(), *self.ema.shadow_params, *moments]
         return [(tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach().clone() for tensor in found]
+
+
+def make_model(seed: int = 0) -> D2iTGrainModel:
+    torch.manual_seed(seed)
+    return D2iTGrainModel(**load_preset("grain-tiny"))
 
 
 def save_and_resume(output_dir: Path) -> dict[str, bool]:
     """Save a run, resume it in another one, and go on with both; what held, by name."""
     accelerator = Accelerator(cpu=True)
-    run = SmallRun(accelerator, output_dir)
+    run = SmallRun(accelerator, output_dir, make_model())
     for step in range(NUM_STEPS):
         run.update(step)
     run.checkpoints.save(NUM_STEPS)
-    other = SmallRun(accelerator, output_dir, seed=1)
+    other = SmallRun(accelerator, output_dir, make_model(seed=1))
     resumed = other.checkpoints.resume(output_dir / f"checkpoint-{NUM_STEPS}")
     came_back = all(map(torch.equal, run.tensors(), other.tensors()))
     for one in (run, other):

@@ -6,92 +6,73 @@ import os
 import pytest
 import torch
 from accelerate import Accelerator
-from diffusers.training_utils import EMAModel
 from script_runs import load_script
+from sharded_checkpoints import SmallRun
 
-from diffusers_d2it.training import Checkpoints, FiniteGate, find_checkpoint, identity_of
-
-
-def make_checkpoints(folder, model, **kwargs) -> Checkpoints:
-    accelerator = Accelerator(cpu=True)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
-    ema = EMAModel(model.parameters(), decay=0.9)
-    gate = FiniteGate(accelerator)
-    return Checkpoints(accelerator, folder, model, ema, {"optimizer": optimizer}, schedule, gate, **kwargs)
+from diffusers_d2it.training import find_checkpoint, identity_of
 
 
-def train_a_step(checkpoints: Checkpoints, seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in checkpoints.model.parameters():
-        parameter.grad = torch.randn(parameter.shape, generator=generator)
-    checkpoints.optimizers["optimizer"].step()
-    checkpoints.lr_scheduler.step()
-    checkpoints.ema.step(checkpoints.model.parameters())
+def make_run(folder, model, **kwargs) -> SmallRun:
+    return SmallRun(Accelerator(cpu=True), folder, model, **kwargs)
 
 
-def state_of(checkpoints: Checkpoints) -> list:
-    optimizer = checkpoints.optimizers["optimizer"]
-    weights = optimizer.param_groups[0]["params"]
-    moments = [value for weight in weights for _, value in sorted(optimizer.state[weight].items())]
-    tensors = [*checkpoints.model.parameters(), *checkpoints.ema.shadow_params, *moments]
-    settings = {key: value for key, value in optimizer.param_groups[0].items() if key != "params"}
-    counts = [checkpoints.ema.optimization_step, checkpoints.gate.num_skipped_steps]
-    schedule = checkpoints.lr_scheduler.state_dict()
-    return [*(tensor.tolist() for tensor in tensors), *counts, settings, schedule, torch.rand(3).tolist()]
+def state_of(run: SmallRun) -> list:
+    settings = {key: value for key, value in run.optimizer.param_groups[0].items() if key != "params"}
+    counts = [run.ema.optimization_step, run.gate.num_skipped_steps]
+    tensors = [tensor.tolist() for tensor in run.tensors()]
+    return [*tensors, *counts, settings, run.schedule.state_dict(), torch.rand(3).tolist()]
 
 
 def test_everything_of_a_run_comes_back(make_grain_model, tmp_path):
-    checkpoints = make_checkpoints(tmp_path, make_grain_model())
+    run = make_run(tmp_path, make_grain_model())
     for seed in range(3):
-        train_a_step(checkpoints, seed)
-    checkpoints.gate.num_skipped_steps = 2
-    checkpoints.save(3)
-    expected = state_of(checkpoints)
-    other = make_checkpoints(tmp_path, make_grain_model(seed=5))
-    assert other.resume(find_checkpoint(other.accelerator, tmp_path, "latest")) == 3
+        run.update(seed)
+    run.gate.num_skipped_steps = 2
+    run.checkpoints.save(3)
+    expected = state_of(run)
+    other = make_run(tmp_path, make_grain_model(seed=5))
+    assert other.checkpoints.resume(find_checkpoint(Accelerator(cpu=True), tmp_path, "latest")) == 3
     assert state_of(other) == expected
-    train_a_step(checkpoints, 3)
-    train_a_step(other, 3)
-    assert state_of(other)[:-1] == state_of(checkpoints)[:-1]
-    average = other.averaged_model()
-    saved = [shadow.tolist() for shadow in average.parameters()]
+    run.update(3)
+    other.update(3)
+    assert state_of(other)[:-1] == state_of(run)[:-1]
+    saved = [shadow.tolist() for shadow in other.checkpoints.averaged_model().parameters()]
     assert saved == expected[len(saved) : 2 * len(saved)]
     assert not list(tmp_path.rglob("*.bin")) + list(tmp_path.rglob("*.p*k*l*"))
 
 
 def test_an_optimizer_that_has_not_begun_is_saved_and_resumed_as_one(make_grain_model, tmp_path):
-    make_checkpoints(tmp_path, make_grain_model()).save(1)
-    other = make_checkpoints(tmp_path, make_grain_model(seed=5))
-    other.resume(tmp_path / "checkpoint-1")
-    assert not other.optimizers["optimizer"].state
-    assert other.optimizers["optimizer"].param_groups[0]["betas"] == (0.9, 0.999)
+    make_run(tmp_path, make_grain_model()).checkpoints.save(1)
+    other = make_run(tmp_path, make_grain_model(seed=5))
+    other.checkpoints.resume(tmp_path / "checkpoint-1")
+    assert not other.optimizer.state and other.optimizer.param_groups[0]["betas"] == (0.9, 0.999)
 
 
 def test_a_checkpoint_of_another_model_module_or_optimizer_is_refused(make_grain_model, tmp_path):
-    others = {"head": torch.nn.Linear(2, 3)}
-    checkpoints = make_checkpoints(tmp_path, make_grain_model(), others=others)
-    train_a_step(checkpoints, 0)
-    checkpoints.save(1)
-    with pytest.raises(ValueError, match="checkpoint-1.*num_layers"):
-        make_checkpoints(tmp_path, make_grain_model(num_layers=1), others=others).resume(tmp_path / "checkpoint-1")
-    wider, without_bias, renamed = torch.nn.Linear(2, 4), torch.nn.Linear(2, 3, bias=False), torch.nn.Sequential
-    for head, wrong in ((wider, "weight"), (without_bias, "bias"), (renamed(others["head"]), "0.bias")):
-        run = make_checkpoints(tmp_path, make_grain_model(), others={"head": head})
-        with pytest.raises(ValueError, match=rf"head\.safetensors.*{wrong}"):
-            run.resume(tmp_path / "checkpoint-1")
-    run = make_checkpoints(tmp_path, make_grain_model(), others=others)
+    head = torch.nn.Linear(2, 3)
+
+    def assert_refused(run: SmallRun, file: str, wrong: str) -> None:
+        with pytest.raises(ValueError, match=f"{file}.*{wrong}"):
+            run.checkpoints.resume(tmp_path / "checkpoint-1")
+
+    run = make_run(tmp_path, make_grain_model(), others={"head": head})
+    run.update(0)
+    run.checkpoints.save(1)
+    fewer_layers = make_run(tmp_path, make_grain_model(num_layers=1), others={"head": head})
+    assert_refused(fewer_layers, "checkpoint-1", "num_layers")
+    wider, without_bias, renamed = torch.nn.Linear(2, 4), torch.nn.Linear(2, 3, bias=False), torch.nn.Sequential(head)
+    for other, wrong in ((wider, "weight"), (without_bias, "bias"), (renamed, "0.bias")):
+        assert_refused(make_run(tmp_path, make_grain_model(), others={"head": other}), r"head\.safetensors", wrong)
     *_, last = run.model.parameters()
-    for weights, wrong in (([last], "model"), ([*run.model.parameters(), *others["head"].parameters()], "head")):
-        run.optimizers = {"optimizer": torch.optim.AdamW([{"params": weights, "initial_lr": 1e-3}])}
-        with pytest.raises(ValueError, match=rf"optimizer\.safetensors.*{wrong}\."):
-            run.resume(tmp_path / "checkpoint-1")
+    for weights, wrong in (([last], r"model\."), ([*run.model.parameters(), *head.parameters()], r"head\.")):
+        run.checkpoints.optimizers = {"optimizer": torch.optim.AdamW([{"params": weights, "initial_lr": 1e-3}])}
+        assert_refused(run, r"optimizer\.safetensors", wrong)
 
 
 def test_modes_follow_the_umask(make_grain_model, tmp_path):
     before = os.umask(0o027)
     try:
-        make_checkpoints(tmp_path, make_grain_model()).save(1)
+        make_run(tmp_path, make_grain_model()).checkpoints.save(1)
     finally:
         os.umask(before)
     modes = {path.stat().st_mode & 0o777 for path in (tmp_path / "checkpoint-1").rglob("*") if path.is_file()}
@@ -99,12 +80,12 @@ def test_modes_follow_the_umask(make_grain_model, tmp_path):
 
 
 def test_only_the_newest_are_kept(make_grain_model, tmp_path):
-    checkpoints = make_checkpoints(tmp_path, make_grain_model(), total_limit=2)
+    run = make_run(tmp_path, make_grain_model(), total_limit=2)
     for step in (2, 4, 10):
-        checkpoints.save(step)
+        run.checkpoints.save(step)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-4"]
     with pytest.raises(ValueError, match="`total_limit`.*0"):
-        make_checkpoints(tmp_path, make_grain_model(), total_limit=0)
+        make_run(tmp_path, make_grain_model(), total_limit=0)
 
 
 @pytest.mark.parametrize("schedule, fixed", [("constant", False), ("constant_with_warmup", False), ("cosine", True)])
@@ -113,7 +94,7 @@ def test_the_length_of_a_run_is_fixed_where_its_schedule_ends_with_it(make_grain
     args = load_script("train_grain.py").parse_args([*required, schedule])
     flags = load_script("set_up.py").lasting(args)
     assert ("max_train_steps" in flags) == fixed
-    checkpoints = make_checkpoints(tmp_path, make_grain_model(), flags=flags)
+    checkpoints = make_run(tmp_path, make_grain_model(), flags=flags).checkpoints
     assert checkpoints.flags["seed"] == 0 and checkpoints.flags["num_processes"] == 1
     assert all(isinstance(value, (int, float, str, bool)) for value in checkpoints.scalars().values())
 
