@@ -27,6 +27,9 @@ LAUNCH = [sys.executable, "-m", "accelerate.commands.launch"]
 # Without a GPU, accelerate runs two processes only under the flag --multi_gpu and with ACCELERATE_USE_CPU
 TWO_PROCESSES = [*LAUNCH, "--multi_gpu", "--num_processes", "2", "--mixed_precision", "no", "--main_process_port", "0"]
 
+SHARDED_PROCESSES = [*LAUNCH, "--config_file", str(EXAMPLES / "configs" / "accelerate" / "eight-gpus-fsdp2.yaml")]
+SHARDED_PROCESSES += ["--num_processes", "2", "--mixed_precision", "no", "--main_process_port", "0"]
+
 
 def run(script: str, *arguments, launch: list[str] | None = None, expect_failure: bool = False, **environment: str):
     """Run a script to its end; its result, with stdout and stderr as text."""

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from script_runs import EXAMPLES, LAUNCH, TWO_PROCESSES, call, call_train, run, train, training_flags
+from script_runs import SHARDED_PROCESSES, TWO_PROCESSES, call, call_train, run, train, training_flags
 
 
 def test_two_processes_share_the_work(d2it_arguments, tmp_path):
@@ -28,11 +28,9 @@ def test_a_sharded_run_ends_in_the_weights_of_an_averaged_one(grain_arguments, t
     averaged, sharded = tmp_path / "averaged", tmp_path / "sharded"
     arguments = [*grain_arguments, "--train_batch_size", 1]
     train("train_grain.py", averaged, 4, *arguments, launch=TWO_PROCESSES, ACCELERATE_USE_CPU="true")
-    launch = [*LAUNCH, "--config_file", str(EXAMPLES / "configs" / "accelerate" / "eight-gpus-fsdp2.yaml")]
-    launch += ["--num_processes", "2", "--mixed_precision", "no", "--main_process_port", "0"]
     script = Path(__file__).with_name("sharded_script.py")
     flags = ["train_grain.py", *training_flags(sharded, 4), *arguments]
-    run(script, *flags, launch=launch, ACCELERATE_USE_CPU="true")
+    run(script, *flags, launch=SHARDED_PROCESSES, ACCELERATE_USE_CPU="true")
     weights = "diffusion_pytorch_model.safetensors"
     for name in ("model", "model_ema"):
         of_averaged, of_sharded = (load_file(one / "checkpoint-4" / name / weights) for one in (averaged, sharded))

@@ -51,11 +51,11 @@ class Count:
 
 
 @pytest.fixture(scope="session")
-def inputs(tmp_path_factory, make_pipeline, load_photos):
+def inputs(tmp_path_factory, make_pipeline):
     """What the training scripts read."""
     from training_runs import Inputs  # here: most tests need no datasets
 
-    return Inputs(tmp_path_factory.mktemp("inputs"), load_photos(32), make_pipeline(num_classes=None))
+    return Inputs(tmp_path_factory.mktemp("inputs"), make_pipeline(num_classes=None))
 
 
 @pytest.fixture

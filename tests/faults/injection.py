@@ -9,7 +9,6 @@ import builtins
 import errno
 import io
 import os
-import random
 import resource
 import signal
 import sys
@@ -116,8 +115,8 @@ def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def in_child(function: Callable[[], object]) -> int:
-    """Run a function in a forked process, with a process group of its own.
+def in_child(function: Callable[[], object], kill_after: float | None = None) -> int:
+    """Run a function in a forked process, with a process group of its own, and kill it after some seconds, if given.
 
     Returns:
         Its exit status: 0, that of `sys.exit`, 1 after another exception, minus the number of a signal that ended it.
@@ -138,20 +137,9 @@ def in_child(function: Callable[[], object]) -> int:
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(status)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-
-
-def kill_at_random(function: Callable[[], object], longest: float, generator: random.Random) -> int:
-    """Run a function in a forked process and kill it after a random time; its exit status as of `in_child`."""
-    pid = os.fork()
-    if pid == 0:
-        try:
-            _quiet()
-            function()
-        finally:
-            os._exit(0)
-    time.sleep(generator.uniform(0, longest))  # the moment is the fault
-    os.kill(pid, signal.SIGKILL)
+    if kill_after is not None:
+        time.sleep(kill_after)  # the moment is the fault
+        os.kill(pid, signal.SIGKILL)
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 

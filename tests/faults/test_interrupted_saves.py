@@ -8,7 +8,7 @@ import time
 from functools import partial
 
 import pytest
-from injection import Disk, die, in_child, io_error, kill_at_random, limited_file_size
+from injection import Disk, die, in_child, io_error, limited_file_size
 from ways_of_saving import WAYS, Mixed, SaveCache, SaveCheckpoint, Way
 
 
@@ -102,7 +102,7 @@ def test_kills_at_random_moments(way, fault, repeats):
         fresh_cache(way)  # it was whole
     generator, old = random.Random(0), 2
     for trial in range(repeats(20, 200)):
-        kill_at_random(partial(way.save, old + 1), 1.2 * duration, generator)
+        in_child(partial(way.save, old + 1), kill_after=generator.uniform(0, 1.2 * duration))
         check(way, count, f"trial {trial}", old + 1, old)
         old += 2
 

@@ -122,20 +122,20 @@ def other_offsets(content: bytes, rng: random.Random) -> bytes:
 
 def other_name(content: bytes, rng: random.Random) -> bytes:
     header, data = split(content)
-    name = rng.choice([name for name in header if name != "__metadata__"])
+    name = rng.choice(names(header))
     renamed = rng.choice([name.upper(), f"{name}.0", f"module.{name}", "", "__proto__", "\x1b[31m", name[:-1], "../x"])
     return join({renamed if key == name else key: value for key, value in header.items()}, data)
 
 
 def without_tensor(content: bytes, rng: random.Random) -> bytes:
     header, data = split(content)
-    del header[rng.choice([name for name in header if name != "__metadata__"])]
+    del header[rng.choice(names(header))]
     return join(header, data)
 
 
 def repeated_name(content: bytes, rng: random.Random) -> bytes:
     header, data = split(content)
-    name = rng.choice([name for name in header if name != "__metadata__"])
+    name = rng.choice(names(header))
     repeated = f"{json.dumps(header)[:-1]}, {json.dumps(name)}: {json.dumps(entry(header, rng))}}}"
     return join(repeated.encode(), data)
 
@@ -161,8 +161,13 @@ def another_file(content: bytes, rng: random.Random) -> bytes:
     return rng.choice(others)
 
 
+def names(header: dict) -> list[str]:
+    """Of the tensors."""
+    return [name for name in header if name != "__metadata__"]
+
+
 def entry(header: dict, rng: random.Random) -> dict:
-    return header[rng.choice([name for name in header if name != "__metadata__"])]
+    return header[rng.choice(names(header))]
 
 
 MUTATIONS = [
@@ -196,21 +201,19 @@ def test_any_changed_byte_of_a_sealed_model_is_refused(model, tmp_path, fault, r
         at = rng.randrange(len(content))
         changed[at] ^= 1 << rng.randrange(8)
         (tmp_path / WEIGHTS).write_bytes(changed)
-        count.refused(partial(load, tmp_path), str(tmp_path / WEIGHTS), "damaged", what=f"byte {at}")
+        count.refused(partial(load, tmp_path), str(tmp_path / WEIGHTS), what=f"byte {at}")
 
 
-@pytest.mark.parametrize("sealed", [True, False])
-def test_two_tensors_that_change_places_are_noticed_under_a_seal(model, tmp_path, fault, sealed):
+def test_two_tensors_that_change_places_are_noticed_under_a_seal(model, tmp_path, fault):
     """Without one nothing can tell: this is what a manifest is for."""
+    count = fault("safetensors with a manifest: tensors exchanged")
     model.save_pretrained(tmp_path)
     weights = load_file(tmp_path / WEIGHTS)
     first, second = "transformer_blocks.0.attn.to_q.weight", "transformer_blocks.0.attn.to_k.weight"
     save_file(weights | {first: weights[second], second: weights[first]}, tmp_path / WEIGHTS)
-    if not sealed:
-        (tmp_path / "manifest.json").unlink()
-        assert torch.equal(load(tmp_path).state_dict()[first], weights[second])
-        return
-    fault("safetensors with a manifest: tensors exchanged").refused(partial(load, tmp_path), str(tmp_path / WEIGHTS))
+    count.refused(partial(load, tmp_path), str(tmp_path / WEIGHTS))
+    (tmp_path / "manifest.json").unlink()
+    assert torch.equal(load(tmp_path).state_dict()[first], weights[second])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -252,7 +255,7 @@ def test_shards_and_their_index_must_agree(model, folder, index, fault):
     for shard in shards:
         content = (folder / shard).read_bytes()
         (folder / shard).unlink()
-        count.refused(partial(load, folder), str(folder / shard), "missing", what=f"{shard} missing")
+        count.refused(partial(load, folder), str(folder / shard), what=f"{shard} missing")
         (folder / shard).write_bytes(content[:-1])
         count.refused(partial(load, folder), str(folder / shard), what=f"{shard} cut")
         (folder / shard).write_bytes(content)
@@ -280,8 +283,7 @@ def test_an_absurd_header_is_refused_from_its_first_bytes(tmp_path, fault, read)
         D2iTGrainModel(num_layers=1, num_attention_heads=1, attention_head_dim=4).save_pretrained(tmp_path)
         (tmp_path / "manifest.json").unlink()
     header, data = split((tmp_path / WEIGHTS).read_bytes())
-    names = [name for name in header if name != "__metadata__"]
-    first, second = sorted(names, key=lambda name: header[name]["data_offsets"])[:2]
+    first, second = sorted(names(header), key=lambda name: header[name]["data_offsets"])[:2]
     overlap = header | {second: header[second] | {"data_offsets": [n - 4 for n in header[second]["data_offsets"]]}}
     gap = {name: entry for name, entry in header.items() if name != first}
     padded = json.dumps(header).encode() + b" " * 2**21
@@ -304,34 +306,31 @@ def test_weights_that_were_not_saved_with_the_rest_are_refused(model, tmp_path, 
     count.refused(partial(load, tmp_path / "a", variant="fp16"), "fp16.safetensors", "manifest.json")
 
 
-@pytest.mark.parametrize("name", ["model.fp16.safetensors.index.json", "model.safetensors.fp16.index.json"])
-def test_an_index_that_only_diffusers_would_read_is_refused(model, tmp_path, fault, name):
+def test_an_index_that_only_diffusers_would_read_is_refused(model, tmp_path, fault):
     """It finds these for a variant, and would load shards that were not checked."""
+    count = fault("index of shards of a form that is not read")
     model.save_pretrained(tmp_path, variant="fp16")
-    index = tmp_path / name.replace("model", "diffusion_pytorch_model")
-    index.write_text(json.dumps({"metadata": {}, "weight_map": {}}))
-    fault("index of shards of a form that is not read").refused(partial(load, tmp_path, variant="fp16"), str(index))
+    for ending in ("fp16.safetensors.index.json", "safetensors.fp16.index.json"):
+        index = tmp_path / f"diffusion_pytorch_model.{ending}"
+        index.write_text(json.dumps({"metadata": {}, "weight_map": {}}))
+        count.refused(partial(load, tmp_path, variant="fp16"), str(index))
+        index.unlink()
 
 
-def test_weights_that_a_smaller_dtype_cannot_hold_are_refused(model, folder, fault):
+def test_what_half_precision_cannot_hold_and_a_mixture_of_its_kinds_are_refused(model, folder, fault):
     count = fault("weights too large for the dtype they are cast to")
-    weights = load_file(folder / WEIGHTS)
-    save_file(weights | {"norm_out.proj_out.bias": torch.tensor([1e5, 0.0])}, folder / WEIGHTS)
+    file, weights, name = folder / WEIGHTS, load_file(folder / WEIGHTS), "norm_out.proj_out.bias"
+    save_file(weights | {name: torch.tensor([1e5, 0.0])}, file)
     assert load(folder, torch_dtype=torch.bfloat16).dtype == torch.bfloat16
-    half = partial(load, folder, torch_dtype=torch.float16)
-    count.refused(half, str(folder / WEIGHTS), "`norm_out.proj_out.bias`", "torch.float16")
+    count.refused(partial(load, folder, torch_dtype=torch.float16), str(file), f"`{name}`", "torch.float16")
 
-
-def test_two_kinds_of_half_precision_in_one_model_are_refused(model, folder, fault):
     count = fault("float16 among bfloat16")
-    weights = {key: value.bfloat16() for key, value in load_file(folder / WEIGHTS).items()}
-    name = "null_fine_ratio"
-    save_file(weights, folder / WEIGHTS)
+    save_file({key: value.bfloat16() for key, value in weights.items()}, file)
     assert load(folder, torch_dtype=torch.bfloat16).dtype == torch.bfloat16
-    header, data = split((folder / WEIGHTS).read_bytes())
+    header, data = split(file.read_bytes())
     header[name]["dtype"] = "F16"
-    (folder / WEIGHTS).write_bytes(join(header, data))
-    count.refused(partial(load, folder), str(folder / WEIGHTS), name, "F16", "BF16", what=name)
+    file.write_bytes(join(header, data))
+    count.refused(partial(load, folder), str(file), name, "F16", "BF16", what=name)
 
 
 def test_a_pipeline_is_sealed_with_all_its_parts(make_pipeline, tmp_path, fault):
@@ -376,10 +375,9 @@ def test_foreign_weights_are_read_with_the_same_care(tmp_path, fault, repeats):
             return convert_autoencoder_kl(tmp_path)[0]
 
         found = attempt(convert)
+        problem = found.problem(tmp_path.name)
         if found.error is None:
             fine = {key for key in expected.state_dict() if ".f2." not in key and "down_blocks.1" not in key}
             same = all(torch.equal(found.result.state_dict()[key], expected.state_dict()[key]) for key in fine)
             problem = None if same else "was accepted with other weights"
-        else:
-            problem = found.problem(tmp_path.name)
         count.tried(f"{mutate.__name__}: {problem}", silent=problem is not None)

@@ -13,12 +13,11 @@ from pathlib import Path
 from types import ModuleType
 from unittest import mock
 
-import numpy as np
 import torch
 from accelerate.state import AcceleratorState, GradientState
 from diffusers import DDIMScheduler
+from image_files import encode, photo, write_folder
 from injection import in_child
-from PIL import Image
 from script_runs import load_script
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -36,16 +35,12 @@ class Inputs:
 
     Args:
         folder: empty; all of it is put in there.
-        photos: (N, 3, H, W) in [-1, 1].
         components: of 32-pixel images.
     """
 
-    def __init__(self, folder: Path, photos: torch.Tensor, components: D2iTPipeline):
+    def __init__(self, folder: Path, components: D2iTPipeline):
         self.folder = folder
-        (folder / "photos").mkdir()
-        for i, photo in enumerate(photos):
-            pixels = ((photo.permute(1, 2, 0) + 1) * 127.5).round().numpy().astype(np.uint8)
-            Image.fromarray(pixels).save(folder / "photos" / f"{i}.png")
+        write_folder(folder / "photos", {f"{i}.png": encode(photo(i, 32)) for i in range(8)})
         components.vae.save_pretrained(folder / "vae")
         components.grain_model.save_pretrained(folder / "grain" / "grain_model")
         scheduler = DDIMScheduler(prediction_type="sample", clip_sample=False)

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from diffusers.training_utils import EMAModel
 from PIL import Image
+from small_runs import SmallRun
 
 from diffusers_d2it import D2iTGrainModel, D2iTPipeline, DynamicAutoencoderKL
 from diffusers_d2it.conversion.transfer import ConversionReport, save_converted
@@ -22,7 +22,7 @@ from diffusers_d2it.files import lock
 from diffusers_d2it.files.folders import write_text_durably
 from diffusers_d2it.hub.card import make_model_card
 from diffusers_d2it.hub.push import write_card
-from diffusers_d2it.training import Checkpoints, FiniteGate, find_checkpoint
+from diffusers_d2it.training import find_checkpoint
 
 
 class Mixed(AssertionError):
@@ -114,32 +114,20 @@ class SaveCheckpoint(Way):
 
     def __init__(self, folder, components):
         super().__init__(folder, components)
-        self.model = components.grain_model
         self.accelerator = Accelerator(cpu=True)
-        self.optimizer = torch.optim.AdamW(self.model.parameters())
-        for parameter in self.model.parameters():
-            parameter.grad = torch.ones_like(parameter)
-        self.optimizer.step()
-        schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: 1.0)
-        self.ema = EMAModel(self.model.parameters(), decay=0.9)
-        self.checkpoints = Checkpoints(
-            self.accelerator,
-            self.folder,
-            self.model,
-            self.ema,
-            {"optimizer": self.optimizer},
-            schedule,
-            FiniteGate(self.accelerator),
-            total_limit=1,
-        )
+        self.run = SmallRun(self.accelerator, self.folder, components.grain_model, total_limit=1)
+        self.run.update(0)
+        self.checkpoints = self.run.checkpoints
 
     def save(self, version):
-        set_version(self.model, version)
-        self.ema.shadow_params = [parameter.detach().clone() for parameter in self.model.parameters()]
-        for state in self.optimizer.state.values():
-            for tensor in state.values():
-                tensor.fill_(version)
+        set_version(self.run.model, version)
+        for tensor in self._rest():
+            tensor.fill_(version)
         self.checkpoints.save(version)
+
+    def _rest(self) -> list[torch.Tensor]:
+        """All but the weights: the average and what the optimizer keeps."""
+        return [*self.run.ema.shadow_params, *(t for s in self.run.optimizer.state.values() for t in s.values())]
 
     def start_again(self):
         lock(self.folder).close()
@@ -149,10 +137,9 @@ class SaveCheckpoint(Way):
             warnings.simplefilter("ignore", UserWarning)  # names what it skips
             checkpoint = find_checkpoint(self.accelerator, self.folder, "latest")
         version = self.checkpoints.resume(checkpoint)
-        state = {float(value) for s in self.optimizer.state.values() for t in s.values() for value in t.unique()}
-        average = {float(value) for shadow in self.ema.shadow_params for value in shadow.unique()}
-        if not {version_of(self.model)} == state == average == {version}:
-            raise Mixed(f"step {version}, optimizer {state}, average {average}, weights {version_of(self.model)}")
+        weights, rest = version_of(self.run.model), {float(value) for t in self._rest() for value in t.unique()}
+        if not {weights} == rest == {version}:
+            raise Mixed(f"step {version}, optimizer and average {rest}, weights {weights}")
         return version
 
 

@@ -24,7 +24,6 @@ from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import DistributedType
 from diffusers import DDPMScheduler
 from safetensors.torch import save_file
-from sharded_checkpoints import save_and_resume
 from torch import nn
 
 from diffusers_d2it import D2iTContentModel, D2iTGrainModel, DynamicAutoencoderKL, load_preset
@@ -32,8 +31,9 @@ from diffusers_d2it.grains import GrainLayout
 from diffusers_d2it.losses import dvae_loss, grain_loss, multi_grained_loss
 
 
-sys.path.append(str(Path(__file__).parent.parent.parent / "examples"))
+sys.path += [str(Path(__file__).parents[1]), str(Path(__file__).parents[2] / "examples")]
 
+from sharded_checkpoints import save_and_resume  # noqa: E402
 from train_dvae import DvaeStep  # noqa: E402
 
 

@@ -5,59 +5,13 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from diffusers.training_utils import EMAModel
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from small_runs import SmallRun
 
 from diffusers_d2it import D2iTGrainModel, load_preset
-from diffusers_d2it.training import Checkpoints, FiniteGate
 from diffusers_d2it.training.checkpoints import is_sharded
 
 
 NUM_STEPS = 3
-
-
-class SmallRun:
-    """A model with optimizer, schedule and average, and updates by gradients that were drawn.
-
-    Args:
-        accelerator: with as many processes as weights are to be spread over.
-        output_dir: of its checkpoints.
-        model: a grain model.
-        **kwargs: of `Checkpoints`.
-    """
-
-    def __init__(self, accelerator: Accelerator, output_dir: Path, model: D2iTGrainModel, **kwargs):
-        self.model = model
-        if accelerator.num_processes > 1:
-            mesh = init_device_mesh("cpu", (accelerator.num_processes,))
-            for block in self.model.transformer_blocks:
-                fully_shard(block, mesh=mesh)
-            fully_shard(self.model, mesh=mesh)
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-2)
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: 1 / (1 + step))
-        self.ema = EMAModel(self.model.parameters(), decay=0.9, foreach=True)
-        self.gate = FiniteGate(accelerator)
-        state = (self.model, self.ema, {"optimizer": self.optimizer}, self.schedule, self.gate)
-        self.checkpoints = Checkpoints(accelerator, output_dir, *state, **kwargs)
-
-    def update(self, step: int) -> None:
-        generator = torch.Generator().manual_seed(step)
-        for parameter in self.model.parameters():
-            gradient = torch.randn(parameter.shape, generator=generator)
-            if isinstance(parameter, DTensor):
-                gradient = distribute_tensor(gradient, parameter.device_mesh, parameter.placements)
-            parameter.grad = gradient
-        self.optimizer.step()
-        self.schedule.step()
-        self.ema.step(self.model.parameters())
-
-    def tensors(self) -> list[torch.Tensor]:
-        """Weights, average and moments, as this process holds them."""
-        moments = [value for p in self.model.parameters() for _, value in sorted(self.optimizer.state[p].items())]
-        found = [*self.model.parameters(), *self.ema.shadow_params, *moments]
-        return [(tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach().clone() for tensor in found]
 
 
 def make_model(seed: int = 0) -> D2iTGrainModel:

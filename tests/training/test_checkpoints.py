@@ -7,7 +7,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from script_runs import load_script
-from sharded_checkpoints import SmallRun
+from small_runs import SmallRun
 
 from diffusers_d2it.training import find_checkpoint, identity_of
 

@@ -10,13 +10,13 @@ import torch
 from accelerate import Accelerator
 from distributed_steps import BATCH, SHARDED, STEPS, make_optimizer
 from safetensors.torch import load_file
-from script_runs import EXAMPLES, LAUNCH, run
-from sharded_checkpoints import NUM_STEPS, SmallRun, make_model
+from script_runs import SHARDED_PROCESSES, run
+from sharded_checkpoints import NUM_STEPS, make_model
+from small_runs import SmallRun
 
 from diffusers_d2it.files.folders import verify
 
 
-CONFIG = EXAMPLES / "configs" / "accelerate" / "eight-gpus-fsdp2.yaml"
 EVERYTHING = slice(0, BATCH)
 
 
@@ -24,9 +24,7 @@ EVERYTHING = slice(0, BATCH)
 def launched(tmp_path_factory) -> Path:
     """The folder that two processes have written to; starting them takes longer than what they do."""
     output = tmp_path_factory.mktemp("two")
-    launch = [*LAUNCH, "--config_file", str(CONFIG), "--num_processes", "2", "--mixed_precision", "no"]
-    launch += ["--main_process_port", "0"]
-    run(distributed_steps.__file__, output, launch=launch, ACCELERATE_USE_CPU="true")
+    run(distributed_steps.__file__, output, launch=SHARDED_PROCESSES, ACCELERATE_USE_CPU="true")
     return output
 
 
