@@ -102,6 +102,18 @@ def call_train(script: str, output: Path, steps: int, *arguments) -> None:
         gc.collect()  # the lock of the output folder goes with what the script has left
 
 
+def logged(run_folder: Path) -> dict[str, dict[int, float]]:
+    """Scalars of a run without interruption by tag and step."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    scalars = {}
+    for file in run_folder.glob("logs/**/events.out.tfevents.*"):  # the flags have a file of their own
+        events = EventAccumulator(str(file), {"scalars": 0}).Reload()
+        for tag in events.Tags()["scalars"]:
+            scalars[tag] = {event.step: event.value for event in events.Scalars(tag)}
+    return scalars
+
+
 def training_flags(output: Path, steps: int) -> list:
     """The flags of `train`."""
     flags = ["--output_dir", output, "--max_train_steps", steps, "--resolution", 32, "--train_batch_size", 2]

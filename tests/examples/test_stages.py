@@ -10,8 +10,7 @@ import torch
 from image_files import encode, photo, truncated_jpeg, write_tar
 from loopback_hub import TOKEN, Uploads, serve_hub
 from safetensors.torch import load_file
-from script_runs import STEPS, call, call_train, train
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from script_runs import STEPS, call, call_train, logged, train
 from vision_models import save_vision_model
 
 from diffusers_d2it import D2iTContentModel, D2iTGrainModel, D2iTPipeline, DynamicAutoencoderKL, load_preset
@@ -19,16 +18,6 @@ from diffusers_d2it.data.images import to_pixels
 
 
 CLASSES = ["astronaut", "cat", "coffee", "galaxies", "motorcycle", "retina", "rocket", "tissue"]
-
-
-def logged(run_folder) -> dict[str, dict[int, float]]:
-    """Scalars of a run by tag and step."""
-    scalars = {}
-    for file in run_folder.glob("logs/**/events.out.tfevents.*"):  # the flags have a file of their own
-        events = EventAccumulator(str(file)).Reload()
-        for tag in events.Tags()["scalars"]:
-            scalars[tag] = {event.step: event.value for event in events.Scalars(tag)}
-    return scalars
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -136,21 +136,8 @@ def batches_seen(output_dir: Path) -> dict[int, set[str]]:
 def loss_curve(output_dir: Path) -> dict[int, set[float]]:
     """Loss after each step, as it was logged; more than one where a step was logged several times, unlike."""
     curve: dict[int, set[float]] = {}
-    for events in _events(output_dir):
+    for file in sorted(output_dir.rglob("events.out.tfevents.*")):
+        events = EventAccumulator(str(file), {"scalars": 0}).Reload()
         for event in events.Scalars("loss") if "loss" in events.Tags()["scalars"] else []:
             curve.setdefault(event.step, set()).add(event.value)
     return curve
-
-
-def logged(output_dir: Path) -> dict[str, list[float]]:
-    """All that a run without interruption logged, by name."""
-    return {
-        name: [event.value for event in events.Scalars(name)]
-        for events in _events(output_dir)
-        for name in events.Tags()["scalars"]
-    }
-
-
-def _events(output_dir: Path) -> list[EventAccumulator]:
-    files = sorted(output_dir.rglob("events.out.tfevents.*"))
-    return [EventAccumulator(str(file), {"scalars": 0}).Reload() for file in files]
