@@ -5,13 +5,10 @@
     python benchmarks/between_steps.py                   # content-tiny on the meta device, blocks traced by dynamo
 
 The pipeline itself is called, with every scheduler, and watched from the end of its first step to the end of its last.
-On a GPU torch reports what makes the host wait for it. On the CPU the models and latents are on the meta device, where
-a tensor has a shape and no data: reading a value raises, and what is sent there is counted. A scalar of the CPU that
-stands in an operator is no traffic: a kernel takes it as an argument. Counted apart is what a scheduler of diffusers
-does inside its own step.
-
-Graphs are counted over the steps of a call, and over calls with different grain maps, among them an all-coarse and an
-all-fine one. On the CPU the backend does nothing, so only dynamo's guards matter.
+On a GPU torch reports what makes the host wait for it. On the meta device a tensor has a shape and no data: reading a
+value raises, and what is sent there is counted. A scalar of the CPU in an operator is no traffic: a kernel takes it as
+an argument. Counted apart is what a scheduler does inside its own step. Graphs are counted over the steps of a call,
+and over calls with different grain maps; on the CPU the backend does nothing, so only dynamo's guards matter.
 """
 
 import functools
@@ -33,14 +30,8 @@ from diffusers_d2it import D2iTContentModel, D2iTPipeline, load_preset
 from diffusers_d2it.grains import GrainLayout
 
 
-SCHEDULERS = (
-    "DDIMScheduler",
-    "DDPMScheduler",
-    "DPMSolverMultistepScheduler",
-    "UniPCMultistepScheduler",
-    "EulerDiscreteScheduler",
-    "FlowMatchEulerDiscreteScheduler",
-)
+KINDS = ("DDIM", "DDPM", "DPMSolverMultistep", "UniPCMultistep", "EulerDiscrete", "FlowMatchEulerDiscrete")
+SCHEDULERS = [f"{kind}Scheduler" for kind in KINDS]
 NUM_STEPS = 6  # multistep schedulers are at their full order from the third on
 NUM_MAPS = 20
 BATCH_SIZE = 2

@@ -70,11 +70,9 @@ def main(
     most_turns: dict[str, int] | None = None,
     **flags: Flag,
 ) -> None:
-    """Parse the flags, measure, print what was found and write it to `results/NAME.json`.
+    """Parse the flags, measure (which returns a title), print what was found and write it to `results/NAME.json`.
 
-    Args:
-        measure: of a `Bench` and the values of `flags`; returns the title of its report.
-        most_turns: of a device, where turns take long.
+    `most_turns` bounds those of a device, where turns take long.
     """
     script = sys.modules[measure.__module__]
     parser = argparse.ArgumentParser(description=script.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -168,15 +166,9 @@ class Bench:
     ) -> dict[str, float]:
         """Time functions in turns, A B A B ..., so that whatever slows the machine down slows all of them.
 
-        Args:
-            sides: functions by name.
-            warmup: turns of each side that do not count.
-            repeats: turns that do, at most those asked for.
-            shortest_turn: seconds. In its turn a side is called until this has passed, or once, and the turn counts as
-                the mean of its calls: otherwise a short side is measured on the cold caches that a long one leaves.
-
-        Returns:
-            The median of each side, in milliseconds a call.
+        The first `warmup` turns of each side do not count. In its turn a side is called until `shortest_turn` seconds
+        have passed, or once, and the turn counts as the mean of its calls: otherwise a short side is measured on the
+        cold caches that a long one leaves. Returned is the median of each side, in milliseconds a call.
         """
         milliseconds: dict[str, list[float]] = {name: [] for name in sides}
         for turn in range(warmup + min(self.repeats, repeats or self.repeats)):
@@ -199,7 +191,6 @@ class Bench:
         return median
 
     def synchronize(self) -> None:
-        """Wait for the GPU."""
         if self.cuda:
             torch.cuda.synchronize()
 

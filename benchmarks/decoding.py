@@ -39,10 +39,8 @@ def tiled(vae: DynamicAutoencoderKL, tile: int) -> DynamicAutoencoderKL:
 def compare_formats(bench: Bench, vae: DynamicAutoencoderKL, size: int) -> None:
     """One image in both layouts of the memory and both dtypes."""
     latents = torch.randn(1, 4, size // 8, size // 8, device=bench.device)
-    models = {
-        "contiguous, float32": vae,
-        "contiguous, bfloat16": cast(copy.deepcopy(vae), bench.device, torch.bfloat16),
-    }
+    in_bfloat16 = cast(copy.deepcopy(vae), bench.device, torch.bfloat16)
+    models = {"contiguous, float32": vae, "contiguous, bfloat16": in_bfloat16}
     for dtype in ("float32", "bfloat16"):
         plain = copy.deepcopy(models[f"contiguous, {dtype}"])
         models[f"channels last, {dtype}"] = plain.to(memory_format=torch.channels_last)

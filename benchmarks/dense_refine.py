@@ -44,10 +44,13 @@ class DenseLayout:
         key_mask = torch.zeros(masked.shape, device=fine.device).masked_fill_(masked, -torch.inf)
 
         cell = torch.arange(side * side, device=fine.device)
-        row, column = cell // side, cell % side
-        relative_row = row[:, None] - row + side - 1
-        relative_column = column[:, None] - column + side - 1
-        return cls(side, fine[:, None], key_mask[:, None, None], relative_row * (2 * side - 1) + relative_column)
+        return cls(side, fine[:, None], key_mask[:, None, None], bias_index(cell // side, cell % side, side))
+
+
+def bias_index(row: torch.Tensor, column: torch.Tensor, side: int) -> torch.Tensor:
+    """Row of the bias table for each query and key, (N, N), from where cells lie in their windows, (N,) each."""
+    relative_row, relative_column = row[:, None] - row + side - 1, column[:, None] - column + side - 1
+    return relative_row * (2 * side - 1) + relative_column
 
 
 def windows_of(grid: torch.Tensor, side: int) -> torch.Tensor:
@@ -152,8 +155,6 @@ def global_window_mask(attn: WindowAttention, height: int, width: int, side: int
     cell = torch.arange(height * width, device=attn.relative_position_bias.device)
     row, column = cell // width, cell % width
     window = row // side * (-(-width // side)) + column // side
-    relative_row = (row % side)[:, None] - row % side + side - 1
-    relative_column = (column % side)[:, None] - column % side + side - 1
-    bias = attn.relative_position_bias[relative_row * (2 * side - 1) + relative_column]  # (N, N, A)
+    bias = attn.relative_position_bias[bias_index(row % side, column % side, side)]  # (N, N, A)
     bias = bias.masked_fill((window[:, None] != window)[..., None], -torch.inf)
     return repeat(bias, "i j a -> 1 a i j").contiguous()

@@ -5,17 +5,15 @@
 
 Width 64, 28 layers, 16 tokens, batch 1: the time of a forward is that of its operators, as it is at any width for a
 small batch on an accelerator. The coarse path is the content model with its RefineNets taken away (`peers.backbone`);
-all sides have the same weights and compute the same function, which is checked. It runs as it is, with query, key and
-value joined by diffusers' `fuse_qkv_projections()`, and compiled, and so do its peers, the original of which has them
-joined by itself. The content model with one layer of RefineNet on a map without fine regions, where that layer has no
-token, is timed too.
+all sides have the same weights and compute the same function, which is checked. The content model with one layer of
+RefineNet on a map without fine regions, where that layer has no token, is timed too.
 
 A compute operator is a call that reaches torch's dispatcher and returns new memory, writes to memory, or hands a value
 to Python. One whose outputs all share storage with an input (views, a reshape that need not copy) is none. The
 operators of a block are the difference between two depths: what happens once for all blocks counts for none of them.
-The operators of the whole forward stand beside it.
 """
 
+import copy
 import dataclasses
 from collections.abc import Callable
 
@@ -63,7 +61,8 @@ def count_operators(function: Callable[[], object]) -> int:
 def sides_of(shape: DiTShape, inputs: Inputs, compile: bool) -> dict[str, Forward]:
     """Forwards of the models of one shape, with the same weights and inputs."""
     ours = peers.backbone(shape)
-    models = {OURS: ours, FUSED: peers.with_fused_projections(ours)} | peers.peers_of(ours)
+    models = {OURS: ours, FUSED: copy.deepcopy(ours)} | peers.peers_of(ours)
+    models[FUSED].fuse_qkv_projections()
     models = {name: model.to(inputs.latents.device) for name, model in models.items()}
     if compile:
         models |= {f"{name}, compiled": peers.compiled(model) for name, model in models.items()}

@@ -85,9 +85,8 @@ def measure_side(bench: Bench, name: str, cls: type[ModelMixin], config: dict, d
         model.save_pretrained(folder)
         del model
         size = sum(file.stat().st_size for file in Path(folder).glob("*.safetensors")) / 2**20
-        turns = [
-            in_fresh_process(load, cls, folder, bench.threads, threads=bench.threads) for _ in range(bench.repeats)
-        ]
+        threads = bench.threads
+        turns = [in_fresh_process(load, cls, folder, threads, threads=threads) for _ in range(bench.repeats)]
     resident, anonymous, milliseconds, totals = zip(*turns)
     if set(totals) != {expected}:
         raise RuntimeError(f"the loaded weights add up to {totals}, the saved ones to {expected}.")

@@ -7,9 +7,8 @@
 All sides have the same width, the same number of blocks and the same coarse tokens. D2iT gives some of its blocks to
 RefineNet, as content-xl does, and works on the grain map of a photograph of which half the regions are fine: it does
 more than a DiT of its size, because a fine region has four more tokens there. That model is what the claims are about.
-The backbone alone, all blocks in the Multi-grained Net, computes what the two peers compute, which is checked.
-
-A compiled side is one graph, and is compared with its eager form.
+The backbone alone, all blocks in the Multi-grained Net, computes what the two peers compute, which is checked. A
+compiled side is one graph.
 """
 
 import peers
@@ -61,10 +60,8 @@ def measure(bench: Bench) -> str:
         for peer in (DIFFUSERS, ORIGINAL):
             bench.note(f"{peer} / backbone alone{form or ', eager'}", median[peer + form] / median[BACKBONE + form])
         bench.note(f"{ORIGINAL} / D2iT{form or ', eager'}", median[ORIGINAL + form] / median[D2IT + form])
-    return (
-        f"Forward for one image with guidance: width {shape.width}, {shape.num_layers} blocks (D2iT"
-        f" {shape.num_layers - num_refine_layers} + {num_refine_layers}), {shape.side**2} tokens, {dtype}"
-    )
+    blocks = f"{shape.num_layers} blocks (D2iT {shape.num_layers - num_refine_layers} + {num_refine_layers})"
+    return f"Forward for one image with guidance: width {shape.width}, {blocks}, {shape.side**2} tokens, {dtype}"
 
 
 if __name__ == "__main__":

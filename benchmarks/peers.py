@@ -24,12 +24,13 @@ ORIGINAL, DIFFUSERS = "original DiT", "diffusers' DiT"
 Forward = Callable[[], torch.Tensor]
 
 
-def content_model(shape: DiTShape, num_refine_layers: int) -> D2iTContentModel:
+def content_model(shape: DiTShape, num_refine_layers: int, num_grains: int = 2) -> D2iTContentModel:
     """Content model of as many blocks: `num_refine_layers` of RefineNet, the others of the Multi-grained Net."""
     return randomized(
         D2iTContentModel(
             sample_size=shape.sample_size,
             in_channels=CHANNELS,
+            num_grains=num_grains,
             num_layers=shape.num_layers - num_refine_layers,
             num_refine_layers=num_refine_layers,
             num_attention_heads=shape.heads,
@@ -69,6 +70,7 @@ def original_dit_of(model: D2iTContentModel) -> OriginalDiT:
         "final_layer.adaln.1": model.norm_out.adaln,
         "final_layer.proj": model.norm_out.proj_out,
     }
+    state = {}
     for i, block in enumerate(model.transformer_blocks):
         pairs |= {
             f"blocks.{i}.proj": block.attn.to_out[0],
@@ -76,12 +78,10 @@ def original_dit_of(model: D2iTContentModel) -> OriginalDiT:
             f"blocks.{i}.mlp.3": block.ff.linear_2,
             f"blocks.{i}.adaln.1": block.adaln,
         }
-    state = _state_of(pairs)
-    for i, block in enumerate(model.transformer_blocks):
         projections = (block.attn.to_q, block.attn.to_k, block.attn.to_v)
         for name in ("weight", "bias"):
             state[f"blocks.{i}.qkv.{name}"] = torch.cat([getattr(projection, name) for projection in projections])
-    return _loaded(dit, state, missing={"positions"})
+    return _loaded(dit, state | _state_of(pairs), missing={"positions"})
 
 
 def diffusers_dit_of(model: D2iTContentModel) -> DiTTransformer2DModel:
@@ -97,11 +97,8 @@ def diffusers_dit_of(model: D2iTContentModel) -> DiTTransformer2DModel:
         num_embeds_ada_norm=shape.num_classes,
         norm_eps=LAYER_NORM_EPS,
     ).eval()
-    pairs = {
-        "pos_embed.proj": model.patch_embed,
-        "proj_out_1": model.norm_out.adaln,
-        "proj_out_2": model.norm_out.proj_out,
-    }
+    pairs = {"pos_embed.proj": model.patch_embed}
+    pairs |= {"proj_out_1": model.norm_out.adaln, "proj_out_2": model.norm_out.proj_out}
     for i, block in enumerate(model.transformer_blocks):
         theirs = f"transformer_blocks.{i}"
         pairs |= {
@@ -203,21 +200,14 @@ def sharing_weights(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
 
 
-def with_fused_projections(model: D2iTContentModel) -> D2iTContentModel:
-    """A copy whose query, key and value are one matrix product each, as diffusers joins them on wish."""
-    model = copy.deepcopy(model)
-    model.fuse_qkv_projections()
-    return model
-
-
 def random_pipeline(
     transformer: D2iTContentModel, vae: str, grain_model: str | None, device: str, dtype: torch.dtype
 ) -> D2iTPipeline:
     """A pipeline of a content model and of presets of the other two with random weights, whose maps mean nothing."""
     grains = None
     if grain_model is not None:
-        labels = {"num_classes": transformer.config.num_classes}
-        grains = D2iTGrainModel(**load_preset(grain_model) | labels).eval()
+        num_classes = transformer.config.num_classes
+        grains = D2iTGrainModel(**load_preset(grain_model) | {"num_classes": num_classes}).eval()
         for parameter in grains.parameters():
             nn.init.normal_(parameter, std=0.02)
     parts = (DynamicAutoencoderKL(**load_preset(vae)).eval(), grains, transformer)

@@ -67,13 +67,10 @@ class Stopwatch:
     @contextmanager
     def parts(self):
         """Time the parts of all pipelines."""
-        methods = (
-            (D2iTPipeline, "prepare_grain_map"),
-            (D2iTContentModel, "forward"),
-            (DynamicAutoencoderKL, "decode"),
-        )
+        owners = D2iTPipeline, D2iTContentModel, DynamicAutoencoderKL
+        methods = "prepare_grain_map", "forward", "decode"
         with ExitStack() as stack:
-            for part, (owner, method) in zip(PARTS, methods):
+            for part, owner, method in zip(PARTS, owners, methods):
                 stack.enter_context(patch.object(owner, method, self.timed(part, getattr(owner, method))))
             yield
 
@@ -124,11 +121,9 @@ def measure(bench: Bench, preset: str, batch_size: int, num_inference_steps: int
     share = statistics.median(turn[GRAINS] / turn["call"] for turn in turns)
     bench.claim("grain sampling, share of the call", share, 0.05, goal=goal)
     bench.note("rest of the call, ms a step", statistics.median(outside) / num_inference_steps)
-    bench.note(
-        "share of fine regions", fine_share(output.grain_maps, pipe.transformer.config.num_grains).mean().item()
-    )
-    dtype = pipe.transformer.dtype
-    return f"Pipeline of {preset}, batch {batch_size}, {num_inference_steps} steps, guided, {dtype}"
+    share = fine_share(output.grain_maps, pipe.transformer.config.num_grains).mean().item()
+    bench.note("share of fine regions", share)
+    return f"Pipeline of {preset}, batch {batch_size}, {num_inference_steps} steps, guided, {pipe.transformer.dtype}"
 
 
 if __name__ == "__main__":

@@ -29,17 +29,9 @@ CHANNELS = 4
 def build_refine_net(preset: dict) -> RefineNet:
     """RefineNet of a content preset with weights none of which is zero, so that every path is compared."""
     heads = preset["num_attention_heads"]
-    refine_net = RefineNet(
-        CHANNELS,
-        CHANNELS,
-        patch_size=1,
-        dim=heads * preset["attention_head_dim"],
-        num_layers=preset["num_refine_layers"],
-        heads=heads,
-        mlp_ratio=4.0,
-        side=WINDOW_SIZE,
-        frequency_shift=0.0,
-    )
+    sizes = {"dim": heads * preset["attention_head_dim"], "num_layers": preset["num_refine_layers"], "heads": heads}
+    sizes |= {"patch_size": 1, "mlp_ratio": 4.0, "side": WINDOW_SIZE, "frequency_shift": 0.0}
+    refine_net = RefineNet(CHANNELS, CHANNELS, **sizes)
     for name, parameter in refine_net.named_parameters():
         nn.init.normal_(parameter, std=1.0 if name.endswith("relative_position_bias") else 0.03)
     return refine_net

@@ -74,10 +74,8 @@ def measure(bench: Bench, preset: str, num_images: int, batch_size: int, num_inf
     bench.note("rest of the set, ms an image", statistics.median(outside) / num_images)
     once = statistics.median(turn[WAITING] / rest for rest, turn in zip(outside, turns))
     bench.note("of it once for a set, or after the last image", once)
-    return (
-        f"sample_d2it.py with {preset}: {num_images} images in batches of {batch_size},"
-        f" {num_inference_steps} steps, guided"
-    )
+    images = f"{num_images} images in batches of {batch_size}"
+    return f"sample_d2it.py with {preset}: {images}, {num_inference_steps} steps, guided"
 
 
 if __name__ == "__main__":

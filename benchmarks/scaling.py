@@ -20,11 +20,9 @@ from collections.abc import Callable
 import numpy as np
 import torch
 from common import Bench, main
-from original_dit import CHANNELS, PATCH_SIZE, DiTShape, OriginalDiT
-from peers import XL, Forward, Inputs, cast, forward_of, randomized
+from original_dit import PATCH_SIZE, DiTShape, OriginalDiT
+from peers import XL, Forward, Inputs, cast, content_model, forward_of
 from photo_maps import CELL_SIZE, maps_of_shares, photograph_entropies
-
-from diffusers_d2it import D2iTContentModel
 
 
 SIDES = (32, 64, 128)  # cells
@@ -41,19 +39,8 @@ class Scaling:
         self.bench = bench
         self.shape, self.num_refine_layers = (XL, 5) if bench.cuda else (SMALL, 1)
         self.dtype = torch.bfloat16 if bench.cuda else torch.float32
-        self.models = {num_grains: self._content_model(num_grains) for num_grains in SHARES}
-
-    def _content_model(self, num_grains: int) -> D2iTContentModel:
-        model = D2iTContentModel(
-            in_channels=CHANNELS,
-            num_grains=num_grains,
-            num_layers=self.shape.num_layers - self.num_refine_layers,
-            num_refine_layers=self.num_refine_layers,
-            num_attention_heads=self.shape.heads,
-            attention_head_dim=self.shape.head_dim,
-            num_classes=self.shape.num_classes,
-        )
-        return cast(randomized(model), self.bench.device, self.dtype)
+        models = {num_grains: content_model(self.shape, self.num_refine_layers, num_grains) for num_grains in SHARES}
+        self.models = {num_grains: cast(model, bench.device, self.dtype) for num_grains, model in models.items()}
 
     def d2it(self, side: int, batch_size: int = 1, shares: tuple[float, ...] = SHARES[2]) -> Forward:
         """A forward of the content model of as many grains as there are shares."""
@@ -163,11 +150,9 @@ def measure(bench: Bench) -> str:
     scaling = Scaling(bench)
     for grow in (over_resolution, over_batch, over_fine_ratio, over_grains):
         grow(scaling)
-    shape, num_refine_layers = scaling.shape, scaling.num_refine_layers
-    return (
-        f"Growth of a forward: width {shape.width}, {shape.num_layers - num_refine_layers} blocks and"
-        f" {num_refine_layers} of each RefineNet, DiT of {shape.num_layers}, {scaling.dtype}"
-    )
+    shape, refining = scaling.shape, scaling.num_refine_layers
+    blocks = f"{shape.num_layers - refining} blocks and {refining} of each RefineNet, DiT of {shape.num_layers}"
+    return f"Growth of a forward: width {shape.width}, {blocks}, {scaling.dtype}"
 
 
 if __name__ == "__main__":

@@ -12,9 +12,6 @@ grain maps, so that only the saver differs. For each saver:
 - error: relative error of its latents against a converged run, DDIM with many steps. The full run has one too, and a
   better solver moves samples away from the full run by as much: it is to be judged by this column.
 
-Guidance intervals ask for other samples rather than for the same ones faster. Whether those are worse is for the
-Fréchet distance to say, which is not measured here.
-
 DDIM is written here as DPM-Solver++ of order 1, which is the same: `DDIMScheduler` steps over `1000 // steps` training
 steps, and so misses its own timesteps where that does not divide.
 """
@@ -25,15 +22,10 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import diffusers
 import torch
 from common import Bench, Flag, main
-from diffusers import (
-    DPMSolverMultistepScheduler,
-    FirstBlockCacheConfig,
-    MagCacheConfig,
-    PyramidAttentionBroadcastConfig,
-    TaylorSeerCacheConfig,
-)
+from diffusers import DPMSolverMultistepScheduler
 from peers import quiet
 
 from diffusers_d2it import D2iTPipeline, bundled_checkpoint, load_sampler
@@ -78,23 +70,23 @@ class Inputs:
 def make_savers(mag_ratios: list[float]) -> dict[str, Saver]:
     """The savers by name: caches with the defaults of diffusers, and careful ones where those move samples far."""
 
-    def broadcast(pipe: D2iTPipeline) -> PyramidAttentionBroadcastConfig:
-        return PyramidAttentionBroadcastConfig(
+    def broadcast(pipe: D2iTPipeline) -> diffusers.PyramidAttentionBroadcastConfig:
+        return diffusers.PyramidAttentionBroadcastConfig(
             spatial_attention_block_skip_range=2, current_timestep_callback=lambda: pipe.current_timestep
         )
 
     def taylor(cache_interval: int, identifiers: list[str] | None) -> Callable:
-        return lambda _: TaylorSeerCacheConfig(cache_interval=cache_interval, cache_identifiers=identifiers)
+        return lambda _: diffusers.TaylorSeerCacheConfig(cache_interval=cache_interval, cache_identifiers=identifiers)
 
     def mag(**settings) -> Callable:
-        return lambda _: MagCacheConfig(num_inference_steps=STEPS, mag_ratios=mag_ratios, **settings)
+        return lambda _: diffusers.MagCacheConfig(num_inference_steps=STEPS, mag_ratios=mag_ratios, **settings)
 
     return {
         "DPM-Solver++, 20 steps": Saver(20, "dpmsolver++"),
         "UniPC, 20 steps": Saver(20, "unipc"),
         "UniPC, 15 steps": Saver(15, "unipc"),
-        "FirstBlockCache, threshold 0.05": Saver(cache=lambda _: FirstBlockCacheConfig(threshold=0.05)),
-        "FirstBlockCache, threshold 0.01": Saver(cache=lambda _: FirstBlockCacheConfig(threshold=0.01)),
+        "FirstBlockCache, threshold 0.05": Saver(cache=lambda _: diffusers.FirstBlockCacheConfig(threshold=0.05)),
+        "FirstBlockCache, threshold 0.01": Saver(cache=lambda _: diffusers.FirstBlockCacheConfig(threshold=0.01)),
         "MagCache": Saver(cache=mag()),
         "MagCache, 1 step at most": Saver(cache=mag(threshold=0.03, max_skip_steps=1)),
         "PAB, every 2nd attention": Saver(cache=broadcast),
@@ -104,11 +96,6 @@ def make_savers(mag_ratios: list[float]) -> dict[str, Saver]:
         "guidance_interval (0, 0.8)": Saver(arguments={"guidance_interval": (0.0, 0.8)}),
         "guidance_interval (0.2, 0.8)": Saver(arguments={"guidance_interval": (0.2, 0.8)}),
     }
-
-
-def ddim(pipe: D2iTPipeline) -> DPMSolverMultistepScheduler:
-    """DDIM for any number of steps, with the noise schedule of the pipeline."""
-    return DPMSolverMultistepScheduler.from_config(pipe.scheduler.config, solver_order=1, timestep_spacing="trailing")
 
 
 def sample(pipe: D2iTPipeline, saver: Saver, inputs: Inputs) -> torch.Tensor:
@@ -133,7 +120,7 @@ def sample(pipe: D2iTPipeline, saver: Saver, inputs: Inputs) -> torch.Tensor:
 
 def calibrate_mag_cache(pipe: D2iTPipeline, inputs: Inputs) -> list[float]:
     """Ratios of residuals from step to step, which diffusers prints at the end of a calibration run."""
-    calibration = Saver(cache=lambda _: MagCacheConfig(calibrate=True, num_inference_steps=STEPS))
+    calibration = Saver(cache=lambda _: diffusers.MagCacheConfig(calibrate=True, num_inference_steps=STEPS))
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         sample(pipe, calibration, inputs)
     ratios = json.loads(next(line for line in printed.getvalue().splitlines() if line.startswith("[1.0")))
@@ -153,35 +140,22 @@ def psnr(pipe: D2iTPipeline, latents: torch.Tensor, expected: torch.Tensor) -> f
 
 
 def compare(
-    pipe: D2iTPipeline,
-    inputs: Inputs,
-    samples: dict[str, torch.Tensor],
-    median: dict[str, float],
-    converged: torch.Tensor,
+    pipe: D2iTPipeline, inputs: Inputs, samples: dict[str, torch.Tensor], median: dict, converged: torch.Tensor
 ) -> list[dict]:
-    """A row for the full run and for every saver."""
+    """A row for the full run, which comes first, and for every saver."""
     full = samples[FULL]
     plain_runs = {STEPS: full}
     rows = [{"saver": FULL, "error": relative_error(full, converged)}]
-    for name, latents in samples.items():
-        if name == FULL:
-            continue
+    for name, latents in list(samples.items())[1:]:
         speed_up = median[FULL] / median[name]
         steps = max(1, round(STEPS / speed_up))
         if steps not in plain_runs:
             plain_runs[steps] = sample(pipe, Saver(steps), inputs)
-        rows.append(
-            {
-                "saver": name,
-                "speed_up": speed_up,
-                "change": relative_error(latents, full),
-                "psnr": psnr(pipe, latents, full),
-                "error": relative_error(latents, converged),
-                "ddim_steps": steps,
-                "ddim_change": relative_error(plain_runs[steps], full),
-                "ddim_error": relative_error(plain_runs[steps], converged),
-            }
-        )
+        row = {"saver": name, "speed_up": speed_up, "change": relative_error(latents, full)}
+        row |= {"psnr": psnr(pipe, latents, full), "error": relative_error(latents, converged), "ddim_steps": steps}
+        row["ddim_change"] = relative_error(plain_runs[steps], full)
+        row["ddim_error"] = relative_error(plain_runs[steps], converged)
+        rows.append(row)
     return rows
 
 
@@ -196,7 +170,8 @@ def print_rows(rows: list[dict]) -> None:
 
 def measure(bench: Bench, batch_size: int, reference_steps: int) -> str:
     pipe = quiet(D2iTPipeline.from_pretrained(bundled_checkpoint())).to(bench.device)
-    pipe.scheduler = ddim(pipe)
+    ddim = {"solver_order": 1, "timestep_spacing": "trailing"}  # for any number of steps
+    pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config, **ddim)
     inputs = Inputs.draw(pipe, batch_size, seed=0)
     mag_ratios = calibrate_mag_cache(pipe, Inputs.draw(pipe, batch_size, seed=1))  # of other images
 

@@ -5,16 +5,13 @@
     python benchmarks/training_throughput.py --device cuda     # content-xl at 256 px, batch 256, bf16 autocast
     python benchmarks/training_throughput.py                   # a small shape, batch 4, fp32
 
-A step of ours is that of examples/train_d2it.py, latents and maps at hand: noise, forward, multi-grained loss,
-backward, clipping behind the gate, fused AdamW, average. Variants of the packed model share weights, optimizer and
-average. The step of the original DiT is a plain one: noise, forward, mean squared error, backward, AdamW and average
-as torch and a loop over the weights do them. It gets cached latents too. Every step takes the next of a few batches
-with the maps of crops of photographs: how many regions are fine changes from batch to batch.
+A step of ours is that of examples/train_d2it.py, latents and maps at hand; that of the original DiT has a mean squared
+error, and AdamW and average as torch and a loop over the weights do them. Variants of the packed model share weights,
+optimizer and average. Every step takes the next of a few batches with the maps of crops of photographs.
 
 RefineNet on the whole grid needs more memory than there is for a batch of 256. So it is compared at half the batch,
 and so is the original DiT, whose weights and moments stand beside ours. Operations are those of matrix products and
-attention, forward and backward, of the packed model, without what checkpointing repeats. Memory is all that a training
-needs: weights, gradients, moments, average, activations.
+attention of the packed model, without what checkpointing repeats. Memory is all that a training needs.
 
 What a residual stream in bfloat16 saves and changes is measured forward and backward under autocast, on a CPU too.
 """

@@ -44,9 +44,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--output", type=Path, default=RESULTS / "bundled_checkpoint.json", help="JSON file")
     parser.add_argument("--samples_per_class", type=int, default=25, help="generated images of each class")
     parser.add_argument("--num_inference_steps", type=int, default=50, help="denoising steps")
-    parser.add_argument(
-        "--guidance_scales", type=float, nargs="+", default=[1.0, 2.5, 4.0], help="scales to sample at"
-    )
+    parser.add_argument("--guidance_scales", type=float, nargs="+", default=[1.0, 2.5, 4.0], help="to sample at")
     parser.add_argument("--classifier_epochs", type=int, default=12, help="passes over the training images")
     parser.add_argument("--classifier", type=Path, help="file that keeps the classifier between runs")
     parser.add_argument("--seed", type=int, default=0, help="of the classifier and the samples")

@@ -16,17 +16,12 @@ CURVES = {"DiT": ("dit", "fine"), "D2iT": ("d2it", "predicted")}
 def scored_curves(scorer: Scorer, args) -> dict[str, list[dict]]:
     """Of each model the distances of all seeds after each of its checkpoints."""
     study, seeds = scorer.study, scorer.study.preset.seeds
-    jobs = {
-        (label, steps, seed): (arm, seed, steps, source)
-        for label, (arm, source) in CURVES.items()
-        for steps in study.checkpoints(arm)
-        for seed in seeds
-    }
-    scores, curves = score_all(scorer, args, list(jobs.values())), {}
-    for label, (arm, _) in CURVES.items():
-        curves[label] = []
+    points = [(arm, steps, source) for arm, source in CURVES.values() for steps in study.checkpoints(arm)]
+    scores = score_all(scorer, args, [(arm, seed, steps, source) for arm, steps, source in points for seed in seeds])
+    curves = {label: [] for label in CURVES}
+    for label, (arm, source) in CURVES.items():
         for steps in study.checkpoints(arm):
-            distances = [scores[jobs[label, steps, seed]]["frechet_distance"] for seed in seeds]
+            distances = [scores[arm, seed, steps, source]["frechet_distance"] for seed in seeds]
             point = {"steps": steps, "seconds": steps * study.step_seconds[arm], "frechet_distance": distances}
             curves[label].append(point)
     return curves

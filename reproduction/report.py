@@ -75,21 +75,16 @@ def score_rows(scorer: Scorer, args: argparse.Namespace, rows: Sequence[Row]) ->
         "equal_steps": {row.label: preset.steps for row in rows},
         "equal_seconds": {row.label: study.steps_at_equal_seconds(row.arm) for row in rows},
     }
-    jobs = {
-        (budget, row.label, seed): (row.arm, seed, steps[row.label], row.source)
-        for budget, steps in budgets.items()
-        for row in rows
-        for seed in preset.seeds
-    }
-    scores = score_all(scorer, args, list(jobs.values()))
+    runs = [(row.arm, steps[row.label], row.source) for steps in budgets.values() for row in rows]
+    jobs = [(arm, seed, steps, source) for arm, steps, source in runs for seed in preset.seeds]
+    scores = score_all(scorer, args, jobs)
     table = {}
     for row in rows:
         table[row.label] = asdict(row) | {"milliseconds_of_a_step": 1000 * study.step_seconds[row.arm]}
         for budget, steps in budgets.items():
-            found = [scores[jobs[budget, row.label, seed]] for seed in preset.seeds]
-            table[row.label][budget] = {"steps": steps[row.label]} | {
-                key: [one[key] for one in found] for key in found[0]
-            }
+            found = [scores[row.arm, seed, steps[row.label], row.source] for seed in preset.seeds]
+            of_seeds = {key: [one[key] for one in found] for key in found[0]}
+            table[row.label][budget] = {"steps": steps[row.label]} | of_seeds
         table[row.label]["floor"] = scorer.distance(scorer.reconstructions("validation", ARMS[row.arm].fine_ratio))
     return table
 
@@ -126,11 +121,7 @@ def protocol(scorer: Scorer, args: argparse.Namespace) -> dict:
         "samples": f"{scorer.study.preset.num_samples}, every class as often, no guidance, UniPC",
         "frechet_distance_of_the_validation_images": scorer.distance(scorer.validation[0]),
         "device": args.device,
-        "versions": {
-            "torch": torch.__version__,
-            "diffusers": diffusers.__version__,
-            "diffusers_d2it": diffusers_d2it.__version__,
-        },
+        "versions": {module.__name__: module.__version__ for module in (torch, diffusers, diffusers_d2it)},
     }
 
 
@@ -146,19 +137,14 @@ def print_table(table: dict[str, dict]) -> None:
     print("|---|---|---|---|---|---|---|---|")
     for label, row in table.items():
         steps, seconds = row["equal_steps"], row["equal_seconds"]
+        noise = ["" if None in values else spread(values, digits=4) for values in zip(*steps["noise_error"])]
         print(
             f"| {label} | {'' if row['paper'] is None else row['paper']} | {spread(steps['frechet_distance'])} |"
             f" {spread(seconds['frechet_distance'])} ({seconds['steps']}) | {row['floor']:.2f} |"
             f" {spread(steps['distance_to_reconstructions'])} |"
             f" {spread([100 * share for share in steps['labelled_correctly']], 1)} % |"
-            f" {_noise_errors(steps['noise_error'])} |"
+            f" {' / '.join(noise)} |"
         )
-
-
-def _noise_errors(of_seeds: list[list[float | None]]) -> str:
-    """Coarse / fine."""
-    of_grains = list(zip(*of_seeds))
-    return " / ".join("" if None in values else spread(values, digits=4) for values in of_grains)
 
 
 def print_claims(judged: list[dict]) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 import torch
 from arms import ARMS, Arm, Preset, model_config
+from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader
 from train_arm import without_refine_net
 
@@ -26,7 +27,7 @@ def measure_step_times(
 ) -> dict[str, float]:
     """Median seconds of a step by arm: processor time on a CPU, which other work beside it does not lengthen."""
     loader = DataLoader(cache, preset.batch_size, collate_fn=cache.collate)
-    batch = {key: _to(value, device) for key, value in next(iter(loader)).items()}
+    batch = tree_map(lambda tensor: tensor.to(device), next(iter(loader)))
     steps = {name: _make_step(arm, preset, cache, vae, batch, device) for name, arm in ARMS.items() if arm.tied_noise}
     times = {name: [] for name in steps}
     for turn in range(preset.timed_steps + 2):
@@ -76,7 +77,3 @@ def _time(step: Callable[[], None], device: torch.device) -> float:
     step()
     torch.cuda.synchronize()
     return time.perf_counter() - start
-
-
-def _to(value, device: torch.device):
-    return [part.to(device) for part in value] if isinstance(value, list) else value.to(device)

@@ -59,12 +59,10 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
-def nothing(*arguments, **options) -> None:
-    """Of a script that neither validates nor publishes: samples are drawn from its checkpoints."""
-
-
 def main(args: argparse.Namespace) -> None:
-    replaced, make_model = {"validate": nothing, "publish_result": nothing}, train_d2it.make_model
+    make_model = train_d2it.make_model
+    # It neither validates nor publishes: samples are drawn from its checkpoints
+    replaced = dict.fromkeys(("validate", "publish_result"), lambda *arguments, **options: None)
     if args.without_refine_net:
         replaced["make_model"] = lambda *arguments: without_refine_net(make_model(*arguments))
     cells = independent_cells() if args.independent_noise else nullcontext()
