@@ -140,13 +140,3 @@ def test_errors_of_the_caller_stay_errors(make_content_model, compiled):
         model(latents, timesteps, layout, labels[:1])
     with pytest.raises(RuntimeError, match="dtype|type"):
         model(latents.double(), timesteps, layout, labels)
-
-
-def test_a_map_on_another_device_is_moved(make_content_model):
-    model, grain_map = make_content_model(), maps()[0]
-    layout = model.prepare_grain_map(grain_map)
-    latents, timesteps, labels = inputs_for(grain_map)
-    model = D2iTContentModel.from_config(model.config).to("meta")
-    with torch.no_grad():
-        output = model(latents.to("meta"), timesteps.to("meta"), layout, labels.to("meta")).sample
-    assert output.shape == latents.shape and output.device.type == "meta"
