@@ -1,8 +1,6 @@
 # Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
 """What a checkpoint brings back, which one is found, and what a run must find again."""
 
-import os
-
 import pytest
 import torch
 from accelerate import Accelerator
@@ -67,16 +65,6 @@ def test_a_checkpoint_of_another_model_module_or_optimizer_is_refused(make_grain
     for weights, wrong in (([last], r"model\."), ([*run.model.parameters(), *head.parameters()], r"head\.")):
         run.checkpoints.optimizers = {"optimizer": torch.optim.AdamW([{"params": weights, "initial_lr": 1e-3}])}
         assert_refused(run, r"optimizer\.safetensors", wrong)
-
-
-def test_modes_follow_the_umask(make_grain_model, tmp_path):
-    before = os.umask(0o027)
-    try:
-        make_run(tmp_path, make_grain_model()).checkpoints.save(1)
-    finally:
-        os.umask(before)
-    modes = {path.stat().st_mode & 0o777 for path in (tmp_path / "checkpoint-1").rglob("*") if path.is_file()}
-    assert modes == {0o640}
 
 
 def test_only_the_newest_are_kept(make_grain_model, tmp_path):
