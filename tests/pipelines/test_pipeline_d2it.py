@@ -54,7 +54,10 @@ def test_images_and_maps_have_the_size_of_training_or_the_one_asked_for(make_pip
 
 def test_label_forms_mean_the_same_and_seeds_decide(make_pipeline):
     pipe = make_pipeline()
-    images = [call(pipe, label).images for label in (3, [3], "class 3", ["synonym 3"], np.int64(3), torch.tensor([3]))]
+    images = [
+        call(pipe, label).images
+        for label in (3, [3], "class 3", ["synonym 3"], np.int64(3), torch.tensor([3]), torch.tensor(3))
+    ]
     assert all(torch.equal(images[0], other) for other in images[1:])
     assert not torch.allclose(images[0], call(pipe, 3, seed=1).images)
     assert not torch.allclose(images[0], call(pipe, 4).images)

@@ -57,7 +57,7 @@ def class_ids(
     labels = [class_labels] if isinstance(class_labels, (int, np.integer, str)) else class_labels
     if not isinstance(labels, (list, tuple, np.ndarray, torch.Tensor)):
         raise ValueError(f"`class_labels` must be ids or names, got {labels!r} of type {type(labels).__name__}.")
-    labels = labels.tolist() if isinstance(labels, (np.ndarray, torch.Tensor)) else list(labels)
+    labels = labels.reshape(-1).tolist() if isinstance(labels, (np.ndarray, torch.Tensor)) else list(labels)
     if not labels:
         raise ValueError("`class_labels` is empty.")
     ids = []
