@@ -42,11 +42,6 @@ _ID_LENGTH = 8
 _SHARD = re.compile(r"-\d{5}-of-\d{5}(?=\.)")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Folders
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 def save_folder(folder: str | os.PathLike, save: Callable[[str], object]) -> None:
     """Let `save(path)` fill a folder aside, and put it in its place whole or not at all.
 
