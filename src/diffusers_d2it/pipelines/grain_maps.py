@@ -52,6 +52,7 @@ def sample_grain_map(
     if fine_ratio is not None and model.config.fine_ratio_condition:
         ratio = torch.full((batch_size,), float(fine_ratio), device=device)
     guided = num_classes is not None and guidance_scale != 1.0
+    null_ids = torch.full_like(class_ids, num_classes) if guided else None
 
     timesteps = set_timesteps(scheduler, num_inference_steps)
     step_kwargs = step_generator_kwargs(scheduler, generator)
@@ -62,7 +63,6 @@ def sample_grain_map(
         # Copied, because a CUDA graph writes its next output to the same place
         logits = model(model_input, model_t, class_ids, ratio).logits.to(torch.float32, copy=True)
         if guided:
-            null_ids = torch.full_like(class_ids, num_classes)
             null_logits = model(model_input, model_t, null_ids, ratio).logits.float()
             logits = null_logits + guidance_scale * (logits - null_logits)
         state = scheduler.step(model.expected_state(logits), t, state, return_dict=False, **step_kwargs)[0]

@@ -204,16 +204,17 @@ class D2iTPipeline(ClassConditionalPipeline):
         if latents is not None:
             check_latents(latents, batch_size, self.transformer)
 
-    def _prepare_guided(self, layout: GrainLayout) -> GrainLayout:
-        """The layout of a map twice: for the passes with a label and those without."""
-        return self.transformer.prepare_grain_map(torch.cat([layout.grain_map, layout.grain_map]))
+    def _prepare_guided(self, layout: GrainLayout, class_ids: torch.Tensor) -> tuple[GrainLayout, torch.Tensor]:
+        """Layout and labels of a batch twice: for the passes with a label and those without."""
+        null_ids = torch.full_like(class_ids, self.transformer.config.num_classes)
+        both = self.transformer.prepare_grain_map(torch.cat([layout.grain_map, layout.grain_map]))
+        return both, torch.cat([class_ids, null_ids])  # of 2 * B
 
     def _predict(
         self,
         model_input: torch.Tensor,
         timestep: torch.Tensor,
-        layouts: dict[bool, GrainLayout],
-        class_ids: torch.Tensor | None,
+        passes: dict[bool, tuple[GrainLayout, torch.Tensor | None]],
         scale: float,
     ) -> torch.Tensor:
         """One prediction of the content model, guided where the scale is not 1: in one pass of twice the batch.
@@ -221,8 +222,7 @@ class D2iTPipeline(ClassConditionalPipeline):
         Args:
             model_input: what the network reads, tied, (B, C, h * R, w * R).
             timestep: scalar, on the device.
-            layouts: False: of the map; True: of `_prepare_guided`.
-            class_ids: (B,), or None for an unconditional model.
+            passes: layout and labels by whether a pass is guided; None as labels of an unconditional model.
             scale: of classifier-free guidance.
 
         Returns:
@@ -233,15 +233,14 @@ class D2iTPipeline(ClassConditionalPipeline):
             # What caches of diffusers hold is of the other pass, of a step long past, or of a failed call
             self.transformer._reset_stateful_cache()
             self._cached_pass = guided
-        if guided not in layouts:  # a callback has changed the scale
-            layouts[guided] = self._prepare_guided(layouts[False])
+        if guided not in passes:  # a callback has changed the scale
+            passes[guided] = self._prepare_guided(*passes[False])
+        layout, class_ids = passes[guided]
         if guided:
             model_input = torch.cat([model_input, model_input])  # (2 * B, C, h * R, w * R)
-            class_ids = torch.cat([class_ids, torch.full_like(class_ids, self.transformer.config.num_classes)])
         with self.transformer.cache_context("guided" if guided else "cond"):
-            prediction = self.transformer(
-                model_input.to(self.transformer.dtype), timestep, layouts[guided], class_ids
-            ).sample
+            model_input = model_input.to(self.transformer.dtype)
+            prediction = self.transformer(model_input, timestep, layout, class_ids).sample
         channels = self.transformer.config.in_channels
         if guided:
             prediction, null = prediction.chunk(2)
@@ -347,10 +346,10 @@ class D2iTPipeline(ClassConditionalPipeline):
 
         # 4. Denoise
         self._num_timesteps = len(steps.timesteps)
-        layouts, self._cached_pass = {False: layout}, None
+        passes, self._cached_pass = {False: (layout, ids)}, None
         progresses = [i / self._num_timesteps for i in range(self._num_timesteps)]
         if any(self._guidance_at(progress, guidance_interval, guidance_power) != 1.0 for progress in progresses):
-            layouts[True] = self._prepare_guided(layout)
+            passes[True] = self._prepare_guided(layout, ids)
         with self.progress_bar(total=self._num_timesteps) as progress_bar:
             for i, t in enumerate(steps.timesteps):
                 if self.interrupt:
@@ -358,7 +357,7 @@ class D2iTPipeline(ClassConditionalPipeline):
                 self._current_timestep = t
                 scale = self._guidance_at(progresses[i], guidance_interval, guidance_power)
                 model_input, timestep = steps.model_input(latents, t)
-                prediction = self._predict(model_input, timestep, layouts, ids, scale)  # (B, O, h * R, w * R)
+                prediction = self._predict(model_input, timestep, passes, scale)  # (B, O, h * R, w * R)
                 latents = steps.step(prediction.to(latents.dtype), t, latents)
                 if callback_on_step_end is not None:
                     tensors = {"latents": latents} if "latents" in callback_on_step_end_tensor_inputs else {}
