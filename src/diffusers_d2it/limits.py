@@ -11,7 +11,7 @@ from collections.abc import Collection, Mapping
 from inspect import formatannotation
 from numbers import Integral, Real
 from types import UnionType
-from typing import Any, Union, get_args, get_origin
+from typing import Any, Literal, Union, get_args, get_origin
 
 import numpy as np
 
@@ -36,7 +36,7 @@ def check_values(
 
     Args:
         values: by their names.
-        annotations: by the same names: classes, tuples and lists of them, and unions of all these.
+        annotations: by the same names: classes, literals, tuples and lists of them, and unions of all these.
         limits: lowest and highest number by name, of the items if it is a list; for a string, of its length.
         inside: what the names are called before their own, with a dot behind it.
         exact: numbers are those of Python alone, as JSON holds them; False also takes those of numpy.
@@ -67,6 +67,8 @@ def _allows(value: Any, annotation: Any, limits: tuple[float, float], exact: boo
     origin, parts = get_origin(annotation), get_args(annotation)
     if origin in (Union, UnionType):
         return any(_allows(value, part, limits, exact) for part in parts)
+    if origin is Literal:
+        return any(type(value) is type(part) and value == part for part in parts)
     if origin in (tuple, list):
         if not isinstance(value, (list, tuple)) or (origin is tuple and not value):
             return False
@@ -76,7 +78,7 @@ def _allows(value: Any, annotation: Any, limits: tuple[float, float], exact: boo
         return _is_number(value, annotation, exact) and limits[0] <= value <= limits[1] and abs(value) != math.inf
     if annotation is str:
         return isinstance(value, str) and limits[0] <= len(value) <= limits[1]
-    return isinstance(value, annotation)
+    return isinstance(value, origin or annotation)
 
 
 def _is_number(value: Any, annotation: type, exact: bool) -> bool:

@@ -15,7 +15,6 @@ from diffusers import (
 from diffusers_d2it import D2iTPipeline
 from diffusers_d2it.grains import check_tied, fine_share
 from diffusers_d2it.pipelines.grain_maps import grain_map_from_logits, sample_grain_map
-from diffusers_d2it.pipelines.labels import class_of
 
 
 LEARNED = DDPMScheduler(beta_start=1e-4, beta_end=2e-2, variance_type="learned_range", clip_sample=False)
@@ -355,23 +354,6 @@ def test_only_named_classes_can_be_asked_for(make_pipeline):
     with pytest.raises(ValueError, match="`class_labels`.*'cat'.*`id2label`"):
         without.get_label_ids("cat")
     assert call(without, 3).images.shape[0] == 1  # without names every id of the model is valid
-
-
-def test_classes_of_a_data_set_are_found_by_name_and_number():
-    id2label = {2: "cat", 5: "dog, hound", 7: "cat", 9: "9"}
-    for label, name, expected in (
-        (0, "hound", 5),
-        (0, "wolf, dog", 5),
-        (7, "cat", 7),  # of several the one with the same number
-        (3, "cat", None),
-        (2, "2", 2),
-        (5, "cat", None),
-        (0, "9", 9),
-        (5, "wolf", None),
-    ):
-        assert class_of(label, name, id2label, 10) == expected
-    for label, name, expected in ((3, "cat", 3), (3, "4", 4), (10, "cat", None)):  # without names
-        assert class_of(label, name, None, 10) == expected
 
 
 def test_images_for_maps_are_checked(make_pipeline, photos):

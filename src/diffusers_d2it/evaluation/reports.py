@@ -25,7 +25,7 @@ from ..data.images import check_resolution, to_pixels
 from ..data.loaders import usable_images
 from ..data.source import ImageSource
 from ..files import on_main_process
-from ..pipelines.labels import class_of
+from ..pipelines.class_conditional import class_of
 from ..pipelines.pipeline_d2it import D2iTPipeline
 from ..pixels import to_uint8, unit_to_uint8
 from ..words import listed

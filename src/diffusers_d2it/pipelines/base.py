@@ -61,8 +61,7 @@ class StrictPipeline(WithoutOrigin, DiffusionPipeline):
     @classmethod
     def check_settings(cls, settings: Mapping[str, Any]) -> None:
         """Raise a ValueError unless these arguments of `__call__` are of their types and in their ranges."""
-        hints = {name: hint for name, hint in get_type_hints(cls.__call__).items() if name in cls._limits}
-        check_values(settings, hints, cls._limits, exact=False)
+        check_values(settings, get_type_hints(cls.__call__), cls._limits, exact=False)
 
     # -----------------------------------------------------------------------------------------------------------------
     # Loading

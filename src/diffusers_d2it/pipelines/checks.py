@@ -90,59 +90,61 @@ SAMPLING_LIMITS = {
     "fine_ratio": (0, 1),
     "grain_num_inference_steps": (1, 1_000_000),
     "grain_guidance_scale": (-1e6, 1e6),
-    "callback_on_step_end_tensor_inputs": (0, 100),
+    "height": (1, 16_384),
+    "width": (1, 16_384),
 }
-_LONGEST_SIDE = 16_384  # pixels
 
 
-def check_map_arguments(
+def check_inputs(
+    batch_size: int,
     grain_map: torch.Tensor | np.ndarray | str | None,
     fine_ratio: float | None,
-    batch_size: int,
-    num_grains: int,
+    generator: torch.Generator | list[torch.Generator] | None,
+    latents: torch.Tensor | None,
+    transformer: D2iTContentModel,
     can_draw: bool,
 ) -> None:
-    """Raise a ValueError unless `grain_map` and `fine_ratio` together say which maps a batch has.
+    """Raise a ValueError that names the first argument of `__call__` that contradicts another or the model.
 
     A map is int64 of shape (h, w), (1, h, w) or (B, h, w) with grains of the model, or a name; None has it drawn,
-    where there is a grain model.
+    where the pipeline `can_draw` it. Starting noise is finite, float32, and of a shape that the model reads.
     """
-    if grain_map is None:
-        if not can_draw:
-            raise ValueError("`grain_map` is required: this pipeline has no grain model.")
-        return
-    if fine_ratio is not None and not (isinstance(grain_map, str) and grain_map == "random"):
+    generators = generator if isinstance(generator, list) else [generator] * batch_size
+    if len(generators) != batch_size or not all(isinstance(g, torch.Generator | None) for g in generators):
+        raise ValueError(
+            f"`generator` must be a torch.Generator, or a list of one for each of {batch_size} images, got"
+            f" {shown(generator)}."
+        )
+    if grain_map is None and not can_draw:
+        raise ValueError("`grain_map` is required: this pipeline has no grain model.")
+    if isinstance(grain_map, str) and grain_map not in ("coarse", "fine", "random"):
+        raise ValueError(f"`grain_map` must be 'coarse', 'fine', 'random' or a map, got {grain_map!r}.")
+    if fine_ratio is not None and grain_map is not None and not (isinstance(grain_map, str) and grain_map == "random"):
         raise ValueError("`fine_ratio` and a given `grain_map`, other than 'random', exclude each other.")
-    if isinstance(grain_map, str):
-        if grain_map not in ("coarse", "fine", "random"):
-            raise ValueError(f"`grain_map` must be 'coarse', 'fine', 'random' or a map, got {grain_map!r}.")
-        return
-    if not isinstance(grain_map, (torch.Tensor, np.ndarray)):
-        raise ValueError(f"`grain_map` must be a tensor, an array or a name, got {type(grain_map).__name__}.")
-    if grain_map.dtype not in (torch.int64, np.int64):
-        raise ValueError(f"`grain_map` must be int64, got {grain_map.dtype}.")
-    if grain_map.ndim not in (2, 3) or (grain_map.ndim == 3 and len(grain_map) not in (1, batch_size)):
-        raise ValueError(
-            f"`grain_map` must have shape (h, w), (1, h, w) or ({batch_size}, h, w), got {tuple(grain_map.shape)}."
-        )
-    grain_map = torch.as_tensor(grain_map)
-    check_grain_map(grain_map if grain_map.ndim == 3 else grain_map[None], num_grains)
-
-
-def check_latents(latents: torch.Tensor, batch_size: int, transformer: D2iTContentModel) -> None:
-    """Raise a ValueError unless starting noise is finite, float32, and of a shape that the model reads."""
-    channels = transformer.config.in_channels
-    cells = transformer.patch_size
-    if not isinstance(latents, torch.Tensor) or latents.dtype != torch.float32:
-        kind = latents.dtype if isinstance(latents, torch.Tensor) else type(latents).__name__
-        raise ValueError(f"`latents` must be a float32 tensor, got {kind}.")
-    if latents.ndim != 4 or latents.shape[:2] != (batch_size, channels) or any(s % cells for s in latents.shape[2:]):
-        raise ValueError(
-            f"`latents` must have shape ({batch_size}, {channels}, h, w) with h and w multiples of {cells}, got"
-            f" {tuple(latents.shape)}."
-        )
-    if not latents.isfinite().all():
-        raise ValueError("`latents` hold values that are not finite.")
+    if isinstance(grain_map, (torch.Tensor, np.ndarray)):
+        if grain_map.dtype not in (torch.int64, np.int64):
+            raise ValueError(f"`grain_map` must be int64, got {grain_map.dtype}.")
+        grain_map = torch.as_tensor(grain_map)
+        if grain_map.ndim not in (2, 3) or (grain_map.ndim == 3 and len(grain_map) not in (1, batch_size)):
+            raise ValueError(
+                f"`grain_map` must have shape (h, w), (1, h, w) or ({batch_size}, h, w), got {tuple(grain_map.shape)}."
+            )
+        check_grain_map(grain_map if grain_map.ndim == 3 else grain_map[None], transformer.config.num_grains)
+    if latents is not None:
+        channels, cells = transformer.config.in_channels, transformer.patch_size
+        if latents.dtype != torch.float32:
+            raise ValueError(f"`latents` must be float32, got {latents.dtype}.")
+        if (
+            latents.ndim != 4
+            or latents.shape[:2] != (batch_size, channels)
+            or any(side % cells for side in latents.shape[2:])
+        ):
+            raise ValueError(
+                f"`latents` must have shape ({batch_size}, {channels}, h, w) with h and w multiples of {cells}, got"
+                f" {tuple(latents.shape)}."
+            )
+        if not latents.isfinite().all():
+            raise ValueError("`latents` hold values that are not finite.")
 
 
 def map_size(
@@ -168,10 +170,9 @@ def map_size(
     if height is not None or width is not None:
         default = transformer.config.sample_size * vae.downsample_factor
         sides = (default if height is None else height, default if width is None else width)
-        if any(type(side) is not int or not region <= side <= _LONGEST_SIDE or side % region for side in sides):
+        if any(side % region for side in sides):
             raise ValueError(
-                f"`height` and `width` must be positive multiples of the region size {region}, at most"
-                f" {_LONGEST_SIDE}, got {shown(sides[0])} and {shown(sides[1])}."
+                f"`height` and `width` must be multiples of the region size {region}, got {sides[0]} and {sides[1]}."
             )
         sizes["height and width"] = tuple(side // region for side in sides)
     if not sizes:

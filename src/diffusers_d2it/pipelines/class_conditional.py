@@ -1,12 +1,15 @@
 # Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
-"""What every class-conditional pipeline has: names of its classes, the schedule of guidance, decoding."""
+"""What every class-conditional pipeline has: labels as people write them, the schedule of guidance, decoding."""
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
+import numpy as np
 import torch
 
+from ..words import close_to
 from .base import StrictPipeline
-from .labels import label_ids
 
 
 class ClassConditionalPipeline(StrictPipeline):
@@ -17,6 +20,14 @@ class ClassConditionalPipeline(StrictPipeline):
 
     _callback_tensor_inputs = ["latents"]
     _current_timestep = None
+
+    @classmethod
+    def check_settings(cls, settings: Mapping[str, Any]) -> None:
+        """As of `StrictPipeline`; an interval of guidance must not end before it begins either."""
+        super().check_settings(settings)
+        start, stop = settings.get("guidance_interval", (0, 1))
+        if start > stop:
+            raise ValueError(f"`guidance_interval` must be (start, stop) with start <= stop, got ({start}, {stop}).")
 
     @property
     def id2label(self) -> dict[int, str] | None:
@@ -35,7 +46,17 @@ class ClassConditionalPipeline(StrictPipeline):
             ValueError: a name is unknown (close ones are listed) or belongs to several classes, or the pipeline has no
                 names.
         """
-        return label_ids(label, self.id2label)
+        return _label_ids([label] if isinstance(label, str) else label, self.id2label)
+
+    def prepare_labels(
+        self, class_labels: int | str | list[int | str] | None, num_images_per_prompt: int
+    ) -> tuple[torch.Tensor | None, int]:
+        """Ids of a batch, (B,) on the execution device, and B; an unconditional model has no ids."""
+        ids = class_ids(class_labels, self.transformer.config.num_classes, self.id2label)
+        if ids is None:
+            return None, num_images_per_prompt
+        ids = torch.tensor(ids, device=self._execution_device).repeat_interleave(num_images_per_prompt)
+        return ids, len(ids)
 
     @property
     def guidance_scale(self) -> float:
@@ -86,3 +107,100 @@ class ClassConditionalPipeline(StrictPipeline):
                 f" in {self.vae.dtype}: its weights are damaged, or it needs another dtype."
             )
         return self.image_processor.postprocess(pixels.float(), output_type=output_type)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Labels, ids or names, to ids of the model
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def class_ids(
+    class_labels: int | str | list[int | str] | np.ndarray | torch.Tensor | None,
+    num_classes: int | None,
+    id2label: dict[int, str] | None,
+) -> list[int] | None:
+    """Ids of labels, each checked against the model and its names; None for an unconditional model.
+
+    Args:
+        class_labels: an id, a name, a list of either, or None.
+        num_classes: classes of the model; None for an unconditional one.
+        id2label: the names; only these ids are valid. None allows every id of the model.
+
+    Raises:
+        ValueError: a label is unknown (close ones are named), given to an unconditional model, or missing.
+    """
+    if num_classes is None:
+        if class_labels is not None:
+            raise ValueError(f"`class_labels` {class_labels!r} were given to an unconditional model.")
+        return None
+    if isinstance(class_labels, (np.ndarray, torch.Tensor)):
+        class_labels = class_labels.reshape(-1).tolist()
+    labels = [class_labels] if isinstance(class_labels, (int, np.integer, str)) else class_labels
+    if not labels:
+        raise ValueError(f"`class_labels` are required: this model is class-conditional, got {class_labels!r}.")
+    ids = []
+    for label in labels:
+        if isinstance(label, str):
+            ids += _label_ids([label], id2label)
+            continue
+        if isinstance(label, bool) or not isinstance(label, (int, np.integer)):
+            raise ValueError(f"`class_labels` must be ids or names, got {label!r} of type {type(label).__name__}.")
+        known = range(num_classes) if id2label is None else sorted(id2label)
+        if label not in known:
+            close = sorted(known, key=lambda id: (abs(id - label), id))[:3]
+            named = [f"{id} ({id2label[id]})" if id2label else str(id) for id in close]
+            raise ValueError(f"`class_labels`: unknown class id {label}. Close ids: {', '.join(named)}.")
+        ids.append(int(label))
+    return ids
+
+
+def class_of(label: int, name: str, id2label: dict[int, str] | None, num_classes: int) -> int | None:
+    """The class of a model that a class of some data set is; None if the model has none like it.
+
+    It is found by its name, one of several separated by commas; where classes of the model share that name it is the
+    one with the same number. A name that is a number is that class, and of a model without names so is the label.
+
+    Args:
+        label: number of the class in the data set.
+        name: its name there.
+        id2label: the names of the model.
+        num_classes: of the model.
+    """
+    known = id2label or {id: str(id) for id in range(num_classes)}
+    if label in known and (name == str(label) or {*_names(name)} & {*_names(known[label])}):
+        return label
+    for one in _names(name):
+        try:
+            return _label_ids([one], known)[0]
+        except ValueError:  # unknown, or of several classes
+            continue
+    number = int(name) if name.isdecimal() else label if id2label is None else None
+    return number if number in known else None
+
+
+def _label_ids(labels: list[str], id2label: dict[int, str] | None) -> list[int]:
+    if id2label is None:
+        raise ValueError(f"`class_labels` {labels!r}: this pipeline has no `id2label`, pass ids.")
+    ids_of_name: dict[str, list[int]] = {}
+    for id, names in id2label.items():
+        for name in {*_names(names)}:
+            ids_of_name.setdefault(name, []).append(id)
+    ids = []
+    for name in labels:
+        found = ids_of_name.get(name, [])
+        if not found:
+            close = close_to(name, ids_of_name) or sorted(ids_of_name)[:3]
+            raise ValueError(
+                f"`class_labels`: unknown class name {name!r}. Close names: {', '.join(map(repr, close))}."
+            )
+        if len(found) > 1:
+            raise ValueError(
+                f"`class_labels`: class name {name!r} belongs to several classes, {found}: pass one of these ids."
+            )
+        ids += found
+    return ids
+
+
+def _names(names: str) -> list[str]:
+    """All that a class is called: its names as they stand, and each of those separated by commas."""
+    return [names, *(part.strip() for part in names.split(","))]

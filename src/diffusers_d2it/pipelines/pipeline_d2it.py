@@ -8,6 +8,7 @@ Shapes:
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import PIL.Image
@@ -22,11 +23,9 @@ from ..models.autoencoder_kl_dynamic import DynamicAutoencoderKL
 from ..models.transformer_d2it_content import D2iTContentModel
 from ..models.transformer_d2it_grain import D2iTGrainModel
 from ..visualization import visualize_grain_map
-from ..words import shown
-from .checks import SAMPLING_LIMITS, check_components, check_latents, check_map_arguments, map_size
+from .checks import SAMPLING_LIMITS, check_components, check_inputs, map_size
 from .class_conditional import ClassConditionalPipeline
 from .grain_maps import grain_map_of_image, random_grain_map, sample_grain_map
-from .labels import class_ids
 from .tied_scheduler import TiedScheduler
 
 
@@ -138,8 +137,7 @@ class D2iTPipeline(ClassConditionalPipeline):
         generator: torch.Generator | list[torch.Generator] | None,
     ) -> torch.Tensor:
         """The maps of a batch, (B, h, w) on the execution device: given, constant, random, or drawn."""
-        device = self._execution_device
-        num_grains = self.transformer.config.num_grains
+        device, shape, num_grains = self._execution_device, (batch_size, *size), self.transformer.config.num_grains
         if grain_map is None:
             return sample_grain_map(
                 self.grain_model,
@@ -153,56 +151,30 @@ class D2iTPipeline(ClassConditionalPipeline):
                 generator,
                 device,
             )
-        if isinstance(grain_map, str):
-            if grain_map == "random":
-                ratio = fine_ratio
-                if ratio is None:
-                    ratio = self.vae.grain_ratios[-1]
-                return random_grain_map((batch_size, *size), num_grains, ratio, generator, device)
-            return torch.full((batch_size, *size), 0 if grain_map == "coarse" else num_grains - 1, device=device)
-        grain_map = torch.as_tensor(grain_map, device=device)
-        return grain_map.expand(batch_size, *size) if grain_map.ndim == 2 else grain_map.expand(batch_size, -1, -1)
+        if not isinstance(grain_map, str):
+            return torch.as_tensor(grain_map, device=device).expand(shape)
+        if grain_map == "random":
+            ratio = self.vae.grain_ratios[-1] if fine_ratio is None else fine_ratio
+            return random_grain_map(shape, num_grains, ratio, generator, device)
+        return torch.full(shape, 0 if grain_map == "coarse" else num_grains - 1, device=device)
 
     # -----------------------------------------------------------------------------------------------------------------
     # The call
     # -----------------------------------------------------------------------------------------------------------------
 
-    def check_inputs(
+    def prepare_latents(
         self,
-        *,
-        batch_size: int,
-        guidance_interval: tuple[float, float],
-        grain_map,
-        fine_ratio: float | None,
-        generator,
         latents: torch.Tensor | None,
-        output_type: str,
-        callback_on_step_end: Callable | None,
-        callback_on_step_end_tensor_inputs: list[str],
-    ) -> None:
-        """Raise a ValueError that names the first argument of `__call__` that contradicts another or the model."""
-        if guidance_interval[0] > guidance_interval[1]:
-            raise ValueError(f"`guidance_interval` must be (start, stop) with start <= stop, got {guidance_interval}.")
-        if callback_on_step_end is not None and not callable(callback_on_step_end):
-            raise ValueError(f"`callback_on_step_end` must be callable, got {shown(callback_on_step_end)}.")
-        if output_type not in ("pil", "np", "pt", "latent"):
-            raise ValueError(f"`output_type` must be 'pil', 'np', 'pt' or 'latent', got {output_type!r}.")
-        unknown = set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs)
-        if unknown:
-            raise ValueError(
-                f"`callback_on_step_end_tensor_inputs` must be among {self._callback_tensor_inputs}, got"
-                f" {sorted(unknown)}."
-            )
-        generators = generator if isinstance(generator, list) else [generator] * batch_size
-        if len(generators) != batch_size or not all(isinstance(g, torch.Generator | None) for g in generators):
-            raise ValueError(
-                f"`generator` must be a torch.Generator, or a list of one for each of {batch_size} images, got"
-                f" {shown(generator)}."
-            )
-        num_grains = self.transformer.config.num_grains
-        check_map_arguments(grain_map, fine_ratio, batch_size, num_grains, self.grain_model is not None)
-        if latents is not None:
-            check_latents(latents, batch_size, self.transformer)
+        batch_size: int,
+        size: tuple[int, int],
+        generator: torch.Generator | list[torch.Generator] | None,
+    ) -> torch.Tensor:
+        """Noise to start from, (B, C, h * R, w * R) on the execution device: given, or drawn."""
+        if latents is None:
+            sides = (side * self.transformer.patch_size for side in size)
+            shape = (batch_size, self.transformer.config.in_channels, *sides)
+            return randn_tensor(shape, generator=generator, device=self._execution_device, dtype=torch.float32)
+        return latents.to(self._execution_device)
 
     def _prepare_guided(self, layout: GrainLayout, class_ids: torch.Tensor) -> tuple[GrainLayout, torch.Tensor]:
         """Layout and labels of a batch twice: for the passes with a label and those without."""
@@ -217,17 +189,7 @@ class D2iTPipeline(ClassConditionalPipeline):
         passes: dict[bool, tuple[GrainLayout, torch.Tensor | None]],
         scale: float,
     ) -> torch.Tensor:
-        """One prediction of the content model, guided where the scale is not 1: in one pass of twice the batch.
-
-        Args:
-            model_input: what the network reads, tied, (B, C, h * R, w * R).
-            timestep: scalar, on the device.
-            passes: layout and labels by whether a pass is guided; None as labels of an unconditional model.
-            scale: of classifier-free guidance.
-
-        Returns:
-            (B, O, h * R, w * R).
-        """
+        """One prediction, (B, O, h * R, w * R), guided where the scale is not 1: in one pass of twice the batch."""
         guided = scale != 1.0
         if guided != self._cached_pass:
             # What caches of diffusers hold is of the other pass, of a step long past, or of a failed call
@@ -252,7 +214,7 @@ class D2iTPipeline(ClassConditionalPipeline):
     @torch.no_grad()
     def __call__(
         self,
-        class_labels: int | str | list[int] | list[str] | None = None,
+        class_labels: int | str | list[int | str] | np.ndarray | torch.Tensor | None = None,
         num_images_per_prompt: int = 1,
         num_inference_steps: int = 50,
         guidance_scale: float = 4.0,
@@ -263,10 +225,10 @@ class D2iTPipeline(ClassConditionalPipeline):
         grain_guidance_scale: float = 1.0,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
-        output_type: str = "pil",
+        output_type: Literal["pil", "np", "pt", "latent"] = "pil",
         return_dict: bool = True,
         callback_on_step_end: Callable[["D2iTPipeline", int, torch.Tensor, dict], dict] | None = None,
-        callback_on_step_end_tensor_inputs: list[str] = ["latents"],
+        callback_on_step_end_tensor_inputs: list[Literal["latents"]] = ["latents"],
         height: int | None = None,
         width: int | None = None,
         guidance_power: float | None = None,
@@ -302,65 +264,40 @@ class D2iTPipeline(ClassConditionalPipeline):
             ValueError: an argument is out of range, unknown, or contradicts another or the model.
         """
         # 1. Arguments
-        self.check_settings({name: value for name, value in locals().items() if name in self._limits})
-        ids = class_ids(class_labels, self.transformer.config.num_classes, self.id2label)
-        batch_size = (1 if ids is None else len(ids)) * num_images_per_prompt
-        self.check_inputs(
-            batch_size=batch_size,
-            guidance_interval=guidance_interval,
-            grain_map=grain_map,
-            fine_ratio=fine_ratio,
-            generator=generator,
-            latents=latents,
-            output_type=output_type,
-            callback_on_step_end=callback_on_step_end,
-            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
-        )
+        self.check_settings(locals())
+        ids, batch_size = self.prepare_labels(class_labels, num_images_per_prompt)  # (B,)
+        can_draw = self.grain_model is not None
+        check_inputs(batch_size, grain_map, fine_ratio, generator, latents, self.transformer, can_draw)
         size = map_size(grain_map, latents, height, width, self.vae, self.transformer)
-        device = self._execution_device
-        self._guidance_scale = guidance_scale
-        self._interrupt = False
-        if ids is not None:
-            ids = torch.tensor(ids, device=device).repeat_interleave(num_images_per_prompt)  # (B,)
+        self._guidance_scale, self._interrupt, self._cached_pass = guidance_scale, False, None
 
         # 2. Grain map
         grain_map = self.prepare_grain_map(
-            grain_map,
-            fine_ratio=fine_ratio,
-            class_ids=ids,
-            batch_size=batch_size,
-            size=size,
-            num_inference_steps=grain_num_inference_steps,
-            guidance_scale=grain_guidance_scale,
-            generator=generator,
+            grain_map, fine_ratio, ids, batch_size, size, grain_num_inference_steps, grain_guidance_scale, generator
         )  # (B, h, w)
+        layout = self.transformer.prepare_grain_map(grain_map)
 
         # 3. Noise with the grain of its region
-        if latents is None:
-            cells, channels = self.transformer.patch_size, self.transformer.config.in_channels
-            shape = (batch_size, channels, size[0] * cells, size[1] * cells)
-            latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
-        layout = self.transformer.prepare_grain_map(grain_map)
-        steps = TiedScheduler(self.scheduler, layout, num_inference_steps, device, generator)
-        latents = steps.prior(latents.to(device))  # (B, C, h * R, w * R)
+        latents = self.prepare_latents(latents, batch_size, size, generator)
+        steps = TiedScheduler(self.scheduler, layout, num_inference_steps, latents.device, generator)
+        latents = steps.prior(latents)  # (B, C, h * R, w * R)
 
         # 4. Denoise
         self._num_timesteps = len(steps.timesteps)
-        passes, self._cached_pass = {False: (layout, ids)}, None
-        progresses = [i / self._num_timesteps for i in range(self._num_timesteps)]
-        if any(self._guidance_at(progress, guidance_interval, guidance_power) != 1.0 for progress in progresses):
+        passes = {False: (layout, ids)}
+        if ids is not None and guidance_scale != 1.0:  # now, so that no step has to wait for it
             passes[True] = self._prepare_guided(layout, ids)
         with self.progress_bar(total=self._num_timesteps) as progress_bar:
             for i, t in enumerate(steps.timesteps):
                 if self.interrupt:
                     break
                 self._current_timestep = t
-                scale = self._guidance_at(progresses[i], guidance_interval, guidance_power)
+                scale = self._guidance_at(i / self._num_timesteps, guidance_interval, guidance_power)
                 model_input, timestep = steps.model_input(latents, t)
                 prediction = self._predict(model_input, timestep, passes, scale)  # (B, O, h * R, w * R)
                 latents = steps.step(prediction.to(latents.dtype), t, latents)
                 if callback_on_step_end is not None:
-                    tensors = {"latents": latents} if "latents" in callback_on_step_end_tensor_inputs else {}
+                    tensors = {name: latents for name in callback_on_step_end_tensor_inputs}
                     latents = layout.tie(callback_on_step_end(self, i, t, tensors).get("latents", latents))
                 progress_bar.update()
 
@@ -368,6 +305,4 @@ class D2iTPipeline(ClassConditionalPipeline):
         layout.check_tied(latents)
         images = self.decode_latents(latents, output_type)
         self.maybe_free_model_hooks()
-        if not return_dict:
-            return (images, grain_map)
-        return D2iTPipelineOutput(images=images, grain_maps=grain_map)
+        return D2iTPipelineOutput(images=images, grain_maps=grain_map) if return_dict else (images, grain_map)

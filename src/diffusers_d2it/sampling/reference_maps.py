@@ -10,7 +10,7 @@ from diffusers import DiffusionPipeline
 from ..data.images import UnusableImageError, decode_image, to_pixels
 from ..data.source import Row, load_images
 from ..grains import grain_map_from_entropy
-from ..pipelines.labels import class_of
+from ..pipelines.class_conditional import class_of
 from ..words import listed
 from .sets import SamplePlan
 
