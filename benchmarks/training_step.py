@@ -29,9 +29,9 @@ from diffusers_d2it.data import (
     EncodedRows,
     LatentCache,
     LatentCachePlan,
-    LatentCacheWriter,
     describe_vae,
     encode_images,
+    write_latent_cache,
 )
 from diffusers_d2it.training import run as training_run
 
@@ -65,13 +65,15 @@ def write_cache(folder: Path, vae: DynamicAutoencoderKL, num_images: int, rows_p
         num_classes=10,
         id2label={label: str(label) for label in range(10)},
     )
-    with LatentCacheWriter(folder, plan, Accelerator(cpu=True)) as writer:
-        for shard in writer.shards:
+
+    def encode(shards: list[int]) -> Iterator[tuple[int, EncodedRows]]:
+        for shard in shards:
             rows = torch.arange(plan.rows(shard).start, plan.rows(shard).stop)
             parts = [encode_images(vae, pixels[part], flips=True) for part in rows.split(256)]
             tensors = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-            writer.write_shard(shard, EncodedRows({**tensors, "class_labels": rows % 10, "rows": rows}))
-        writer.finish()
+            yield shard, EncodedRows({**tensors, "class_labels": rows % 10, "rows": rows})
+
+    write_latent_cache(folder, plan, Accelerator(cpu=True), encode)
 
 
 def time_steps(folder: Path, output: Path, num_workers: int, num_steps: int) -> list[tuple[float, float, float]]:

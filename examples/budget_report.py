@@ -26,7 +26,7 @@ from diffusers_d2it.evaluation import (
     reconstruct,
     save_report,
 )
-from diffusers_d2it.files import write_durably, write_text_durably
+from diffusers_d2it.files import durable_file
 from diffusers_d2it.grains import check_fine_ratio, fine_share
 from diffusers_d2it.optional import import_optional
 from flags import add_report_arguments
@@ -208,8 +208,10 @@ def main(args: argparse.Namespace) -> None:
         data_file, table_file, plot_file = (folder / name for name in FILES)
         protocol = report.describe() | {"machine": machine}
         save_report(data_file, {"protocol": protocol, "ratios": rows, "real_images": report.real})
-        write_text_durably(table_file, f"{caption}\n\n{table}")
-        write_durably(plot_file, lambda path: plot_budget(rows, path))
+        with durable_file(table_file) as staged:
+            staged.write_text(f"{caption}\n\n{table}", encoding="utf-8")
+        with durable_file(plot_file) as staged:
+            plot_budget(rows, staged)
         print(table, end="")
         if report.bad_images.summary():
             print(report.bad_images.summary())

@@ -11,12 +11,13 @@ ImageNet at 256x256 with four latent channels takes 42 KB an image, 54 GB in 313
 
 import argparse
 from datetime import timedelta
+from functools import partial
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 
-from diffusers_d2it.data import LatentCachePlan, LatentCacheWriter, describe_vae, encode_shards, load_images
+from diffusers_d2it.data import LatentCachePlan, describe_vae, encode_shards, load_images, write_latent_cache
 from diffusers_d2it.training import load_autoencoder
 from flags import add_class_arguments, add_data_arguments, image_arguments
 
@@ -58,19 +59,16 @@ def main(args: argparse.Namespace) -> None:
         id2label=source.id2label,
     )
     accelerator.print(source)
-    with LatentCacheWriter(args.output_dir, plan, accelerator) as writer:
-        encoded = encode_shards(
-            vae,
-            source,
-            plan,
-            writer.shards,
-            args.encode_batch_size,
-            args.dataloader_num_workers,
-            progress=accelerator.is_main_process,
-        )
-        for shard, contents in encoded:
-            writer.write_shard(shard, contents)
-        bad_images = writer.finish()
+    encode = partial(
+        encode_shards,
+        vae,
+        source,
+        plan,
+        batch_size=args.encode_batch_size,
+        num_workers=args.dataloader_num_workers,
+        progress=accelerator.is_main_process,
+    )
+    bad_images = write_latent_cache(args.output_dir, plan, accelerator, encode)
     if accelerator.is_main_process:
         print(
             f"{args.output_dir}: {plan.num_rows - len(bad_images)} images in {plan.num_shards} shards, written by"

@@ -11,7 +11,6 @@ be used are listed in a file beside the result, `<result>.bad_images.jsonl`.
 """
 
 import argparse
-import json
 import os
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from accelerate import Accelerator
 
 from diffusers_d2it import DynamicAutoencoderKL
 from diffusers_d2it.data import BadImages, load_images
-from diffusers_d2it.files.folders import save_folder, write_text_durably
+from diffusers_d2it.files import save_folder, write_json_durably
 from diffusers_d2it.training import count_entropy
 from flags import add_data_arguments, image_arguments
 
@@ -60,7 +59,7 @@ def main(args: argparse.Namespace) -> None:
         save_folder(args.vae, vae.save_config)  # which replaces this file, and keeps the others
     else:
         path = Path(args.output)
-        write_text_durably(path, json.dumps(config, indent=2) + "\n")
+        write_json_durably(path, config)
     median = config["quantiles"][len(config["quantiles"]) // 2]
     counted = f"{config['num_regions']} regions of {config['num_images']} images"
     print(f"{path}: {counted}, counted by {accelerator.num_processes} processes, median {median} nats")

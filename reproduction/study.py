@@ -25,7 +25,7 @@ from step_times import measure_step_times
 from diffusers_d2it import DynamicAutoencoderKL, bundled_checkpoint
 from diffusers_d2it.data import LatentCache
 from diffusers_d2it.evaluation.features import weights_digest
-from diffusers_d2it.files import lock, write_text_durably
+from diffusers_d2it.files import lock, write_json_durably
 from diffusers_d2it.words import differences
 
 
@@ -179,7 +179,7 @@ class Study:
 def write_json(path: Path, values: dict) -> None:
     """Write values as JSON; what is interrupted leaves no half of a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_text_durably(path, json.dumps(values, indent=2) + "\n")
+    write_json_durably(path, values)
 
 
 def make_parser(description: str) -> argparse.ArgumentParser:

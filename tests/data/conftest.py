@@ -4,6 +4,7 @@
 make_plan, write_cache, cache
 """
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from accelerate import Accelerator
 from photo_caches import Photographs, to_png
 
 from diffusers_d2it.data.latent_cache import LatentCachePlan, describe_vae
-from diffusers_d2it.data.latent_cache_writer import LatentCacheWriter, encode_shards
+from diffusers_d2it.data.latent_cache_writer import encode_shards, write_latent_cache
 
 
 @pytest.fixture
@@ -41,10 +42,8 @@ def write_cache(load_photos, make_plan):
     def write(folder: Path, vae, files: list[bytes] | None = None, **plan) -> list[dict]:
         files = files or [to_png(photo) for photo in load_photos(vae.config.sample_size)]
         plan = make_plan(vae, num_rows=len(files), **plan)
-        with LatentCacheWriter(folder, plan, Accelerator(cpu=True)) as writer:
-            for shard, contents in encode_shards(vae, Photographs(files), plan, writer.shards, batch_size=2):
-                writer.write_shard(shard, contents)
-            return writer.finish()
+        encode = partial(encode_shards, vae, Photographs(files), plan, batch_size=2)
+        return write_latent_cache(folder, plan, Accelerator(cpu=True), encode)
 
     return write
 

@@ -6,17 +6,18 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate import Accelerator
 from photo_caches import CODES, SHARD, contents, flip_bit, to_png
-from script_runs import call, in_two_processes
+from script_runs import TWO_PROCESSES, call, in_two_processes, run
 
 from diffusers_d2it.data import latent_cache_writer
 from diffusers_d2it.data.latent_cache import LatentCache
-from diffusers_d2it.data.latent_cache_writer import EncodedRows, LatentCacheWriter, encode_images
+from diffusers_d2it.data.latent_cache_writer import EncodedRows, encode_images, write_latent_cache
 
 
 def test_another_plan_or_another_folder_is_not_written_to(cache, make_vae, write_cache, tmp_path):
@@ -38,10 +39,15 @@ def test_a_second_run_in_the_same_folder_is_refused(make_vae, make_plan, write_c
     leftover = tmp_path / "cache" / ".staging-shard-00001-0" / ".tmpABC"
     leftover.parent.mkdir(parents=True)
     leftover.touch()
-    with LatentCacheWriter(tmp_path / "cache", make_plan(make_vae()), Accelerator(cpu=True)) as writer:
-        assert writer.shards == [0, 1, 2] and not leftover.exists()
+
+    def encode(shards: list[int]) -> list:
+        assert shards == [0, 1, 2] and not leftover.exists()
         with pytest.raises(ValueError, match=str(tmp_path / "cache")):
             write_cache(tmp_path / "cache", make_vae())
+        raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        write_latent_cache(tmp_path / "cache", make_plan(make_vae()), Accelerator(cpu=True), encode)
     write_cache(tmp_path / "cache", make_vae())
 
 
@@ -59,14 +65,17 @@ def test_a_damaged_shard_is_written_again_and_the_others_are_kept(cache, make_va
 def test_a_shard_must_be_what_the_plan_says(make_vae, make_plan, tmp_path, photos):
     codes = encode_images(make_vae(), photos[:3, :, :32, :32], flips=True)
     codes |= {"class_labels": torch.zeros(3, dtype=torch.int64), "rows": torch.arange(3)}
-    with LatentCacheWriter(tmp_path / "cache", make_plan(make_vae()), Accelerator(cpu=True)) as writer:
-        with pytest.raises(ValueError, match="shard 0 .*float16.* got .*float32"):
-            writer.write_shard(0, EncodedRows(codes | {"moments.1": codes["moments.1"].float()}))
-        with pytest.raises(ValueError, match="shard 1 .* 3 to 5"):
-            writer.write_shard(1, EncodedRows(codes))
-        writer.write_shard(0, EncodedRows(codes))
-        with pytest.raises(ValueError, match=SHARD):
-            writer.finish()
+
+    def write(shard: int, tensors: dict) -> None:
+        encoded = [(shard, EncodedRows(tensors))]
+        write_latent_cache(tmp_path, make_plan(make_vae()), Accelerator(cpu=True), lambda shards: encoded)
+
+    with pytest.raises(ValueError, match="shard 0 .*float16.* got .*float32"):
+        write(0, codes | {"moments.1": codes["moments.1"].float()})
+    with pytest.raises(ValueError, match="shard 1 .* 3 to 5"):
+        write(1, codes)
+    with pytest.raises(ValueError, match=SHARD):  # is missing
+        write(0, codes)
 
 
 @pytest.fixture
@@ -83,10 +92,8 @@ def test_two_processes_that_were_killed_continue_to_the_cache_that_one_writes(ma
     make_vae().save_pretrained(tmp_path / "vae")
     killed, whole = tmp_path / "killed", tmp_path / "whole"
 
-    def write(output: Path) -> None:
-        sizes = {"resolution": 32, "rows_per_shard": 2, "encode_batch_size": 2}
-        arguments = {"train_data_dir": folder, "vae": tmp_path / "vae", "output_dir": output} | sizes
-        call("cache_latents.py", *(word for name, value in arguments.items() for word in (f"--{name}", value)))
+    flags = ["--train_data_dir", folder, "--vae", tmp_path / "vae", "--resolution", 32]
+    flags += ["--rows_per_shard", 2, "--encode_batch_size", 2, "--output_dir"]
 
     def write_until_killed() -> None:
         save_file, num_shards = latent_cache_writer.save_file, 3 + int(os.environ["RANK"])
@@ -99,16 +106,17 @@ def test_two_processes_that_were_killed_continue_to_the_cache_that_one_writes(ma
             num_shards -= 1
 
         latent_cache_writer.save_file = killed_in_the_next_shard
-        write(killed)
+        call("cache_latents.py", *flags, killed)
 
-    write(whole)
+    call("cache_latents.py", *flags, whole)
     assert "24 shards" in capsys.readouterr().out
     assert in_two_processes(write_until_killed) == [None, None] and list(killed.glob(".staging-*"))
     with pytest.raises(ValueError, match="7 of 24 shards"):
         LatentCache(killed, make_vae(), seed=0)
     kept = {path: path.stat() for path in killed.glob("shard-*/codes.safetensors")}
 
-    in_two_processes(lambda: write(killed))
+    said = run("cache_latents.py", *flags, killed, launch=TWO_PROCESSES, ACCELERATE_USE_CPU="true").stdout
+    assert "24 shards" in said and "2 processes" in said
     assert len(kept) == 7 and {path: path.stat() for path in kept} == kept
     assert contents(killed) == contents(whole) and not list(killed.glob(".*"))
     lists = [json.loads(path.read_text())["bad_images"] for path in killed.glob("shard-*/bad_images.json")]
@@ -142,13 +150,15 @@ for folder in sys.argv[1:]:
 def test_memory_does_not_grow_with_the_cache(make_vae, make_plan, tmp_path):
     def write(folder: Path, num_rows: int) -> int:
         plan = make_plan(make_vae(), num_rows=num_rows, rows_per_shard=50, resolution=128)
-        with LatentCacheWriter(folder, plan, Accelerator(cpu=True)) as writer:
-            for shard in writer.shards:
+
+        def encode(shards: list[int]) -> Iterator[tuple[int, EncodedRows]]:
+            for shard in shards:
                 tensors = {f"moments.{i}": torch.randn(50, 2, 8, 16 << i, 16 << i).half() for i in range(2)}
                 rows = torch.tensor(plan.rows(shard))
                 tensors |= {"entropy": torch.rand(50, 16, 16), "class_labels": rows % 2, "rows": rows}
-                writer.write_shard(shard, EncodedRows(tensors))
-            writer.finish()
+                yield shard, EncodedRows(tensors)
+
+        write_latent_cache(folder, plan, Accelerator(cpu=True), encode)
         return sum(path.stat().st_size for path in folder.glob("shard-*/*"))
 
     sizes = [write(tmp_path / name, num_rows) for name, num_rows in (("small", 100), ("large", 1000))]

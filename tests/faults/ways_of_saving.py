@@ -7,6 +7,7 @@ A way saves versions: all weights of version v are the number v, so that a mixtu
 import json
 import warnings
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -17,9 +18,8 @@ from small_runs import SmallRun
 from diffusers_d2it import D2iTGrainModel, D2iTPipeline, DynamicAutoencoderKL
 from diffusers_d2it.conversion.transfer import ConversionReport, save_converted
 from diffusers_d2it.data.latent_cache import LatentCache, LatentCachePlan, describe_vae
-from diffusers_d2it.data.latent_cache_writer import EncodedRows, LatentCacheWriter
-from diffusers_d2it.files import lock
-from diffusers_d2it.files.folders import write_text_durably
+from diffusers_d2it.data.latent_cache_writer import EncodedRows, write_latent_cache
+from diffusers_d2it.files import lock, write_json_durably
 from diffusers_d2it.hub.card import make_model_card
 from diffusers_d2it.hub.push import write_card
 from diffusers_d2it.training import find_checkpoint
@@ -154,10 +154,10 @@ class SaveCache(Way):
         )  # fmt: skip
 
     def save(self, version):
-        with LatentCacheWriter(self.folder / "cache", self.plan, Accelerator(cpu=True)) as writer:
-            for shard in writer.shards:
-                writer.write_shard(shard, self._contents(shard))
-            writer.finish()
+        def encode(shards: list[int]) -> Iterator[tuple[int, EncodedRows]]:
+            return ((shard, self._contents(shard)) for shard in shards)
+
+        write_latent_cache(self.folder / "cache", self.plan, Accelerator(cpu=True), encode)
 
     def _contents(self, shard: int) -> EncodedRows:
         rows = list(self.plan.rows(shard))
@@ -192,7 +192,7 @@ class SaveFiles(Way):
     """Single files: a calibration, and a model card with its image."""
 
     def save(self, version):
-        write_text_durably(self.folder / "calibration.json", json.dumps({"version": version}))
+        write_json_durably(self.folder / "calibration.json", {"version": version})
         image = self.folder / f"drawn-{version}.png"
         if not image.exists():
             Image.new("RGB", (8, 8), (version // 256, version % 256, 0)).save(image)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from diffusers_d2it.files import folders
-from diffusers_d2it.files.folders import MANIFEST, is_sealed, save_folder, settle, sweep, verify, write_text_durably
+from diffusers_d2it.files.folders import MANIFEST, is_sealed, save_folder, settle, sweep, verify, write_json_durably
 
 
 def writer(files: dict[str, str]):
@@ -125,7 +125,7 @@ def test_every_file_is_forced_to_the_disk_before_it_is_renamed(tmp_path, monkeyp
     for save in (
         lambda: save_folder(tmp_path / "model", files),
         lambda: save_folder(tmp_path / "model", files),  # over it
-        lambda: write_text_durably(tmp_path / "calibration.json", "{}"),
+        lambda: write_json_durably(tmp_path / "calibration.json", {}),
     ):
         happened.clear()
         save()
@@ -186,7 +186,7 @@ def test_two_cannot_save_to_one_folder_at_once(tmp_path, disk_that_locks):
         writer({"a": "3"})(path)
 
     save_folder(folder, save_again)
-    write_text_durably(tmp_path / "calibration.json", "{}")
+    write_json_durably(tmp_path / "calibration.json", {})
     verify(folder)
     assert (folder / "a").read_text() == "3"
     assert {path.name for path in tmp_path.iterdir()} == {"model", "calibration.json"}

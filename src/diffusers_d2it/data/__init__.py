@@ -4,7 +4,7 @@
 from .bad_images import BadImages
 from .images import UnusableImageError, check_resolution, decode_image, to_pixels
 from .latent_cache import LatentCache, LatentCachePlan, describe_vae, read_codes, read_entropy
-from .latent_cache_writer import EncodedRows, LatentCacheWriter, encode_images, encode_shards
+from .latent_cache_writer import EncodedRows, encode_images, encode_shards, write_latent_cache
 from .loaders import (
     ImageDataset,
     ImageStream,
@@ -27,7 +27,6 @@ __all__ = [
     "ImageStream",
     "LatentCache",
     "LatentCachePlan",
-    "LatentCacheWriter",
     "Row",
     "StreamLoader",
     "UnusableImageError",
@@ -46,4 +45,5 @@ __all__ = [
     "step_generator",
     "to_pixels",
     "usable_images",
+    "write_latent_cache",
 ]

@@ -78,6 +78,10 @@ class BadImages:
                 pass  # cut by a killed process: that image is met, and noted, again
         return self._reasons
 
+    def none_usable(self, source: str) -> ValueError:
+        """The error of a source of images none of which can be used."""
+        return ValueError(f"{source}: none of the images can be used. {self.summary()}")
+
     def summary(self) -> str:
         """What was not used and why, and how much was enlarged, in words; empty if there is nothing to say."""
         found = self.found()

@@ -6,7 +6,7 @@ Shards do not depend on who writes them: the rows of each are encoded in batches
 
 import json
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import islice
@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from ..files import lock, on_main_process, remove_folder, save_folder, seal, sweep, verify, write_text_durably
+from ..files import lock, on_main_process, remove_folder, save_folder, seal, sweep, verify, write_json_durably
 from ..files.folders import MANIFEST, file_sha256, names_in
 from ..models.autoencoder_kl_dynamic import DynamicAutoencoderKL
 from ..words import differences, listed
@@ -32,20 +32,10 @@ _LOCK_SECONDS = 10  # workers of a killed run hold its lock until they notice, a
 
 @dataclass
 class EncodedRows:
-    """The contents of a shard, or of a batch of it.
-
-    Args:
-        tensors: by their names in a shard, see `latent_cache`.
-        bad_images: those left out, {"row", "name", "reason"}.
-    """
+    """A shard, or a batch of it: tensors by their names there, and images left out, {"row", "name", "reason"}."""
 
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
     bad_images: list[dict] = field(default_factory=list)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Encoding
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -94,10 +84,8 @@ def encode_shards(
     Raises:
         ValueError: a moment is not finite in float16.
     """
-    batches = {
-        shard: [plan.rows(shard)[i : i + batch_size] for i in range(0, len(plan.rows(shard)), batch_size)]
-        for shard in shards
-    }
+    rows = {shard: plan.rows(shard) for shard in shards}
+    batches = {shard: [all[i : i + batch_size] for i in range(0, len(all), batch_size)] for shard, all in rows.items()}
     decoded = DataLoader(
         _DecodedRows(source, plan.resolution),
         batch_size=None,  # an item is a batch
@@ -145,143 +133,119 @@ def _encode_rows(vae: DynamicAutoencoderKL, decoded: EncodedRows, flips: bool) -
     return EncodedRows(codes | numbers, decoded.bad_images)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Writing
-# ---------------------------------------------------------------------------------------------------------------------
+def write_latent_cache(
+    folder: str | Path,
+    plan: LatentCachePlan,
+    accelerator: Accelerator,
+    encode: Callable[[list[int]], Iterable[tuple[int, EncodedRows]]],
+) -> list[dict]:
+    """Write the shards of a plan, and at last the manifest that makes them a cache.
 
+        write_latent_cache(
+            folder, plan, accelerator, lambda shards: encode_shards(vae, source, plan, shards, batch_size=32)
+        )
 
-class LatentCacheWriter:
-    """Writes the shards of a plan, and at last the manifest that makes them a cache.
-
-        with LatentCacheWriter(folder, plan, accelerator) as writer:
-            for shard, contents in encode_shards(vae, source, plan, writer.shards, batch_size=32):
-                writer.write_shard(shard, contents)
-            bad_images = writer.finish()
-
-    Killed at any moment and called again with the same plan it keeps the finished shards. On entering they are
-    verified, each by one process; a damaged one is reported and written again.
+    Killed at any moment and called again with the same plan it keeps the finished shards. They are verified first,
+    each by one process; a damaged one is reported and written again.
 
     Args:
         folder: new or empty, or left by an interrupted run.
         plan: what the cache holds.
         accelerator: its processes share the shards; each must see the folder.
+        encode: called once in each process; gives number and contents of each of the shards that it has to write.
 
-    Attributes:
-        shards: numbers of the shards that this process has to write.
+    Returns:
+        The images that were left out, {"row", "name", "reason"}.
 
     Raises:
-        ValueError: on entering, the folder holds something else or another plan, or another run is writing to it.
+        ValueError: the folder holds something else or another plan, or another run is writing to it; the contents of a
+            shard do not match the plan; or no image can be used.
     """
-
-    def __init__(self, folder: str | Path, plan: LatentCachePlan, accelerator: Accelerator):
-        self.folder = Path(folder)
-        self.plan = plan
-        self.accelerator = accelerator
-        self.shards: list[int] = []
-        self._plan_sha256 = ""
-        self._lock = ExitStack()
-
-    def __enter__(self) -> "LatentCacheWriter":
-        on_main_process(self.accelerator, self._take_folder)
-        differ = differences(LatentCachePlan.load(self.folder).to_json(), self.plan.to_json())
+    folder, shards = Path(folder), range(plan.num_shards)
+    mine = slice(accelerator.process_index, None, accelerator.num_processes)
+    with ExitStack() as held:
+        on_main_process(accelerator, lambda: _take_folder(folder, plan, held))
+        differ = differences(LatentCachePlan.load(folder).to_json(), plan.to_json())
         if differ:
-            self._lock.close()
             raise ValueError(
-                f"{self.folder} holds a latent cache of another plan: {'; '.join(differ)}. Repeat the command that"
-                " began it, or choose another folder."
+                f"{folder} holds a latent cache of another plan: {'; '.join(differ)}. Repeat the command that began"
+                " it, or choose another folder."
             )
-        self._plan_sha256 = file_sha256(self.folder / PLAN)
-
         # A share of the verification, then a share of what is missing: one process has not all the work that is left.
-        shards = range(self.plan.num_shards)
-        for shard in self._share(shards):
-            self._drop_if_damaged(shard_folder(self.folder, shard))
-        self.accelerator.wait_for_everyone()
-        missing = [shard for shard in shards if not shard_folder(self.folder, shard).is_dir()]
-        if missing and self.accelerator.is_main_process:
-            (self.folder / MANIFEST).unlink(missing_ok=True)
-        self.accelerator.wait_for_everyone()
-        self.shards = self._share(missing)
-        return self
+        for shard in shards[mine]:
+            _drop_if_damaged(shard_folder(folder, shard))
+        accelerator.wait_for_everyone()
+        missing = [shard for shard in shards if not shard_folder(folder, shard).is_dir()]
+        if missing and accelerator.is_main_process:
+            (folder / MANIFEST).unlink(missing_ok=True)
+        accelerator.wait_for_everyone()
+        plan_sha256 = file_sha256(folder / PLAN)
+        for shard, contents in encode(missing[mine]):
+            _save_shard(folder, plan, plan_sha256, shard, contents)
+        accelerator.wait_for_everyone()
+        return on_main_process(accelerator, lambda: _seal(folder, plan))
 
-    def __exit__(self, *error) -> None:
-        self._lock.close()
 
-    def write_shard(self, shard: int, contents: EncodedRows) -> None:
-        """Write a shard, whole or not at all.
+def _take_folder(folder: Path, plan: LatentCachePlan, held: ExitStack) -> None:
+    """Lock the folder for this run, and see that it holds a plan."""
+    is_new = not (folder / PLAN).is_file()
+    if is_new and (found := names_in(folder)):
+        raise ValueError(f"{folder} is neither empty nor a latent cache, it holds {listed(found)}.")
+    held.enter_context(lock(folder, wait=_LOCK_SECONDS))
+    if is_new:
+        write_json_durably(folder / PLAN, plan.to_json())
 
-        Raises:
-            ValueError: the contents do not match the plan.
-        """
-        tensors = self._check(shard, contents)
 
-        def save(staging: str) -> None:
-            save_file(tensors, Path(staging, CODES), metadata=shard_metadata(self._plan_sha256, shard))
-            text = json.dumps({"bad_images": contents.bad_images}, indent=2) + "\n"
-            Path(staging, BAD_IMAGES).write_text(text, encoding="utf-8")
-
-        save_folder(shard_folder(self.folder, shard), save)
-
-    def finish(self) -> list[dict]:
-        """Wait for all processes, seal the cache and return the images that were left out, {"row", "name", "reason"}.
-
-        Raises:
-            ValueError: a shard is missing or has another size than it should, or no image could be used.
-        """
-        self.accelerator.wait_for_everyone()
-        return on_main_process(self.accelerator, self._seal)
-
-    def _take_folder(self) -> None:
-        """Lock the folder for this run, and see that it holds a plan."""
-        is_new = not (self.folder / PLAN).is_file()
-        if is_new and (found := names_in(self.folder)):
-            raise ValueError(f"{self.folder} is neither empty nor a latent cache, it holds {listed(found)}.")
-        self._lock = lock(self.folder, wait=_LOCK_SECONDS)
-        if is_new:
-            write_text_durably(self.folder / PLAN, json.dumps(self.plan.to_json(), indent=2) + "\n")
-
-    def _seal(self) -> list[dict]:
-        shards = range(self.plan.num_shards)
-        bad_images = [image for shard in shards for image in read_bad_images(self.folder, shard)]
-        if len(bad_images) == self.plan.num_rows:
-            image = bad_images[0]
-            raise ValueError(f"none of {self.plan.num_rows} images can be used, {image['name']}: {image['reason']}")
-        seal(self.folder, [self.folder / PLAN, *(shard_folder(self.folder, shard) / MANIFEST for shard in shards)])
-        sweep(self.folder)
-        return bad_images
-
-    def _share(self, shards: Sequence[int]) -> list[int]:
-        return list(shards[self.accelerator.process_index :: self.accelerator.num_processes])
-
-    def _drop_if_damaged(self, shard: Path) -> None:
-        if not shard.is_dir():
-            return
+def _drop_if_damaged(shard: Path) -> None:
+    if shard.is_dir():
         try:
             verify(shard)
         except ValueError as error:
             warnings.warn(f"{error} The shard is written again.", stacklevel=3)
             remove_folder(shard)
 
-    def _check(self, shard: int, contents: EncodedRows) -> dict[str, torch.Tensor]:
-        """The tensors of a shard, empty ones where no image could be used."""
-        plan, rows = self.plan, self.plan.rows(shard)
-        views = 2 if plan.flips else 1
-        side = plan.resolution // plan.downsample_factors[-1]
-        expected = {
-            f"moments.{grain}": (torch.float16, (views, 2 * plan.latent_channels, side << grain, side << grain))
-            for grain in range(len(plan.downsample_factors))
-        }
-        expected["entropy"] = (torch.float32, (side, side))
-        expected["class_labels"] = expected["rows"] = (torch.int64, ())
-        num_images = len(rows) - len(contents.bad_images)
-        tensors = contents.tensors
-        if not num_images:
-            return {name: torch.empty(0, *shape, dtype=dtype) for name, (dtype, shape) in expected.items()}
-        found = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
-        expected = {name: (dtype, (num_images, *shape)) for name, (dtype, shape) in expected.items()}
-        if found != expected:
-            raise ValueError(f"shard {shard} must hold {expected}, got {found}.")
-        good_and_bad = {*tensors["rows"].tolist(), *(image["row"] for image in contents.bad_images)}
-        if good_and_bad != set(rows):
-            raise ValueError(f"shard {shard} must hold or name each of the rows {rows.start} to {rows.stop - 1}.")
-        return tensors
+
+def _save_shard(folder: Path, plan: LatentCachePlan, plan_sha256: str, shard: int, contents: EncodedRows) -> None:
+    tensors = _check(plan, shard, contents)
+
+    def save(staging: str) -> None:
+        save_file(tensors, Path(staging, CODES), metadata=shard_metadata(plan_sha256, shard))
+        text = json.dumps({"bad_images": contents.bad_images}, indent=2) + "\n"
+        Path(staging, BAD_IMAGES).write_text(text, encoding="utf-8")
+
+    save_folder(shard_folder(folder, shard), save)
+
+
+def _seal(folder: Path, plan: LatentCachePlan) -> list[dict]:
+    shards = range(plan.num_shards)
+    bad_images = [image for shard in shards for image in read_bad_images(folder, shard)]
+    if len(bad_images) == plan.num_rows:
+        image = bad_images[0]
+        raise ValueError(f"none of {plan.num_rows} images can be used, {image['name']}: {image['reason']}")
+    seal(folder, [folder / PLAN, *(shard_folder(folder, shard) / MANIFEST for shard in shards)])
+    sweep(folder)
+    return bad_images
+
+
+def _check(plan: LatentCachePlan, shard: int, contents: EncodedRows) -> dict[str, torch.Tensor]:
+    """The tensors of a shard, empty ones where no image could be used, if they are what the plan says."""
+    rows, tensors = plan.rows(shard), contents.tensors
+    views = 2 if plan.flips else 1
+    side = plan.resolution // plan.downsample_factors[-1]
+    expected = {
+        f"moments.{grain}": (torch.float16, (views, 2 * plan.latent_channels, side << grain, side << grain))
+        for grain in range(len(plan.downsample_factors))
+    }
+    expected["entropy"] = (torch.float32, (side, side))
+    expected["class_labels"] = expected["rows"] = (torch.int64, ())
+    num_images = len(rows) - len(contents.bad_images)
+    if not num_images:
+        return {name: torch.empty(0, *shape, dtype=dtype) for name, (dtype, shape) in expected.items()}
+    found = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    expected = {name: (dtype, (num_images, *shape)) for name, (dtype, shape) in expected.items()}
+    if found != expected:
+        raise ValueError(f"shard {shard} must hold {expected}, got {found}.")
+    good_and_bad = {*tensors["rows"].tolist(), *(image["row"] for image in contents.bad_images)}
+    if good_and_bad != set(rows):
+        raise ValueError(f"shard {shard} must hold or name each of the rows {rows.start} to {rows.stop - 1}.")
+    return tensors

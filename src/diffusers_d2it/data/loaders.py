@@ -85,7 +85,7 @@ class ImageDataset(_Images):
         rows = (self.source[i] for i in _stand_ins(index, len(self)))
         row, image = next(usable_images(rows, self.resolution, self.bad_images), (None, None))
         if row is None:
-            raise ValueError(f"{self.source.name}: none of the images can be used. {self.bad_images.summary()}")
+            raise self.bad_images.none_usable(self.source.name)
         return self._item(row, image, f"{self.epoch}/{index}")
 
 
@@ -143,9 +143,7 @@ class ImageStream(_Images, IterableDataset):
                 yield self._item(row, image, f"{epoch}/{place}/{position}")
                 position += 1
             if position == 0:
-                raise ValueError(
-                    f"{self.source.name}: worker {place} finds no image that can be used. {self.bad_images.summary()}"
-                )
+                raise self.bad_images.none_usable(f"{self.source.name}, worker {place}")
             epoch += 1
 
 

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..files.folders import read_json, write_text_durably
+from ..files import read_json, write_json_durably
 from ..words import shorten
 
 
@@ -50,13 +50,12 @@ class Result:
 
 def save_results(path: str | os.PathLike, results: Sequence[Result]) -> None:
     """Write results into a JSON file, whole or not at all."""
-    text = json.dumps({"results": [asdict(result) for result in results]}, indent=2)
-    write_text_durably(Path(path).absolute(), text + "\n")
+    write_json_durably(Path(path), {"results": [asdict(result) for result in results]})
 
 
 def save_report(path: str | os.PathLike, report: dict) -> None:
     """Write values into a JSON file, whole or not at all, with null for numbers that JSON does not have."""
-    write_text_durably(Path(path).absolute(), json.dumps(_finite(report), indent=2) + "\n")
+    write_json_durably(Path(path), _finite(report))
 
 
 def _finite(value: Any) -> Any:

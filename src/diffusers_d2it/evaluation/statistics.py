@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..files import write_durably
+from ..files import durable_file
 from ..words import listed, shown
 from .frechet import check_moments
 
@@ -128,7 +128,7 @@ def write_statistics(path: str | os.PathLike, moments: dict[str, Moments], num_i
         ValueError: `protocol` is not JSON.
         OSError: the disk is full or failed. What was at `path` is still there.
     """
-    path = Path(path).absolute()
+    path = Path(path)
     arrays = {key: moment.numpy() for name, pair in moments.items() for key, moment in zip(_ARRAYS[name], pair)}
     arrays["num_images"] = np.int64(num_images)
     try:
@@ -136,7 +136,8 @@ def write_statistics(path: str | os.PathLike, moments: dict[str, Moments], num_i
     except (TypeError, ValueError) as error:
         raise ValueError(f"`protocol` must hold JSON values: {error}") from error
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_durably(path, lambda staged: np.savez(staged, **arrays))
+    with durable_file(path) as staged:
+        np.savez(staged, **arrays)
 
 
 def read_statistics(path: str | os.PathLike) -> ReferenceStatistics:

@@ -2,6 +2,7 @@
 """How anything is written and read: whole or absent, sealed, by one process at a time, and never any code."""
 
 from .folders import (
+    durable_file,
     is_sealed,
     lock,
     read_json,
@@ -12,13 +13,13 @@ from .folders import (
     staging_folder,
     sweep,
     verify,
-    write_durably,
-    write_text_durably,
+    write_json_durably,
 )
 from .processes import on_main_process
 
 
 __all__ = [
+    "durable_file",
     "is_sealed",
     "lock",
     "on_main_process",
@@ -30,6 +31,5 @@ __all__ = [
     "staging_folder",
     "sweep",
     "verify",
-    "write_durably",
-    "write_text_durably",
+    "write_json_durably",
 ]

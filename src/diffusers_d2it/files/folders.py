@@ -2,7 +2,7 @@
 """How anything is saved: written aside, forced to the disk, sealed by a manifest, and only then put in its place.
 
 A folder that was saved here is sealed by `manifest.json`: size and SHA-256 of each of its files, those in sub-folders
-included. Files that are not listed are not looked at, so a card or a note may be put beside what was saved.
+included. Files that are not listed are not looked at: a card or a note may lie beside what was saved.
 
 A new folder appears by one rename. One that exists keeps what else is in it, so its files are replaced one by one; the
 manifest that says what they will be, and where the new ones lie until then, is written first. Killed before that, the
@@ -50,7 +50,7 @@ def save_folder(folder: str | os.PathLike, save: Callable[[str], object]) -> Non
 
     Args:
         folder: what is to be saved; its parent is made if need be.
-        save: called once, with the path of an empty folder on the same disk.
+        save: called with the path of an empty folder on the same disk.
 
     Raises:
         OSError: the disk is full or failed. What was in the folder is still there.
@@ -83,13 +83,12 @@ def save_folder(folder: str | os.PathLike, save: Callable[[str], object]) -> Non
 def seal(folder: Path, paths: Iterable[Path] | None = None) -> None:
     """Force files of a folder to the disk, and write the manifest that lists them, last.
 
-    Files get the modes of any new file of this user: safetensors makes them readable by their owner alone.
-
     Args:
         folder: what is sealed.
         paths: the files in it that count, such as manifests of what was sealed by itself; None for all.
     """
-    mode = folder.stat().st_mode & 0o666  # the folder is new and follows the umask
+    # That of any new file, as the folder is new: safetensors makes files readable by their owner alone
+    mode = folder.stat().st_mode & 0o666
     files = {}
     for path in _files_of(folder) if paths is None else paths:
         path.chmod(mode)
@@ -119,17 +118,14 @@ def verify(folder: str | os.PathLike) -> None:
 
 
 def lock(folder: str | os.PathLike, *, wait: float = 4.0) -> ExitStack:
-    """Keep other runs out of a folder, which is made if need be, and clear up after one that was killed.
-
-    The lock is the one that also guards a save: of the folder itself, held by the operating system, which lets go of
-    it when the process ends, however it ends.
+    """Keep other runs, and saves, out of a folder, which is made if need be, and clear up after one that was killed.
 
     Args:
         folder: where this run works.
         wait: seconds to try for: the workers of a run that was just killed hold its lock until they notice.
 
     Returns:
-        What holds the lock: a context, or to be closed; kept, it holds until the process ends.
+        What holds the lock: a context, or to be closed; kept, it holds until the process ends, however it ends.
 
     Raises:
         ValueError: the folder is a file, or another run works in it.
@@ -176,11 +172,8 @@ def settle(folder: Path) -> dict:
 def sweep(folder: Path, name: str = "") -> None:
     """Clear up after killed processes that saved in a folder; what a living one works on stays.
 
-    What was half-written or half-removed goes, what was to be replaced comes back unless the new one is there.
-
-    Args:
-        folder: where they worked.
-        name: only what was to become a file or folder of this name, with a hyphen behind it; all by default.
+    What was half-written or half-removed goes, what was to be replaced comes back unless the new one is there: of all
+    files and folders, or of that whose name, with a hyphen behind it, is `name`.
     """
     for path in sorted(folder.glob(f"{OLD}{name}*")):
         current = path.with_name(path.name[len(OLD) : -_ID_LENGTH - 1])
@@ -190,8 +183,8 @@ def sweep(folder: Path, name: str = "") -> None:
         for path in sorted(folder.glob(f"{prefix}{name}*")):
             with _owned(path) as dead:
                 pass
-            if dead:  # it is removed after its lock is let go: NFS keeps names of open files
-                with suppress(FileNotFoundError):  # somebody else removes it too
+            if dead:  # removed once its lock is let go, as NFS keeps names of open files, and perhaps by others too
+                with suppress(FileNotFoundError):
                     shutil.rmtree(path)
 
 
@@ -241,24 +234,20 @@ def _owned(folder: Path) -> Iterator[bool]:
     if fcntl is None or not folder.is_dir():
         yield True
         return
+    is_free = True
     with ExitStack() as opened:
         for path, flags in ((folder, os.O_RDONLY), (folder / LOCK, os.O_RDWR | os.O_CREAT)):
             file = os.open(path, flags, 0o666)
             _held.add(file)
             opened.callback(_let_go, file)
-            taken = _try_lock(file)
-            if taken is not None:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
-        yield taken is not False
-
-
-def _try_lock(file: int) -> bool | None:
-    """Lock an open file; False if another process holds it, None if its disk locks nothing of this kind."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        return False if error.errno in (errno.EAGAIN, errno.EACCES) else None
-    return True
+            except OSError as error:
+                if error.errno in (errno.EAGAIN, errno.EACCES):  # any other: this disk locks nothing of this kind
+                    is_free = False
+                    break
+        yield is_free
 
 
 def _let_go(file: int) -> None:
@@ -325,8 +314,7 @@ def _files_of(folder: Path) -> Iterator[Path]:
 
 
 def _write_manifest(folder: Path, manifest: dict) -> None:
-    text = json.dumps({**manifest, "sha256": digest(manifest)}, indent=2) + "\n"
-    write_text_durably(folder / MANIFEST, text)
+    write_json_durably(folder / MANIFEST, {**manifest, "sha256": digest(manifest)})
 
 
 def _read_manifest(folder: Path) -> dict:
@@ -343,11 +331,6 @@ def _read_manifest(folder: Path) -> dict:
         if os.path.isabs(name) or ".." in Path(name).parts or not name.isprintable():
             raise ValueError(f"{path} must name files of its folder, got {name!r}.")
     return manifest
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Files
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -369,15 +352,10 @@ def durable_file(path: Path) -> Iterator[Path]:
     fsync_folder(path.parent)
 
 
-def write_durably(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` write a `durable_file`."""
+def write_json_durably(path: Path, values: dict) -> None:
+    """Write values into a JSON file by way of a `durable_file`."""
     with durable_file(path) as staged:
-        write(staged)
-
-
-def write_text_durably(path: Path, text: str) -> None:
-    """`write_durably` of a text."""
-    write_durably(path, lambda staged: staged.write_text(text, encoding="utf-8"))
+        staged.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
 def fsync_folder(folder: Path) -> None:
@@ -414,15 +392,9 @@ def read_json(path: Path) -> dict:
 
 
 def check_file(path: Path, *records: dict, contents: bool = True) -> None:
-    """Check a file against what manifests say of it.
+    """Raise a ValueError unless a file fits one of the {"bytes", "sha256"} that manifests say of it.
 
-    Args:
-        path: of the file.
-        records: {"bytes", "sha256"} of each manifest that lists it; one has to fit.
-        contents: False compares the sizes alone.
-
-    Raises:
-        ValueError: it is missing, damaged or another file.
+    With `contents=False` the sizes alone are compared.
     """
     if not path.is_file():
         raise ValueError(f"{path} is missing.")

@@ -35,11 +35,7 @@ _VARIANT = re.compile(r"\w+(-\w+)*", re.ASCII)
 
 
 def refuse_code(arguments: dict[str, Any]) -> None:
-    """Refuse arguments of `from_pretrained` that would run code, or read weights that can hold code.
-
-    Raises:
-        ValueError: such an argument was given; it is named.
-    """
+    """Raise a ValueError for arguments of `from_pretrained` that run code, or read weights that can hold code."""
     for name, harmless in _HARMLESS.items():
         if name in arguments and arguments[name] not in harmless:
             raise ValueError(
@@ -49,12 +45,7 @@ def refuse_code(arguments: dict[str, Any]) -> None:
 
 
 def check_source(name: str | os.PathLike, subfolder: str | None, variant: str | None) -> None:
-    """Refuse what is neither a folder nor a name on the Hub, and names that leave their folder.
-
-    Raises:
-        ValueError: `name` is a URL, a file, or neither a folder nor a name; `subfolder` leads out; `variant` is no
-            word.
-    """
+    """Raise a ValueError unless `name` is a folder or a name on the Hub, `subfolder` inside, and `variant` a word."""
     expected = "`pretrained_model_name_or_path` must be a folder or a name on the Hub"
     if not isinstance(name, (str, os.PathLike)):
         raise ValueError(f"{expected}, got {shown(name)}.")
@@ -89,19 +80,15 @@ def pin(name: str, arguments: dict[str, Any]) -> dict[str, Any]:
         OSError, ValueError: there is no such repository or revision, or none is known and the Hub cannot be reached.
     """
     found = {key: arguments.get(key) for key in ("cache_dir", "token")}
-    local = bool(arguments.get("local_files_only"))
+    found["local_files_only"] = bool(arguments.get("local_files_only"))
     try:
-        revision = resolve_revision(name, revision=arguments.get("revision"), local_files_only=local, **found)
+        revision = resolve_revision(name, revision=arguments.get("revision"), **found)
     except RevisionResolutionError as error:
         raise OSError(
             f"{shown(name)} is no folder, and as a name on the Hub it is not known: {printable(error)}"
         ) from error
-    return {
-        **found,
-        "force_download": bool(arguments.get("force_download")),
-        "local_files_only": local,
-        "revision": revision.resolved,  # the SHA: as a string the object is the name of the branch
-    }
+    # The SHA: as a string the object is the name of the branch
+    return found | {"force_download": bool(arguments.get("force_download")), "revision": revision.resolved}
 
 
 def download_model(name: str, subfolder: str | None, variant: str | None, arguments: dict[str, Any]) -> Path:

@@ -26,11 +26,6 @@ class Tensor(NamedTuple):
     shape: tuple[int, ...]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Files
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 def weight_names(variant: str | None, suffix: str = ".safetensors") -> tuple[str, str]:
     """Names of the file of all weights of a model and of the index of its shards, as diffusers gives them."""
     variant = "" if variant is None else f".{variant}"
@@ -109,11 +104,6 @@ def read_header(file: Path) -> dict[str, Tensor]:
         raise ValueError(f"{file} is damaged or no safetensors file: {printable(error)}") from None
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Tensors
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 def check_floating(tensors: Mapping[str, Tensor]) -> None:
     """Raise a ValueError unless every tensor is floating point, and all those of 16 bits are of one kind.
 
@@ -129,15 +119,9 @@ def check_floating(tensors: Mapping[str, Tensor]) -> None:
 
 
 def check_fits(tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]], files: str) -> None:
-    """Compare what lies in the files with what a model has.
+    """Raise a ValueError unless the tensors in some files are the weights of a model, by names and shapes.
 
-    Args:
-        tensors: of all files.
-        expected: the shape of every weight of the model.
-        files: where the weights were looked for, in words.
-
-    Raises:
-        ValueError: weights are missing, foreign, or have another shape; the first of each kind is named.
+    It says what is missing, foreign to the model or of another shape, and how much; `files` are named in words.
     """
     missing = sorted(expected.keys() - tensors.keys())
     foreign = sorted(tensors.keys() - expected.keys())
@@ -148,26 +132,17 @@ def check_fits(tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[int, 
     if foreign:
         problems.append(f"{len(foreign)} weights are foreign to the model, such as {shown(foreign[0])}")
     if other:
-        name = other[0]
-        problems.append(
-            f"{len(other)} weights have another shape, such as `{name}`: {shown(tensors[name].shape)} in"
-            f" {tensors[name].file.name}, {expected[name]} in the model"
-        )
+        file, _, shape = tensors[other[0]]
+        found = f"{shown(shape)} in {file.name}, {expected[other[0]]} in the model"
+        problems.append(f"{len(other)} weights have another shape, such as `{other[0]}`: {found}")
     if problems:
         raise ValueError(f"{files}: {'; '.join(problems)}.")
 
 
 def check_finite(tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> None:
-    """Read every floating-point tensor once, and see that no value is NaN or infinite, nor will be after a cast.
+    """Raise a ValueError unless every value of all files is finite, also in the `dtype` that it will be cast to.
 
     Nothing is kept: the files are mapped into memory, and the model that reads them next finds them there.
-
-    Args:
-        tensors: of all files.
-        dtype: what the weights will be cast to; None if they stay what they are.
-
-    Raises:
-        ValueError: a value is not finite, or too large for `dtype`; the file and the tensor are named.
     """
     for file in sorted({tensor.file for tensor in tensors.values()}):
         try:
@@ -192,11 +167,6 @@ def _check_finite(values: torch.Tensor, dtype: torch.dtype | None, where: str) -
         raise ValueError(f"{where} does not fit {dtype}: its values go from {lowest:.4g} to {highest:.4g}.")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Seals
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 def sealed_files(folder: Path) -> dict[Path, list[dict]]:
     """Finish interrupted saves into a folder and around it, and look up what their manifests list.
 
@@ -219,15 +189,9 @@ def sealed_files(folder: Path) -> dict[Path, list[dict]]:
 
 
 def check_sealed(files: Iterable[Path], records: Mapping[Path, list[dict]]) -> None:
-    """Check files against the manifests that list them; where none lists any weights beside a file, it may be any.
+    """Raise a ValueError unless files are what manifests say of them, the records of `sealed_files`.
 
-    Args:
-        files: that will be read.
-        records: of `sealed_files`.
-
-    Raises:
-        ValueError: a file is missing, damaged or another one, or is not listed and other weights beside it are: they
-            are not of one save. It is named.
+    A file that no manifest lists may be any, unless weights beside it are listed: these are not of one save.
     """
     weights = {file.parent: file for file in sorted(records) if file.suffix == ".safetensors"}
     for file in (file.absolute() for file in files):

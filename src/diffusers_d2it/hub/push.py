@@ -11,7 +11,6 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, get_token
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from ..files.folders import MANIFEST, write_durably
+from ..files.folders import MANIFEST, durable_file
 from ..files.source import without_origin
 from ..words import listed, printable, shown
 from .card import check_license, commands_of, make_model_card
@@ -158,9 +157,11 @@ def write_card(folder: Path, model_card: ModelCard | None, sample_image: str | o
     """
     if sample_image is not None:
         check_png(sample_image)
-        write_durably(folder / SAMPLES, partial(shutil.copyfile, sample_image))
+        with durable_file(folder / SAMPLES) as staged:
+            shutil.copyfile(sample_image, staged)
     if model_card is not None:
-        write_durably(folder / CARD, model_card.save)
+        with durable_file(folder / CARD) as staged:
+            model_card.save(staged)
 
 
 def check_png(path: str | os.PathLike) -> None:

@@ -10,7 +10,6 @@ Everything is written aside and renamed, and the images that are there are check
 """
 
 import io
-import json
 import math
 import os
 import shutil
@@ -30,7 +29,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from tqdm.auto import tqdm
 
-from ..files import is_sealed, lock, on_main_process, seal, staging_folder, verify, write_text_durably
+from ..files import is_sealed, lock, on_main_process, seal, staging_folder, verify, write_json_durably
 from ..files.folders import MANIFEST, names_in, settle
 from ..pixels import unit_to_uint8
 from ..words import differences, listed
@@ -313,4 +312,4 @@ class SampleFolder:
     def _write_protocol(self, complete: bool) -> None:
         self.protocol["complete"] = complete
         (self.path / MANIFEST).unlink(missing_ok=True)  # what it seals changes
-        write_text_durably(self.path / PROTOCOL, json.dumps(self.protocol, indent=2) + "\n")
+        write_json_durably(self.path / PROTOCOL, self.protocol)

@@ -15,7 +15,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from ..files.folders import durable_file
+from ..files import durable_file
 
 
 _MEMBER = "arr_0.npy"
@@ -36,7 +36,7 @@ def write_npz(path: str | os.PathLike, shape: tuple[int, int, int, int], batches
     Raises:
         ValueError: the batches have another dtype or other sides, or are not N images.
     """
-    with durable_file(Path(path).absolute()) as staged:
+    with durable_file(Path(path)) as staged:
         num_written = 0
         with zipfile.ZipFile(staged, "w") as archive:
             with archive.open(zipfile.ZipInfo(_MEMBER, _EARLIEST), "w", force_zip64=True) as stream:

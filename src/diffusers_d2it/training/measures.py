@@ -48,7 +48,7 @@ def count_entropy(
     counted = torch.cat([calibration.counts, torch.tensor([calibration.num_images])]).to(accelerator.device)
     counted = accelerator.reduce(counted, "sum").cpu()
     if not counted[-1]:
-        raise ValueError(f"{source.name}: none of the images can be used. {bad_images.summary()}")
+        raise bad_images.none_usable(source.name)
     total = EntropyCalibration(region_size)
     total.merge(counted[:-1], int(counted[-1]))
     return total
