@@ -19,8 +19,8 @@ from report import RESULTS
 from study import write_json
 
 from diffusers_d2it import region_entropy
-from diffusers_d2it.calibration import NUM_QUANTILES, thresholds_for_ratios
 from diffusers_d2it.data import to_pixels
+from diffusers_d2it.entropy import NUM_QUANTILES, thresholds_for_ratios
 from diffusers_d2it.grains import grain_map_from_entropy
 
 

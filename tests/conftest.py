@@ -26,7 +26,7 @@ from diffusers_d2it import (
     DynamicAutoencoderKL,
     load_preset,
 )
-from diffusers_d2it.calibration import EntropyCalibration
+from diffusers_d2it.entropy import EntropyCalibration
 
 
 torch.set_num_threads(1)  # components are tiny: more threads only wait for one another

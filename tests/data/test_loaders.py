@@ -12,7 +12,6 @@ from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration, set_seed
 from image_files import encode, photo, truncated_jpeg, write_folder, write_tar
 
-from diffusers_d2it.calibration import EntropyCalibration
 from diffusers_d2it.data import loaders
 from diffusers_d2it.data.bad_images import BadImages
 from diffusers_d2it.data.images import to_pixels
@@ -27,6 +26,7 @@ from diffusers_d2it.data.loaders import (
     usable_images,
 )
 from diffusers_d2it.data.source import load_images
+from diffusers_d2it.entropy import EntropyCalibration
 from diffusers_d2it.training.measures import count_entropy
 
 

@@ -15,8 +15,8 @@ from accelerate.utils import DistributedType
 from script_runs import EXAMPLES, TWO_PROCESSES, call, load_script, run
 
 from diffusers_d2it import DynamicAutoencoderKL, load_preset
-from diffusers_d2it.calibration import EntropyCalibration
 from diffusers_d2it.data.images import to_pixels
+from diffusers_d2it.entropy import EntropyCalibration
 
 
 def test_calibration_is_the_same_streamed_and_by_two_processes(folder, dvae, tmp_path, capsys):

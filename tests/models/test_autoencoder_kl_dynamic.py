@@ -252,11 +252,6 @@ def test_configurations_that_contradict_themselves_are_refused(key, value):
         DynamicAutoencoderKL(**(load_preset("dvae-tiny") | {key: value}))
 
 
-def test_a_calibration_of_other_regions_is_refused(calibrate):
-    with pytest.raises(ValueError, match="`calibration`.*16 .*8"):
-        DynamicAutoencoderKL(**(load_preset("dvae-tiny") | {"calibration": calibrate(16)}))
-
-
 MAP = torch.zeros(8, 8, 8, dtype=torch.int64)
 
 

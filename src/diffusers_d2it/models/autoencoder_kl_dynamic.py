@@ -10,15 +10,13 @@ from dataclasses import dataclass
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.models.attention import AttentionMixin
 from diffusers.models.autoencoders.vae import AutoencoderMixin, Decoder, DecoderOutput, DiagonalGaussianDistribution
 from diffusers.utils import BaseOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from diffusers.utils.torch_utils import randn_tensor
 from torch import nn
 
-from ..calibration import thresholds_for_ratios
-from ..entropy import NUM_BINS, SIGMA, region_entropy
+from ..entropy import NUM_BINS, SIGMA, region_entropy, thresholds_for_ratios
 from ..grains import GrainLayout, check_fine_ratio, check_grain_map, code_weights, grain_map_from_entropy, merge
 from .configs import check_autoencoder
 from .hierarchical_encoder import HierarchicalEncoder
@@ -65,7 +63,7 @@ class DynamicAutoencoderKLOutput(BaseOutput):
     entropy: torch.Tensor
 
 
-class DynamicAutoencoderKL(StrictModelMixin, AttentionMixin, AutoencoderMixin, ConfigMixin):
+class DynamicAutoencoderKL(StrictModelMixin, AutoencoderMixin, ConfigMixin):
     r"""Variational autoencoder that gives every region of an image as many codes as its entropy asks for.
 
     The trunk of the encoder is read at every factor of `downsample_factors`; Dynamic Grained Coding decides by the

@@ -10,8 +10,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from ..calibration import check_calibration
-from ..entropy import NUM_BINS
+from ..entropy import LUMA_WEIGHTS, NUM_BINS
 from ..limits import check_keys, check_values
 from ..words import shown
 
@@ -126,13 +125,17 @@ def _check_calibration(calibration: Mapping[str, Any], region_size: int) -> None
     check_values(calibration, CALIBRATION, LIMITS, inside="calibration.")
     if not {"quantiles", "region_size"} <= calibration.keys():
         raise ValueError(f"`calibration` must have `quantiles` and `region_size`, got {shown(dict(calibration))}.")
-    check_calibration(calibration, region_size)
+    quantiles = calibration["quantiles"]
     highest = math.log(calibration.get("num_bins", NUM_BINS)) + _ROUNDING
-    if calibration["quantiles"][-1] > highest:  # they ascend
+    if len(quantiles) < 2 or list(quantiles) != sorted(quantiles) or quantiles[-1] > highest:
         raise ValueError(
-            f"`calibration.quantiles` must lie in [0, {highest:.4f}], the entropies of so many bins, got"
-            f" {shown(calibration['quantiles'][-1])}."
+            f"`calibration.quantiles` must be two or more ascending entropies in [0, {highest:.4f}], those of so many"
+            f" bins, got {shown(quantiles)}."
         )
+    for key, value in (("region_size", region_size), ("luma_weights", LUMA_WEIGHTS), ("luma_range", (0, 1))):
+        found = calibration.get(key, value)
+        if (tuple(found) if isinstance(found, list) else found) != value:
+            raise ValueError(f"`calibration` was counted with {key} {shown(found)}, this model has {value}.")
 
 
 def _autoencoder_parameters(config: Mapping[str, Any]) -> int:

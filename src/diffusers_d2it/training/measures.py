@@ -8,11 +8,11 @@ import torch
 from accelerate import Accelerator
 from tqdm.auto import tqdm
 
-from ..calibration import EntropyCalibration
 from ..data.bad_images import BadImages
 from ..data.images import to_pixels
 from ..data.loaders import usable_images
 from ..data.source import ImageSource
+from ..entropy import EntropyCalibration
 from ..grains import cells_per_region, fine_share, grain_map_to_cells, split
 from ..models.autoencoder_kl_dynamic import DynamicAutoencoderKL
 
