@@ -13,6 +13,7 @@ from pathlib import Path
 import diffusers
 import pytest
 import torch
+from alike import same_weights
 from diffusers import AutoModel, DiffusionPipeline
 from loopback_hub import serve_hub
 from script_runs import EXAMPLES
@@ -134,11 +135,6 @@ def test_internals_of_diffusers_that_registration_relies_on():
     assert diffusers.D2iTContentModel is D2iTContentModel
 
 
-def same_weights(a: torch.nn.Module, b: torch.nn.Module) -> bool:
-    a, b = a.state_dict(), b.state_dict()
-    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
-
-
 def same_pipelines(a: D2iTPipeline, b: D2iTPipeline) -> bool:
     models = all(same_weights(getattr(a, name), getattr(b, name)) for name in ("vae", "grain_model", "transformer"))
     configs = ({key: v for key, v in p.vae.config.items() if not key.startswith("_")} for p in (a, b))
@@ -192,21 +188,20 @@ def test_pipeline_without_a_grain_model_loads(make_pipeline, tmp_path):
 
 def test_everything_loads_from_a_hub(saved, tmp_path):
     code = f"""
-import torch, diffusers_d2it
+import sys, diffusers_d2it
+sys.path.append({str(Path(__file__).parent)!r})
+from alike import same_weights
 from diffusers import AutoModel, DiffusionPipeline
 from diffusers_d2it import D2iTPipeline, D2iTContentModel
 local = D2iTPipeline.from_pretrained({str(saved)!r})
-def same(a, b):
-    a, b = a.state_dict(), b.state_dict()
-    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 for loader in (D2iTPipeline, DiffusionPipeline):
     pipe = loader.from_pretrained("user/repo")
     assert type(pipe) is D2iTPipeline and pipe.id2label == local.id2label
     for name in ("vae", "grain_model", "transformer"):
-        assert same(getattr(pipe, name), getattr(local, name)), name
+        assert same_weights(getattr(pipe, name), getattr(local, name)), name
 for loader in (AutoModel, D2iTContentModel):
     model = loader.from_pretrained("user/repo", subfolder="transformer")
-    assert type(model) is D2iTContentModel and same(model, local.transformer)
+    assert type(model) is D2iTContentModel and same_weights(model, local.transformer)
 print("loaded")
 """
     with serve_hub({"user/repo": saved}) as endpoint:

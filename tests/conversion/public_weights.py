@@ -41,8 +41,3 @@ def change_folder(folder: Path, change: dict | Callable[[dict], dict]) -> None:
         edit_weights(folder, change)
     else:
         edit_config(folder, **change)
-
-
-def same_weights(a: torch.nn.Module, b: torch.nn.Module) -> bool:
-    a, b = a.state_dict(), b.state_dict()
-    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)

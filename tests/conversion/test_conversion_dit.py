@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from alike import same_weights
 from diffusers import DiTTransformer2DModel
 from public_weights import (
     assert_accounts_for_everything,
     change_folder,
     edit_config,
     edit_weights,
-    same_weights,
     without,
 )
 from script_runs import call, run

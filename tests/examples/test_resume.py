@@ -28,8 +28,8 @@ def test_a_sharded_run_ends_in_the_weights_of_an_averaged_one(grain_arguments, t
     averaged, sharded = tmp_path / "averaged", tmp_path / "sharded"
     arguments = [*grain_arguments, "--train_batch_size", 1]
     train("train_grain.py", averaged, 4, *arguments, launch=TWO_PROCESSES, ACCELERATE_USE_CPU="true")
-    script = Path(__file__).with_name("sharded_script.py")
-    flags = ["train_grain.py", *training_flags(sharded, 4), *arguments]
+    script = Path(__file__).parents[1] / "launched_script.py"
+    flags = ["sharded", "train_grain.py", *training_flags(sharded, 4), *arguments]
     run(script, *flags, launch=SHARDED_PROCESSES, ACCELERATE_USE_CPU="true")
     weights = "diffusion_pytorch_model.safetensors"
     for name in ("model", "model_ema"):

@@ -25,11 +25,10 @@ def launch(inputs: Inputs, folder: Path, strike: str, num_processes: int = 2, **
     words = [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
     launcher = TWO_PROCESSES if num_processes == 2 else ONE_PROCESS
     struck = f"{num_processes - 1}/{num_processes}"
-    command = [*launcher, Path(__file__).with_name("struck_run.py"), "train_d2it.py", struck, strike, folder, *words]
-    paths = [str(Path(__file__).parent), str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")]
-    environment = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
+    command = [*launcher, Path(__file__).parents[1] / "launched_script.py", strike, struck, folder, "train_d2it.py"]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
-        [str(word) for word in command], env=os.environ | environment, stderr=subprocess.PIPE, text=True
+        [str(word) for word in (*command, *words)], env=environment, stderr=subprocess.PIPE, text=True
     )
 
 

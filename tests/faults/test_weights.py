@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from alike import same_weights
 from diffusers import AutoencoderKL
 from measuring import Attempt, attempt
 from safetensors.torch import load_file, save_file
@@ -49,12 +50,7 @@ def problem_of(found: Attempt, model: torch.nn.Module, *names: str) -> str | Non
     """What is wrong with a load, unless it was refused with these names, or gave the very model that was saved."""
     if found.error is not None:
         return found.problem(*names)
-    state = model.state_dict()
-    loaded = found.result.state_dict()
-    same = loaded.keys() == state.keys() and all(
-        loaded[key].dtype == state[key].dtype and torch.equal(loaded[key], state[key]) for key in state
-    )
-    return found.costs() if same else "was accepted with other weights"
+    return found.costs() if same_weights(found.result, model) else "was accepted with other weights"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

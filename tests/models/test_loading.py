@@ -11,6 +11,7 @@ from typing import get_type_hints
 
 import pytest
 import torch
+from alike import same_weights
 from diffusers import AutoModel
 from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
@@ -22,11 +23,6 @@ from diffusers_d2it.models import configs
 
 CLASSES = [DynamicAutoencoderKL, D2iTGrainModel, D2iTContentModel]
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-
-
-def same_weights(a: torch.nn.Module, b: torch.nn.Module) -> bool:
-    a, b = a.state_dict(), b.state_dict()
-    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
 def names_in(folder: str | Path) -> list[str]:
