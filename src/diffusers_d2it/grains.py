@@ -42,18 +42,18 @@ def check_fine_ratio(fine_ratio: float, name: str = "fine_ratio") -> None:
         raise ValueError(f"`{name}` must be a number in [0, 1], got {fine_ratio!r}.")
 
 
-def check_grain_map(grain_map: torch.Tensor, num_grains: int) -> None:
-    """Raise a ValueError unless `grain_map` is an int64 (B, h, w) tensor with values 0 ... num_grains - 1."""
+def check_grain_map(grain_map: torch.Tensor, num_grains: int, name: str = "grain_map") -> None:
+    """Raise a ValueError that names the argument unless it is int64 (B, h, w) with values 0 ... num_grains - 1."""
     if not isinstance(grain_map, torch.Tensor):
-        raise ValueError(f"`grain_map` must be a torch.Tensor, got {type(grain_map).__name__}.")
+        raise ValueError(f"`{name}` must be a torch.Tensor, got {type(grain_map).__name__}.")
     if grain_map.dtype != torch.int64:
-        raise ValueError(f"`grain_map` must be int64, got {grain_map.dtype}.")
+        raise ValueError(f"`{name}` must be int64, got {grain_map.dtype}.")
     if grain_map.ndim != 3 or 0 in grain_map.shape:
-        raise ValueError(f"`grain_map` must have shape (B, h, w), got {tuple(grain_map.shape)}.")
+        raise ValueError(f"`{name}` must have shape (B, h, w), got {tuple(grain_map.shape)}.")
     low, high = torch.aminmax(grain_map)
     if low < 0 or high >= num_grains:
         raise ValueError(
-            f"`grain_map` must hold grains 0 (coarsest) to {num_grains - 1} (finest), got values from {low.item()} to"
+            f"`{name}` must hold grains 0 (coarsest) to {num_grains - 1} (finest), got values from {low.item()} to"
             f" {high.item()}."
         )
 

@@ -17,3 +17,9 @@ def from_uint8(pixels: torch.Tensor) -> torch.Tensor:
 def unit_to_uint8(images: torch.Tensor) -> torch.Tensor:
     """Images in [0, 1], as a pipeline returns them, as uint8: the nearest level."""
     return (images * 255).round().to(torch.uint8)
+
+
+def check_uint8(images: torch.Tensor) -> None:
+    """Raise a ValueError unless `images` are uint8 (N, 3, H, W), one at least."""
+    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3 or not len(images):
+        raise ValueError(f"`images` must be uint8 (N, 3, H, W), got {images.dtype} {tuple(images.shape)}.")

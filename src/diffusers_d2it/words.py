@@ -83,13 +83,19 @@ def close_to(name: object, known: Iterable[str], most: int = 3) -> list[str]:
     return difflib.get_close_matches(str(name), list(known), n=most)
 
 
-def differences(found: Any, expected: Any, name: str = "") -> list[str]:
-    """Where two values of JSON differ, in words: the dotted name of each field, what was found and what expected."""
-    if isinstance(found, dict) and isinstance(expected, dict):
-        keys = [*found, *(key for key in expected if key not in found)]
-        parts = (differences(found.get(key), expected.get(key), f"{name}.{key}" if name else str(key)) for key in keys)
-        return [words for part in parts for words in part]
-    return [] if found == expected else [f"{name} {_json(found)}, not {_json(expected)}"]
+def differing(a: Any, b: Any, name: str = "", missing: Any = None) -> dict[str, tuple]:
+    """Where two values of JSON differ: the dotted name of each field, and both values, `missing` where one is not."""
+    if not (isinstance(a, dict) and isinstance(b, dict)):
+        return {} if a == b else {name: (a, b)}
+    found = {}
+    for key in dict.fromkeys([*a, *b]):
+        found |= differing(a.get(key, missing), b.get(key, missing), f"{name}.{key}" if name else str(key), missing)
+    return found
+
+
+def differences(found: Any, expected: Any) -> list[str]:
+    """`differing` in words: the dotted name of each field, what was found and what expected."""
+    return [f"{name} {_json(one)}, not {_json(other)}" for name, (one, other) in differing(found, expected).items()]
 
 
 def _json(value: Any) -> str:

@@ -266,10 +266,9 @@ def test_too_few_images_are_refused_and_how_many_are_needed_is_said(samples, ref
 
 
 def test_statistics_need_two_images_and_their_ending(features, tmp_path):
-    with pytest.raises(ValueError, match="2 images, got 1 in one"):
-        save_statistics(tmp_path / "one.npz", ImageSet.from_tensor(crops(1, 0), "one"), features)
-    with pytest.raises(ValueError, match="`path`.*npz.*statistics.pt"):
-        save_statistics(tmp_path / "statistics.pt", ImageSet.from_tensor(crops(2, 0), "two"), features)
+    one, two = (ImageSet.from_tensor(crops(number, 0), "few") for number in (1, 2))
+    refused("2 images, got 1", save_statistics, tmp_path / "one.npz", one, features)
+    refused("`path`.*npz.*statistics.pt", save_statistics, tmp_path / "statistics.pt", two, features)
 
 
 def test_metrics_need_features_reference_and_sizes_that_fit(samples, reference):

@@ -209,7 +209,7 @@ def test_damaged_files(tmp_path):
         path.write_bytes(content)
         refused("file.npz", read_statistics, path)
     np.save(tmp_path / "array.npy", np.eye(3))
-    refused(r"array.npy.*\(3, 3\)", read_statistics, tmp_path / "array.npy")
+    refused("array.npy", read_statistics, tmp_path / "array.npy")
     with zipfile.ZipFile(path, "w") as archive:  # a header that promises more than there is memory
         header = b"{'descr': '<f8', 'fortran_order': False, 'shape': (1000000000000000,), }".ljust(117) + b"\n"
         archive.writestr("mu.npy", b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header)
@@ -220,5 +220,6 @@ def test_a_save_that_fails_keeps_the_old_file(tmp_path):
     path = tmp_path / "file.npz"
     save(path, draw())
     content = path.read_bytes()
-    refused("`protocol`", save, path, draw(seed=1), {"when": object()})
+    with pytest.raises(TypeError):
+        save(path, draw(seed=1), {"when": object()})
     assert path.read_bytes() == content and len(list(tmp_path.iterdir())) == 1

@@ -12,16 +12,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from diffusers.utils.torch_utils import randn_tensor
 from tqdm.auto import tqdm
 
+from ..files import place_of
 from ..grains import fine_share
 from ..pipelines.grain_maps import random_grain_map
 from ..pipelines.pipeline_d2it import D2iTPipeline
-from ..pixels import unit_to_uint8
+from ..pixels import check_uint8, unit_to_uint8
+from ..sampling.sets import generators_of
 
 
 MAP_SOURCES = ("true", "predicted", "random", "coarse", "fine")
@@ -69,11 +70,8 @@ class Drawing:
         return {name: getattr(self, name) for name in names}
 
     def generators(self, purpose: int, images: slice) -> list[torch.Generator]:
-        """A generator for each image, on the CPU, so that every device draws the same; no two images share one."""
-        first = int(np.random.SeedSequence(self.seed, spawn_key=(_REPORTS, purpose)).generate_state(1)[0])
-        # A generator reads no more than 32 bits of a seed
-        seeds = ((first + image) % 2**32 for image in range(images.start, images.stop))
-        return [torch.Generator().manual_seed(one) for one in seeds]
+        """`generators_of` these images: other noise for another purpose."""
+        return generators_of(range(images.start, images.stop), self.seed, _REPORTS, purpose)
 
     def class_ids(self, images: slice) -> torch.Tensor | None:
         """The labels of some images, on the device of the pipeline."""
@@ -93,14 +91,12 @@ class Drawing:
             ValueError: there are other than N labels.
         """
         self._check_number(len(out))
-        several = self.accelerator is not None and self.accelerator.num_processes > 1
-        starts = range(0, len(out), self.batch_size)
-        batches = [slice(start, min(start + self.batch_size, len(out))) for start in starts]
-        share = batches[self.accelerator.process_index :: self.accelerator.num_processes] if several else batches
-        hidden = description is None or (several and not self.accelerator.is_main_process)
-        for images in tqdm(share, desc=description, disable=hidden):
+        process, count = place_of(self.accelerator)
+        starts = range(process * self.batch_size, len(out), count * self.batch_size)
+        for start in tqdm(starts, desc=description, disable=description is None or process > 0):
+            images = slice(start, min(start + self.batch_size, len(out)))
             out[images] = function(images).to(out.device, out.dtype)
-        if several:
+        if count > 1:
             for part in out.split(256):  # each image is zero on all processes but one
                 part.copy_(self.accelerator.reduce(part.to(self.accelerator.device), "sum"))
         return out
@@ -137,8 +133,7 @@ class Drawing:
             ValueError: the images are not uint8 (N, 3, H, W) with sides that are multiples of a region, or the
                 autoencoder has not been calibrated.
         """
-        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3 or not len(images):
-            raise ValueError(f"`images` must be uint8 (N, 3, H, W), got {images.dtype} {tuple(images.shape)}.")
+        check_uint8(images)
         batches = images.split(self.batch_size)
         return torch.cat([self.pipe.grain_map_from_image(batch / 255).cpu() for batch in batches])
 

@@ -15,9 +15,8 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 
-from ..files import on_main_process
+from ..files import gather, on_main_process, place_of
 from ..files.folders import file_sha256
 from ..words import differences, listed
 from .features import FeatureExtractor
@@ -116,8 +115,7 @@ class Evaluator:
         kid_subset_size: int = 1000,
         **reading: int,
     ):
-        if not metrics or len(set(metrics)) < len(metrics) or not set(metrics) <= set(METRICS):
-            raise ValueError(f"`metrics` must be some of {', '.join(METRICS)}, each once, got {list(metrics)}.")
+        check_metrics(metrics, METRICS)
         self.metrics = {name: _METRICS[name] for name in metrics}
         if "kid" in metrics:
             if kid_subset_size < 2:
@@ -129,8 +127,11 @@ class Evaluator:
         self.reading = {"accelerator": accelerator, **reading}
         self.images: ImageSet | None = None
         self.statistics: ReferenceStatistics | None = None
+        self._size: tuple[int, int] | None = None  # of the reference, where it tells
         self._theirs: ReadImages | None = None
-        self._open(reference)
+        parts = {metric.part for metric in self.metrics.values()} - {"scores"}
+        if parts:
+            self._open(reference, parts)
 
     def __call__(self, samples: ImageSet) -> list[Result]:
         """A result for each metric. Raises what `evaluate` raises."""
@@ -144,7 +145,7 @@ class Evaluator:
         for (name, metric), (value, deviation) in zip(self.metrics.items(), values):
             protocol = self._protocol(metric, ours, widths)
             name = result_name(name, self.features)
-            if protocol.get("rank_deficient") and (self.accelerator is None or self.accelerator.is_main_process):
+            if protocol.get("rank_deficient") and place_of(self.accelerator)[0] == 0:
                 warnings.warn(
                     f"{name}: there are no more images than the {widths[metric.output]} features, so that a covariance"
                     " lacks rank. The value is too high: compare it only with others of as many images.",
@@ -153,22 +154,27 @@ class Evaluator:
             results.append(Result(name, value, protocol, deviation))
         return results
 
-    def _open(self, reference: ImageSet | str | os.PathLike | None) -> None:
-        parts = {metric.part for metric in self.metrics.values()} - {"scores"}
-        if not parts:
-            return
+    def _open(self, reference: ImageSet | str | os.PathLike | None, parts: set[str]) -> None:
         if reference is None:
             raise ValueError("`reference` must be images or the path of statistics: only the metric 'is' needs none.")
         if isinstance(reference, ImageSet):
-            self.images = reference
+            self.images, self._name, self._size = reference, reference.name, reference.size
             return
-        self.path = Path(reference)
-        statistics = read_statistics(reference)
-        self.statistics = statistics if "moments" in parts else None
+        self._name, statistics = str(reference), read_statistics(reference)
+        protocol = statistics.protocol  # in files of others there may be anything
+        is_ours = all(isinstance(protocol.get(part), dict) for part in ("features", "images"))
+        self._known = protocol if is_ours else {"features": {}}
+        images = open_images(reference) if "arr_0.npy" in _members(reference) else None
+        if is_ours:
+            self._size = tuple(self._known["images"]["resolution"])
+        elif images is not None:
+            self._size = images.size
+        if "moments" in parts:
+            self.statistics = statistics
         if "rows" in parts:
-            if "arr_0.npy" not in _members(reference):
+            if images is None:
                 raise ValueError(f"{reference} holds statistics, and 'precision', 'recall' and 'kid' compare images.")
-            self.images = open_images(reference)
+            self.images = images
 
     def _check(self, samples: ImageSet, widths: dict[str, int]) -> None:
         """Raise a ValueError if samples and reference cannot be compared. What a file does not tell is not checked."""
@@ -186,33 +192,22 @@ class Evaluator:
                         f"the metric {name!r} needs at least {metric.least} images{hint}, got {len(images)} in"
                         f" {images.name}."
                     )
-        if self.images is not None:
-            _check_size(self.images.size, samples, self.images.name)
+        if self._size not in (None, samples.size):
+            ours, theirs = ("x".join(map(str, size)) for size in (samples.size, self._size))
+            raise ValueError(
+                f"samples and reference must be of one size, got {ours} in {samples.name} and {theirs} in"
+                f" {self._name}; images of a data set are resized to a `resolution`."
+            )
         if self.statistics is not None:
-            self._check_statistics(samples, widths)
-
-    def _check_statistics(self, samples: ImageSet, widths: dict[str, int]) -> None:
-        """Raise a ValueError unless the statistics are of these features, and of images of this size."""
-        outputs = sorted({metric.output for metric in self.metrics.values() if metric.part == "moments"})
-        if not set(outputs) <= set(self.statistics.moments):
-            raise ValueError(f"{self.path} has no mu_s and sigma_s, the statistics of features for 'sfid'.")
-        known, ours = self._known.get("features", {}), self.features.describe()
-        known = {key: known.get(key, value) for key, value in ours.items()}  # others do not tell theirs
-        known |= {f"number for {output!r}": len(self.statistics.moments[output][0]) for output in outputs}
-        ours |= {f"number for {output!r}": widths[output] for output in outputs}
-        found = differences(known, ours)
-        if found:
-            raise ValueError(f"{self.path} was computed in other features than the samples: {'; '.join(found)}.")
-        if self._known:
-            _check_size(self._known["images"]["resolution"], samples, str(self.path))
-        elif self.images is None and "arr_0.npy" in _members(self.path):  # the images of ADM's statistics tell theirs
-            _check_size(open_images(self.path).size, samples, str(self.path))
-
-    @property
-    def _known(self) -> dict:
-        """The protocol of `save_statistics`; empty for files of others, whatever they hold."""
-        protocol = self.statistics.protocol
-        return protocol if all(isinstance(protocol.get(part), dict) for part in ("features", "images")) else {}
+            outputs = sorted({metric.output for metric in self.metrics.values() if metric.part == "moments"})
+            if not set(outputs) <= set(self.statistics.moments):
+                raise ValueError(f"{self._name} has no mu_s and sigma_s, the statistics of features for 'sfid'.")
+            ours = self.features.describe()
+            known = {key: self._known["features"].get(key, value) for key, value in ours.items()}
+            known |= {f"number for {output!r}": len(self.statistics.moments[output][0]) for output in outputs}
+            ours |= {f"number for {output!r}": widths[output] for output in outputs}
+            if found := differences(known, ours):
+                raise ValueError(f"{self._name} was computed in other features than the samples: {'; '.join(found)}.")
 
     def _read(self, images: ImageSet, parts: set[str]) -> "ReadImages":
         wanted = [metric for metric in self.metrics.values() if metric.part in parts]
@@ -239,14 +234,21 @@ class Evaluator:
     def _protocol(self, metric: _Metric, ours: "ReadImages", widths: dict[str, int]) -> dict:
         protocol = {"features": self.features.describe(), "samples": ours.description, "settings": metric.settings}
         if metric.part == "moments" and self.statistics is not None:
-            file = {"name": self.path.name, "num_images": self.statistics.num_images}
-            protocol["reference"] = self._known.get("images") or file | {"statistics_sha256": file_sha256(self.path)}
+            path, number = Path(self._name), self.statistics.num_images
+            file = {"name": path.name, "num_images": number, "statistics_sha256": file_sha256(path)}
+            protocol["reference"] = self._known.get("images") or file
         elif metric.part != "scores":
             protocol["reference"] = self._theirs.description
         if metric.part == "moments":
             numbers = [images["num_images"] for images in (protocol["samples"], protocol["reference"])]
             protocol["rank_deficient"] = min(n for n in numbers if n is not None) <= widths[metric.output]
         return {**protocol, "versions": versions(self.features)}
+
+
+def check_metrics(metrics: Sequence[str], known: Sequence[str]) -> None:
+    """Raise a ValueError unless metrics are some of those known, each once."""
+    if not metrics or len(set(metrics)) < len(metrics) or not set(metrics) <= set(known):
+        raise ValueError(f"`metrics` must be some of {', '.join(known)}, each once, got {list(metrics)}.")
 
 
 def result_name(metric: str, features: FeatureExtractor) -> str:
@@ -313,34 +315,23 @@ def read_images(
         for output in moments:
             statistics.setdefault(output, FeatureStatistics(found[output].shape[1])).update(found[output], indices)
 
-    parts = [(places, kept, hashes, statistics)]
-    if count > 1:
-        parts = [part for part in gather_object(parts) if part[0]]  # a process may have had no images
+    gathered = gather(accelerator, (places, kept, hashes, statistics))
+    first, *others = parts = [part for part in gathered if part[0]]  # a process may have had no images
     places = torch.cat([one for part in parts for one in part[0]])
-    _check_read_once(places, images)
-    order = places.argsort()
-    for _, _, _, others in parts[1:]:
-        for output, counted in others.items():
-            parts[0][3][output].merge(counted)
-    digest = pixel_digest(len(images), sum(part[2] for part in parts))
-    return ReadImages(
-        {**images.describe(), "digest": digest},
-        {output: torch.cat([one for part in parts for one in part[1][output]])[order] for output in rows},
-        {output: parts[0][3][output].moments for output in moments},
-    )
-
-
-def place_of(accelerator: Accelerator | None) -> tuple[int, int]:
-    """Which process this is, and of how many."""
-    return (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
-
-
-def _check_read_once(places: torch.Tensor, images: ImageSet) -> None:
-    times = torch.bincount(places, minlength=len(images))
+    times, order = torch.bincount(places, minlength=len(images)), places.argsort()
     for fault, wrong in (("missing", times == 0), ("read more than once", times > 1)):
         if wrong.any():
             found = listed(wrong.nonzero().flatten().tolist(), most=8)
             raise ValueError(f"each of the {len(images)} images of {images.name} must be read once, {fault}: {found}.")
+    for part in others:
+        for output, counted in part[3].items():
+            first[3][output].merge(counted)
+    digest = pixel_digest(len(images), sum(part[2] for part in parts))
+    return ReadImages(
+        {**images.describe(), "digest": digest},
+        {output: torch.cat([one for part in parts for one in part[1][output]])[order] for output in rows},
+        {output: first[3][output].moments for output in moments},
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -389,23 +380,12 @@ def save_statistics(
     """
     if Path(path).suffix != ".npz":
         raise ValueError(f"`path` of statistics must end in .npz, got {path}.")
-    if len(images) < 2:
-        raise ValueError(f"a covariance needs at least 2 images, got {len(images)} in {images.name}.")
     features = features if accelerator is None else features.to(accelerator.device)
     moments = [output for output in ("pool", "spatial") if output in features.widths(images.size)]
     reading = {"batch_size": batch_size, "accelerator": accelerator, "num_workers": num_workers}
     read = read_images(images, features, moments=moments, **reading)
     protocol = {"features": features.describe(), "images": read.description, "versions": versions(features)}
     on_main_process(accelerator, lambda: write_statistics(path, read.moments, len(images), protocol))
-
-
-def _check_size(size: Sequence[int], samples: ImageSet, name: str) -> None:
-    if tuple(size) != samples.size:
-        ours, theirs = ("x".join(map(str, one)) for one in (samples.size, size))
-        raise ValueError(
-            f"samples and reference must be of one size, got {ours} in {samples.name} and {theirs} in {name};"
-            " images of a data set are resized to a `resolution`."
-        )
 
 
 def _members(path: str | os.PathLike) -> list[str]:

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..optional import import_optional
-from ..pixels import from_uint8
+from ..pixels import check_uint8, from_uint8
 
 
 _INCEPTION_SHA256 = "6726825d"  # as its authors put it into the name of the file
@@ -58,8 +58,7 @@ class FeatureExtractor(nn.Module, ABC):
         Raises:
             ValueError: these are no such images.
         """
-        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
-            raise ValueError(f"`images` must be uint8 (B, 3, H, W), got {images.dtype} {tuple(images.shape)}.")
+        check_uint8(images)
         # TensorFloat-32, which cuDNN uses unasked, would give each GPU and each batch size figures of its own
         cudnn = torch.backends.cudnn
         exact = cudnn.flags(cudnn.enabled, cudnn.benchmark, deterministic=cudnn.deterministic, allow_tf32=False)

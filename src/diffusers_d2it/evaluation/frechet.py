@@ -60,12 +60,7 @@ def frechet_distance(
 def check_moments(
     mean: np.ndarray | torch.Tensor, covariance: np.ndarray | torch.Tensor, mean_name: str, covariance_name: str
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Both as float64, the covariance exactly symmetric, after all checks but that of eigenvalues, which takes long.
-
-    Raises:
-        ValueError: a shape, a dtype, a value that is not finite, or a covariance that is not symmetric; the argument
-            is called by its name.
-    """
+    """Both as float64, the covariance exactly symmetric, after all checks but that of eigenvalues."""
     mean, covariance = _to_float64(mean, mean_name), _to_float64(covariance, covariance_name)
     if mean.ndim != 1 or not len(mean):
         raise ValueError(f"{mean_name} must be (D,) with D features, got {mean.shape}.")

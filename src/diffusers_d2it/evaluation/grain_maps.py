@@ -43,11 +43,11 @@ def fine_ratio_error(predicted: torch.Tensor, real: torch.Tensor, num_grains: in
     Raises:
         ValueError: the maps are of two sizes.
     """
-    _check_maps({"predicted": predicted, "real": real}, num_grains)
+    check_grain_map(predicted, num_grains, "predicted")
+    check_grain_map(real, num_grains, "real")
     if predicted.shape[1:] != real.shape[1:]:
-        raise ValueError(
-            f"`predicted` and `real` must be maps of one size, got {_size(predicted)} and {_size(real)} regions."
-        )
+        sizes = " and ".join(str(tuple(maps.shape[1:])) for maps in (predicted, real))
+        raise ValueError(f"`predicted` and `real` must be maps of one size, got {sizes} regions.")
     shares, real_shares = (fine_share(maps, num_grains).double().cpu() for maps in (predicted, real))
     mean, real_mean = shares.mean().item(), real_shares.mean().item()
     std, real_std = shares.std(correction=0).item(), real_shares.std(correction=0).item()
@@ -74,7 +74,8 @@ def map_accuracy(predicted: torch.Tensor, true: torch.Tensor, num_grains: int) -
     Raises:
         ValueError: the maps are of two shapes.
     """
-    _check_maps({"predicted": predicted, "true": true}, num_grains)
+    check_grain_map(predicted, num_grains, "predicted")
+    check_grain_map(true, num_grains, "true")
     if predicted.shape != true.shape:
         raise ValueError(
             f"`predicted` and `true` must have one shape, got {tuple(predicted.shape)} and {tuple(true.shape)}."
@@ -102,10 +103,10 @@ def spatial_coherence(maps: torch.Tensor, num_grains: int) -> dict[str, float]:
     Raises:
         ValueError: the maps are of a single region.
     """
-    _check_maps({"maps": maps}, num_grains)
+    check_grain_map(maps, num_grains, "maps")
     num_regions = maps.shape[1] * maps.shape[2]
     if num_regions < 2:
-        raise ValueError(f"`maps` must have two regions at least, to have neighbours, got {_size(maps)}.")
+        raise ValueError("`maps` must have two regions at least, to have neighbours, got one.")
     right = (maps[:, :, 1:] == maps[:, :, :-1]).flatten()
     below = (maps[:, 1:] == maps[:, :-1]).flatten()
     agreement = torch.cat([right, below]).double().mean().item()
@@ -118,20 +119,6 @@ def spatial_coherence(maps: torch.Tensor, num_grains: int) -> dict[str, float]:
 def _above(value: float, chance: float) -> float:
     """0 at chance, 1 at 1; NaN where chance is 1."""
     return (value - chance) / (1 - chance) if chance < 1 else math.nan
-
-
-def _check_maps(maps: dict[str, torch.Tensor], num_grains: int) -> None:
-    if not isinstance(num_grains, int) or num_grains < 2:
-        raise ValueError(f"`num_grains` must be a whole number, 2 or more, got {num_grains!r}.")
-    for name, grain_map in maps.items():
-        try:
-            check_grain_map(grain_map, num_grains)
-        except ValueError as error:
-            raise ValueError(str(error).replace("`grain_map`", f"`{name}`")) from None
-
-
-def _size(maps: torch.Tensor) -> str:
-    return f"{maps.shape[1]}x{maps.shape[2]}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from ..data.folders import is_image, list_files
 from ..data.images import UnusableImageError, decode_image, to_pixels
 from ..data.source import ImageSource, load_images
-from ..pixels import to_uint8
+from ..pixels import check_uint8, to_uint8
 from ..sampling.npz import NpzImages
 from ..sampling.sets import PROTOCOL, read_protocol
 from ..words import printable
@@ -135,11 +135,7 @@ class ImageSet:
         Raises:
             ValueError: these are no such images, or there are none.
         """
-        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3 or not len(images):
-            raise ValueError(
-                f"`images` must be uint8 (N, 3, H, W) with one image at least, got {images.dtype}"
-                f" {tuple(images.shape)}."
-            )
+        check_uint8(images)
         return ImageSet(name, len(images), images.__getitem__, tuple(images.shape[2:]), protocol=protocol)
 
     def _raise_unusable(self, start: int) -> None:
@@ -226,32 +222,18 @@ def _decode_file(root: str, names: list[str], place: int) -> torch.Tensor:
     return _to_tensor(np.asarray(decode_image({"path": os.path.join(root, names[place]), "bytes": None})))
 
 
-class _NpzReader:
-    """Reads images of an .npz, in each process through a file of its own: they must not move one another's place."""
-
-    def __init__(self, path: str):
-        self.path, self._opened_by = path, None
-
-    def open(self) -> NpzImages:
-        if self._opened_by != os.getpid():
-            self._npz, self._opened_by = NpzImages(self.path), os.getpid()
-        return self._npz
-
-    def __call__(self, place: int) -> torch.Tensor:
-        return _to_tensor(self.open().read(place, place + 1)[0])
-
-
 def _open_npz(path: str, resolution: int | None) -> ImageSet:
-    reader = _NpzReader(path)
-    images = reader.open()
-    if resolution is not None and (images.height, images.width) != (resolution, resolution):
-        raise ValueError(
-            f"{_last_part(path)} holds images of {images.height}x{images.width}, which are not resized to"
-            f" {resolution}."
-        )
+    images, name = NpzImages(path), _last_part(path)
+    size = images.height, images.width
+    if resolution is not None and size != (resolution, resolution):
+        raise ValueError(f"{name} holds images of {size[0]}x{size[1]}, which are not resized to {resolution}.")
     is_sampled = os.path.basename(path) == _SAMPLES  # another file may lie beside samples by chance
-    protocol = _read_protocol(os.path.dirname(path), images.num_images) if is_sampled else {}
-    return ImageSet(_last_part(path), images.num_images, reader, (images.height, images.width), protocol=protocol)
+    protocol = _read_protocol(os.path.dirname(path), len(images)) if is_sampled else {}
+    return ImageSet(name, len(images), partial(_read_packed, images), size, protocol=protocol)
+
+
+def _read_packed(images: NpzImages, place: int) -> torch.Tensor:
+    return _to_tensor(images.read(place, place + 1)[0])
 
 
 def _open_data_set(path: str, resolution: int, split: str, image_column: str | None) -> ImageSet:

@@ -11,16 +11,15 @@ from collections.abc import Iterable, Sequence
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 
-from ..files import on_main_process
+from ..files import gather, on_main_process, place_of
 from ..files.folders import digest
 from ..files.source import public_config
 from ..grains import fine_share
 from ..models.autoencoder_kl_dynamic import DynamicAutoencoderKL
 from ..optional import import_optional
 from ..pixels import from_uint8, to_uint8
-from .evaluate import place_of, result_name, versions
+from .evaluate import check_metrics, result_name, versions
 from .features import FeatureExtractor, load_lpips, weights_digest
 from .frechet import frechet_distance
 from .images import ImageSet, hash_pixels, pixel_digest
@@ -94,8 +93,7 @@ class PairScores:
         accelerator: Accelerator | None = None,
         device: torch.device | None = None,
     ):
-        if not metrics or len(set(metrics)) < len(metrics) or not set(metrics) <= set(PAIR_METRICS):
-            raise ValueError(f"`metrics` must be some of {', '.join(PAIR_METRICS)}, each once, got {list(metrics)}.")
+        check_metrics(metrics, PAIR_METRICS)
         if "rfid" in metrics and features is None:
             raise ValueError("the metric 'rfid' needs `features`.")
         if {"psnr", "ssim"} & set(metrics):
@@ -125,20 +123,6 @@ class PairScores:
             for statistics, pool in zip(self.statistics, pools):
                 statistics.update(pool)
 
-    def join(self) -> None:
-        """Take up what the other processes have counted, so that all have the same; all must call it."""
-        if self.accelerator is None or self.accelerator.num_processes == 1:
-            return
-        parts = gather_object([(self.num_images, self.sums, self.hashes, self.statistics)])
-        parts = [part for part in parts if part[0]]  # a process may have had no images
-        self.num_images = sum(num_images for num_images, *_ in parts)
-        self.sums = {name: sum(sums[name] for _, sums, *_ in parts) for name in parts[0][1]}
-        self.hashes = [sum(of_part) for of_part in zip(*(hashes for _, _, hashes, _ in parts))]
-        self.statistics = parts[0][3]
-        for *_, statistics in parts[1:]:
-            for mine, theirs in zip(self.statistics, statistics):
-                mine.merge(theirs)
-
     def compute(self) -> dict[str, float]:
         """The mean of each metric and of the other values, and "rfid"."""
         means = {name: total / self.num_images for name, total in self.sums.items()}
@@ -148,14 +132,24 @@ class PairScores:
         return means
 
     def results(self, samples: dict, reference: ImageSet) -> list[Result]:
-        """A result for each metric and other value, once all is joined; `samples` is what protocols say of them."""
+        """A result for each metric and other value over all processes; `samples` is what protocols say of them."""
+        parts = gather(self.accelerator, (self.num_images, self.sums, self.hashes, self.statistics))
+        parts = [part for part in parts if part[0]]  # a process may have had no images
+        numbers, sums, hashes, statistics = zip(*parts)
+        self.num_images = sum(numbers)
+        self.sums = {name: sum(part[name] for part in sums) for name in sums[0]}
+        self.statistics = statistics[0]
+        for part in statistics[1:]:
+            for mine, theirs in zip(self.statistics, part):
+                mine.merge(theirs)
         values = on_main_process(self.accelerator, self.compute)
-        original, reconstruction = (pixel_digest(self.num_images, hashes) for hashes in self.hashes)
+
+        original, reconstruction = (pixel_digest(self.num_images, sum(of_part)) for of_part in zip(*hashes))
         common = {
             "samples": {**samples, "digest": reconstruction},
             "reference": {**reference.describe(), "digest": original},
+            "versions": versions(self.features),
         }
-        versions_of = {"versions": versions(self.features)}
         details = {metric: {"settings": _SETTINGS.get(metric, {})} for metric in self.metrics}
         if "lpips" in details:
             details["lpips"] = {"features": {"name": _LPIPS_NETWORK, "digest": weights_digest(self.lpips)}}
@@ -165,7 +159,7 @@ class PairScores:
         results = []
         for name in dict.fromkeys([*self.metrics, *values]):
             shown = result_name(name, self.features) if name == "rfid" else name
-            results.append(Result(shown, values[name], common | details.get(name, {}) | versions_of))
+            results.append(Result(shown, values[name], common | details.get(name, {})))
         return results
 
 
@@ -201,7 +195,6 @@ def evaluate_pairs(
     originals = reference.batches(batch_size, *place, num_workers, progress=place[0] == 0)
     for (_, images), (_, reconstructions) in zip(originals, samples.batches(batch_size, *place, num_workers)):
         scores.update(images, reconstructions)
-    scores.join()
     return scores.results(samples.describe(), reference)
 
 
@@ -236,7 +229,6 @@ def evaluate_reconstructions(
     for _, images in reference.batches(batch_size, *place, num_workers, progress=place[0] == 0):
         reconstructions, shares = reconstruct(vae, images, fine_ratio)
         scores.update(images, reconstructions, fine_share=shares)
-    scores.join()
     samples = {
         "name": "reconstructions",
         "num_images": len(reference),

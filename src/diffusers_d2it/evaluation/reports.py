@@ -18,16 +18,15 @@ from itertools import islice
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
 
 from ..data.bad_images import BadImages
 from ..data.images import check_resolution, to_pixels
 from ..data.loaders import usable_images
 from ..data.source import ImageSource
-from ..files import on_main_process
-from ..pipelines.class_conditional import class_of
+from ..files import gather, on_main_process
 from ..pipelines.pipeline_d2it import D2iTPipeline
 from ..pixels import to_uint8, unit_to_uint8
+from ..sampling.reference_maps import classes_of_checkpoint
 from ..words import listed
 from .cost import ForwardMeter, TimedCall, cost_of
 from .drawing import Drawing
@@ -98,9 +97,7 @@ def compare(
             _timed_call(warm_up, slice(0, min(shape[0], drawing.batch_size)), size, arguments, None)
     samples = torch.zeros(shape[0], len(rows), *shape[1:], dtype=torch.uint8)
     samples = drawing.over_images(draw, samples, "sampling" if progress else None)
-    if costs and drawing.accelerator is not None and drawing.accelerator.num_processes > 1:
-        parts = gather_object([calls])
-        calls = {name: [call for part in parts for call in part[name]] for name in rows}
+    parts = gather(drawing.accelerator, calls)
 
     found = []
     for (name, arguments), images in zip(rows.items(), samples.unbind(1)):
@@ -110,7 +107,7 @@ def compare(
         cost = None
         if costs:
             macs = on_main_process(drawing.accelerator, lambda a=arguments: _count_macs(drawing, shape, a))
-            cost = cost_of(calls[name]) | {"macs_per_forward": macs}
+            cost = cost_of([call for part in parts for call in part[name]]) | {"macs_per_forward": macs}
         found.append(Row(name, [asdict(result) for result in results], images, cost))
     return found
 
@@ -183,7 +180,7 @@ def draw_labelled_images(
     """
     resolution = resolution or pipe.transformer.config.sample_size * pipe.vae.downsample_factor
     check_resolution(resolution, pipe.vae.region_size)
-    classes = classes_of_checkpoint(source, pipe)
+    classes = None if pipe.transformer.config.num_classes is None else _known_classes(source, pipe)
     needed = num_images + num_reference_images
     images, labels = [], []
     for row, image in islice(usable_images(source.shuffled(seed).rows(), resolution, bad_images), needed):
@@ -200,23 +197,14 @@ def draw_labelled_images(
     return LabelledImages(images, labels, ImageSet.from_tensor(reference, description), description)
 
 
-def classes_of_checkpoint(source: ImageSource, pipe: D2iTPipeline) -> dict[int, int] | None:
-    """The checkpoint's class of every label of a data set, by `class_of`; None for an unconditional checkpoint."""
-    num_classes = pipe.transformer.config.num_classes
-    if num_classes is None:
-        return None
-    if source.id2label is None:
-        raise ValueError(
-            f"{source.name} has no classes, and the checkpoint draws images of {num_classes}: name a `label_column`,"
-            " or pass a folder with a sub-folder for each class."
-        )
-    found = {label: class_of(label, name, pipe.id2label, num_classes) for label, name in source.id2label.items()}
-    missing = [repr(source.id2label[label]) for label, id in found.items() if id is None]
+def _known_classes(source: ImageSource, pipe: D2iTPipeline) -> dict[int, int]:
+    classes = classes_of_checkpoint(source, pipe)
+    missing = [repr(source.id2label[label]) for label, id in classes.items() if id is None]
     if missing:
-        known = pipe.id2label or range(num_classes)
-        known = [repr(known[id]) for id in sorted(known)]
+        known = sorted((pipe.id2label or dict(enumerate(range(pipe.transformer.config.num_classes)))).items())
         raise ValueError(
             f"{source.name} has classes that the checkpoint does not have: {listed(missing, most=10)}. It has"
-            f" {listed(known, most=10)}. `label_column` names another column, `id2label` the classes of one."
+            f" {listed((repr(name) for _, name in known), most=10)}. `label_column` names another column, `id2label`"
+            " the classes of one."
         )
-    return found
+    return classes

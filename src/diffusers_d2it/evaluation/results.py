@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..files import read_json, write_json_durably
-from ..words import shorten
+from ..words import differing, shorten
 
 
 # What stands in a protocol for the reader: names say little, versions and devices decide about last digits, and the
@@ -90,14 +90,9 @@ def differences(a: Result, b: Result, varying: Sequence[str] = ()) -> dict[str, 
     Returns:
         Such as {"samples.num_inference_steps": (50, 250)}; a field that one of them lacks is "not stated".
     """
-    fields_a, fields_b = (_flat({"metric": one.metric, **one.protocol}) for one in (a, b))
-    allowed = (*_NOTES, *varying)
-    return {
-        name: (fields_a.get(name, _MISSING), fields_b.get(name, _MISSING))
-        for name in dict.fromkeys([*fields_a, *fields_b])
-        if fields_a.get(name, _MISSING) != fields_b.get(name, _MISSING)
-        and not any(name == one or name.startswith(f"{one}.") for one in allowed)
-    }
+    found = differing({"metric": a.metric, **a.protocol}, {"metric": b.metric, **b.protocol}, missing=_MISSING)
+    allowed = tuple(f"{name}." for name in (*_NOTES, *varying))
+    return {name: values for name, values in found.items() if not f"{name}.".startswith(allowed)}
 
 
 def compare(a: Result, b: Result, varying: Sequence[str] = ("samples.checkpoint",)) -> float:
@@ -117,17 +112,6 @@ def compare(a: Result, b: Result, varying: Sequence[str] = ("samples.checkpoint"
         fields = "; ".join(f"{name}: {_shown(one)} and {_shown(other)}" for name, (one, other) in found.items())
         raise ValueError(f"{a.metric} and {b.metric} were not measured alike: {fields}.")
     return b.value - a.value
-
-
-def _flat(values: dict, prefix: str = "") -> dict:
-    """Nested dictionaries as one, keys joined by dots."""
-    flat = {}
-    for key, value in values.items():
-        if isinstance(value, dict) and value:
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
 
 
 def _shown(value: object) -> str:

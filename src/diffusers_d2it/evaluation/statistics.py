@@ -30,8 +30,7 @@ class FeatureStatistics:
     """
 
     def __init__(self, num_features: int):
-        self.num_features = num_features
-        self.num_images = 0
+        self.num_features, self.num_images = num_features, 0
         self._mean = torch.zeros(num_features, dtype=torch.float64)
         self._scatter = torch.zeros(num_features, num_features, dtype=torch.float64)  # squares about the mean, summed
 
@@ -48,22 +47,21 @@ class FeatureStatistics:
         check_features(features, indices, self.num_features)
         if len(features):
             features = features.detach().to("cpu", torch.float64)
-            batch_mean = features.mean(dim=0)
-            self._join(len(features), batch_mean, features - batch_mean)
+            mean = features.mean(dim=0)
+            centred = features - mean
+            self._scatter.addmm_(centred.T, centred)
+            self._join(len(features), mean)
 
     def merge(self, other: "FeatureStatistics") -> None:
         """Add the statistics of other images, of as many features."""
         if other.num_images:
-            self._join(other.num_images, other._mean, other._mean.new_empty(0, self.num_features))
             self._scatter += other._scatter
+            self._join(other.num_images, other._mean)
 
-    def _join(self, num_images: int, mean: torch.Tensor, centred: torch.Tensor) -> None:
-        """Join a part of this mean, the squares of `centred` rows, and those between the two means."""
-        total = self.num_images + num_images
-        difference = mean - self._mean
-        between = difference * (self.num_images / total * num_images) ** 0.5
-        rows = torch.cat([centred, between[None]])
-        self._scatter.addmm_(rows.T, rows)
+    def _join(self, num_images: int, mean: torch.Tensor) -> None:
+        """Take up the mean of other images, and the squares between the two means."""
+        total, difference = self.num_images + num_images, mean - self._mean
+        self._scatter.addr_(difference, difference, alpha=self.num_images / total * num_images)
         self._mean += difference * (num_images / total)
         self.num_images = total
 
@@ -83,13 +81,7 @@ class FeatureStatistics:
 def check_features(
     features: torch.Tensor, indices: torch.Tensor | None = None, num_features: int | None = None
 ) -> None:
-    """Raise a ValueError unless features are (B, D), float32 or float64, and finite.
-
-    Args:
-        features: of some images.
-        indices: (B,), which images they are of, for errors; None for 0 ... B-1.
-        num_features: D; None for any.
-    """
+    """Raise a ValueError unless features are (B, D), float32 or float64, and finite; `indices` (B,) names images."""
     if features.ndim != 2 or features.shape[1] != (num_features or features.shape[1]) or not features.shape[1]:
         raise ValueError(f"features must be (B, {num_features or 'D'}), got {tuple(features.shape)}.")
     if features.dtype not in (torch.float32, torch.float64):
@@ -115,26 +107,20 @@ class ReferenceStatistics:
 
 
 def write_statistics(path: str | os.PathLike, moments: dict[str, Moments], num_images: int, protocol: dict) -> None:
-    """Write reference statistics as .npz, whole or not at all: "mu" and "sigma" as ADM names them, "num_images",
-    "protocol", and "mu_s" and "sigma_s" of the spatial features. A file of this name is replaced.
+    """Write statistics as .npz, whole or not at all: those of "pool", and perhaps of "spatial", as ADM names them.
 
     Args:
-        path: ends in .npz; folders are made.
-        moments: of "pool", and perhaps of "spatial".
+        path: ends in .npz; folders are made, a file of this name is replaced.
+        moments: by the names of the features.
         num_images: how many images they are of.
         protocol: how the numbers came about, JSON values.
 
     Raises:
-        ValueError: `protocol` is not JSON.
         OSError: the disk is full or failed. What was at `path` is still there.
     """
     path = Path(path)
     arrays = {key: moment.numpy() for name, pair in moments.items() for key, moment in zip(_ARRAYS[name], pair)}
-    arrays["num_images"] = np.int64(num_images)
-    try:
-        arrays["protocol"] = np.array(json.dumps(protocol, sort_keys=True))
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"`protocol` must hold JSON values: {error}") from error
+    arrays |= {"num_images": np.int64(num_images), "protocol": np.array(json.dumps(protocol, sort_keys=True))}
     path.parent.mkdir(parents=True, exist_ok=True)
     with durable_file(path) as staged:
         np.savez(staged, **arrays)
@@ -148,10 +134,14 @@ def read_statistics(path: str | os.PathLike) -> ReferenceStatistics:
     Raises:
         ValueError: it is missing or damaged, or holds something else; the error says what.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"{path} is missing: it should be a .npz with mu and sigma.")
-    arrays, names = _read_arrays(path, ("mu", "sigma", "mu_s", "sigma_s", "num_images", "protocol"))
+    wanted = ("mu", "sigma", "mu_s", "sigma_s", "num_images", "protocol")
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            names, arrays = archive.files, {name: archive[name] for name in wanted if name in archive.files}
+    except Exception as error:  # a damaged archive fails in the ways of zip, zlib, and numpy's headers
+        raise ValueError(
+            f"{path} must be a .npz with arrays of numbers, mu and sigma: {type(error).__name__}: {error}"
+        ) from error
     moments = {}
     for output, keys in _ARRAYS.items():
         missing = [key for key in keys if key not in arrays]
@@ -163,38 +153,13 @@ def read_statistics(path: str | os.PathLike) -> ReferenceStatistics:
         if not missing:
             found = check_moments(*(arrays[key] for key in keys), *(f"{key} of {path}" for key in keys))
             moments[output] = tuple(map(torch.from_numpy, found))
-    return ReferenceStatistics(moments, _num_images(path, arrays), _protocol(path, arrays))
-
-
-def _read_arrays(path: Path, wanted: tuple[str, ...]) -> tuple[dict[str, np.ndarray], list[str]]:
-    """Those of the wanted arrays that are there, and the names of all."""
-    try:
-        archive = np.load(path, allow_pickle=False)
-        if not isinstance(archive, np.lib.npyio.NpzFile):
-            raise ValueError(f"it is one array of shape {archive.shape}, not an archive of named ones")
-        with archive:
-            return {name: archive[name] for name in wanted if name in archive.files}, list(archive.files)
-    except Exception as error:  # a damaged archive fails in the ways of zip, zlib, and numpy's headers
-        raise ValueError(
-            f"{path} must be a .npz with arrays of numbers, mu and sigma: {type(error).__name__}: {error}"
-        ) from error
-
-
-def _num_images(path: Path, arrays: dict) -> int | None:
-    num_images = arrays.get("num_images")
-    if num_images is None:
-        return None
-    if num_images.shape != () or num_images.dtype.kind not in "iu" or num_images < 2:
+    num_images, text = arrays.get("num_images"), str(arrays.get("protocol", "{}"))
+    if num_images is not None and (num_images.shape or num_images.dtype.kind not in "iu" or num_images < 2):
         raise ValueError(f"num_images of {path} must be a whole number, at least 2, got {num_images}.")
-    return int(num_images)
-
-
-def _protocol(path: Path, arrays: dict) -> dict:
-    text = arrays.get("protocol", np.array("{}"))
     try:
-        protocol = json.loads(str(text)) if text.shape == () and text.dtype.kind == "U" else None
+        protocol = json.loads(text)
     except (ValueError, RecursionError):
         protocol = None
     if not isinstance(protocol, dict):
-        raise ValueError(f"protocol of {path} must be the text of a JSON object, got {shown(str(text))}.")
-    return protocol
+        raise ValueError(f"protocol of {path} must be the text of a JSON object, got {shown(text)}.")
+    return ReferenceStatistics(moments, None if num_images is None else int(num_images), protocol)

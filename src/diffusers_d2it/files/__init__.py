@@ -15,14 +15,16 @@ from .folders import (
     verify,
     write_json_durably,
 )
-from .processes import on_main_process
+from .processes import gather, on_main_process, place_of
 
 
 __all__ = [
     "durable_file",
+    "gather",
     "is_sealed",
     "lock",
     "on_main_process",
+    "place_of",
     "read_json",
     "remove_folder",
     "replace_folder",

@@ -1,11 +1,11 @@
 # Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
-"""What one process of a run does for all of them."""
+"""What the processes of a run do for one another."""
 
 from collections.abc import Callable
 from typing import TypeVar
 
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 
 
 T = TypeVar("T")
@@ -34,3 +34,13 @@ def on_main_process(accelerator: Accelerator | None, function: Callable[[], T]) 
     if error is not None:
         raise error
     return result
+
+
+def gather(accelerator: Accelerator | None, value: T) -> list[T]:
+    """What each process has, in their order, on all of them; it is pickled. None stands for a single process."""
+    return [value] if accelerator is None or accelerator.num_processes == 1 else gather_object([value])
+
+
+def place_of(accelerator: Accelerator | None) -> tuple[int, int]:
+    """Which process this is, and of how many; None stands for a single one."""
+    return (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)

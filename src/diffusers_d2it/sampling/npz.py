@@ -11,11 +11,11 @@ import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 
 from ..files import durable_file
+from ..words import listed
 
 
 _MEMBER = "arr_0.npy"
@@ -55,10 +55,7 @@ def write_npz(path: str | os.PathLike, shape: tuple[int, int, int, int], batches
 
 
 class NpzImages:
-    """Images of an .npz, stored or compressed, read a few at a time.
-
-        images = NpzImages("samples.npz")
-        images.read(0, 64)  # (64, images.height, images.width, 3) uint8
+    """Images of an .npz, stored or compressed, read a few at a time: NpzImages("samples.npz").read(0, 64).
 
     Args:
         path: the file. Nothing in it is unpickled.
@@ -69,16 +66,13 @@ class NpzImages:
 
     Raises:
         ValueError: it is missing, no .npz or damaged, has no `arr_0` (what it has is named), or `arr_0` is of another
-            dtype or shape or is pickled. Damage behind the first images shows when these are read.
+            dtype or shape. Damage behind the first images shows when these are read.
     """
 
     def __init__(self, path: str | os.PathLike):
         self.path = Path(path)
-        if not self.path.is_file():
-            raise ValueError(f"{self.path} is {'a folder' if self.path.is_dir() else 'missing'}, expected an .npz.")
         with self._guarded():
-            self._stream, shape, self._start = self._open()
-        self.num_images, self.height, self.width, _ = shape
+            self._open()
 
     def __len__(self) -> int:
         return self.num_images
@@ -96,35 +90,32 @@ class NpzImages:
         images = np.empty((stop - start, self.height, self.width, 3), dtype=np.uint8)
         position = self._start + start * self.height * self.width * 3
         with self._guarded():
+            if self._process != os.getpid():  # forked processes would move one another's place in the file
+                self._open()
             if self._stream.tell() != position:
                 self._stream.seek(position)
             if self._stream.readinto(images.data.cast("B")) != images.nbytes:
                 raise EOFError("it ends too early")
         return images
 
-    def _open(self) -> tuple[BinaryIO, tuple[int, ...], int]:
-        """The stream of the array, its shape, and where its images begin."""
+    def _open(self) -> None:
         archive = zipfile.ZipFile(self.path)
-        names = archive.namelist()
-        if _MEMBER not in names:
-            held = ", ".join(repr(name.removesuffix(".npy")) for name in names[:10]) or "nothing"
+        if _MEMBER not in archive.namelist():
+            held = listed(name.removesuffix(".npy") for name in archive.namelist()) or "nothing"
             raise ValueError(f"{self.path} holds {held}: {_LAYOUT}.")
         stream = archive.open(_MEMBER)
         try:
             shape, fortran_order, dtype = _HEADERS[np.lib.format.read_magic(stream)](stream)
         except (ValueError, KeyError) as error:  # no .npy, a damaged header, or a version that no array of bytes has
             raise ValueError(f"{self.path}: `arr_0` is no array ({error}): {_LAYOUT}.") from error
-        if dtype.hasobject:
-            raise ValueError(f"{self.path}: `arr_0` holds pickled objects, which are not read: {_LAYOUT}.")
         if dtype != np.uint8 or fortran_order or len(shape) != 4 or shape[3] != 3 or min(shape) < 1:
             order = " in Fortran order" if fortran_order else ""
             raise ValueError(f"{self.path}: `arr_0` is {dtype} {shape}{order}: {_LAYOUT}.")
-        start, size = stream.tell(), archive.getinfo(_MEMBER).file_size
-        if size != start + math.prod(shape):
-            raise ValueError(
-                f"{self.path} is damaged: `arr_0` {shape} has {size} bytes, not {start + math.prod(shape)}."
-            )
-        return stream, shape, start
+        size, expected = archive.getinfo(_MEMBER).file_size, stream.tell() + math.prod(shape)
+        if size != expected:
+            raise ValueError(f"{self.path} is damaged: `arr_0` {shape} has {size} bytes, not {expected}.")
+        self._stream, self._start, self._process = stream, stream.tell(), os.getpid()
+        self.num_images, self.height, self.width, _ = shape
 
     @contextmanager
     def _guarded(self) -> Iterator[None]:

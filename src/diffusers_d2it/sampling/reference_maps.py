@@ -8,7 +8,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from ..data.images import UnusableImageError, decode_image, to_pixels
-from ..data.source import Row, load_images
+from ..data.source import ImageSource, Row, load_images
 from ..grains import grain_map_from_entropy
 from ..pipelines.class_conditional import class_of
 from ..words import listed
@@ -42,13 +42,23 @@ class ReferenceMaps:
     def __init__(
         self, path: str, pipe: DiffusionPipeline, plan: SamplePlan, resolution: int, fine_ratio: float | None = None
     ):
-        self.vae = pipe.vae
-        self.plan = plan
-        self.resolution = resolution
+        self.vae, self.plan, self.resolution = pipe.vae, plan, resolution
         self.thresholds = pipe.vae.thresholds(fine_ratio)
         self.source = load_images(path, labelled=plan.classes is not None)
+        if plan.classes is None:
+            self._rows = {None: range(self.source.num_rows)}
+            return
         self._rows: dict[int | None, list[int]] = {}  # of each class
-        self._find_rows(path, pipe)
+        classes = classes_of_checkpoint(self.source, pipe)
+        for row in range(self.source.num_rows):
+            self._rows.setdefault(classes[self.source[row].label], []).append(row)
+        lacking = [id for id in plan.classes if id not in self._rows]
+        if lacking:
+            named = f"{lacking[0]} ({pipe.id2label[lacking[0]]})" if pipe.id2label else str(lacking[0])
+            raise ValueError(
+                f"{path} has no photograph of class {named}, its classes are"
+                f" {listed(self.source.id2label.values(), 10)}: each class of the samples needs one."
+            )
 
     def __call__(self, batch: range) -> torch.Tensor:
         """The maps of a batch of images, (B, h, w) int64.
@@ -73,26 +83,23 @@ class ReferenceMaps:
             "rule": rule,
         }
 
-    def _find_rows(self, path: str, pipe: DiffusionPipeline) -> None:
-        if self.plan.classes is None:
-            self._rows[None] = list(range(self.source.num_rows))
-            return
-        if self.source.id2label is None:
-            raise ValueError(f"{path} has no classes, and the samples have.")
-        id2label, num_classes = pipe.id2label, pipe.transformer.config.num_classes
-        ids = {label: class_of(label, name, id2label, num_classes) for label, name in self.source.id2label.items()}
-        for row in range(self.source.num_rows):
-            self._rows.setdefault(ids[self.source[row].label], []).append(row)
-        lacking = [id for id in self.plan.classes if id not in self._rows]
-        if lacking:
-            named = f"{lacking[0]} ({id2label[lacking[0]]})" if id2label else str(lacking[0])
-            raise ValueError(
-                f"{path} has no photograph of class {named}, its classes are"
-                f" {listed(self.source.id2label.values(), 10)}: each class of the samples needs one."
-            )
-
     def _decode(self, row: Row) -> torch.Tensor:
         try:
             return to_pixels(decode_image(row.encoded), self.resolution)
         except UnusableImageError as error:
             raise ValueError(f"{row.name} cannot be used: {error}.") from error
+
+
+def classes_of_checkpoint(source: ImageSource, pipe: DiffusionPipeline) -> dict[int, int | None]:
+    """The checkpoint's class of every label of a data set, by `class_of`.
+
+    Raises:
+        ValueError: the data set has no classes.
+    """
+    num_classes = pipe.transformer.config.num_classes
+    if source.id2label is None:
+        raise ValueError(
+            f"{source.name} has no classes, and the checkpoint draws images of {num_classes}: name a `label_column`,"
+            " or pass a folder with a sub-folder for each class."
+        )
+    return {label: class_of(label, name, pipe.id2label, num_classes) for label, name in source.id2label.items()}

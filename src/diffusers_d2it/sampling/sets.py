@@ -87,7 +87,7 @@ class SamplePlan:
         """The class of an image, None for an unconditional model."""
         if self.classes is None:
             return None
-        turn = image if self.scheme == "balanced" else _word(self.seed, _LABELS, image)
+        turn = image if self.scheme == "balanced" else random_word(self.seed, _LABELS, image)
         return self.classes[turn % len(self.classes)]
 
     def labels(self, batch: range) -> list[int] | None:
@@ -96,15 +96,15 @@ class SamplePlan:
 
     def noise_seed(self, image: int) -> int:
         """The seed of the noise of an image: no two images of a set have the same."""
-        return (_word(self.seed, _NOISE) + image) % _NUM_SEEDS
+        return (random_word(self.seed, _NOISE) + image) % _NUM_SEEDS
 
     def generators(self, batch: range) -> list[torch.Generator]:
-        """A generator for each image of a batch, on the CPU, so that every device draws the same noise."""
-        return [torch.Generator().manual_seed(self.noise_seed(image)) for image in batch]
+        """`generators_of` the images of a batch."""
+        return generators_of(batch, self.seed, _NOISE)
 
     def choice(self, image: int, num_choices: int) -> int:
         """A number below `num_choices` for an image, uniform: which photograph it takes its grain map from."""
-        return _word(self.seed, _PHOTOGRAPHS, image) % num_choices
+        return random_word(self.seed, _PHOTOGRAPHS, image) % num_choices
 
     def describe(self) -> dict[str, Any]:
         """The part of a protocol that the plan decides."""
@@ -115,9 +115,15 @@ class SamplePlan:
         return {"num_images": self.num_images, "seed": self.seed, "noise_seeds": noise, "labels": labels}
 
 
-def _word(seed: int, *key: int) -> int:
-    """64 random bits."""
+def random_word(seed: int, *key: int) -> int:
+    """64 random bits, others for every key."""
     return int(np.random.SeedSequence(seed, spawn_key=key).generate_state(1, np.uint64)[0])
+
+
+def generators_of(images: range, seed: int, *key: int) -> list[torch.Generator]:
+    """A generator for each image, on the CPU, so that every device draws the same; no two images share one."""
+    first = random_word(seed, *key)
+    return [torch.Generator().manual_seed((first + image) % _NUM_SEEDS) for image in images]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
