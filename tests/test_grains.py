@@ -2,6 +2,7 @@
 """Dynamic Grained Coding: entropy against Eqs. 2-3 written out, and the algebra of split, merge and tie."""
 
 import math
+import re
 
 import numpy as np
 import pytest
@@ -11,7 +12,6 @@ from grain_maps import codes, random_latents, random_map
 from diffusers_d2it import region_entropy
 from diffusers_d2it.grains import (
     GrainLayout,
-    cells_per_region,
     check_fine_ratio,
     check_grain_map,
     check_tied,
@@ -19,8 +19,6 @@ from diffusers_d2it.grains import (
     fine_share,
     grain_map_from_entropy,
     grain_map_to_cells,
-    merge,
-    split,
     tie,
 )
 
@@ -193,17 +191,6 @@ def test_maps_are_int64_with_grains_in_range(grain_map, message):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_cells_per_region_is_the_ratio_of_sides():
-    grain_map = torch.zeros(2, 3, 5, dtype=torch.int64)
-    assert [cells_per_region(torch.zeros(2, 4, 3 * r, 5 * r), grain_map) for r in (1, 2, 4, 8)] == [1, 2, 4, 8]
-    # Ratio 3, two ratios, no whole ratio, fewer cells than regions
-    for sides in ((9, 15), (6, 20), (7, 10), (2, 3)):
-        with pytest.raises(ValueError, match=f"{sides[0]}x{sides[1]}.*3x5"):
-            cells_per_region(torch.zeros(2, 4, *sides), grain_map)
-    with pytest.raises(ValueError, match="3.*2"):
-        cells_per_region(torch.zeros(3, 4, 6, 10), grain_map)
-
-
 def test_grain_map_to_cells_copies_every_entry():
     grain_map = torch.tensor([[[0, 1, 2]]])
     assert grain_map_to_cells(grain_map, 2).tolist() == [[[0, 0, 1, 1, 2, 2], [0, 0, 1, 1, 2, 2]]]
@@ -212,6 +199,7 @@ def test_grain_map_to_cells_copies_every_entry():
 @pytest.mark.parametrize("num_grains", [2, 3, 4])
 def test_merge_copies_each_code_of_its_grain_and_split_gives_it_back(num_grains):
     grain_map = random_map(num_grains)
+    layout = GrainLayout.from_grain_map(grain_map, num_grains)
     batch, height, width = grain_map.shape
     generator = torch.Generator().manual_seed(0)
     given = [
@@ -219,14 +207,14 @@ def test_merge_copies_each_code_of_its_grain_and_split_gives_it_back(num_grains)
     ]
     chosen = [(grain_map_to_cells(grain_map, 1 << grain) == grain)[:, None] for grain in range(num_grains)]
     # Codes of other grains are never looked at
-    latents = merge([torch.where(mask, code, math.nan) for mask, code in zip(chosen, given)], grain_map)
+    latents = layout.merge([torch.where(mask, code, math.nan) for mask, code in zip(chosen, given)])
     assert latents.shape == given[-1].shape
     for image, grain, row, column, block in codes(latents, grain_map, num_grains):
         assert (block == given[grain][image, :, row, column, None, None]).all()
-    recovered = split(latents, grain_map)
+    recovered = layout.split(latents)
     for mask, code, back in zip(chosen, given, recovered, strict=True):
         assert torch.equal(back.where(mask, 0), code.where(mask, 0))
-    assert torch.equal(merge(recovered, grain_map), latents)
+    assert torch.equal(layout.merge(recovered), latents)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
@@ -299,6 +287,20 @@ def test_a_layout_refuses_latents_of_another_size():
     layout = GrainLayout.from_grain_map(random_map(2), 2)
     batch, height, width = layout.grain_map.shape
     for shape in ((batch, 4, height, width), (batch + 1, 4, 2 * height, 2 * width), (batch, 2 * height, 2 * width)):
-        for act in (layout.tie, lambda latents: layout.average(latents, 0), layout.check_tied):
+        for act in (layout.tie, lambda latents: layout.average(latents, 0), layout.check_tied, layout.split):
             with pytest.raises(ValueError, match="`grain_map`"):
                 act(torch.zeros(shape))
+        with pytest.raises(ValueError, match="`grain_map`"):
+            layout.merge([torch.zeros(shape)] * 2)
+
+
+def test_a_single_use_finds_the_cells_of_a_region_or_refuses():
+    grain_map = torch.zeros(2, 3, 5, dtype=torch.int64)
+    for cells in (1, 2, 4, 8):
+        latents = torch.randn(2, 4, 3 * cells, 5 * cells, generator=torch.Generator().manual_seed(0))
+        top_left = latents[..., ::cells, ::cells].repeat_interleave(cells, -1).repeat_interleave(cells, -2)
+        assert torch.equal(tie(latents, grain_map), top_left)
+    # Ratio 3, two ratios, no whole ratio, fewer cells than regions, another batch
+    for shape in ((2, 4, 9, 15), (2, 4, 6, 20), (2, 4, 7, 10), (2, 4, 2, 3), (3, 4, 6, 10)):
+        with pytest.raises(ValueError, match=f"{re.escape(str(shape))}.*3x5"):
+            tie(torch.zeros(shape), grain_map)

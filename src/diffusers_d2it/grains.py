@@ -58,25 +58,6 @@ def check_grain_map(grain_map: torch.Tensor, num_grains: int, name: str = "grain
         )
 
 
-def cells_per_region(latents: torch.Tensor, grain_map: torch.Tensor) -> int:
-    """R, the number of finest cells along one side of a region, from the shapes of latents and map.
-
-    Raises:
-        ValueError: batch sizes differ, or the latents are not R times the map with R a power of two.
-    """
-    height, width = latents.shape[-2:]
-    rows, columns = grain_map.shape[-2:]
-    cells = height // rows
-    if (height, width) != (rows * cells, columns * cells) or cells & (cells - 1) or cells == 0:
-        raise ValueError(
-            f"latents of {height}x{width} cells do not match a `grain_map` of {rows}x{columns} regions: the sides must"
-            " differ by one power of two."
-        )
-    if len(latents) != len(grain_map):
-        raise ValueError(f"latents and `grain_map` must have one batch size, got {len(latents)} and {len(grain_map)}.")
-    return cells
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Latents with grains: every region holds 4 ** grain codes, each copied over its cells ("neighbor copying", sec. 3.1)
 # ---------------------------------------------------------------------------------------------------------------------
@@ -85,37 +66,6 @@ def cells_per_region(latents: torch.Tensor, grain_map: torch.Tensor) -> int:
 def grain_map_to_cells(grain_map: torch.Tensor, cells: int) -> torch.Tensor:
     """Copy the grain of every region to its cells: (B, h, w) -> (B, h * cells, w * cells)."""
     return repeat(grain_map, "b h w -> b (h p) (w q)", p=cells, q=cells)
-
-
-def merge(codes: list[torch.Tensor], grain_map: torch.Tensor) -> torch.Tensor:
-    """Take each region from the codes of its grain, coarser codes copied to the finest grid.
-
-    Args:
-        codes: one tensor per grain, coarsest first: (B, C, h, w), (B, C, 2h, 2w), ... (B, C, hR, wR).
-        grain_map: (B, h, w).
-
-    Returns:
-        Latents (B, C, hR, wR).
-    """
-    cells = cells_per_region(codes[-1], grain_map)
-    grain_of_cell = grain_map_to_cells(grain_map, cells)[:, None]  # (B, 1, hR, wR)
-    latents = codes[-1]
-    for grain, code in enumerate(codes[:-1]):
-        copies = cells >> grain
-        copied = repeat(code, "b c h w -> b c (h p) (w q)", p=copies, q=copies)
-        latents = torch.where(grain_of_cell == grain, copied, latents)
-    return latents
-
-
-def split(latents: torch.Tensor, grain_map: torch.Tensor) -> list[torch.Tensor]:
-    """The codes of each grain, coarsest first, the inverse of `merge`: `merge(split(z, m), m) == z` for tied z.
-
-    A code is read at its top-left cell. Entries of regions that have another grain hold that region's cell and are
-    ignored by `merge`.
-    """
-    cells = cells_per_region(latents, grain_map)
-    num_grains = cells.bit_length()
-    return [latents[..., :: cells >> grain, :: cells >> grain] for grain in range(num_grains)]
 
 
 def code_weights(grain_map: torch.Tensor, num_grains: int) -> torch.Tensor:
@@ -202,6 +152,31 @@ class GrainLayout:
                 f" regions: a region has {self.cells}x{self.cells} cells."
             )
 
+    def merge(self, codes: list[torch.Tensor]) -> torch.Tensor:
+        """Take each region from the codes of its grain, coarser codes copied to the finest grid.
+
+        Args:
+            codes: one tensor per grain, coarsest first: (B, C, h, w), (B, C, 2h, 2w), ... (B, C, h * R, w * R).
+
+        Returns:
+            Latents (B, C, h * R, w * R).
+        """
+        latents = codes[-1]
+        self.check_sides(latents)
+        for grain, mask in enumerate(self.masks):
+            copied = codes[grain][:, :, :, None, :, None]
+            latents = torch.where(mask, copied, self._codes(latents, grain)).reshape(latents.shape)
+        return latents
+
+    def split(self, latents: torch.Tensor) -> list[torch.Tensor]:
+        """The codes of each grain, coarsest first, the inverse of `merge`: `merge(split(z)) == z` for tied z.
+
+        A code is read at its top-left cell. Entries of regions that have another grain hold that region's cell and are
+        ignored by `merge`.
+        """
+        self.check_sides(latents)
+        return [latents[..., :: self.cells >> grain, :: self.cells >> grain] for grain in range(self.num_grains)]
+
     def tie(self, latents: torch.Tensor) -> torch.Tensor:
         """Give every code one value: each cell takes the value of the top-left cell of its code.
 
@@ -266,7 +241,8 @@ def check_tied(latents: torch.Tensor, grain_map: torch.Tensor) -> None:
 
 
 def _layout_of(latents: torch.Tensor, grain_map: torch.Tensor) -> GrainLayout:
-    return GrainLayout.from_grain_map(grain_map, cells_per_region(latents, grain_map).bit_length())
+    cells = max(latents.shape[-1] // grain_map.shape[-1], 1)  # along a side of a region
+    return GrainLayout.from_grain_map(grain_map, cells.bit_length())
 
 
 def _to(value, device: torch.device):

@@ -17,7 +17,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import nn
 
 from ..entropy import NUM_BINS, SIGMA, region_entropy, thresholds_for_ratios
-from ..grains import GrainLayout, check_fine_ratio, check_grain_map, code_weights, grain_map_from_entropy, merge
+from ..grains import GrainLayout, check_fine_ratio, check_grain_map, code_weights, grain_map_from_entropy
 from .configs import check_autoencoder
 from .hierarchical_encoder import HierarchicalEncoder
 from .strict import StrictModelMixin
@@ -314,7 +314,7 @@ class DynamicAutoencoderKL(StrictModelMixin, AutoencoderMixin, ConfigMixin):
             ValueError: the map has another dtype or value, or does not match the moments.
         """
         layout = GrainLayout.from_grain_map(grain_map, len(moments))
-        return TiedGaussianDistribution(merge(moments, grain_map), layout)
+        return TiedGaussianDistribution(layout.merge(moments), layout)
 
     @apply_forward_hook
     def decode(self, z: torch.Tensor, return_dict: bool = True, generator=None) -> DecoderOutput | tuple:

@@ -29,17 +29,13 @@ def check_components(
     id2label: dict[int, str] | None,
 ) -> None:
     """Raise a ValueError that names the two components that do not fit one another."""
+    content = transformer.config
     pairs = [
-        (
-            "transformer.in_channels",
-            transformer.config.in_channels,
-            "vae.latent_channels",
-            vae.config.latent_channels,
-        ),
-        ("transformer.num_grains", transformer.config.num_grains, "the grains of the vae", vae.num_grains),
+        ("transformer.in_channels", content.in_channels, "vae.latent_channels", vae.config.latent_channels),
+        ("transformer.num_grains", content.num_grains, "the grains of the vae", vae.num_grains),
     ]
     if grain_model is not None:
-        grain, content = grain_model.config, transformer.config
+        grain = grain_model.config
         pairs += [
             ("grain_model.num_grains", grain.num_grains, "transformer.num_grains", content.num_grains),
             ("grain_model.num_classes", grain.num_classes, "transformer.num_classes", content.num_classes),
@@ -70,15 +66,16 @@ def check_components(
             f"components do not fit: `scheduler` {type(scheduler).__name__} with variance_type"
             f" {config.variance_type!r} cuts predictions to three channels: make it with variance_type=None."
         )
-    if reads_variance(scheduler) and transformer.out_channels != 2 * transformer.config.in_channels:
+    if reads_variance(scheduler) and transformer.out_channels != 2 * content.in_channels:
         raise ValueError(
             f"components do not fit: `scheduler` has variance_type {config.variance_type!r}, the transformer"
             " predicts no variance."
         )
-    num_classes = transformer.config.num_classes
-    beyond = [id for id in id2label or {} if num_classes is None or not 0 <= id < num_classes]
+    beyond = [id for id in id2label or {} if id not in range(content.num_classes or 0)]
     if beyond:
-        raise ValueError(f"components do not fit: `id2label` names {beyond}, the model has {num_classes} classes.")
+        raise ValueError(
+            f"components do not fit: `id2label` names {beyond}, the model has {content.num_classes} classes."
+        )
 
 
 SAMPLING_LIMITS = {

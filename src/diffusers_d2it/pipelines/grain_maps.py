@@ -10,7 +10,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from ..grains import grain_map_from_entropy
 from ..models.autoencoder_kl_dynamic import DynamicAutoencoderKL
 from ..models.transformer_d2it_grain import D2iTGrainModel
-from .tied_scheduler import set_timesteps, step_generator_kwargs
+from .tied_scheduler import step_generator_kwargs
 
 
 @torch.no_grad()
@@ -54,11 +54,11 @@ def sample_grain_map(
     guided = num_classes is not None and guidance_scale != 1.0
     null_ids = torch.full_like(class_ids, num_classes) if guided else None
 
-    timesteps = set_timesteps(scheduler, num_inference_steps)
+    scheduler.set_timesteps(num_inference_steps, device="cpu")  # as in TiedScheduler
     step_kwargs = step_generator_kwargs(scheduler, generator)
     state = randn_tensor((batch_size, num_grains, *size), generator=generator, device=device, dtype=torch.float32)
     state = state * scheduler.init_noise_sigma  # (B, k, h, w)
-    for t, model_t in zip(timesteps, timesteps.to(device)):
+    for t, model_t in zip(scheduler.timesteps, scheduler.timesteps.to(device)):
         model_input = scheduler.scale_model_input(state, t).to(model.dtype)
         # Copied, because a CUDA graph writes its next output to the same place
         logits = model(model_input, model_t, class_ids, ratio).logits.to(torch.float32, copy=True)

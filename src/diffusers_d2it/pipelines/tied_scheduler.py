@@ -24,8 +24,8 @@ class TiedScheduler:
             noise_prediction = model(model_input, timestep, layout).sample
             latents = steps.step(noise_prediction, t, latents)
 
-    `timesteps` stay on the CPU, where schedulers look up their coefficients; what the network reads lies on the device
-    from the start. So no step waits for the device.
+    `timesteps` stay on the CPU, where schedulers look up their coefficients: from an accelerator many would read one
+    back at every step. What the network reads lies on the device from the start. So no step waits for the device.
 
     Args:
         scheduler: the scheduler; its timesteps are set here.
@@ -46,7 +46,8 @@ class TiedScheduler:
         self.scheduler = scheduler
         self.layout = layout
         self._edm = _EDMPreconditioning(scheduler) if isinstance(scheduler, EDMEulerScheduler) else None
-        self.timesteps = set_timesteps(scheduler, num_inference_steps)
+        scheduler.set_timesteps(num_inference_steps, device="cpu")
+        self.timesteps = scheduler.timesteps
         network_timesteps = self.timesteps if self._edm is None else self._edm.timesteps(self.timesteps)
         if network_timesteps.is_floating_point():
             network_timesteps = network_timesteps.float()  # not every device has float64
@@ -78,17 +79,8 @@ class TiedScheduler:
         return self.layout.tie(previous.to(latents.dtype))
 
 
-def set_timesteps(scheduler, num_inference_steps: int) -> torch.Tensor:
-    """Set the timesteps of a scheduler, on the CPU.
-
-    With timesteps on an accelerator many schedulers read a coefficient back from it at every step, and stall it.
-    """
-    scheduler.set_timesteps(num_inference_steps, device="cpu")
-    return scheduler.timesteps
-
-
 def step_generator_kwargs(scheduler, generator: torch.Generator | list[torch.Generator] | None) -> dict:
-    """What `scheduler.step` takes so that its noise comes from `generator`; call it after `set_timesteps`.
+    """What `scheduler.step` takes so that its noise comes from `generator`; call it after `scheduler.set_timesteps`.
 
     DPMSolverSDEScheduler alone draws its noise from seeds that it holds itself: they are drawn from the generator.
     """

@@ -13,7 +13,7 @@ from ..data.images import to_pixels
 from ..data.loaders import usable_images
 from ..data.source import ImageSource
 from ..entropy import EntropyCalibration
-from ..grains import cells_per_region, fine_share, grain_map_to_cells, split
+from ..grains import fine_share, grain_map_to_cells
 from ..models.autoencoder_kl_dynamic import DynamicAutoencoderKL
 
 
@@ -75,9 +75,8 @@ def measure_latents(
     for pixels in batches:
         encoded = vae.encode(pixels.to(vae.device))
         latents = encoded.latent_dist.sample(generator)
-        for grain, codes in enumerate(split(latents, encoded.grain_map)):
-            codes_per_side = codes.shape[-1] // encoded.grain_map.shape[-1]
-            of_grain = grain_map_to_cells(encoded.grain_map, codes_per_side) == grain
+        for grain, codes in enumerate(encoded.latent_dist.layout.split(latents)):
+            of_grain = grain_map_to_cells(encoded.grain_map, 2**grain) == grain
             values = codes.movedim(1, -1)[of_grain].double().cpu()
             moments[grain] += torch.tensor([values.numel(), values.sum(), values.pow(2).sum()], dtype=torch.float64)
     counts, sums, squares = moments.sum(dim=0)
@@ -113,7 +112,7 @@ def grain_signals(
     signals = {"fine_share": share, "fine_drift": share - fine_ratio}
     if latents is not None:
         latents = latents.detach().float()
-        grain_of_cell = grain_map_to_cells(grain_map, cells_per_region(latents, grain_map))
+        grain_of_cell = grain_map_to_cells(grain_map, 2 ** (vae.num_grains - 1))
         for grain in range(vae.num_grains):
             of_grain = (grain_of_cell == grain).float().unsqueeze(1)
             num_values = of_grain.sum() * latents.shape[1]
