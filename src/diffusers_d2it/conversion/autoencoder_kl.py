@@ -12,8 +12,7 @@ from torch import nn
 
 from ..models.autoencoder_kl_dynamic import DynamicAutoencoderKL
 from ..presets import load_preset
-from .files import check_config, read_folder
-from .transfer import ConversionReport, transfer
+from .transfer import ConversionReport, check_config, read_folder, transfer
 
 
 # What diffusers called these layers until 2023, and many public files still do
@@ -38,11 +37,9 @@ def convert_autoencoder_kl(
     """Make a dynamic autoencoder of factors (f, 2f) of a folder of diffusers' `AutoencoderKL` of factor f.
 
     The fine path is the source: `encode(x, fine_ratio=1)` gives its moments, `decode` its images. The coarse path is
-    one more level. Its downsampler starts as the mean of 2x2 features, its residual blocks as the identity, its head
-    as a copy of the fine head: at the start a coarse code is the fine head applied to the source's deepest features,
-    averaged over 2x2. Training makes a useful code of it.
-
-    The scaling and shift factors of the source are kept; they were measured on fine codes only.
+    one more level that training must make useful. Its downsampler starts as the mean of 2x2 features, its residual
+    blocks as the identity, its head as a copy of the fine head: a coarse code is at the start the fine head applied to
+    the source's deepest features, averaged over 2x2. Scale and shift of the source, measured on fine codes, are kept.
 
     Args:
         folder: a local folder with config.json and the weights, or that of a pipeline, whose `vae` is taken.
@@ -73,7 +70,7 @@ def convert_autoencoder_kl(
         raise ValueError(f"`sample_size` of {source} must be one number, got {config['sample_size']}.")
     report = ConversionReport(source)
     factor = 2 ** (len(widths) - 1)
-    if calibration is None and 2 * factor == 16:
+    if calibration is None and factor == 8:
         calibration = load_preset("dvae-f8f16")["calibration"]
         report.notes.append(f"calibration of the preset dvae-f8f16, counted on {calibration['source']}")
     elif calibration is None:
@@ -87,7 +84,6 @@ def convert_autoencoder_kl(
         calibration=calibration,
     )
     _transfer(weights, model, config["use_quant_conv"], report)
-
     _start_as_mean(model.encoder.downsamplers[f"f{factor}"].conv)
     for resnet in model.encoder.down_blocks[len(widths)].resnets:
         nn.init.zeros_(resnet.conv2.weight)

@@ -14,12 +14,12 @@ from ..limits import check_values
 from ..models.configs import LIMITS
 from ..models.layers import sincos_positions
 from ..models.transformer_d2it_content import D2iTContentModel
-from .files import check_config, read_checkpoint, read_folder
-from .transfer import ConversionReport, take, transfer
+from .transfer import ConversionReport, check_config, read_checkpoint, read_folder, take, transfer
 
 
 _HEAD_WIDTHS = {384: 64, 768: 64, 1024: 64, 1152: 72}  # DiT-S, B, L, XL: the width of a head is not in the weights
-_LARGEST_NORM_EPS = 1e-5  # of diffusers' DiT; ours is the 1e-6 of the original
+# Of diffusers' DiT; ours is the 1e-6 of the original
+_LIMITS = LIMITS | {"patch_size": (1, 128), "norm_eps": (0, 1e-5)}
 _FRESH = ("grain_embed.", "refine_nets.")
 
 # Parts of the names in D2iTContentModel -> in the source; what is not here is called the same
@@ -107,20 +107,15 @@ def convert_diffusers_dit(
 ) -> tuple[D2iTContentModel, ConversionReport]:
     """Make a content model of a folder of diffusers' `DiTTransformer2DModel`.
 
-    As `convert_dit_checkpoint`: all layers are kept, the RefineNet is new, and with an all-fine map the model computes
-    what the source computes, at the source's `sample_size`. (At other sizes diffusers rescales the positions.)
+    As `convert_dit_checkpoint`, with the arguments that it has too: with an all-fine map the model computes what the
+    source computes, at the source's `sample_size`. (At other sizes diffusers rescales the positions.)
 
     Args:
         folder: a local folder with config.json and the weights, or that of a `DiTPipeline`, whose `transformer` is
             taken. The older class name `Transformer2DModel` is understood.
-        num_refine_layers: blocks of each RefineNet; None for a sixth of the DiT's layers, the share of the presets.
-        num_grains: k; the patch size of the DiT must be 2 ** (k - 1).
-        window_size: side of RefineNet's attention windows in tokens.
+        num_refine_layers, num_grains, window_size: as there.
         frequency_shift: 1 is what diffusers computes. 0 is what the original DiT computes: what weights were trained
             with that come from there, like those of facebook/DiT-XL-2-256.
-
-    Returns:
-        The model, in float32, and the account of all weights.
 
     Raises:
         ValueError: the folder holds no DiT, or one that the model cannot represent: other norms or activations,
@@ -142,12 +137,8 @@ def convert_diffusers_dit(
     )
     kept = ("sample_size", "in_channels", "out_channels", "num_layers", "num_attention_heads", "attention_head_dim")
     hints = get_type_hints(D2iTContentModel.__init__)
-    check_values(config, {"patch_size": int, "norm_eps": float} | {option: hints[option] for option in kept}, LIMITS)
-    if config["norm_eps"] > _LARGEST_NORM_EPS:
-        raise ValueError(f"`norm_eps` of {source} must be at most {_LARGEST_NORM_EPS}, got {config['norm_eps']}.")
+    check_values(config, {"patch_size": int, "norm_eps": float} | {option: hints[option] for option in kept}, _LIMITS)
     patch_size, sample_size = config["patch_size"], config["sample_size"]
-    if patch_size < 1 or sample_size % patch_size:
-        raise ValueError(f"`sample_size` of {source} must be a multiple of {patch_size}, got {sample_size}.")
     report = ConversionReport(source)
     dim = config["num_attention_heads"] * config["attention_head_dim"]
     take(weights, "pos_embed.proj.weight", source, ndim=4)
@@ -161,8 +152,7 @@ def convert_diffusers_dit(
     )
     if config["norm_eps"] != 1e-6:
         report.notes.append(
-            f"the norms before the feed-forward layers had eps {config['norm_eps']} and have 1e-6, as in the original"
-            " DiT"
+            f"the norms before the feed-forward layers had eps {config['norm_eps']}, and have 1e-6 as the original DiT"
         )
     sizes = {option: config[option] for option in kept} | {
         "mlp_ratio": len(take(weights, "transformer_blocks.0.ff.net.0.proj.weight", source, ndim=2)) / dim,
@@ -184,12 +174,9 @@ def _convert(
 ) -> tuple[D2iTContentModel, ConversionReport]:
     """Make a model, and fill it by a table of names."""
     if patch_size != 2 ** (num_grains - 1):
-        grains = patch_size.bit_length()
-        fits = grains >= 2 and patch_size == 2 ** (grains - 1)
         raise ValueError(
-            f"{report.source} has a patch size of {patch_size}, a D2iTContentModel with `num_grains` {num_grains} has"
-            f" {2 ** (num_grains - 1)}: "
-            + (f"pass `num_grains` {grains}." if fits else "no number of grains has that patch size.")
+            f"{report.source} has a patch size of {patch_size}: a D2iTContentModel has 2 ** (num_grains - 1), with"
+            f" `num_grains` {num_grains} that is {2 ** (num_grains - 1)}."
         )
     if num_refine_layers is None:
         num_refine_layers = max(1, round(sizes["num_layers"] / 6))
@@ -229,20 +216,17 @@ def _share_embedders(weights: dict[str, torch.Tensor], num_layers: int, report: 
         for name in embedders:
             first, key = prefix.format(0) + name, prefix.format(block) + name
             if not torch.equal(take(weights, key, report.source), weights[first]):
-                raise ValueError(
-                    f"`{key}` of {report.source} differs from `{first}`: a D2iTContentModel has one timestep embedder"
-                    " and one class embedder for all blocks."
-                )
+                raise ValueError(f"`{key}` of {report.source} must equal `{first}`: all blocks share their embedders.")
             report.unused[key] = "equal to that of block 0"
 
 
 def _count_heads(num_attention_heads: int | None, dim: int, source: str) -> int:
+    if num_attention_heads is None and dim not in _HEAD_WIDTHS:
+        raise ValueError(
+            f"{source} has width {dim}, none of the published sizes of DiT ({', '.join(map(str, _HEAD_WIDTHS))}):"
+            " pass `num_attention_heads`."
+        )
     if num_attention_heads is None:
-        if dim not in _HEAD_WIDTHS:
-            raise ValueError(
-                f"{source} has width {dim}, none of the published sizes of DiT ({', '.join(map(str, _HEAD_WIDTHS))}):"
-                " pass `num_attention_heads`."
-            )
         return dim // _HEAD_WIDTHS[dim]
     if num_attention_heads < 1 or dim % num_attention_heads:
         raise ValueError(f"`num_attention_heads` must divide {dim}, the width of {source}, got {num_attention_heads}.")
@@ -254,15 +238,15 @@ def _check_positions(key: str, weights: dict[str, torch.Tensor], dim: int, repor
     positions = take(weights, key, report.source, ndim=3)
     side = math.isqrt(positions.shape[1])
     if positions.shape != (1, side * side, dim):
-        raise ValueError(
-            f"`{key}` of {report.source} must have shape (1, side ** 2, {dim}), got {tuple(positions.shape)}."
+        raise ValueError(f"`{key}` of {report.source} must be (1, n * n, {dim}), got {tuple(positions.shape)}.")
+            f"`{key}` of {report.source} must have shape (1, n * n, {dim}), got {tuple(positions.shape)}."
         )
     expected = sincos_positions((side, side), positions.float())
     difference = (positions[0].float() - expected).abs().max().item()
     if not difference <= max(1e-4, torch.finfo(positions.dtype).eps):  # NaN fails it
         raise ValueError(
-            f"`{key}` of {report.source} is not the sine-cosine grid of {side}x{side} tokens that a D2iTContentModel"
-            f" computes itself: they differ by up to {difference:.2g}."
+            f"`{key}` of {report.source} must be the sine-cosine grid of {side}x{side} tokens that a D2iTContentModel"
+            f" has, and differs from it by up to {difference:.2g}."
         )
     report.unused[key] = "recomputed; equal to the model's own positions"
     return side

@@ -1,19 +1,26 @@
 # Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
-"""Copies weights from a source to a model, and accounts for every one of both."""
+"""From files of other libraries, tensors and settings but never code, to a model that accounts for every weight."""
 
+import inspect
 import json
+import pickle
 import re
+from argparse import Namespace
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import ModelMixin
+from safetensors.torch import load_file
 from torch import nn
 
-from ..files.folders import save_folder
-from ..words import listed
+from ..files import read_json, save_folder
+from ..files.source import public_config
+from ..files.weights import read_headers, weight_files, weight_names
+from ..words import listed, shown
 
 
 @dataclass
@@ -22,8 +29,8 @@ class ConversionReport:
 
     Args:
         source: what was read.
-        mapped: weight of the source -> the weights of the model that it went to. Several weights of the source may
-            share one of the model (a folded convolution), and one may go to several (a fused projection, two heads).
+        mapped: weight of the source -> the weights of the model that it went to. Several may share one (a folded
+            convolution), and one may go to several (a fused projection, two heads).
         unused: weight of the source -> why the model does not need it.
         fresh: weights of the model that the source does not determine.
         notes: decisions that concern no single weight.
@@ -81,7 +88,7 @@ def transfer(
         model: its values are overwritten, in its own precision.
         origin: for the name of a weight of the model, the weights of the source that it is made of, and the function
             of them that makes it; None takes the one as it is. A weight made of none keeps what it has.
-        report: is filled; what stands in `unused` already needs no place in the model.
+        report: is filled; what stands in `unused` needs no place in the model.
 
     Raises:
         ValueError: a weight of the source is missing, foreign, or gives a shape that the model does not have.
@@ -110,10 +117,96 @@ def transfer(
 
 
 def save_converted(model: ModelMixin, report: ConversionReport, folder: Path) -> None:
-    """Save a converted model with its report, conversion.json, in a folder that is not there before it is complete."""
+    """Save a converted model with its report, conversion.json, in a folder that is there whole or not at all."""
 
     def save(staging: str) -> None:
         model.save_pretrained(staging)
         Path(staging, "conversion.json").write_text(report.to_json(), encoding="utf-8")
 
     save_folder(folder, save)
+
+
+def read_checkpoint(path: Path) -> tuple[dict[str, torch.Tensor], str]:
+    """Weights of a `.pt` file, alone in it or in an entry "ema" (taken first) or "model", and where that is, in words.
+
+    Raises:
+        ValueError: no such file, or one that holds other things than tensors and plain values.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path} is no file.")
+    weights, source = _unpickle(path), path.name
+    entry = next((entry for entry in ("ema", "model") if isinstance(weights, dict) and entry in weights), None)
+    if entry is not None:
+        weights, source = weights[entry], f'{path.name}, entry "{entry}"'
+    return _check_weights(weights, source), source
+
+
+def read_folder(
+    folder: Path, subfolder: str, class_names: tuple[str, ...], cls: type
+) -> tuple[dict[str, Any], dict[str, torch.Tensor], str]:
+    """Configuration and weights of a model that diffusers saved, and what they are, in words.
+
+    Args:
+        folder: of the model, or of a pipeline that has it in `subfolder`.
+        subfolder: of the model in a pipeline.
+        class_names: what config.json may call the model; the first is the name in use.
+        cls: the class, whose defaults complete the configuration.
+
+    Raises:
+        ValueError: a file is missing, the model is of another class, or it has an option that `cls` does not know.
+    """
+    if not (folder / "config.json").is_file() and (folder / subfolder / "config.json").is_file():
+        folder = folder / subfolder
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} holds neither config.json nor {subfolder}/config.json.")
+    config = read_json(folder / "config.json")
+    name = config.get("_class_name")
+    if name not in class_names:
+        raise ValueError(f"{folder} must hold a model of class {class_names[0]}, got {shown(name)}.")
+    source = f"{name} in {folder.name}"
+    parameters = inspect.signature(cls.__init__).parameters.values()
+    defaults = {parameter.name: parameter.default for parameter in parameters if parameter.name != "self"}
+    for key, value in public_config(config).items():
+        # Old files have options that diffusers has dropped since: one that was off changes nothing.
+        if key not in defaults and value not in (None, False, "default"):
+            raise ValueError(f"{source} has an option that is not known: {shown(key)} is {shown(value)}.")
+    if any((folder / file).is_file() for file in weight_names(None)):
+        read_headers(files := weight_files(folder))
+        parts = [load_file(file) for file in files if file.suffix == ".safetensors"]
+    else:
+        parts = [_unpickle(file) for file in weight_files(folder, suffix=".bin") if file.suffix == ".bin"]
+    weights = {key: value for part in parts for key, value in _check_weights(part, source).items()}
+    return defaults | config, weights, source
+
+
+def check_config(config: dict[str, Any], source: str, **expected: Any) -> None:
+    """Raise a ValueError that names the first option of `config` that is not as expected."""
+    for key, value in expected.items():
+        found = list(config[key]) if isinstance(config[key], tuple) else config[key]
+        if found != value:
+            raise ValueError(f"`{key}` of {source} must be {value!r} to be converted, got {shown(found)}.")
+
+
+def _unpickle(path: Path) -> Any:
+    try:
+        # Training of the original DiT keeps its flags in the file: plain values in a plain class.
+        with torch.serialization.safe_globals([Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{path} holds more than tensors and plain values: such a file can run code, and is not read."
+        ) from error
+    except Exception as error:  # cut off, or no file of torch at all: there is no end to what its bytes can raise
+        raise ValueError(f"{path} is damaged or no file of torch: {shown(str(error))}.") from error
+
+
+def _check_weights(weights: Any, source: str) -> dict[str, torch.Tensor]:
+    if not isinstance(weights, dict):
+        raise ValueError(f"{source} must be a dictionary of tensors, got {type(weights).__name__}.")
+    for key, value in weights.items():
+        if not isinstance(key, str) or not key.isprintable():
+            raise ValueError(f"{source} must name its weights in printable characters, got {shown(key)}.")
+        if not isinstance(value, torch.Tensor) or not value.is_floating_point():
+            found = value.dtype if isinstance(value, torch.Tensor) else type(value).__name__
+            raise ValueError(f"`{key}` of {source} must be a floating-point tensor, got {found}.")
+    return weights

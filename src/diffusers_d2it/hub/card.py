@@ -6,6 +6,7 @@ no origin of the data is made up. Every string that comes from outside (class na
 it is shown, and never becomes Markdown, HTML, YAML or an escape sequence of a terminal.
 """
 
+import html
 import math
 import os
 import re
@@ -20,11 +21,11 @@ from huggingface_hub.utils import validate_repo_id
 from ..models.autoencoder_kl_dynamic import DynamicAutoencoderKL
 from ..models.transformer_d2it_content import D2iTContentModel
 from ..models.transformer_d2it_grain import D2iTGrainModel
-from ..words import printable, shorten, shown, without_paths
-from .markdown import literal, prose, shell_block
+from ..words import printable, shorten, shown, visible, without_paths, without_secrets
 
 
 _TEMPLATE = Path(__file__).with_name("card.md")
+_ADDRESS = re.compile(r"(https?://[\w./?#=&%~+-]*[\w/])", re.ASCII)
 _KINDS = {
     DiffusionPipeline: "pipeline",
     DynamicAutoencoderKL: "autoencoder",
@@ -151,8 +152,9 @@ def _num_classes(model: Any, kind: str) -> int | None:
 def _metadata(
     model: Any, kind: str, repo_id: str | None, license: str | None, datasets: list[str] | None, figures: dict
 ) -> ModelCardData:
+    """For the Hub; of the figures those that say how they were measured."""
     task = "unconditional-image-generation" if kind == "pipeline" else None
-    results = _eval_results(figures, task or "other")
+    results = [_eval_result(name, figure, task or "other") for name, figure in figures.items() if figure["protocol"]]
     return ModelCardData(
         license=license,
         library_name="diffusers",
@@ -225,21 +227,50 @@ def _check_figure(name: str, figure: dict | float | str) -> dict:
     return {"protocol": None, "dataset": None} | figure | {"value": value}
 
 
-def _eval_results(figures: dict[str, dict], task: str) -> list[EvalResult]:
-    """Figures as metadata of the Hub: only those that say how they were measured."""
-    results = []
-    for name, figure in figures.items():
-        if figure["protocol"]:
-            dataset = without_paths(printable(figure["dataset"] or "not stated"))
-            results.append(
-                EvalResult(
-                    task_type=task,
-                    dataset_type=dataset,
-                    dataset_name=dataset,
-                    metric_type=re.sub(r"[^a-z0-9]+", "-", without_paths(name.lower())).strip("-") or "figure",
-                    metric_name=without_paths(printable(name)),
-                    metric_value=printable(figure["value"]) if isinstance(figure["value"], str) else figure["value"],
-                    metric_args={"protocol": without_paths(printable(figure["protocol"]))},
-                )
-            )
-    return results
+def _eval_result(name: str, figure: dict, task: str) -> EvalResult:
+    said = {key: without_paths(printable(figure[key] or "not stated")) for key in ("dataset", "protocol")}
+    return EvalResult(
+        task_type=task,
+        dataset_type=said["dataset"],
+        dataset_name=said["dataset"],
+        metric_type=re.sub(r"[^a-z0-9]+", "-", without_paths(name.lower())).strip("-") or "figure",
+        metric_name=without_paths(printable(name)),
+        metric_value=printable(figure["value"]) if isinstance(figure["value"], str) else figure["value"],
+        metric_args={"protocol": said["protocol"]},
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Strings from outside in Markdown: shown, and never markup of any kind
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def literal(text: object) -> str:
+    """`text` as one line of Markdown that shows it literally: no markup, HTML, table cell, link or mention of it."""
+    escaped = html.escape(printable(text), quote=False)
+    escaped = re.sub(r"([\\`*_\[\]|~$!#@:])", r"\\\1", escaped)
+    escaped = re.sub(r"(?i)(?<=www)\.", r"\\.", escaped)  # GitHub's Markdown links bare host names
+    return re.sub(r"^(\d*)([-+=.)])(?=\s|-|$)", r"\1\\\2", escaped)  # markers of lists, rules and headings
+
+
+def prose(text: object) -> str:
+    """`text` like `literal`, without absolute paths, but with http(s) addresses as links."""
+    pieces = _ADDRESS.split(without_paths(printable(text)))
+    return "".join(f"<{piece}>" if i % 2 else _piece(piece) for i, piece in enumerate(pieces))
+
+
+def _piece(text: str) -> str:
+    """`literal` that keeps the spaces around a piece of a line."""
+    left, right = text[: len(text) - len(text.lstrip())], text[len(text.rstrip()) :]
+    return f"{left}{literal(text)}{right}" if text.strip() else text
+
+
+def shell_block(commands: list[str]) -> str:
+    """Commands as a block of code, without absolute paths and access tokens; "" if there are none."""
+    if not commands:
+        return ""
+    lines = "\n".join(without_secrets(command) for command in commands).replace("\r\n", "\n").split("\n")
+    text = "\n".join(visible(line.expandtabs(4).rstrip()) for line in lines)
+    # A fence ends at a line of as many backticks, so it is longer than any run of them inside.
+    fence = "`" * max([3, *(len(run) + 1 for run in re.findall("`+", text))])
+    return f"{fence}bash\n{text}\n{fence}"

@@ -39,7 +39,7 @@ _PUSHED = (
     "conversion.json",
 )
 _NUM_NAMED = 50  # of the files that are left out
-_SUBFOLDERS = ("vae", "grain_model", "transformer", "scheduler", "grain_scheduler")
+PARTS: set[str] = set()  # sub-folders of a repository; each class of pipelines adds the names of its components
 
 
 def push_folder(
@@ -49,21 +49,21 @@ def push_folder(
     private: bool | None,
     token: str | None = None,
     commit_message: str = "Upload with diffusers-d2it",
-    create_pr: bool = False,
+    **commit: Any,
 ) -> str:
     """Push a saved pipeline or model to the Hub, in a repository that is made if it does not exist.
 
-    Pushed are model_index.json, config.json, scheduler_config.json, safetensors and their indices, README.md,
-    samples.png and conversion.json, at the top of the folder and in the sub-folders of a pipeline; a warning names
-    everything else. Where a model was loaded from, which diffusers notes in its configuration, is not pushed.
+    Pushed are configurations, safetensors, README.md, samples.png and conversion.json, at the top of the folder and in
+    the sub-folders of a pipeline; a warning names everything else. Where a model was loaded from, which diffusers
+    notes in its configuration, is not pushed.
 
     Args:
         folder: what `save_pretrained` wrote.
         repo_id: "user/name", or "name" for the user of the token.
         private: whether a new repository is private; None for the account's default.
         token: access token with write permission; None for the one of `hf auth login` or HF_TOKEN.
-        commit_message: summary of the commit, and title of the pull request.
-        create_pr: propose the files in a pull request instead of committing them.
+        commit_message: summary of the commit.
+        **commit: more arguments of `huggingface_hub.HfApi.create_commit`.
 
     Returns:
         Address of the commit or the pull request.
@@ -78,13 +78,13 @@ def push_folder(
         raise ValueError(f"`folder` {str(folder)!r} holds no pipeline or model: nothing of it can be pushed.")
     with named_errors(repo_id, f"The files are kept in {str(folder)!r}."):
         repo_id = make_repository(repo_id, private, token)
-        return upload(folder, repo_id, token=token, commit_message=commit_message, create_pr=create_pr)
+        return upload(folder, repo_id, token=token, commit_message=commit_message, **commit)
 
 
 def files_to_push(folder: Path) -> tuple[list[str], list[str]]:
     """Names in a folder that may be pushed, and those that may not, relative to it; whole folders with a slash."""
     pushed, left_out = [], []
-    parts = [folder / name for name in _SUBFOLDERS]
+    parts = [folder / name for name in PARTS]
     parts = [part for part in parts if part.is_dir() and not part.is_symlink()]  # a link may lead anywhere
     for path in sorted(path for inside in (folder, *parts) if inside.is_dir() for path in inside.iterdir()):
         if path in parts or path.name == MANIFEST:  # it is about this folder; the Hub keeps hashes of its own
@@ -112,18 +112,10 @@ def make_repository(repo_id: str, private: bool | None, token: str | None) -> st
     return repo_id
 
 
-def upload(
-    folder: Path,
-    repo_id: str,
-    *,
-    token: str | None,
-    commit_message: str,
-    create_pr: bool,
-    subfolder: str | None = None,
-) -> str:
+def upload(folder: Path, repo_id: str, subfolder: str | None = None, **commit: Any) -> str:
     """Commit what may be pushed of a folder to a repository, below `subfolder`, and return the commit's address.
 
-    It is one commit, which `HfApi.upload_folder` does not promise: nobody loads half of it. A warning names the rest.
+    It is one commit, of which nobody loads half; `HfApi.upload_folder` makes several. A warning names the rest.
     """
     names, left_out = files_to_push(folder)
     if left_out:
@@ -136,8 +128,8 @@ def upload(
         if name.endswith(("config.json", "model_index.json")):  # the file stays as it is: its folder is sealed with it
             content = without_origin(path.read_text(encoding="utf-8")).encode()
         files.append(CommitOperationAdd(f"{prefix}{name}", content))
-    commit = HfApi(token=token).create_commit(repo_id, files, commit_message=commit_message, create_pr=create_pr)
-    return str(commit.pr_url or commit)
+    made = HfApi().create_commit(repo_id, files, **commit)
+    return str(made.pr_url or made)
 
 
 @contextmanager
@@ -171,21 +163,16 @@ def check_png(path: str | os.PathLike) -> None:
             raise ValueError(f"`sample_image` must be a PNG file, got {str(path)!r}.")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# After a training
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 def check_push(
     *, push_to_hub: bool, hub_model_id: str | None, hub_private_repo: bool | None, license: str | None
 ) -> None:
-    """Find out before a training whether its result can be pushed. Call it on the main process.
+    """Find out before a training whether `publish` can do its work, with the same arguments. For the main process.
 
     With `push_to_hub` it asks the Hub who the token belongs to, makes the repository and asks whether it may be
-    written to: nothing less is certain to work days later. The arguments are those of `publish`.
+    written to: nothing less is certain to work days later.
 
     Raises:
-        ValueError: one of them is of another form or does nothing without another; there is no token, it may not
+        ValueError: an argument is of another form or does nothing without another; there is no token, it may not
             write, the repository is public in spite of `hub_private_repo`, or the Hub cannot be reached.
     """
     check_license(license)
@@ -193,21 +180,15 @@ def check_push(
         raise ValueError("`push_to_hub` needs `hub_model_id`, the user/name of a repository.")
     if hub_private_repo and not push_to_hub:
         raise ValueError("`hub_private_repo` does nothing without `push_to_hub`.")
-    if hub_model_id is not None:
-        try:
-            validate_repo_id(hub_model_id)
-        except HFValidationError as error:
-            raise ValueError(f"`hub_model_id` {shown(hub_model_id)}: {printable(error)}") from error
-        if "/" not in hub_model_id:
-            raise ValueError(f"`hub_model_id` must be user/name, got {shown(hub_model_id)}.")
+    if hub_model_id is not None and not ("/" in hub_model_id and _is_name(hub_model_id)):
+        raise ValueError(
+            f"`hub_model_id` must be user/name, of letters, digits, '-', '_' and '.', got {shown(hub_model_id)}."
+        )
     if push_to_hub:
         with named_errors(hub_model_id, "Nothing has been trained yet: put it right, or leave out `push_to_hub`."):
-            api = HfApi()
-            role = api.whoami().get("auth", {}).get("accessToken", {}).get("role")
-            if role == "read":
+            if HfApi().whoami().get("auth", {}).get("accessToken", {}).get("role") == "read":
                 raise ValueError("the access token may only read: make one that may write")
-            repo_id = make_repository(hub_model_id, hub_private_repo, token=None)
-            api.auth_check(repo_id, write=True)
+            HfApi().auth_check(make_repository(hub_model_id, hub_private_repo, token=None), write=True)
 
 
 def publish(
@@ -226,7 +207,7 @@ def publish(
 ) -> str | None:
     """Write the model card of a finished training into its folder, and push the folder with `push_to_hub`.
 
-    Call it on the main process, after everything has been saved.
+    For the main process, after everything has been saved.
 
     Args:
         pipe_or_model: what has been trained.
@@ -250,11 +231,12 @@ def publish(
     if sample_image is not None and not os.path.isfile(sample_image):
         warnings.warn(f"the model card shows no samples: there is no {str(sample_image)!r}", stacklevel=2)
         sample_image = None
+    is_on_hub = dataset_name is not None and _is_name(dataset_name) and not os.path.exists(dataset_name)
     model_card = make_model_card(
         pipe_or_model,
         repo_id=hub_model_id,
         license=license,
-        datasets=[dataset_name] if dataset_name is not None and _is_on_hub(dataset_name) else None,
+        datasets=[dataset_name] if is_on_hub else None,
         commands=[*(command for stage in built_on for command in commands_of(stage)), *commands],
         sample_image=None if sample_image is None else SAMPLES,
         **card,
@@ -262,16 +244,15 @@ def publish(
     write_card(Path(folder), model_card, sample_image)
     if not push_to_hub:
         return None
-    message = f"Upload {type(pipe_or_model).__name__}"
-    if card.get("train_steps") is not None:
-        message += f" after {card['train_steps']} steps"
+    steps = "" if card.get("train_steps") is None else f" after {card['train_steps']} steps"
+    message = f"Upload {type(pipe_or_model).__name__}{steps}"
     return push_folder(folder, hub_model_id, private=hub_private_repo, commit_message=message)
 
 
-def _is_on_hub(name: str) -> bool:
-    """Whether a data set is named by the Hub rather than by its path."""
+def _is_name(name: str) -> bool:
+    """Whether a repository of the Hub may be called so."""
     try:
         validate_repo_id(name)
     except HFValidationError:
         return False
-    return not os.path.exists(name)
+    return True

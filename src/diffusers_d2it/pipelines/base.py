@@ -16,7 +16,7 @@ from ..files.folders import read_json, save_folder
 from ..files.source import HUB_ARGUMENTS, WithoutOrigin, check_source, pin, public_config, refuse_code
 from ..files.weights import check_sealed, sealed_files
 from ..hub.card import make_model_card
-from ..hub.push import CARD, SAMPLES, check_png, make_repository, named_errors, upload, write_card
+from ..hub.push import CARD, PARTS, SAMPLES, check_png, make_repository, named_errors, upload, write_card
 from ..limits import check_keys, check_values
 from ..models.strict import refuse_unsafe
 from ..optional import naming_what_is_broken
@@ -57,6 +57,10 @@ class StrictPipeline(WithoutOrigin, DiffusionPipeline):
     _schedulers: tuple[str, ...]  # components that are schedulers of diffusers
     _optional_components: list[str]  # those of both that may be None
     _limits: Mapping[str, tuple[float, float]]  # of arguments of `__call__`
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        PARTS.update(getattr(cls, "_models", ()), getattr(cls, "_schedulers", ()))
 
     @classmethod
     def check_settings(cls, settings: Mapping[str, Any]) -> None:
@@ -256,9 +260,7 @@ class StrictPipeline(WithoutOrigin, DiffusionPipeline):
                     )
                 write_card(folder, model_card, sample_image)
             message = commit_message or f"Upload {type(self).__name__}"
-            return upload(
-                folder, repo_id, token=token, commit_message=message, create_pr=create_pr, subfolder=subfolder
-            )
+            return upload(folder, repo_id, subfolder, token=token, commit_message=message, create_pr=create_pr)
 
 
 def _check_component(name: str, value: Any, model: str | None) -> None:
