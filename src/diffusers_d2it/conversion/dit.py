@@ -239,8 +239,6 @@ def _check_positions(key: str, weights: dict[str, torch.Tensor], dim: int, repor
     side = math.isqrt(positions.shape[1])
     if positions.shape != (1, side * side, dim):
         raise ValueError(f"`{key}` of {report.source} must be (1, n * n, {dim}), got {tuple(positions.shape)}.")
-            f"`{key}` of {report.source} must have shape (1, n * n, {dim}), got {tuple(positions.shape)}."
-        )
     expected = sincos_positions((side, side), positions.float())
     difference = (positions[0].float() - expected).abs().max().item()
     if not difference <= max(1e-4, torch.finfo(positions.dtype).eps):  # NaN fails it
