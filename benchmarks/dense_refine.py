@@ -22,8 +22,8 @@ from torch import nn
 from diffusers_d2it import D2iTContentModel
 from diffusers_d2it.grains import GrainLayout, grain_map_to_cells
 from diffusers_d2it.models.layers import modulate, residual_stream
+from diffusers_d2it.models.refine_net import RefineBlock, WindowAttention
 from diffusers_d2it.models.transformer_d2it_content import RefineNet
-from diffusers_d2it.models.window_attention import RefineBlock, WindowAttention
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from torch import nn
 
 from diffusers_d2it import load_preset
 from diffusers_d2it.grains import fine_share, grain_map_to_cells, tie
-from diffusers_d2it.models.packing import pack_levels
+from diffusers_d2it.models.refine_net import pack_levels
 from diffusers_d2it.models.transformer_d2it_content import RefineNet
 
 

@@ -14,8 +14,7 @@ from peers import relative_error
 from torch import nn
 
 from diffusers_d2it import load_preset
-from diffusers_d2it.models.packing import pack_levels
-from diffusers_d2it.models.window_attention import WindowAttention
+from diffusers_d2it.models.refine_net import WindowAttention, pack_levels
 
 
 NUM_GRAINS = 2

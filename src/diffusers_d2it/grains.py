@@ -104,7 +104,7 @@ class GrainLayout:
         num_grains: k.
         masks: where the codes of grain 0 ... k-2 are, each (B, 1, h * 2^grain, 1, w * 2^grain, 1) bool: it broadcasts
             to latents whose sides are split into codes and the cells of a code.
-        levels: packed tokens of level 1 ... k-1 (`models.packing`); none without a model.
+        levels: packed tokens of level 1 ... k-1 (`models.refine_net`); none without a model.
         window_size: side of the attention windows in tokens for which they were packed.
     """
 

@@ -11,7 +11,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from diffusers_d2it import D2iTContentModel
 from diffusers_d2it.grains import tie
-from diffusers_d2it.models.packing import pack_levels
+from diffusers_d2it.models.refine_net import pack_levels
 
 
 @pytest.fixture(autouse=True)

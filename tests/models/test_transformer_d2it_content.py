@@ -13,7 +13,7 @@ from diffusers_d2it import D2iTContentModel, load_preset
 from diffusers_d2it.grains import check_tied, tie
 from diffusers_d2it.losses import multi_grained_loss
 from diffusers_d2it.models.layers import sincos_positions
-from diffusers_d2it.models.transformer_d2it_content import patchify, unpatchify
+from diffusers_d2it.models.refine_net import patchify, unpatchify
 
 
 def random_inputs(num_grains: int = 2, size: tuple[int, int] = (4, 6), batch: int = 3, seed: int = 0):

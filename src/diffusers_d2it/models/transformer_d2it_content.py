@@ -4,7 +4,7 @@
 Shapes:
     B batch, C latent channels, O output channels (C, or 2C with learned variance), D width
     h w sides of the grain map in regions, k grains, R = 2 ** (k-1) cells along a side of a region
-    latents are (B, C, h * R, w * R); N packed tokens of RefineNet
+    latents are (B, C, h * R, w * R)
 """
 
 from dataclasses import replace
@@ -15,7 +15,6 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.attention import AttentionMixin
 from diffusers.models.cache_utils import CacheMixin
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
-from einops import rearrange
 from torch import nn
 
 from ..grains import GrainLayout
@@ -32,9 +31,8 @@ from .layers import (
     run_block,
     sincos_positions,
 )
-from .packing import RefineLayout, pack_levels
+from .refine_net import RefineNet, pack_levels, patchify, unpatchify
 from .strict import SafeAdapterMixin, StrictModelMixin
-from .window_attention import RefineBlock
 
 
 class GrainEmbedder(nn.Module):
@@ -51,89 +49,6 @@ class GrainEmbedder(nn.Module):
         grains = torch.arange(self.embed.num_embeddings, device=grain_map.device)
         per_grain = self.linear_2(F.silu(self.linear_1(self.embed(grains))))  # (k, D)
         return F.embedding(grain_map.flatten(1), per_grain)
-
-
-class RefineNet(nn.Module):
-    """Corrects the rough noise of finer regions (Eq. 8), with half the patch size of the level before.
-
-    Input of a token: its share of the coarser token's up-projection, and an embedding of its patch of [z_t; noise].
-    Output: a residual on the noise, zero at the start.
-
-    Args:
-        in_channels: C.
-        out_channels: O.
-        patch_size: cells along a side of a token's patch.
-        dim: width D.
-        num_layers, heads, mlp_ratio: of the blocks.
-        side: tokens along a side of an attention window.
-        frequency_shift: of the timestep embedding.
-    """
-
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        patch_size: int,
-        dim: int,
-        num_layers: int,
-        heads: int,
-        mlp_ratio: float,
-        side: int,
-        frequency_shift: float,
-    ):
-        super().__init__()
-        self.gradient_checkpointing = False
-        self.residual_dtype = torch.float32  # under autocast
-        self.patch_size = patch_size
-        self.time_embed = TimestepEmbedder(dim, frequency_shift)
-        self.up_proj = nn.Linear(dim, 4 * dim)
-        self.patch_embed = nn.Linear((in_channels + out_channels) * patch_size**2, dim)
-        self.transformer_blocks = nn.ModuleList([RefineBlock(dim, heads, mlp_ratio, side) for _ in range(num_layers)])
-        self.norm_out = FinalLayer(dim, out_channels * patch_size**2)
-
-    def forward(
-        self,
-        parents: torch.Tensor,
-        latents: torch.Tensor,
-        noise: torch.Tensor,
-        timestep: torch.Tensor,
-        label_embedding: torch.Tensor | float,
-        layout: RefineLayout,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Residual on the noise and the refined tokens.
-
-        Args:
-            parents: tokens of the level before, (M, D).
-            latents: z_t, (B, C, h * R, w * R).
-            noise: prediction so far, (B, O, h * R, w * R).
-            timestep: (B,).
-            label_embedding: (B, D), shared with the Multi-grained Net, or 0.
-            layout: packed tokens of this level.
-
-        Returns:
-            residual (B, O, h * R, w * R), zero outside the regions of this level, and tokens (N, D).
-        """
-        if len(layout.tokens) == 0 and not torch.is_grad_enabled():  # gradients of an empty map are zero, not missing
-            return torch.zeros_like(noise), parents[:0]
-        conditioning = F.silu(self.time_embed(timestep, latents.dtype) + label_embedding)  # (B, D)
-        patches = patchify(torch.cat([latents, noise], dim=1), self.patch_size).flatten(0, 1)
-        if layout.rounded:
-            patches = F.pad(patches, (0, 0, 0, 1))  # of the tokens that stand nowhere
-        tokens = self.up_proj(parents.index_select(0, layout.parents)).unflatten(-1, (4, -1))  # (N / 4, 4, D)
-        tokens = tokens + self.patch_embed(patches.index_select(0, layout.tokens)).view_as(tokens)
-        tokens = residual_stream(tokens, self.residual_dtype)
-        if layout.rounded and not torch.compiler.is_compiling():
-            torch._dynamo.maybe_mark_dynamic(tokens, 0)
-
-        for block in self.transformer_blocks:
-            tokens = run_block(self, block, tokens, conditioning, layout)  # (N / 4, 4, D)
-
-        correction = self.norm_out(tokens, conditioning, layout.images).flatten(0, 1)  # (N, O * patch ** 2)
-        batch, _, height, width = noise.shape
-        rows, columns = height // self.patch_size, width // self.patch_size
-        residual = correction.new_zeros(batch * rows * columns + 1, correction.shape[-1])  # the last stands nowhere
-        residual = residual.index_copy(0, layout.tokens, correction)[:-1]  # (B * rows * columns, O * patch ** 2)
-        return unpatchify(residual.view(batch, rows * columns, -1), rows, self.patch_size), tokens.flatten(0, 1)
 
 
 class D2iTContentModel(StrictModelMixin, AttentionMixin, CacheMixin, SafeAdapterMixin, ConfigMixin):
@@ -357,13 +272,3 @@ class D2iTContentModel(StrictModelMixin, AttentionMixin, CacheMixin, SafeAdapter
         if hidden_states.device.type == "cpu" and not torch.compiler.is_compiling():
             layout.check_tied(hidden_states)
         return layout
-
-
-def patchify(image: torch.Tensor, patch_size: int) -> torch.Tensor:
-    """(B, C, y * p, x * p) -> (B, y * x, C * p * p), a patch's values in the order of a convolution's weight."""
-    return rearrange(image, "b c (y p) (x q) -> b (y x) (c p q)", p=patch_size, q=patch_size)
-
-
-def unpatchify(patches: torch.Tensor, rows: int, patch_size: int) -> torch.Tensor:
-    """(B, y * x, p * p * C) -> (B, C, y * p, x * p), a patch's values in the order of DiT's output layer."""
-    return rearrange(patches, "b (y x) (p q c) -> b c (y p) (x q)", y=rows, p=patch_size, q=patch_size)

@@ -1,6 +1,8 @@
 # Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
 """What D2iTPipeline checks before it begins: do the components fit, do the arguments fit them and one another?"""
 
+from typing import Literal
+
 import numpy as np
 import torch
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler
@@ -78,6 +80,7 @@ def check_components(
         )
 
 
+MapName = Literal["coarse", "fine", "random"]
 SAMPLING_LIMITS = {
     "num_images_per_prompt": (1, 10_000),
     "num_inference_steps": (1, 1_000_000),
@@ -94,7 +97,7 @@ SAMPLING_LIMITS = {
 
 def check_inputs(
     batch_size: int,
-    grain_map: torch.Tensor | np.ndarray | str | None,
+    grain_map: torch.Tensor | np.ndarray | MapName | None,
     fine_ratio: float | None,
     generator: torch.Generator | list[torch.Generator] | None,
     latents: torch.Tensor | None,
@@ -114,8 +117,6 @@ def check_inputs(
         )
     if grain_map is None and not can_draw:
         raise ValueError("`grain_map` is required: this pipeline has no grain model.")
-    if isinstance(grain_map, str) and grain_map not in ("coarse", "fine", "random"):
-        raise ValueError(f"`grain_map` must be 'coarse', 'fine', 'random' or a map, got {grain_map!r}.")
     if fine_ratio is not None and grain_map is not None and not (isinstance(grain_map, str) and grain_map == "random"):
         raise ValueError("`fine_ratio` and a given `grain_map`, other than 'random', exclude each other.")
     if isinstance(grain_map, (torch.Tensor, np.ndarray)):
@@ -131,11 +132,8 @@ def check_inputs(
         channels, cells = transformer.config.in_channels, transformer.patch_size
         if latents.dtype != torch.float32:
             raise ValueError(f"`latents` must be float32, got {latents.dtype}.")
-        if (
-            latents.ndim != 4
-            or latents.shape[:2] != (batch_size, channels)
-            or any(side % cells for side in latents.shape[2:])
-        ):
+        fitting = (batch_size, channels, *(side - side % cells for side in latents.shape[2:]))
+        if latents.ndim != 4 or latents.shape != fitting:
             raise ValueError(
                 f"`latents` must have shape ({batch_size}, {channels}, h, w) with h and w multiples of {cells}, got"
                 f" {tuple(latents.shape)}."
@@ -145,7 +143,7 @@ def check_inputs(
 
 
 def map_size(
-    grain_map: torch.Tensor | np.ndarray | str | None,
+    grain_map: torch.Tensor | np.ndarray | MapName | None,
     latents: torch.Tensor | None,
     height: int | None,
     width: int | None,

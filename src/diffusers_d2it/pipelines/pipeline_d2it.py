@@ -23,7 +23,7 @@ from ..models.autoencoder_kl_dynamic import DynamicAutoencoderKL
 from ..models.transformer_d2it_content import D2iTContentModel
 from ..models.transformer_d2it_grain import D2iTGrainModel
 from ..visualization import visualize_grain_map
-from .checks import SAMPLING_LIMITS, check_components, check_inputs, map_size
+from .checks import SAMPLING_LIMITS, MapName, check_components, check_inputs, map_size
 from .class_conditional import ClassConditionalPipeline
 from .grain_maps import grain_map_of_image, random_grain_map, sample_grain_map
 from .tied_scheduler import TiedScheduler
@@ -127,7 +127,7 @@ class D2iTPipeline(ClassConditionalPipeline):
 
     def prepare_grain_map(
         self,
-        grain_map: torch.Tensor | np.ndarray | str | None,
+        grain_map: torch.Tensor | np.ndarray | MapName | None,
         fine_ratio: float | None,
         class_ids: torch.Tensor | None,
         batch_size: int,
@@ -219,7 +219,7 @@ class D2iTPipeline(ClassConditionalPipeline):
         num_inference_steps: int = 50,
         guidance_scale: float = 4.0,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
-        grain_map: torch.Tensor | np.ndarray | str | None = None,
+        grain_map: torch.Tensor | np.ndarray | MapName | None = None,
         fine_ratio: float | None = None,
         grain_num_inference_steps: int = 10,
         grain_guidance_scale: float = 1.0,

@@ -1,9 +1,9 @@
 # Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
-"""Where the tokens of RefineNet stand, worked out once per grain map.
+"""RefineNet (sec. 3.2.3 of arXiv:2504.09454): where its tokens stand, their attention in windows (Eq. 10), the net.
 
-The map is constant along a sampling trajectory, so these indices are too. RefineNet of level l works on the regions
-whose grain is l or finer. Its tokens are packed: only these regions have any, whichever image they belong to, and the
-cost of a layer follows their number. They are ordered so that no layer has to move them:
+The map is constant along a sampling trajectory, so where tokens stand is worked out once per map. RefineNet of level l
+works on the regions whose grain is l or finer. Its tokens are packed: only these regions have any, whichever image
+they belong to, and the cost of a layer follows their number. They are ordered so that no layer has to move them:
 
 - the windows of attention (Eq. 10) that hold equally many fine regions stand next to each other, so a slice of the
   packed tokens is a batch of equally long sequences, without padding and without a mask;
@@ -14,7 +14,8 @@ each is filled up with windows that stand nowhere, so that there are always the 
 graph serves every map.
 
 Shapes:
-    B batch, h w sides of the grain map in regions, k grains, l level 1 ... k-1
+    B batch, C latent channels, O output channels, D width, A heads
+    h w sides of the grain map in regions, k grains, l level 1 ... k-1, R = 2 ** (k-1) cells along a side of a region
     m = 2 ** l tokens along a side of a region; v regions along a side of a window
     N packed tokens; W windows and L tokens a window of one group
 """
@@ -24,6 +25,11 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import nn
+
+from .layers import DiTBlock, FinalLayer, SelfAttention, TimestepEmbedder, residual_stream, run_block
 
 
 _ROUNDING = 64  # a rounded list of windows grows by less than this part of all windows
@@ -205,3 +211,160 @@ def _token_order(level: int, device: torch.device) -> tuple[torch.Tensor, torch.
         row = (2 * row[:, None] + quarter // 2).flatten()
         column = (2 * column[:, None] + quarter % 2).flatten()
     return row, column
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The network
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class WindowAttentionProcessor:
+    """Attention inside windows of packed tokens, with a learned relative position bias, Eq. 10.
+
+    A window holds at most a few dozen tokens, so the scores are written out: for so few keys a plain matrix product
+    and softmax is as fast as a fused kernel, and faster in the backward pass, where a bias needs the scores anyway.
+    """
+
+    _attention_backend = None
+    _parallel_config = None
+
+    def __call__(self, attn: "WindowAttention", hidden_states: torch.Tensor, layout: RefineLayout) -> torch.Tensor:
+        """hidden_states (N / 4, 4, D) -> (N / 4, 4, D)."""
+        query, key, value = (x.flatten(0, 1) for x in attn.project(hidden_states))  # (N, A, D / A)
+        query = query * query.shape[-1] ** -0.5
+        lengths = [len(group.arrangement) * group.length for group in layout.groups]
+        attended = []
+        for group, *qkv in zip(layout.groups, query.split(lengths), key.split(lengths), value.split(lengths)):
+            q, k, v = (rearrange(x, "(w l) a d -> w a l d", l=group.length) for x in qkv)
+            bias = attn.relative_position_bias[group.relative_index]  # (P, L, L, A)
+            bias = rearrange(bias, "p i j a -> p a i j").index_select(0, group.arrangement)  # (W, A, L, L)
+            scores = torch.matmul(q, k.transpose(-1, -2)) + bias.to(q.dtype)
+            x = torch.matmul(scores.softmax(dim=-1), v)
+            attended.append(rearrange(x, "w a l d -> (w l) (a d)"))
+        return attn.to_out[0](torch.cat(attended).view_as(hidden_states))
+
+
+class WindowAttention(SelfAttention):
+    """Self-attention of packed tokens inside windows, with one learned bias per head and relative position.
+
+    Args:
+        dim: width D.
+        heads: number of heads A.
+        side: tokens along a side of a window.
+    """
+
+    _default_processor_cls = WindowAttentionProcessor
+    _available_processors = [WindowAttentionProcessor]
+
+    def __init__(self, dim: int, heads: int, side: int):
+        super().__init__(dim, heads)
+        self.relative_position_bias = nn.Parameter(torch.zeros((2 * side - 1) ** 2, heads))
+
+    def forward(self, hidden_states: torch.Tensor, layout: RefineLayout) -> torch.Tensor:
+        return self.processor(self, hidden_states, layout)
+
+
+class RefineBlock(DiTBlock):
+    """DiT block on packed tokens: the modulation of each token's image, attention inside windows (Eq. 10)."""
+
+    def __init__(self, dim: int, heads: int, mlp_ratio: float, side: int):
+        super().__init__(dim, heads, mlp_ratio, attn=WindowAttention(dim, heads, side))
+
+    def forward(self, hidden_states: torch.Tensor, conditioning: torch.Tensor, layout: RefineLayout) -> torch.Tensor:
+        """hidden_states (N / 4, 4, D), conditioning (B, D) after its SiLU -> (N / 4, 4, D)."""
+        # Looked up once for the four children of a parent, the modulation takes a quarter of the memory.
+        modulation = self.adaln(conditioning).index_select(0, layout.images)[:, None]  # (N / 4, 1, 6 * D)
+        return self.modulated(hidden_states, modulation, layout)
+
+
+class RefineNet(nn.Module):
+    """Corrects the rough noise of finer regions (Eq. 8), with half the patch size of the level before.
+
+    Input of a token: its share of the coarser token's up-projection, and an embedding of its patch of [z_t; noise].
+    Output: a residual on the noise, zero at the start.
+
+    Args:
+        in_channels: C.
+        out_channels: O.
+        patch_size: cells along a side of a token's patch.
+        dim: width D.
+        num_layers, heads, mlp_ratio: of the blocks.
+        side: tokens along a side of an attention window.
+        frequency_shift: of the timestep embedding.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        patch_size: int,
+        dim: int,
+        num_layers: int,
+        heads: int,
+        mlp_ratio: float,
+        side: int,
+        frequency_shift: float,
+    ):
+        super().__init__()
+        self.gradient_checkpointing = False
+        self.residual_dtype = torch.float32  # under autocast
+        self.patch_size = patch_size
+        self.time_embed = TimestepEmbedder(dim, frequency_shift)
+        self.up_proj = nn.Linear(dim, 4 * dim)
+        self.patch_embed = nn.Linear((in_channels + out_channels) * patch_size**2, dim)
+        self.transformer_blocks = nn.ModuleList([RefineBlock(dim, heads, mlp_ratio, side) for _ in range(num_layers)])
+        self.norm_out = FinalLayer(dim, out_channels * patch_size**2)
+
+    def forward(
+        self,
+        parents: torch.Tensor,
+        latents: torch.Tensor,
+        noise: torch.Tensor,
+        timestep: torch.Tensor,
+        label_embedding: torch.Tensor | float,
+        layout: RefineLayout,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Residual on the noise and the refined tokens.
+
+        Args:
+            parents: tokens of the level before, (M, D).
+            latents: z_t, (B, C, h * R, w * R).
+            noise: prediction so far, (B, O, h * R, w * R).
+            timestep: (B,).
+            label_embedding: (B, D), shared with the Multi-grained Net, or 0.
+            layout: packed tokens of this level.
+
+        Returns:
+            residual (B, O, h * R, w * R), zero outside the regions of this level, and tokens (N, D).
+        """
+        if len(layout.tokens) == 0 and not torch.is_grad_enabled():  # gradients of an empty map are zero, not missing
+            return torch.zeros_like(noise), parents[:0]
+        conditioning = F.silu(self.time_embed(timestep, latents.dtype) + label_embedding)  # (B, D)
+        patches = patchify(torch.cat([latents, noise], dim=1), self.patch_size).flatten(0, 1)
+        if layout.rounded:
+            patches = F.pad(patches, (0, 0, 0, 1))  # of the tokens that stand nowhere
+        tokens = self.up_proj(parents.index_select(0, layout.parents)).unflatten(-1, (4, -1))  # (N / 4, 4, D)
+        tokens = tokens + self.patch_embed(patches.index_select(0, layout.tokens)).view_as(tokens)
+        tokens = residual_stream(tokens, self.residual_dtype)
+        if layout.rounded and not torch.compiler.is_compiling():
+            torch._dynamo.maybe_mark_dynamic(tokens, 0)
+
+        for block in self.transformer_blocks:
+            tokens = run_block(self, block, tokens, conditioning, layout)  # (N / 4, 4, D)
+
+        correction = self.norm_out(tokens, conditioning, layout.images).flatten(0, 1)  # (N, O * patch ** 2)
+        batch, _, height, width = noise.shape
+        rows, columns = height // self.patch_size, width // self.patch_size
+        residual = correction.new_zeros(batch * rows * columns + 1, correction.shape[-1])  # the last stands nowhere
+        residual = residual.index_copy(0, layout.tokens, correction)[:-1]  # (B * rows * columns, O * patch ** 2)
+        return unpatchify(residual.view(batch, rows * columns, -1), rows, self.patch_size), tokens.flatten(0, 1)
+
+
+def patchify(image: torch.Tensor, patch_size: int) -> torch.Tensor:
+    """(B, C, y * p, x * p) -> (B, y * x, C * p * p), a patch's values in the order of a convolution's weight."""
+    return rearrange(image, "b c (y p) (x q) -> b (y x) (c p q)", p=patch_size, q=patch_size)
+
+
+def unpatchify(patches: torch.Tensor, rows: int, patch_size: int) -> torch.Tensor:
+    """(B, y * x, p * p * C) -> (B, C, y * p, x * p), a patch's values in the order of DiT's output layer."""
+    return rearrange(patches, "b (y x) (p q c) -> b c (y p) (x q)", y=rows, p=patch_size, q=patch_size)
