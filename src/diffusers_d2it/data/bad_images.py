@@ -17,15 +17,12 @@ _MAX_SHOWN = 5
 class BadImages:
     """The images that could not be used, in a file that all processes and workers of a run append to.
 
-    The file has a line {"name", "reason"} for each image and comes into being with the first one. It is kept when a
-    run is resumed, so it speaks of the whole run.
+    The file, of JSON lines, has {"name", "reason"} for each image and comes into being with the first one. It is kept
+    when a run is resumed, so it speaks of the whole run.
 
         bad_images = BadImages(os.path.join(args.output_dir, "bad_images.jsonl"))
         ...
         accelerator.print(bad_images.summary())
-
-    Args:
-        path: the JSON lines file.
     """
 
     def __init__(self, path: str | Path):
@@ -33,8 +30,7 @@ class BadImages:
         self._reasons: dict[str, str] = {}
         self._offset = 0
         self._num_logged = 0
-        self._num_read = multiprocessing.Value("q")  # shared with the workers of this process
-        self._num_enlarged = multiprocessing.Value("q")
+        self._counts = multiprocessing.Array("q", 2)  # read and enlarged, also by the workers of this process
 
     def add(self, name: str, reason: str) -> None:
         """Note an image that could not be used; a name that is known already changes nothing."""
@@ -54,11 +50,9 @@ class BadImages:
 
     def count(self, size: tuple[int, int], resolution: int) -> None:
         """Count an image that is used, and whether its shorter side had to be enlarged to the resolution."""
-        with self._num_read.get_lock():
-            self._num_read.value += 1
-        if min(size) < resolution:
-            with self._num_enlarged.get_lock():
-                self._num_enlarged.value += 1
+        with self._counts.get_lock():
+            self._counts[0] += 1
+            self._counts[1] += min(size) < resolution
 
     def found(self) -> dict[str, str]:
         """Reason by name of every image that any process has noted so far, each name once."""
@@ -90,9 +84,10 @@ class BadImages:
             shown = "; ".join(f"{name!r}: {reason}" for name, reason in list(found.items())[:_MAX_SHOWN])
             more = f"; all in {self.path}" if len(found) > _MAX_SHOWN else f" ({self.path})"
             sentences.append(f"{len(found)} of the images could not be used: {shown}{more}.")
-        if self._num_enlarged.value:
+        num_read, num_enlarged = self._counts
+        if num_enlarged:
             sentences.append(
-                f"{self._num_enlarged.value} of {self._num_read.value} images read by this process were smaller than"
-                " the resolution and were enlarged."
+                f"{num_enlarged} of {num_read} images read by this process were smaller than the resolution and were"
+                " enlarged."
             )
         return "\n".join(sentences)

@@ -40,6 +40,7 @@ from ..files.folders import MANIFEST, check_file, file_sha256, settle
 from ..files.source import public_config
 from ..models.autoencoder_kl_dynamic import DynamicAutoencoderKL
 from ..words import differences
+from .images import check_resolution
 
 
 PLAN = "plan.json"
@@ -93,54 +94,33 @@ def describe_vae(vae: DynamicAutoencoderKL) -> dict:
 
 @dataclass(frozen=True)
 class LatentCachePlan:
-    """What a cache holds, decided before the first image is encoded.
+    """What a cache holds, decided before the first image is encoded."""
 
-    Attributes:
-        vae_fingerprint: from `vae_fingerprint`.
-        scaling_factor: of the autoencoder; the stored moments are not scaled.
-        shift_factor: of the autoencoder, 0.0 for none.
-        downsample_factors: finest first.
-        latent_channels: C.
-        resolution: side of the images in pixels.
-        flips: whether the mirrored images are stored too.
-        source: the images in words.
-        data_fingerprint: changes when the images do.
-        num_rows: number of images, unusable ones included.
-        rows_per_shard: rows of a shard; the last may have fewer.
-        num_classes: size of the label table, None without labels.
-        id2label: names of the classes that occur, None without labels.
-    """
-
-    vae_fingerprint: str
-    scaling_factor: float
-    shift_factor: float
-    downsample_factors: list[int]
-    latent_channels: int
-    resolution: int
-    flips: bool
-    source: str
-    data_fingerprint: str
-    num_rows: int
-    rows_per_shard: int
-    num_classes: int | None
-    id2label: dict[int, str] | None
+    vae_fingerprint: str  # this and the next four are those of `describe_vae`
+    scaling_factor: float  # of the autoencoder; the stored moments are not scaled
+    shift_factor: float  # 0.0 for none
+    downsample_factors: list[int]  # finest first
+    latent_channels: int  # C
+    resolution: int  # side of the images in pixels
+    flips: bool  # whether the mirrored images are stored too
+    source: str  # the images in words
+    data_fingerprint: str  # changes when the images do
+    num_rows: int  # number of images, unusable ones included
+    rows_per_shard: int  # the last shard may have fewer
+    num_classes: int | None  # size of the label table, None without labels
+    id2label: dict[int, str] | None  # names of the classes that occur, None without labels
 
     def __post_init__(self) -> None:
-        for name in ("num_rows", "rows_per_shard", "resolution"):
+        for name in ("num_rows", "rows_per_shard"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` of a latent cache must be at least 1, got {getattr(self, name)}.")
-        if self.resolution % self.downsample_factors[-1]:
-            raise ValueError(
-                f"`resolution` {self.resolution} is not a multiple of the region size {self.downsample_factors[-1]}."
-            )
+        check_resolution(self.resolution, self.downsample_factors[-1])
 
     @property
     def num_shards(self) -> int:
-        """Number of shards."""
         return -(-self.num_rows // self.rows_per_shard)
 
     def rows(self, shard: int) -> range:
-        """The rows of a shard."""
         return range(shard * self.rows_per_shard, min((shard + 1) * self.rows_per_shard, self.num_rows))
 
     def to_json(self) -> dict[str, Any]:
@@ -172,7 +152,6 @@ class LatentCachePlan:
 
 
 def shard_folder(folder: Path, shard: int) -> Path:
-    """Where a shard lies."""
     return folder / f"shard-{shard:05d}"
 
 
@@ -291,10 +270,7 @@ class LatentCache(Dataset):
 
     def __getitem__(self, index: int) -> dict:
         batch = self.__getitems__([index])
-        item = {"entropy": batch["entropy"][0], "class_labels": batch["class_labels"][0]}
-        if self.moments:
-            item["moments"] = [moments[0] for moments in batch["moments"]]
-        return item
+        return {name: [one[0] for one in of] if name == "moments" else of[0] for name, of in batch.items()}
 
     def __getitems__(self, indices: list[int]) -> dict:
         """A batch, as a `DataLoader` asks for it; stacked already, so `collate` has nothing left to do.

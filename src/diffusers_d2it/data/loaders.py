@@ -11,6 +11,7 @@ import copy
 import os
 import random
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from itertools import chain, cycle, islice
 
 import numpy as np
@@ -49,10 +50,9 @@ class _Images(Dataset):
 class ImageDataset(_Images):
     """Images and labels of a map-style source, randomly flipped.
 
-    Items are {"pixels": (3, R, R) in [-1, 1], "class_labels": int64 scalar}; the label is 0 without classes.
-
-    An image that cannot be used is noted, and another one stands in: the first usable one at 1, 2, 4, 8, ... places
-    after it, a function of the index alone.
+    Items are {"pixels": (3, R, R) in [-1, 1], "class_labels": int64 scalar}; the label is 0 without classes. An image
+    that cannot be used is noted, and another one stands in: the first usable one at 1, 2, 4, 8, ... places after it, a
+    function of the index alone.
 
     Args:
         source: the images.
@@ -92,16 +92,9 @@ class ImageDataset(_Images):
 class ImageStream(_Images, IterableDataset):
     """Images and labels of a stream without end, shuffled anew in every epoch, randomly flipped.
 
-    Items and attributes are those of `ImageDataset`. The stream goes on from one epoch to the next within a batch, so
-    no image is left out, whatever is left over; images that cannot be used are noted and left out.
-
-    Args:
-        source: the images, streamed.
-        resolution: side of the images in pixels.
-        seed: fixes the order and every flip.
-        bad_images: notes what cannot be used.
-        process_index: which part of the source this process reads.
-        num_processes: number of these parts.
+    Items, arguments and attributes are those of `ImageDataset`; of the source, process `process_index` out of
+    `num_processes` reads its part. The stream goes on from one epoch to the next within a batch, so no image is left
+    out but those that cannot be used, which are noted.
     """
 
     def __init__(
@@ -147,29 +140,14 @@ class ImageStream(_Images, IterableDataset):
             epoch += 1
 
 
+@dataclass(frozen=True)
 class StreamLoader:
-    """Batches of an `ImageStream` on the device of the process; `Accelerator.prepare` leaves it as it is.
+    """Full batches of an `ImageStream` on the device of the process; `Accelerator.prepare` leaves it as it is."""
 
-    Args:
-        stream: the part of this process.
-        batch_size: images per batch; all batches are full.
-        num_workers: processes that decode images.
-        device: where the batches go.
-
-    Raises:
-        ValueError: there are more workers than files to share out.
-    """
-
-    def __init__(self, stream: ImageStream, batch_size: int, num_workers: int, device: torch.device):
-        if num_workers > stream.source.dataset.num_shards:
-            raise ValueError(
-                f"`num_workers` {num_workers}: {stream.source.name} gives each process"
-                f" {stream.source.dataset.num_shards} files, and a file is read by one worker. Pass fewer workers."
-            )
-        self.dataset = stream
-        self.batch_size = batch_size
-        self.num_workers = num_workers
-        self.device = device
+    dataset: ImageStream
+    batch_size: int
+    num_workers: int
+    device: torch.device
 
     def batches_from(self, first_batch: int) -> Iterator[dict[str, torch.Tensor]]:
         """Batches without end. What lies before the first one is read again, but not decoded."""
@@ -252,6 +230,12 @@ def make_loader(
             workers.
     """
     if isinstance(dataset, ImageStream):
+        source = dataset.source
+        if num_workers > source.dataset.num_shards:
+            raise ValueError(
+                f"`num_workers` {num_workers}: {source.name} gives each process {source.dataset.num_shards} files, and"
+                " a file is read by one worker. Pass fewer workers."
+            )
         return StreamLoader(dataset, batch_size, num_workers, accelerator.device)
     if len(dataset) < batch_size * accelerator.num_processes:
         raise ValueError(
@@ -272,13 +256,9 @@ def make_loader(
 def batches_from(
     accelerator: Accelerator, loader: DataLoader | StreamLoader, first_batch: int, repeated: int | None = None
 ) -> Iterator[dict]:
-    """Batches without end, starting at batch number `first_batch` of the whole run.
+    """Batches without end of a loader that is prepared, from number `first_batch` of the whole run on.
 
-    Args:
-        accelerator: the Accelerator.
-        loader: from `make_loader` and `accelerator.prepare`.
-        first_batch: 0 at the beginning of the run.
-        repeated: the run consists of its first so many batches, over and over.
+    With `repeated` the run consists of its first so many batches, over and over.
     """
     if repeated is not None:
         kept = list(islice(batches_from(accelerator, loader, 0), repeated))

@@ -1,8 +1,5 @@
 # Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
-"""Where the images of a run come from.
-
-datasets is imported where it is used: the package itself does not need it.
-"""
+"""Where the images of a run come from. datasets is imported where it is used: the package does not need it."""
 
 import hashlib
 import json
@@ -19,8 +16,17 @@ import numpy as np
 
 from ..optional import import_optional
 from ..words import counted, listed, printable
-from .classes import find_image_column, find_label_column, look_up, read_classes
-from .folders import check_tars, folder_kind, is_image, list_files, load_folder
+from .folders import (
+    check_tars,
+    find_image_column,
+    find_label_column,
+    folder_kind,
+    is_image,
+    list_files,
+    load_folder,
+    look_up,
+    read_classes,
+)
 
 
 _SHUFFLE_BUFFER = 1000  # rows of a stream, still encoded, among which the next one is drawn
@@ -29,50 +35,29 @@ _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
 
 
 class Row(NamedTuple):
-    """One image of a source, not yet decoded.
+    """One image of a source, not yet decoded."""
 
-    Attributes:
-        name: where it comes from, in words: its path if it has one.
-        encoded: {"bytes", "path"} for `decode_image`.
-        label: 0 without classes.
-    """
-
-    name: str
-    encoded: dict
-    label: int
+    name: str  # where it comes from, in words: its path if it has one
+    encoded: dict  # {"bytes", "path"} for `decode_image`
+    label: int  # 0 without classes
 
 
 @dataclass(frozen=True)
 class ImageSource:
-    """The images of a run, made by `load_images`. As a string it says in one line what was found.
+    """The images of a run, made by `load_images`. As a string it says in one line what was found."""
 
-    Attributes:
-        dataset: a `datasets.Dataset`, or for a stream a `datasets.IterableDataset`; images are not decoded.
-        name: last part of the folder or Hub name.
-        split: of the data set; a folder of images has none.
-        streaming: whether it is a stream.
-        image_column: column of the images.
-        label_column: column of the labels, None without classes.
-        num_classes: size of the label table, None without classes.
-        id2label: names of the classes by id: those that occur, for a stream all. None without classes.
-        files: the images of a folder, or the files that hold them.
-        labelled: whether labels were looked for.
-        remarks: what a user may have expected to be used and is not.
-        shuffle_seed: fixes the order; None for that of the data set.
-    """
-
-    dataset: Any
-    name: str
-    split: str
+    dataset: Any  # a `datasets.Dataset`, or for a stream a `datasets.IterableDataset`; images are not decoded
+    name: str  # last part of the folder or Hub name
+    split: str  # of the data set; a folder of images has none
     streaming: bool
     image_column: str
-    label_column: str | None
-    num_classes: int | None
-    id2label: dict[int, str] | None
-    files: tuple[str, ...]
-    labelled: bool = False
-    remarks: tuple[str, ...] = ()
-    shuffle_seed: int | None = None
+    label_column: str | None  # this and the next two are None without classes
+    num_classes: int | None  # size of the label table
+    id2label: dict[int, str] | None  # names of the classes by id: those that occur, for a stream all
+    files: tuple[str, ...]  # the images of a folder, or the files that hold them
+    labelled: bool = False  # whether labels were looked for
+    remarks: tuple[str, ...] = ()  # what a user may have expected to be used and is not
+    shuffle_seed: int | None = None  # fixes the order; None for that of the data set
 
     def describe(self, resolution: int) -> str:
         """The images at a resolution in words, for configurations and model cards."""
@@ -96,19 +81,15 @@ class ImageSource:
         return digest.hexdigest()
 
     def __str__(self) -> str:
-        words = [f"{printable(self.name)}: {'a stream' if self.streaming else counted(self.num_rows, 'image')}"]
-        if self.id2label is None:
-            words += ["no classes"] if self.labelled else []
-        else:
-            words.append(f"{counted(len(self.id2label), 'class')} ({listed(self.id2label.values(), _MAX_SHOWN)})")
-        return "; ".join([", ".join(words), *self.remarks])
+        words = f"{printable(self.name)}: {'a stream' if self.streaming else counted(self.num_rows, 'image')}"
+        if self.id2label is not None:
+            words += f", {counted(len(self.id2label), 'class')} ({listed(self.id2label.values(), _MAX_SHOWN)})"
+        elif self.labelled:
+            words += ", no classes"
+        return "; ".join([words, *self.remarks])
 
     def __getitem__(self, index: int) -> Row:
-        """A row of a map-style source.
-
-        Raises:
-            ValueError: its label is not valid.
-        """
+        """A row of a map-style source. Raises a ValueError if its label is not valid."""
         index = int(index if self.shuffle_seed is None else self._order[index])
         return self._read(self.dataset[index], f"row {index} of {self.name}")
 
