@@ -114,6 +114,14 @@ def photos() -> torch.Tensor:
     return load_photographs(64).clone()
 
 
+@pytest.fixture
+def fresh_compiler():
+    """Nothing that was compiled before or in a test is left."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
 load_photos = _fixture(lambda resolution: load_photographs(resolution).clone())
 calibrate = _fixture(lambda region_size: dict(_calibrate(region_size)))
 make_vae = _fixture(_make_vae)

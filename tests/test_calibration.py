@@ -132,12 +132,6 @@ def test_thresholds_lie_on_the_line_between_quantiles():
         assert thresholds_for_ratios(calibration, [coarse, 1 - coarse]) == pytest.approx([threshold])
 
 
-def test_thresholds_fall_as_the_fine_ratio_grows(config):
-    thresholds = [thresholds_for_ratios(config, [1 - ratio, ratio])[0] for ratio in np.linspace(0, 1, 41)]
-    assert thresholds == sorted(thresholds, reverse=True)
-    assert thresholds[0] == math.inf and thresholds[-1] == -math.inf
-
-
 @pytest.mark.parametrize(
     ("ratios", "grain"), [([1, 0], 0), ([0, 1], 1), ([1, 0, 0], 0), ([0, 1, 0], 1), ([0, 0, 1], 2)]
 )

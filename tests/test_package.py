@@ -14,7 +14,7 @@ import diffusers
 import pytest
 import torch
 from alike import same_weights
-from diffusers import AutoModel, DiffusionPipeline
+from diffusers import DiffusionPipeline
 from loopback_hub import serve_hub
 from script_runs import EXAMPLES
 
@@ -164,13 +164,6 @@ def test_model_index_names_the_package_not_a_module_path(saved):
     index = json.loads((saved / "model_index.json").read_text())
     assert index["transformer"] == ["diffusers_d2it", "D2iTContentModel"]
     assert index["id2label"]["3"] == "class 3, synonym 3"
-
-
-@pytest.mark.parametrize("subfolder", ["vae", "grain_model", "transformer"])
-def test_auto_model_loads_a_component(make_pipeline, saved, subfolder):
-    loaded = AutoModel.from_pretrained(str(saved), subfolder=subfolder)
-    assert type(loaded) is type(getattr(make_pipeline(), subfolder))
-    assert same_weights(loaded, getattr(make_pipeline(), subfolder))
 
 
 def test_dtype_and_variant(saved, make_pipeline, tmp_path):

@@ -174,8 +174,7 @@ def test_a_call_finds_nothing_of_the_one_before_nor_of_one_that_failed(pipe, cac
         assert torch.equal(sample(pipe, batch_size), expected[batch_size])
 
 
-def test_compiled_blocks_are_skipped_alike(pipe):
-    torch._dynamo.reset()
+def test_compiled_blocks_are_skipped_alike(pipe, fresh_compiler):
     pipe.transformer.enable_cache(taylorseer_on_blocks(pipe, fires=True))
     expected = sample(pipe)
     pipe.transformer.compile_repeated_blocks(backend="eager")

@@ -14,13 +14,7 @@ from diffusers_d2it.grains import tie
 from diffusers_d2it.models.refine_net import pack_levels
 
 
-@pytest.fixture(autouse=True)
-def fresh_compiler():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 COMPILED = pytest.mark.parametrize("compiled", ["blocks", "model"])
 
 

@@ -116,12 +116,6 @@ def test_packed_windows_equal_masked_dense_attention(make_content_model, num_gra
     torch.testing.assert_close(packed, dense, atol=1e-5, rtol=0)
 
 
-def test_fresh_model_has_zero_refinement_and_grain_embedding():
-    model = D2iTContentModel(**load_preset("content-tiny"))
-    assert not model.refine_nets[0].norm_out.proj_out.weight.any()
-    assert not model.grain_embed(torch.tensor([[[0, 1]]])).any()
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Properties
 # ---------------------------------------------------------------------------------------------------------------------

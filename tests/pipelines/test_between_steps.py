@@ -24,13 +24,6 @@ from between_steps import (  # noqa: E402
 COPIES_ITSELF = {"UniPCMultistepScheduler"}  # diffusers sends its coefficients to the device and solves for them there
 
 
-@pytest.fixture
-def fresh_compiler():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Host traffic
 # ---------------------------------------------------------------------------------------------------------------------
