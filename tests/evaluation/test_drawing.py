@@ -7,11 +7,9 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 from metric_inputs import refused
-from photographs import load_photographs
 
 from diffusers_d2it import D2iTPipeline
 from diffusers_d2it.evaluation import Drawing
-from diffusers_d2it.pixels import to_uint8
 
 
 LABELS = torch.tensor([1, 1, 2, 3, 5, 8, 9, 0])
@@ -30,17 +28,6 @@ def drawing(make_pipeline) -> Drawing:
         pipe.grain_model.label_embed.weight *= 100
         pipe.transformer.label_embed.weight *= 10
     return drawing_of(pipe)
-
-
-@pytest.fixture(scope="module")
-def images() -> torch.Tensor:
-    """Eight photographs, uint8 (8, 3, 32, 32)."""
-    return to_uint8(load_photographs(32))
-
-
-@pytest.fixture(scope="module")
-def true_maps(drawing, images) -> torch.Tensor:
-    return drawing.true_maps(images)
 
 
 def changed(before: torch.Tensor, after: torch.Tensor) -> list[int]:
@@ -107,8 +94,7 @@ def test_noise_of_a_scheduler_is_that_of_the_image_too(make_pipeline, true_maps)
 def test_unconditional_and_oblong(make_pipeline):
     drawing = drawing_of(make_pipeline(num_classes=None), None)
     maps = torch.randint(2, (3, 2, 5), generator=torch.Generator().manual_seed(0))
-    assert drawing.images(maps).shape == (3, 3, 16, 40)
-    assert drawing.maps("predicted", maps).shape == (3, 2, 5)
+    assert drawing.images(maps).shape == (3, 3, 16, 40) and drawing.maps("predicted", maps).shape == (3, 2, 5)
 
 
 def test_no_two_images_have_the_same_noise(drawing):

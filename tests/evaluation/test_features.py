@@ -51,7 +51,7 @@ def test_side_of_the_input_is_that_of_the_preprocessing(tmp_path, preprocessing,
 
 def test_a_vision_model_that_cannot_be_used_is_named(tmp_path):
     refused("nowhere", load_features, str(tmp_path / "nowhere"))
-    refused("30x30.* 7", load_features, save_vision_model(tmp_path, size=30))
+    refused(" 30 .* 7", load_features, save_vision_model(tmp_path, size=30))
     (tmp_path / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0.5, 0.5, 0.5]}))
     refused("preprocessor_config.json.* image_std", load_features, str(tmp_path))
 
@@ -104,13 +104,13 @@ def test_a_network_that_cannot_be_used_is_refused():
     refused("'small'.*training", ModuleFeatures, small_network().train(), "small")
     for name in ("", "inception"):
         refused(f"`name`.*got '{name}'", ModuleFeatures, small_network(), name)
-    refused(r"'image'.*\(B, D\).* pool \(2, 3, 32, 32\)", ModuleFeatures(nn.Identity().eval(), "image"), images)
+    refused(r"'image'.*'pool': \(2, 3, 32, 32\)", ModuleFeatures(nn.Identity().eval(), "image"), images)
 
     class Tokens(nn.Module):
         def forward(self, pixels):
             return {"tokens": pixels.flatten(1)}
 
-    refused(r"'tokens'.* tokens \(2, 3072\)", ModuleFeatures(Tokens().eval(), "tokens"), images)
+    refused(r"'tokens'.*'tokens': \(2, 3072\)", ModuleFeatures(Tokens().eval(), "tokens"), images)
     for wrong in (images.float(), images[:, :1], images[0]):
         refused("`images`.*uint8", ModuleFeatures(small_network(), "small"), wrong)
 
@@ -188,15 +188,9 @@ def test_wrong_weights_of_inception_are_refused_and_the_right_ones_named(incepti
     torch.save({"fc.weight": Hostile()}, tmp_path / "hostile.pth")
     with open(inception_weights, "rb") as file:
         (tmp_path / "cut.pth").write_bytes(file.read(100_000))
-    reasons = {
-        "nowhere": "is missing",
-        "another": "of another network",
-        "hostile": "can run code",
-        "cut": "is damaged",
-    }
-    for name, reason in reasons.items():
-        with pytest.raises(ValueError, match=f"{name}.pth .*{reason}.*weights-inception-2015-12-05"):
-            load_features("inception", str(tmp_path / f"{name}.pth"))
+    for name in ("nowhere", "another", "hostile", "cut"):
+        said = f"{name}.pth .*weights-inception-2015-12-05"
+        refused(said, load_features, "inception", str(tmp_path / f"{name}.pth"))
     assert not (tmp_path / "made").exists()
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
     monkeypatch.setattr(module, "URL_INCEPTION_V3", "http://127.0.0.1:9/weights-inception-2015-12-05-6726825d.pth")
@@ -207,15 +201,8 @@ def test_wrong_weights_of_inception_are_refused_and_the_right_ones_named(incepti
 def test_figures_are_those_of_torch_fidelity(inception_weights):
     from torch_fidelity import calculate_metrics
 
-    class Images(torch.utils.data.Dataset):
-        def __init__(self, images):
-            self.images = images
-
-        def __len__(self):
-            return len(self.images)
-
-        def __getitem__(self, index):
-            return self.images[index]
+    class Images(list, torch.utils.data.Dataset):
+        """A list, as the library wants it."""
 
     images, real = crops(24, seed=0), crops(20, seed=1)
     theirs = calculate_metrics(

@@ -40,22 +40,12 @@ def root_route(mean_a, covariance_a, mean_b, covariance_b) -> float:
     return np.square(mean_a - mean_b).sum() + np.trace(covariance_a + covariance_b - 2 * root.real)
 
 
-@pytest.mark.parametrize("rotated", [False, True])
-def test_covariances_that_commute(rotated):
-    a, b = np.exp(draw(0, D)), np.exp(draw(1, D))
-    axes = rotation(2) if rotated else np.eye(D)
-    mean_a, mean_b = draw(3, D), draw(4, D)
+@pytest.mark.parametrize("axes", [np.eye(D), rotation(2)], ids=["straight", "rotated"])
+def test_covariances_that_commute(axes):
+    a, b, mean_a, mean_b = np.exp(draw(0, D)), np.exp(draw(1, D)), draw(3, D), draw(4, D)
     expected = np.square(mean_a - mean_b).sum() + np.square(np.sqrt(a) - np.sqrt(b)).sum()
     covariances = [axes @ np.diag(values) @ axes.T for values in (a, b)]
     assert frechet_distance(mean_a, covariances[0], mean_b, covariances[1]) == pytest.approx(expected, rel=1e-12)
-
-
-def test_covariances_that_do_not_commute():
-    # In two dimensions the trace of the root is sqrt(tr AB + 2 sqrt(det AB))
-    (mean_a, a), (mean_b, b) = moments(9, 0, 2), moments(9, 7, 2)
-    overlap = np.sqrt(np.trace(a @ b) + 2 * np.sqrt(np.linalg.det(a @ b)))
-    expected = np.square(mean_a - mean_b).sum() + np.trace(a) + np.trace(b) - 2 * overlap
-    assert frechet_distance(mean_a, a, mean_b, b) == pytest.approx(expected, rel=1e-10)
 
 
 @pytest.mark.parametrize("num_images", [1000, D + 1, D // 2, 2])

@@ -7,11 +7,10 @@ import numpy as np
 import pytest
 import skimage.metrics
 import torch
-from metric_inputs import crops, refused, small_network
+from metric_inputs import crops, refused
 
 from diffusers_d2it.evaluation import (
     ImageSet,
-    ModuleFeatures,
     evaluate,
     evaluate_pairs,
     evaluate_reconstructions,
@@ -19,11 +18,6 @@ from diffusers_d2it.evaluation import (
 )
 from diffusers_d2it.evaluation.reconstruction import reconstruct
 from diffusers_d2it.evaluation.results import compare, differences
-
-
-@pytest.fixture(scope="module")
-def features():
-    return ModuleFeatures(small_network(), "small")
 
 
 @pytest.fixture(scope="module")

@@ -64,9 +64,8 @@ def maps() -> torch.Tensor:
 def rows(drawing, evaluator, maps) -> list[Row]:
     arguments = {"given": {"grain_map": maps}, "0.3": {"fine_ratio": 0.3}, "1": {"fine_ratio": 1.0}}
     options = {"title": "drawn at {}", "protocol": {"checkpoint": "tiny"}, "costs": True}
-    return compare(
-        drawing, arguments, evaluator, SHAPE, **options, figures=lambda o: {"share": fine_share(o.grain_maps, 2)}
-    )
+    options["figures"] = lambda output: {"share": fine_share(output.grain_maps, 2)}
+    return compare(drawing, arguments, evaluator, SHAPE, **options)
 
 
 def test_a_row_is_what_evaluate_finds_in_its_samples(rows, drawing, evaluator, maps):
@@ -79,8 +78,8 @@ def test_a_row_is_what_evaluate_finds_in_its_samples(rows, drawing, evaluator, m
 
 def test_protocols_tell_the_rows_apart(rows):
     given, few, all_fine = (Result(**row.results[0]) for row in rows)
-    assert given.protocol["samples"]["grain_map"] == "given" and given.protocol["samples"]["checkpoint"] == "tiny"
-    assert given.protocol["samples"]["name"] == "drawn at given"
+    said = {name: given.protocol["samples"][name] for name in ("grain_map", "checkpoint", "name")}
+    assert said == {"grain_map": "given", "checkpoint": "tiny", "name": "drawn at given"}
     assert set(differences(few, all_fine)) == {"samples.fine_ratio"}
     assert len({one.protocol["samples"]["digest"] for one in (given, few, all_fine)}) == 3
 

@@ -81,13 +81,13 @@ def test_an_image_is_the_same_in_a_larger_set_and_other_batches(scheme):
 @pytest.mark.parametrize(
     "changed, message",
     [
-        ({"num_images": 0}, "`num_images`.* 4294967296.* 0"),
+        ({"num_images": 0}, "`num_images`.* 0"),
         ({"num_images": 2**32 + 1}, "`num_images`.* 4294967297"),
         ({"batch_size": 0}, "`batch_size`.* 0"),
         ({"seed": -1}, "`seed`.* -1"),
         ({"scheme": "even"}, "`scheme`.*balanced.*random.*'even'"),
         ({"classes": (3, 4, 3)}, r"`classes`.* \[3, 4, 3\]"),
-        ({"classes": ()}, r"`classes`.* \[\]"),
+        ({"classes": ()}, r"`classes`.* \(\)"),
     ],
 )
 def test_a_plan_that_cannot_be_is_refused(changed, message):

@@ -9,12 +9,12 @@ Shapes:
 """
 
 import inspect
-import itertools
 import platform
 import statistics
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, Protocol
 
 import torch
@@ -24,22 +24,17 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..grains import GrainLayout
+from ..limits import check_values
 from ..models.transformer_d2it_content import D2iTContentModel
 
 
 @dataclass(frozen=True)
 class BudgetArgument:
-    """The argument of a pipeline that says how much of its work a model may do: 1 is all.
-
-    Args:
-        name: of the argument.
-        null_name: of the argument for the pass without a label; None if both passes have one budget.
-        smallest: the least that can be asked for.
-    """
+    """The argument of a pipeline that says how much of its work a model may do: 1 is all."""
 
     name: str
-    null_name: str | None = None
-    smallest: float = 0.0
+    null_name: str | None = None  # of the argument for the pass without a label; None if both passes have one budget
+    smallest: float = 0.0  # that can be asked for
 
     def at(self, budget: float, null_budget: float | None = None) -> dict[str, float]:
         """The arguments of the pipeline for a budget.
@@ -52,9 +47,8 @@ class BudgetArgument:
             if self.null_name is None:
                 raise ValueError(f"`null_budget` must be None, `{self.name}` is of both passes, got {null_budget}.")
             arguments[self.null_name] = null_budget
-        for name, value in arguments.items():
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not self.smallest <= value <= 1:
-                raise ValueError(f"`{name}` must be a number in [{self.smallest:g}, 1], got {value!r}.")
+        annotations, limits = dict.fromkeys(arguments, float), dict.fromkeys(arguments, (self.smallest, 1))
+        check_values(arguments, annotations, limits)
         return arguments
 
 
@@ -110,10 +104,6 @@ class ForwardMeter:
         transformer: the denoiser; not compiled as a whole.
         counts_macs: whether multiply-adds are counted, which is slow: those of matrix products, convolutions and
             attention, as torch counts them. Elementwise ones are not.
-
-    Attributes:
-        tokens: of an image in a pass by stage, mean over images and passes.
-        macs: multiply-adds of an image in a pass, mean over passes.
     """
 
     def __init__(self, transformer: nn.Module, counts_macs: bool = False):
@@ -124,16 +114,14 @@ class ForwardMeter:
         self._starts: list = []
 
     def __enter__(self) -> "ForwardMeter":
-        self._forward = self.transformer.forward
-        self._was_own = "forward" in vars(self.transformer)  # accelerate's hooks put theirs there
-        self.transformer.forward = self._measured
+        self._own = vars(self.transformer).get("forward")  # accelerate's hooks put theirs there
+        self._forward, self.transformer.forward = self.transformer.forward, self._measured
         return self
 
     def __exit__(self, *error) -> None:
-        if self._was_own:
-            self.transformer.forward = self._forward
-        else:
-            del self.transformer.forward
+        del self.transformer.forward
+        if self._own is not None:
+            self.transformer.forward = self._own
 
     def _measured(self, *args, **kwargs):
         self._starts.append(_now(next(self.transformer.parameters()).device))
@@ -151,20 +139,21 @@ class ForwardMeter:
 
     @property
     def tokens(self) -> dict[str, float]:
+        """Of an image in a pass by stage, mean over images and passes."""
         stages = self._tokens[0]
         return {stage: torch.stack([one[stage] for one in self._tokens]).mean().item() for stage in stages}
 
     @property
     def macs(self) -> float:
+        """Multiply-adds of an image in a pass, mean over passes."""
         return statistics.fmean(self._macs)
 
     def step_seconds(self) -> list[float]:
         """Seconds from the start of each pass to that of the next one: of the denoising steps but the last."""
-        pairs = list(itertools.pairwise(self._starts))
-        if pairs and not isinstance(self._starts[0], float):
+        if self._starts and not isinstance(self._starts[0], float):
             torch.cuda.synchronize()
-            return [before.elapsed_time(after) / 1e3 for before, after in pairs]
-        return [after - before for before, after in pairs]
+            return [before.elapsed_time(after) / 1e3 for before, after in pairwise(self._starts)]
+        return [after - before for before, after in pairwise(self._starts)]
 
 
 def _now(device: torch.device) -> Any:

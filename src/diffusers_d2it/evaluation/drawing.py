@@ -36,28 +36,18 @@ _LATENTS, _MAP, _SOLVER, NOISE, ENCODING = range(5)
 class Drawing:
     """How a checkpoint draws all that is compared.
 
-    Args:
-        pipe: the pipeline.
-        labels: classes (N,) int64 of the images; None for an unconditional model.
-        num_inference_steps: denoising steps.
-        guidance_scale: classifier-free guidance; 1 is without, as in Table 5.
-        grain_num_inference_steps: steps of the grain model.
-        batch_size: images in a forward pass, in measurements without sampling too.
-        seed: with the number of an image it fixes all that is random.
-        accelerator: joins the processes, which share the batches; None without others.
-
     Raises:
         ValueError: labels are missing, or superfluous.
     """
 
     pipe: D2iTPipeline
-    labels: torch.Tensor | None = None
+    labels: torch.Tensor | None = None  # classes (N,) int64 of the images; None for an unconditional model
     num_inference_steps: int = 50
-    guidance_scale: float = 1.0
+    guidance_scale: float = 1.0  # 1 is without, as in Table 5
     grain_num_inference_steps: int = 10
-    batch_size: int = 32
-    seed: int = 0
-    accelerator: Accelerator | None = None
+    batch_size: int = 32  # images in a forward pass, in measurements without sampling too
+    seed: int = 0  # with the number of an image it fixes all that is random
+    accelerator: Accelerator | None = None  # its processes share the batches
 
     def __post_init__(self):
         if (self.labels is None) != (self.pipe.transformer.config.num_classes is None):
@@ -145,9 +135,6 @@ class Drawing:
                 draws independent regions, fine with a probability that is the mean fine share of the true maps;
                 "coarse" and "fine" are uniform.
             true_maps: (N, h, w) int64, of real images with these labels.
-
-        Returns:
-            (N, h, w) int64.
 
         Raises:
             ValueError: the source is unknown, there is no grain model, or there are other than N labels.

@@ -69,20 +69,18 @@ def evaluate(
     kid_subset_size: int = 1000,
     num_workers: int = 0,
 ) -> list[Result]:
-    """Score samples; each image is read once, whatever is computed.
+    """Score samples; each image is read once, and batch size and processes change a value by no more than rounding.
 
-    Neither the batch size nor the number of processes changes a value by more than rounding. For Frechet distances
-    memory does not depend on the number of images. KID, precision, recall and the Inception Score keep the features of
-    all images in memory: 0.4 GB for 50,000 of 2048 features.
+    For Frechet distances memory does not depend on the number of images. The other metrics keep the features of all
+    images: 0.4 GB for 50,000 of 2048 features.
 
     Args:
         samples: the images to be scored.
         reference: real images, or the path of statistics from `save_statistics` or of others with "mu" and "sigma"
             (ADM's files also have images, for precision, recall and KID). The Inception Score alone needs none.
-        metrics: any of `METRICS`. Precision and recall are those of Kynkaanniemi et al. with 3 neighbours, KID is a
-            mean over 100 subsets, the Inception Score one over 10 splits.
-        features: in which the images are compared. With others than Inception's the metrics are named after them:
-            "fd_dinov2" instead of "fid".
+        metrics: any of `METRICS`: precision and recall with 3 neighbours, KID over 100 subsets, the Inception Score
+            over 10 splits.
+        features: in which images are compared. With others than Inception's metrics are named "fd_dinov2", not "fid".
         batch_size: images of a batch and process.
         accelerator: its processes share the images; all of them get the results.
         seed: of the subsets of KID.
@@ -97,8 +95,8 @@ def evaluate(
             has too few images; the images differ in size; the statistics are of another network or resolution; images
             cannot be used; or features are not finite.
     """
-    options = {"batch_size": batch_size, "num_workers": num_workers, "kid_subset_size": kid_subset_size}
-    return Evaluator(reference, metrics, features, accelerator=accelerator, seed=seed, **options)(samples)
+    reading = {"batch_size": batch_size, "num_workers": num_workers, "accelerator": accelerator}
+    return Evaluator(reference, metrics, features, seed=seed, kid_subset_size=kid_subset_size, **reading)(samples)
 
 
 class Evaluator:
@@ -110,9 +108,9 @@ class Evaluator:
         metrics: Sequence[str],
         features: FeatureExtractor,
         *,
-        accelerator: Accelerator | None = None,
         seed: int = 0,
         kid_subset_size: int = 1000,
+        accelerator: Accelerator | None = None,
         **reading: int,
     ):
         check_metrics(metrics, METRICS)
@@ -123,8 +121,7 @@ class Evaluator:
             settings = {**_METRICS["kid"].settings, "subset_size": kid_subset_size, "seed": seed}
             self.metrics["kid"] = replace(_METRICS["kid"], least=kid_subset_size, settings=settings)
         self.features = features if accelerator is None else features.to(accelerator.device)
-        self.accelerator = accelerator
-        self.reading = {"accelerator": accelerator, **reading}
+        self.accelerator, self.reading = accelerator, {"accelerator": accelerator, **reading}
         self.images: ImageSet | None = None
         self.statistics: ReferenceStatistics | None = None
         self._size: tuple[int, int] | None = None  # of the reference, where it tells
@@ -302,10 +299,10 @@ def read_images(
 
     Of the features in `rows` those of every image are kept, of those in `moments` mean and covariance.
     """
-    index, count = place_of(accelerator)
+    process, count = place_of(accelerator)
     places, kept, hashes = [], {output: [] for output in rows}, 0
     statistics: dict[str, FeatureStatistics] = {}
-    for indices, pixels in images.batches(batch_size, index, count, num_workers, progress=index == 0):
+    for indices, pixels in images.batches(batch_size, process, count, num_workers, progress=process == 0):
         places.append(indices)
         hashes += hash_pixels(pixels)
         found = features(pixels.to(features.device))

@@ -53,11 +53,7 @@ class FeatureExtractor(nn.Module, ABC):
 
     @torch.no_grad()
     def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Features of uint8 images (B, 3, H, W): a tensor (B, D) by its name, "pool", "spatial" or "logits".
-
-        Raises:
-            ValueError: these are no such images.
-        """
+        """Features of uint8 images (B, 3, H, W), others are a ValueError: (B, D) of "pool", "spatial", "logits"."""
         check_uint8(images)
         # TensorFloat-32, which cuDNN uses unasked, would give each GPU and each batch size figures of its own
         cudnn = torch.backends.cudnn
@@ -77,7 +73,6 @@ class FeatureExtractor(nn.Module, ABC):
 
     @cached_property
     def digest(self) -> str:
-        """`weights_digest` of the network."""
         return weights_digest(self)
 
     def describe(self) -> dict[str, str]:
@@ -169,9 +164,7 @@ class VisionTransformerFeatures(FeatureExtractor):
         self.side = _input_side(preprocessing, model.config)
         patch = model.config.patch_size
         if self.side % patch:
-            raise ValueError(
-                f"{name!r} wants images of {self.side}x{self.side}, no multiple of its patches of {patch}."
-            )
+            raise ValueError(f"{name!r} wants images of {self.side} pixels, no multiple of its patches of {patch}.")
         self.num_patches = (self.side // patch) ** 2
         mean, std = preprocessing["image_mean"], preprocessing["image_std"]
         self.register_buffer("mean", torch.tensor(mean)[:, None, None], persistent=False)
@@ -219,12 +212,9 @@ class ModuleFeatures(FeatureExtractor):
     def extract(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
         output = self.module(from_uint8(images))
         output = output if isinstance(output, dict) else {"pool": output}
-        fits = {"pool"} <= set(output) <= {"pool", "spatial", "logits"} and all(
-            isinstance(value, torch.Tensor) and value.ndim == 2 and len(value) == len(images)
-            for value in output.values()
-        )
-        if not fits:
-            shapes = ", ".join(f"{name} {tuple(getattr(value, 'shape', ()))}" for name, value in output.items())
+        shapes = {name: tuple(getattr(value, "shape", ())) for name, value in output.items()}
+        fits = all(len(shape) == 2 and shape[0] == len(images) for shape in shapes.values())
+        if not (fits and {"pool"} <= set(output) <= {"pool", "spatial", "logits"}):
             raise ValueError(
                 f"the network of the features {self.name!r} must return (B, D), or `pool`, `logits`, `spatial` of such"
                 f" shapes; for {len(images)} images it returned {shapes}."
@@ -233,7 +223,7 @@ class ModuleFeatures(FeatureExtractor):
 
 
 def _download_inception(url: str) -> Path:
-    """Where torch.hub keeps the weights; they are downloaded unless they are there."""
+    """Where torch.hub keeps the weights, which are downloaded first."""
     path = Path(torch.hub.get_dir(), "checkpoints", url.rpartition("/")[2])
     if path.is_file():
         return path
@@ -250,8 +240,6 @@ def _download_inception(url: str) -> Path:
 
 def _read_tensors(path: Path, url: str) -> io.BytesIO:
     """A file of weights for torch-fidelity, which would unpickle whatever is in there: tensors, nothing else."""
-    if not path.is_file():
-        raise ValueError(f"{path} is missing, expected the weights of {url}.")
     try:
         weights = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -260,9 +248,8 @@ def _read_tensors(path: Path, url: str) -> io.BytesIO:
             f" Expected the weights of {url}."
         ) from error
     except Exception as error:  # cut off or overwritten: there is no end to what its bytes can raise
-        raise ValueError(f"{path} is damaged ({error}), expected the weights of {url}.") from error
-    checked = io.BytesIO()
-    torch.save(weights, checked)
+        raise ValueError(f"{path} cannot be read ({error}), expected the weights of {url}.") from error
+    torch.save(weights, checked := io.BytesIO())
     checked.seek(0)
     return checked
 

@@ -55,8 +55,8 @@ class ImageSet:
         name_of: Callable[[int], str] = str,
         protocol: dict | None = None,
     ):
-        self.name, self.num_images, self.protocol = name, num_images, dict(protocol or {})
-        self._read, self._name_of, self.size = read, name_of, size
+        self.name, self.num_images, self.size, self.protocol = name, num_images, size, dict(protocol or {})
+        self._read, self._name_of = read, name_of
         if size is None:
             try:
                 self.size = tuple(self[0].shape[1:])
@@ -88,20 +88,12 @@ class ImageSet:
         num_workers: int = 0,
         progress: bool = False,
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """The batches of one of several processes: batch k of the set belongs to process k % num_processes.
+        """Pairs of places in the set, int64 (B,), and images, uint8 (B, 3, H, W); the last batch may be smaller.
 
-        Args:
-            batch_size: B; the last batch of the set may be smaller.
-            process_index: which process reads.
-            num_processes: how many share the set.
-            num_workers: processes that decode images for this one; 0 for none.
-            progress: show a bar.
-
-        Returns:
-            Pairs of places in the set, int64 (B,), and images, uint8 (B, 3, H, W).
+        Batch k of the set belongs to process k % num_processes, for which `num_workers` processes decode; 0 for none.
 
         Raises:
-            ValueError: images cannot be used: ten of them are named, and all counted; or the batch size is below 1.
+            ValueError: images cannot be used, ten of them are named; or the batch size is below 1.
         """
         if batch_size < 1:
             raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
@@ -125,12 +117,7 @@ class ImageSet:
 
     @staticmethod
     def from_tensor(images: torch.Tensor, name: str, protocol: dict | None = None) -> "ImageSet":
-        """A set of images in memory.
-
-        Args:
-            images: uint8 (N, 3, H, W).
-            name: for protocols.
-            protocol: how they were made.
+        """A set of images in memory, uint8 (N, 3, H, W), with a name and how they were made for protocols.
 
         Raises:
             ValueError: these are no such images, or there are none.
@@ -147,11 +134,10 @@ class ImageSet:
             except UnusableImageError as error:
                 found.append(f"{printable(self._name_of(place))}: {error}")
             if len(found) == _MAX_NAMED:  # the rest of a large set would take hours
+                found.append("and perhaps more after them")
                 break
-        more = "; and perhaps more after them" if len(found) == _MAX_NAMED else ""
-        raise ValueError(
-            f"{len(found)} of the {len(self)} images of {self.name} cannot be used: {'; '.join(found)}{more}."
-        )
+        number = min(len(found), _MAX_NAMED)
+        raise ValueError(f"{number} of the {len(self)} images of {self.name} cannot be used: {'; '.join(found)}.")
 
 
 def open_images(

@@ -64,15 +64,9 @@ def ssim(pixels: torch.Tensor, reconstruction: torch.Tensor) -> torch.Tensor:
 def reconstruct(
     vae: DynamicAutoencoderKL, images: torch.Tensor, fine_ratio: float | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Reconstructions from the mode of the posterior, and the share of fine regions.
+    """Reconstructions from the mode of the posterior, and the shares of fine regions.
 
-    Args:
-        vae: the autoencoder.
-        images: uint8 (B, 3, H, W).
-        fine_ratio: as in `encode`, which may raise a ValueError.
-
-    Returns:
-        uint8 (B, 3, H, W) and (B,).
+    Images uint8 (B, 3, H, W) become others and (B,); `fine_ratio` is that of `encode`, which may raise a ValueError.
     """
     encoded = vae.encode(from_uint8(images.to(vae.device)).to(vae.dtype), fine_ratio=fine_ratio)
     decoded = vae.decode(encoded.latent_dist.mode()).sample

@@ -69,8 +69,7 @@ def compare(
         evaluator: metrics and reference.
         shape: (N, 3, H, W) of the images of a row.
         title: what protocols call the images of a row, with its name for {}.
-        protocol: what else protocols say of the samples, such as the checkpoint; they say the arguments of the row,
-            and for a tensor the name of the row.
+        protocol: what else they say of the samples beside the arguments of the row; of a tensor they say its name.
         costs: whether cost is measured. Seconds of several processes are those of processes that work side by side.
         figures: what else is averaged with the costs, (B,) by names, from an output of the pipeline.
         progress: show a bar.
@@ -167,8 +166,7 @@ def draw_labelled_images(
     The reference is of other images: those whose own maps are asked for would be compared with themselves.
 
     Args:
-        source: the data set.
-        pipe: the checkpoint.
+        source, pipe: the data set and the checkpoint.
         num_images, num_reference_images: N and M.
         bad_images: notes what cannot be used.
         resolution: R; None for that of the checkpoint.

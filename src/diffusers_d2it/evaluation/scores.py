@@ -32,8 +32,7 @@ def inception_score(logits: torch.Tensor, num_splits: int = 10) -> tuple[float, 
     Returns:
         Mean and standard deviation (divided by their number) of the scores of the splits.
     """
-    if num_splits < 1:
-        raise ValueError(f"`num_splits` must be at least 1, got {num_splits}.")
+    _check_numbers(1, num_splits=num_splits)
     _check_sets({"logits": logits}, num_splits, f"an Inception Score over {num_splits} splits")
     # The stream of RandomState is frozen for ever, that of numpy's newer generators is not
     order = torch.from_numpy(np.random.RandomState(_SHUFFLE_SEED).permutation(len(logits)))
@@ -66,10 +65,8 @@ def kernel_distance(
         Mean and standard deviation (divided by their number) over the subsets. The mean may be slightly below zero
         for sets that are alike.
     """
-    if subset_size < 2 or num_subsets < 1:
-        raise ValueError(
-            f"`subset_size` must be at least 2 and `num_subsets` at least 1, got {subset_size} and {num_subsets}."
-        )
+    _check_numbers(2, subset_size=subset_size)
+    _check_numbers(1, num_subsets=num_subsets)
     _check_sets({"a": a, "b": b}, subset_size, f"a kernel distance over subsets of {subset_size}")
     generator = np.random.RandomState(seed)
     estimates = []
@@ -107,8 +104,7 @@ def precision_recall(
     Returns:
         Precision and recall in [0, 1].
     """
-    if k < 1 or block_size < 1:
-        raise ValueError(f"`k` and `block_size` must be at least 1, got {k} and {block_size}.")
+    _check_numbers(1, k=k, block_size=block_size)
     _check_sets({"real": real, "fake": fake}, k + 1, f"precision and recall with k = {k}")
     # Distances do not change under a shift, and of smaller numbers less is lost
     shift = real[:block_size].double().mean(dim=0)
@@ -152,12 +148,15 @@ def _blocks(features: torch.Tensor, block_size: int, shift: torch.Tensor) -> Ite
         yield rows, features[rows].double() - shift
 
 
+def _check_numbers(least: int, **numbers: int) -> None:
+    for name, number in numbers.items():
+        if number < least:
+            raise ValueError(f"`{name}` must be at least {least}, got {number}.")
+
+
 def _check_sets(sets: dict[str, torch.Tensor], num_images: int, purpose: str) -> None:
     for name, features in sets.items():
-        try:
-            check_features(features)
-        except ValueError as error:
-            raise ValueError(f"`{name}`: {error}") from None
+        check_features(features, name=name)
         if len(features) < num_images:
             raise ValueError(f"{purpose} needs at least {num_images} images, got {len(features)} in `{name}`.")
     widths = [features.shape[1] for features in sets.values()]

@@ -79,17 +79,17 @@ class FeatureStatistics:
 
 
 def check_features(
-    features: torch.Tensor, indices: torch.Tensor | None = None, num_features: int | None = None
+    features: torch.Tensor, indices: torch.Tensor | None = None, width: int | None = None, name: str = "features"
 ) -> None:
     """Raise a ValueError unless features are (B, D), float32 or float64, and finite; `indices` (B,) names images."""
-    if features.ndim != 2 or features.shape[1] != (num_features or features.shape[1]) or not features.shape[1]:
-        raise ValueError(f"features must be (B, {num_features or 'D'}), got {tuple(features.shape)}.")
+    if features.ndim != 2 or features.shape[1] != (width or features.shape[1]) or not features.shape[1]:
+        raise ValueError(f"`{name}` must be (B, {width or 'D'}), got {tuple(features.shape)}.")
     if features.dtype not in (torch.float32, torch.float64):
-        raise ValueError(f"features must be float32 or float64, got {features.dtype}.")
+        raise ValueError(f"`{name}` must be float32 or float64, got {features.dtype}.")
     wrong = (~features.isfinite().all(dim=1)).nonzero().flatten().cpu()
     if len(wrong):
         numbers = (wrong if indices is None else indices.cpu()[wrong]).tolist()
-        raise ValueError(f"features must be finite, those of images {listed(numbers, most=8)} are not.")
+        raise ValueError(f"`{name}` must be finite, those of images {listed(numbers, most=8)} are not.")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -29,7 +29,8 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from tqdm.auto import tqdm
 
-from ..files import is_sealed, lock, on_main_process, seal, staging_folder, verify, write_json_durably
+from ..data.images import UnusableImageError
+from ..files import is_sealed, lock, on_main_process, place_of, seal, staging_folder, verify, write_json_durably
 from ..files.folders import MANIFEST, names_in, settle
 from ..pixels import unit_to_uint8
 from ..words import differences, listed
@@ -44,10 +45,6 @@ _THREADS = 4  # that encode and decode PNGs, which needs no interpreter
 _COMPRESSION = 1  # of zlib: a third of the time of its default for 7 % more bytes, on a photograph
 _LABEL, _FINE_SHARE = "class_label", "fine_share"  # as they are called in a PNG
 _END = b"\0\0\0\0IEND\xae\x42\x60\x82"  # of every PNG
-
-
-class DamagedSampleError(ValueError):
-    """A sample is cut off or damaged: it must be drawn again."""
 
 
 class SampleFolder:
@@ -93,22 +90,14 @@ class SampleFolder:
     ):
         if format not in FORMATS:
             raise ValueError(f"`format` must be {', '.join(FORMATS)}, got {format!r}.")
-        self.path = Path(path)
-        self.plan = plan
-        self.size = tuple(size)
-        self.format = format
+        self.path, self.plan, self.size, self.format = Path(path), plan, tuple(size), format
         self.accelerator = accelerator
         self.protocol = new_protocol(sampling, accelerator.device, checkpoint)
         self.batches: list[range] = []
+        self.num_missing = 0
         self._digits = max(6, len(str(plan.num_images - 1)))
-        self._missing: set[int] = set()
         self._pending: list[Future] = []
-        self._pool = ThreadPoolExecutor(_THREADS)
-        self._stack = ExitStack()
-
-    @property
-    def num_missing(self) -> int:
-        return len(self._missing)
+        self._pool, self._stack = ThreadPoolExecutor(_THREADS), ExitStack()
 
     def image_path(self, image: int) -> Path:
         """Where an image lies."""
@@ -117,9 +106,10 @@ class SampleFolder:
     def __enter__(self) -> "SampleFolder":
         with self._stack as stack:
             self.protocol, self._missing, self._npz_is_whole = on_main_process(self.accelerator, self._open)
+            self.num_missing = len(self._missing)
             needed = [batch for batch in self.plan.batches() if not self._missing.isdisjoint(batch)]
-            # Shares of what is missing: none has all the work that is left
-            self.batches = needed[self.accelerator.process_index :: self.accelerator.num_processes]
+            process, count = place_of(self.accelerator)
+            self.batches = needed[process::count]  # shares of what is missing: none has all the work that is left
             self._staging = stack.enter_context(staging_folder(self.path / "images"))
             stack.callback(shutil.rmtree, self._staging, ignore_errors=True)
             stack.callback(self._pool.shutdown, cancel_futures=True)
@@ -164,10 +154,6 @@ class SampleFolder:
         for future in self._pending:
             future.result()
 
-    # -----------------------------------------------------------------------------------------------------------------
-    # One image
-    # -----------------------------------------------------------------------------------------------------------------
-
     def _write_png(self, image: int, pixels: np.ndarray, fine_share: float) -> None:
         info = PngInfo()
         for key, value in self._texts(image, fine_share).items():
@@ -178,12 +164,7 @@ class SampleFolder:
         staged.replace(path)
 
     def _read_png(self, image: int, decode: bool) -> tuple[float, np.ndarray | None]:
-        """Fine share and, if asked for, pixels (H, W, 3) of an image; its checksums are checked in any case.
-
-        Raises:
-            DamagedSampleError: it is damaged or missing.
-            ValueError: it is whole, but not this image of this set.
-        """
+        """Fine share and, if asked for, pixels (H, W, 3) of an image; its checksums are checked in any case."""
         path = self.image_path(image)
         try:
             data = path.read_bytes()
@@ -194,7 +175,7 @@ class SampleFolder:
                 raise ValueError("its end is missing")
             pixels = np.asarray(Image.open(io.BytesIO(data), formats=["PNG"])) if decode else None
         except Exception as error:  # damaged files raise anything
-            raise DamagedSampleError(f"{path.name}: {error or type(error).__name__}") from error
+            raise UnusableImageError(f"{path.name}: {error or type(error).__name__}") from error
         texts = {key: found[key] for key in (_LABEL, _FINE_SHARE) if key in found}
         expected = self._texts(image, texts.get(_FINE_SHARE))
         if _FINE_SHARE not in texts or (mode, size, texts) != ("RGB", self.size, expected):
@@ -209,10 +190,6 @@ class SampleFolder:
         label = self.plan.label(image)
         return {_FINE_SHARE: str(fine_share)} | ({} if label is None else {_LABEL: str(label)})
 
-    # -----------------------------------------------------------------------------------------------------------------
-    # The folder, on the main process
-    # -----------------------------------------------------------------------------------------------------------------
-
     def _open(self) -> tuple[dict[str, Any], set[int], bool]:
         """Take the folder; its protocol, the images that are to be drawn, and whether the .npz is whole."""
         others = names_in(self.path)
@@ -223,30 +200,30 @@ class SampleFolder:
         names = set(os.listdir(self.path))
         present = [image for image in range(self.plan.num_images) if self.image_path(image).name in names]
         if PROTOCOL in names and (present or NPZ in names):
-            self.protocol = self._stored_protocol()
-            if self.format == "npz" and present and self.protocol["run"].get("format") != "npz":
+            stored, parts = read_protocol(self.path), ("sampling", "environment")
+            differ = differences(*({part: protocol[part] for part in parts} for protocol in (stored, self.protocol)))
+            if differ:
+                raise ValueError(
+                    f"{self.path} holds samples of another protocol: {'; '.join(differ)}. Repeat the command that"
+                    " began it, or pass another folder."
+                )
+            self.protocol = stored
+            if self.format == "npz" and present and stored["run"].get("format") != "npz":
                 raise ValueError(f"`format` 'npz' would remove the PNGs that {self.path} keeps: pass 'both'.")
-        npz_is_whole = self.format != "png" and self._is_packed()
-        missing = set()
+        run, npz_is_whole, missing = self.protocol["run"], False, set()
+        if self.format != "png" and is_sealed(self.path):
+            try:
+                verify(self.path)
+                npz_is_whole = NPZ in settle(self.path)["files"]
+            except ValueError as error:
+                warnings.warn(f"written again: {error}", stacklevel=5)
         if not (self.format == "npz" and npz_is_whole):
             missing = set(range(self.plan.num_images)) - set(present) | self._damaged(present)
         if missing or not is_sealed(self.path):
-            run = self.protocol["run"]
             run["format"] = self.format
             run["batch_sizes"] = sorted({*run.get("batch_sizes", []), self.plan.batch_size})
             self._write_protocol(complete=False)
         return self.protocol, missing, npz_is_whole
-
-    def _stored_protocol(self) -> dict[str, Any]:
-        """The protocol by which the images that are there were drawn: it must be that of this run."""
-        stored, parts = read_protocol(self.path), ("sampling", "environment")
-        differ = differences(*({part: protocol[part] for part in parts} for protocol in (stored, self.protocol)))
-        if differ:
-            raise ValueError(
-                f"{self.path} holds samples of another protocol: {'; '.join(differ)}. Repeat the command that began"
-                " it, or pass another folder."
-            )
-        return stored
 
     def _damaged(self, present: list[int]) -> set[int]:
         """Those of the images that are there that cannot be kept."""
@@ -254,24 +231,13 @@ class SampleFolder:
         def damage(image: int) -> str | None:
             try:
                 self._read_png(image, decode=False)
-            except DamagedSampleError as error:
+            except UnusableImageError as error:
                 return str(error)
 
         found = {image: words for image, words in zip(present, self._pool.map(damage, present)) if words}
         if found:
             warnings.warn(f"{self.path}: damaged, and drawn again: {listed(found.values())}.", stacklevel=5)
         return set(found)
-
-    def _is_packed(self) -> bool:
-        """Whether the set was completed with an .npz, and that is whole."""
-        if not is_sealed(self.path):
-            return False
-        try:
-            verify(self.path)
-            return NPZ in settle(self.path)["files"]
-        except ValueError as error:
-            warnings.warn(f"written again: {error}", stacklevel=5)
-            return False
 
     def _complete(self) -> dict[str, Any]:
         pack = self.format != "png" and bool(self._missing or not self._npz_is_whole)
@@ -281,16 +247,12 @@ class SampleFolder:
             if pack:
                 write_npz(self.path / NPZ, (self.plan.num_images, *self.size, 3), checked)
             else:
-                for _ in checked:
-                    pass
-            run = self.protocol["run"]
+                list(checked)
+            run, seconds = self.protocol["run"], time.perf_counter() - self._start
             run["format"] = self.format
             if self._missing:
-                seconds = time.perf_counter() - self._start
-                run["num_processes"] = self.accelerator.num_processes
-                run["num_drawn"] = self.num_missing
-                run["seconds"] = round(seconds, 3)
-                run["images_per_second"] = round(self.num_missing / seconds, 3)
+                run |= {"num_processes": self.accelerator.num_processes, "num_drawn": self.num_missing}
+                run |= {"seconds": round(seconds, 3), "images_per_second": round(self.num_missing / seconds, 3)}
             self.protocol["mean_fine_share"] = math.fsum(shares) / len(shares)
             self._write_protocol(complete=True)
             seal(self.path, [self.path / PROTOCOL, *([self.path / NPZ] if self.format != "png" else [])])
@@ -304,7 +266,7 @@ class SampleFolder:
         for batch in tqdm(self.plan.batches(), desc="packing" if decode else "checking"):
             try:
                 read = list(self._pool.map(partial(self._read_png, decode=decode), batch))
-            except DamagedSampleError as error:
+            except UnusableImageError as error:
                 raise ValueError(f"{self.path}: {error}. Repeat the command: it draws this image again.") from error
             shares += [share for share, _ in read]
             yield np.stack([pixels for _, pixels in read]) if decode else None

@@ -15,12 +15,13 @@ A protocol (`protocol.json`) is a dictionary of JSON values:
 """
 
 import json
+import math
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import diffusers
 import numpy as np
@@ -30,6 +31,7 @@ from diffusers import DiffusionPipeline
 from ..files.folders import digest, file_sha256, read_json
 from ..files.source import public_config
 from ..files.weights import weight_files
+from ..limits import check_values
 from ..words import listed, without_paths
 
 
@@ -39,6 +41,7 @@ LABEL_SCHEMES = ("balanced", "random")
 _VERSION = 1
 _NOISE, _LABELS, _PHOTOGRAPHS = range(3)  # what a seed is for: they are independent of one another
 _NUM_SEEDS = 2**32  # torch's generator of a CPU reads no more bits of a seed: above, noise would repeat unnoticed
+_LIMITS = {"num_images": (1, _NUM_SEEDS), "batch_size": (1, math.inf), "seed": (0, math.inf)}
 _LABEL_RULES = {
     "balanced": "image i has class i modulo K of the K classes: the first N modulo K of them have one image more",
     "random": "image i has class SeedSequence(seed, spawn_key=(1, i)).generate_state(1, uint64) modulo K",
@@ -68,15 +71,11 @@ class SamplePlan:
     scheme: str = "balanced"
 
     def __post_init__(self) -> None:
-        if not 1 <= self.num_images <= _NUM_SEEDS:
-            raise ValueError(f"`num_images` must be 1 to {_NUM_SEEDS}, got {self.num_images}.")
-        for name, least in (("batch_size", 1), ("seed", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"`{name}` must be at least {least}, got {getattr(self, name)}.")
+        check_values(vars(self), get_type_hints(SamplePlan), _LIMITS, exact=False)
         if self.scheme not in LABEL_SCHEMES:
             raise ValueError(f"`scheme` must be {' or '.join(LABEL_SCHEMES)}, got {self.scheme!r}.")
-        if self.classes is not None and not 0 < len(self.classes) == len(set(self.classes)):
-            raise ValueError(f"`classes` must name classes, each once, got {list(self.classes)}.")
+        if self.classes is not None and len(self.classes) > len(set(self.classes)):
+            raise ValueError(f"`classes` must name each class once, got {list(self.classes)}.")
 
     def batches(self) -> list[range]:
         """The numbers of the images of each batch; the last one may have fewer."""
