@@ -36,9 +36,8 @@ def fine_ratio_error(predicted: torch.Tensor, real: torch.Tensor, num_grains: in
 
     Returns:
         "fine_share" and "fine_share_real", means over the images; "std" and "std_real", their standard deviations
-        (population); "error" and "std_error", the first minus the second; "wasserstein", how far, on average, the
-        shares of one set must be moved to become those of the other: at least the size of "error", and equal to it
-        where one set is the other shifted.
+        (population); "error" and "std_error", the first minus the second; "wasserstein", how far, on average, shares
+        of one set must be moved to become those of the other: the size of "error" where that is a shift, else more.
 
     Raises:
         ValueError: the maps are of two sizes.
@@ -66,10 +65,9 @@ def map_accuracy(predicted: torch.Tensor, true: torch.Tensor, num_grains: int) -
     """Share of regions that have the same grain in both maps of a pair, beside that of chance.
 
     Returns:
-        "accuracy"; "chance", that of maps whose regions are drawn independently with the shares that the grains have
-        over all of `predicted`: the sum over the grains of the share in one set times the share in the other;
-        "above_chance", (accuracy - chance) / (1 - chance), 0 for chance and 1 for equal maps (Cohen's kappa): NaN if
-        both sets hold one and the same grain.
+        "accuracy"; "chance", that of independent regions with the same shares of grains: the sum over the grains of
+        the share in one set times that in the other; "above_chance", (accuracy - chance) / (1 - chance), 0 for chance
+        and 1 for equal maps (Cohen's kappa): NaN if both sets hold one and the same grain.
 
     Raises:
         ValueError: the maps are of two shapes.
@@ -77,9 +75,8 @@ def map_accuracy(predicted: torch.Tensor, true: torch.Tensor, num_grains: int) -
     check_grain_map(predicted, num_grains, "predicted")
     check_grain_map(true, num_grains, "true")
     if predicted.shape != true.shape:
-        raise ValueError(
-            f"`predicted` and `true` must have one shape, got {tuple(predicted.shape)} and {tuple(true.shape)}."
-        )
+        shapes = " and ".join(str(tuple(maps.shape)) for maps in (predicted, true))
+        raise ValueError(f"`predicted` and `true` must have one shape, got {shapes}.")
     accuracy = (predicted == true.to(predicted.device)).double().mean().item()
     counts = (torch.bincount(maps.flatten(), minlength=num_grains).double().cpu() for maps in (predicted, true))
     shares, true_shares = (count / predicted.numel() for count in counts)
@@ -90,15 +87,15 @@ def map_accuracy(predicted: torch.Tensor, true: torch.Tensor, num_grains: int) -
 def spatial_coherence(maps: torch.Tensor, num_grains: int) -> dict[str, float]:
     """How often neighbouring regions have the same grain, beside chance.
 
-    Chance is the same map with its regions in a random order. So only where regions stand counts, and not how many of
-    them are fine in an image, or how much that differs from image to image: `fine_ratio_error` is about that.
+    Chance is the same map with its regions in a random order: only where regions stand counts, and not how many of
+    them are fine, which `fine_ratio_error` is about.
 
     Returns:
         "agreement", the share of pairs of neighbours, to the right and below, with one grain; "chance", the same for
         two regions of a map drawn without replacement, n_g (n_g - 1) / (n (n - 1)) summed over the grains, mean over
         the maps; "coherence", (agreement - chance) / (1 - chance): 0 for independent regions, near 1 for few large
-        patches, negative where equal grains avoid one another. Constant maps agree by chance too and weigh nothing;
-        if all maps are constant, the coherence is 1 by convention.
+        patches, negative where equal grains avoid one another. Constant maps weigh nothing; if all are constant, the
+        coherence is 1 by convention.
 
     Raises:
         ValueError: the maps are of a single region.
@@ -138,9 +135,9 @@ def grain_diagnostics(
         timesteps: at which the models see noised maps and latents, 0 ... 999.
 
     Returns:
-        "fine_ratio_error" of predicted against true maps; "map_accuracy" of each predicted map against the true one of
-        its class that stands at its place; "coherence" of both; "grain_model_accuracy" by timestep;
-        "error_by_grain": "denoising" and "reconstruction_psnr_db". Each is what the function of its name returns.
+        What the functions of these names return: "fine_ratio_error" of predicted against true maps; "map_accuracy" of
+        each predicted map against the true one of its class at its place; "coherence" of both;
+        "grain_model_accuracy"; "error_by_grain": "denoising" and "reconstruction_psnr_db".
 
     Raises:
         ValueError: there are other than N labels, or the pipeline has no grain model.
@@ -226,13 +223,8 @@ def denoising_error_by_grain(
 def reconstruction_psnr_by_grain(drawing: Drawing, images: torch.Tensor, grain_maps: torch.Tensor) -> list[float]:
     """Peak signal-to-noise ratio of the regions of each grain: of their mean squared error, not a mean of ratios.
 
-    Reconstructions are those of the mode of the posterior, in 8 bits.
-
-    Args:
-        drawing, images, grain_maps: of `denoising_error_by_grain`.
-
-    Returns:
-        dB for each grain, coarsest first: NaN where no region has it, infinity for regions without an error.
+    Reconstructions are those of the mode of the posterior, in 8 bits. dB for each grain, coarsest first: NaN where no
+    region has it, infinity for regions without an error.
     """
     pipe = drawing.pipe
 

@@ -40,7 +40,7 @@ class ImageSet:
         read: an image by its place in the set, uint8 (3, H, W); an UnusableImageError if it cannot be used.
         size: (H, W); None for that of the first image.
         name_of: what errors call the image of a place; default: its place.
-        protocol: how they were made; of samples, how they were drawn.
+        protocol: how they were made or drawn.
 
     Raises:
         ValueError: there are none, or the size is that of the first image and this cannot be used.
@@ -76,8 +76,8 @@ class ImageSet:
             return torch.stack([self[one] for one in range(*place.indices(len(self)))])
         image = self._read(place)
         if self.size is not None and tuple(image.shape[1:]) != self.size:
-            (height, width), (first_height, first_width) = image.shape[1:], self.size
-            raise UnusableImageError(f"it is {height}x{width}, and the first one {first_height}x{first_width}")
+            sizes = ("x".join(map(str, size)) for size in (image.shape[1:], self.size))
+            raise UnusableImageError("it is {}, and the first one {}".format(*sizes))
         return image
 
     def batches(
@@ -151,8 +151,7 @@ def open_images(
             or of WebDataset .tar files, one such file, or a name on the Hub.
         resolution: the shorter side is resized to it and the centre is cropped, as in training; None takes the images
             as they are.
-        split: of a data set.
-        image_column: of a data set; default: the only one that holds images.
+        split, image_column: of a data set; the column is by default the only one that holds images.
 
     Raises:
         ValueError: there is nothing, or no image; the .npz has another layout; a data set needs a resolution, or

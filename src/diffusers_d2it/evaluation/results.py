@@ -23,20 +23,14 @@ _MISSING = "not stated"
 class Result:
     """A figure and its protocol.
 
-    Args:
-        metric: "fid", "psnr", "fd_dinov2", ...
-        value: the figure.
-        protocol: how it was measured, as values of JSON.
-        deviation: its standard deviation over the splits or subsets that it is the mean of, if it is one.
-
     Raises:
         ValueError: the value is NaN, or the protocol holds what JSON does not.
     """
 
-    metric: str
+    metric: str  # "fid", "psnr", "fd_dinov2", ...
     value: float
-    protocol: dict
-    deviation: float | None = None
+    protocol: dict  # how it was measured, as values of JSON
+    deviation: float | None = None  # over the splits or subsets that it is the mean of, if it is one
 
     def __post_init__(self):
         if math.isnan(self.value):
@@ -80,15 +74,10 @@ def load_results(path: str | os.PathLike) -> list[Result]:
 
 
 def differences(a: Result, b: Result, varying: Sequence[str] = ()) -> dict[str, tuple]:
-    """The fields of two protocols that differ, by their dotted names, with both values.
+    """The fields of two protocols that differ: {"samples.num_inference_steps": (50, "not stated")}.
 
-    Args:
-        a, b: two results.
-        varying: dotted names of fields that may differ, with all that they hold. Names, versions, and the pixels of
-            the samples always may.
-
-    Returns:
-        Such as {"samples.num_inference_steps": (50, 250)}; a field that one of them lacks is "not stated".
+    Those of the dotted names in `varying` may, with all that they hold. Names, versions, and the pixels of the samples
+    always may.
     """
     found = differing({"metric": a.metric, **a.protocol}, {"metric": b.metric, **b.protocol}, missing=_MISSING)
     allowed = tuple(f"{name}." for name in (*_NOTES, *varying))
@@ -96,16 +85,10 @@ def differences(a: Result, b: Result, varying: Sequence[str] = ()) -> dict[str, 
 
 
 def compare(a: Result, b: Result, varying: Sequence[str] = ("samples.checkpoint",)) -> float:
-    """How much higher b is than a, if the two were measured alike.
-
-    Args:
-        a, b, varying: as in `differences`; by default only the checkpoint may differ.
-
-    Returns:
-        b.value - a.value.
+    """b.value - a.value, if the two were measured alike: by default only the checkpoint may differ.
 
     Raises:
-        ValueError: the protocols differ; each field is named, with both values.
+        ValueError: there are `differences`; each field is named, with both values.
     """
     found = differences(a, b, varying)
     if found:

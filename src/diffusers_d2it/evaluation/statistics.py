@@ -35,11 +35,7 @@ class FeatureStatistics:
         self._scatter = torch.zeros(num_features, num_features, dtype=torch.float64)  # squares about the mean, summed
 
     def update(self, features: torch.Tensor, indices: torch.Tensor | None = None) -> None:
-        """Add the features of some images.
-
-        Args:
-            features: (B, D), float32 or float64; B may be 0.
-            indices: (B,), which images they are of, for errors alone.
+        """Add the features (B, D) of some images, float32 or float64; B may be 0, `indices` (B,) names them.
 
         Raises:
             ValueError: another shape or dtype, or a value that is not finite; nothing is added then.

@@ -121,12 +121,9 @@ class SampleFolder:
         self._stack.close()
 
     def write(self, batch: range, images: torch.Tensor, fine_shares: torch.Tensor) -> None:
-        """Hand over a batch; it is written while the next one is drawn. Waits for what was handed over before.
+        """Hand over images of these numbers, (B, 3, H, W) in [0, 1], and the fine shares of their maps, (B,).
 
-        Args:
-            batch: numbers of the images.
-            images: (B, 3, H, W) in [0, 1].
-            fine_shares: of their grain maps, (B,).
+        They are written while the next batch is drawn. Waits for what was handed over before.
 
         Raises:
             OSError: the disk is full or failed, perhaps with an image that was handed over before.

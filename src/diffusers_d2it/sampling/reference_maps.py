@@ -77,11 +77,8 @@ class ReferenceMaps:
     def describe(self) -> dict[str, Any]:
         """The part of a protocol that says where the maps come from."""
         rule = "image i: SeedSequence(seed, spawn_key=(2, i)).generate_state(1, uint64) modulo those of its class"
-        return {
-            "photographs": self.source.describe(self.resolution),
-            "fingerprint": self.source.fingerprint,
-            "rule": rule,
-        }
+        photographs, fingerprint = self.source.describe(self.resolution), self.source.fingerprint
+        return {"photographs": photographs, "fingerprint": fingerprint, "rule": rule}
 
     def _decode(self, row: Row) -> torch.Tensor:
         try:

@@ -52,23 +52,15 @@ _LABEL_RULES = {
 class SamplePlan:
     """The images of a set: which of them are drawn together, their classes and their seeds.
 
-    Args:
-        num_images: N.
-        batch_size: images of a call of the pipeline, consecutive ones.
-        seed: another one draws another set.
-        classes: ids of the classes, in the order in which they take turns; None for an unconditional model.
-        scheme: "balanced" or "random": how images get their classes, independently of each other or in turns. Without
-            classes it means nothing.
-
     Raises:
         ValueError: a number is out of range, a class stands there twice, or the scheme is unknown.
     """
 
     num_images: int
-    batch_size: int
-    seed: int = 0
-    classes: tuple[int, ...] | None = None
-    scheme: str = "balanced"
+    batch_size: int  # images of a call of the pipeline, consecutive ones
+    seed: int = 0  # another one draws another set
+    classes: tuple[int, ...] | None = None  # ids, in the order in which they take turns; None: an unconditional model
+    scheme: str = "balanced"  # or "random": whether images get their classes in turns, or independently of each other
 
     def __post_init__(self) -> None:
         check_values(vars(self), get_type_hints(SamplePlan), _LIMITS, exact=False)
@@ -133,10 +125,7 @@ def generators_of(images: range, seed: int, *key: int) -> list[torch.Generator]:
 def new_protocol(sampling: Mapping[str, Any], device: torch.device, checkpoint: str) -> dict[str, Any]:
     """The protocol of a set of which nothing has been drawn yet, as it will be read back.
 
-    Args:
-        sampling: all that decides what the images are.
-        device: where they are drawn.
-        checkpoint: what the user calls it; of an absolute path the last part is kept.
+    `sampling` is all that decides what the images are. Of a checkpoint that is an absolute path the last part is kept.
     """
     protocol = {
         "version": _VERSION,
@@ -171,11 +160,7 @@ def read_protocol(folder: str | Path) -> dict[str, Any]:
 
 
 def describe_checkpoint(folder: str | Path, pipe: DiffusionPipeline) -> dict[str, Any]:
-    """A checkpoint by its contents, wherever it lies.
-
-    Args:
-        folder: where its files lie.
-        pipe: the pipeline that was loaded from there.
+    """A checkpoint by its contents, wherever it lies: a folder, and the pipeline that was loaded from there.
 
     Returns:
         {"weights_sha256", "configs_sha256"} of each model. For weights in one file it is the SHA-256 of that file, for
@@ -183,13 +168,11 @@ def describe_checkpoint(folder: str | Path, pipe: DiffusionPipeline) -> dict[str
     """
     weights, configs = {}, {}
     for component in ("vae", "grain_model", "transformer"):
-        model = getattr(pipe, component)
-        if model is None:
-            continue
-        files = weight_files(Path(folder, component))
-        hashes = {path.name: file_sha256(path) for path in files if path.suffix == ".safetensors"}
-        weights[component] = next(iter(hashes.values())) if len(hashes) == 1 else digest(hashes)
-        configs[component] = digest(public_config(model.config))
+        if (model := getattr(pipe, component)) is not None:
+            files = weight_files(Path(folder, component))
+            hashes = {path.name: file_sha256(path) for path in files if path.suffix == ".safetensors"}
+            weights[component] = next(iter(hashes.values())) if len(hashes) == 1 else digest(hashes)
+            configs[component] = digest(public_config(model.config))
     return {"weights_sha256": weights, "configs_sha256": configs}
 
 
