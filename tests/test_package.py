@@ -3,7 +3,6 @@
 
 import ast
 import json
-import os
 import subprocess
 import sys
 from graphlib import TopologicalSorter
@@ -15,7 +14,7 @@ import pytest
 import torch
 from alike import same_weights
 from diffusers import DiffusionPipeline
-from loopback_hub import serve_hub
+from loopback_hub import run_with_hub, serve_hub
 from script_runs import EXAMPLES
 
 import diffusers_d2it
@@ -47,12 +46,6 @@ PUBLIC = {
 }
 
 
-def run_python(code: str, **environment: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-c", code], env=os.environ | environment, capture_output=True, text=True, timeout=300
-    )
-
-
 def test_public_names():
     assert set(diffusers_d2it.__all__) == PUBLIC
     assert all(hasattr(diffusers_d2it, name) for name in PUBLIC)
@@ -60,7 +53,8 @@ def test_public_names():
 
 def test_importing_the_package_loads_no_extra():
     extras = ("torchvision", "datasets", "tensorboard", "lpips", "gradio", "skimage")
-    result = run_python(f"import sys, diffusers_d2it; print([m for m in {extras} if m in sys.modules])")
+    code = f"import sys, diffusers_d2it; print([m for m in {extras} if m in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert result.stdout.strip() == "[]", result.stdout + result.stderr
 
 
@@ -195,11 +189,9 @@ for loader in (D2iTPipeline, DiffusionPipeline):
 for loader in (AutoModel, D2iTContentModel):
     model = loader.from_pretrained("user/repo", subfolder="transformer")
     assert type(model) is D2iTContentModel and same_weights(model, local.transformer)
-print("loaded")
 """
     with serve_hub({"user/repo": saved}) as endpoint:
-        result = run_python(code, HF_ENDPOINT=endpoint, HF_HOME=str(tmp_path / "hf"), HF_HUB_OFFLINE="0")
-    assert result.stdout.strip().endswith("loaded"), result.stdout + result.stderr
+        run_with_hub(code, endpoint, tmp_path / "hf")
 
 
 def test_presets_ship_with_the_package():
