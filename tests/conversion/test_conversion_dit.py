@@ -20,7 +20,7 @@ from public_weights import (
     edit_weights,
     without,
 )
-from script_runs import call, run
+from script_runs import call
 
 from diffusers_d2it import D2iTContentModel, load_preset
 from diffusers_d2it.conversion import ConversionReport, convert_diffusers_dit, convert_dit_checkpoint
@@ -127,35 +127,30 @@ def save_dit(tmp_path) -> Callable[..., Path]:
     return save
 
 
-@pytest.mark.parametrize("out_channels", [4, 8])
-def test_all_fine_output_is_that_of_the_original_dit(save_dit, tmp_path, out_channels):
-    weights = dit_weights(out_channels=out_channels)
-    model, report = convert_dit_checkpoint(save_dit(weights), num_attention_heads=HEADS)
-    model.save_pretrained(tmp_path / "model")
-    model = D2iTContentModel.from_pretrained(tmp_path / "model")
-    expected = reference_dit(weights, random_latents(), TIMESTEPS, LABELS)
-    with torch.no_grad():
-        output = model(random_latents(), TIMESTEPS, torch.ones_like(random_map()), LABELS).sample
-    assert output.shape[1] == out_channels and expected.std() > 0.5
-    torch.testing.assert_close(output, expected, atol=1e-4, rtol=0)
-    assert_accounts_for_everything(report, weights, model)
-    assert report.unused.keys() == {"pos_embed"}
-    assert all(key.startswith(("grain_embed.", "refine_nets.")) for key in report.fresh)
+CASES = [(2, 4, True), (2, 8, True), (2, 8, False), (3, 8, False)]
 
 
-@pytest.mark.parametrize("num_grains", [2, 3])
-def test_coarse_regions_start_as_the_mean_of_the_dit_and_fine_ones_as_the_dit(save_dit, num_grains):
+@pytest.mark.parametrize("num_grains, out_channels, all_fine", CASES)
+def test_fine_regions_start_as_the_original_dit_and_coarse_ones_as_its_mean(
+    save_dit, tmp_path, num_grains, out_channels, all_fine
+):
     patch = 2 ** (num_grains - 1)
-    weights, grain_map = dit_weights(patch=patch), random_map(num_grains)
+    weights, grain_map = dit_weights(patch=patch, out_channels=out_channels), random_map(num_grains)
+    grain_map = torch.ones_like(grain_map) if all_fine else grain_map
     latents = tie(random_latents(patch * SIDE), grain_map)
     path = save_dit(weights)
     with pytest.raises(ValueError, match=f"dit.pt.*{patch}.*`num_grains`.*{2 ** (4 - num_grains)}"):
         convert_dit_checkpoint(path, num_attention_heads=HEADS, num_grains=5 - num_grains)
     model, report = convert_dit_checkpoint(path, num_attention_heads=HEADS, num_grains=num_grains)
     assert_accounts_for_everything(report, weights, model)
+    assert report.unused.keys() == {"pos_embed"}
+    assert all(key.startswith(("grain_embed.", "refine_nets.")) for key in report.fresh)
+    model.save_pretrained(tmp_path / "model")
+    model = D2iTContentModel.from_pretrained(tmp_path / "model")
     with torch.no_grad():
         output = model(latents, TIMESTEPS, grain_map, LABELS).sample
     expected = reference_dit(weights, latents, TIMESTEPS, LABELS)
+    assert output.shape[1] == out_channels and expected.std() > 0.5
     for grain in range(num_grains - 1):
         expected = GrainLayout.from_grain_map(grain_map, num_grains).average(expected, grain)
     torch.testing.assert_close(output, expected, atol=1e-4, rtol=0)
@@ -299,10 +294,8 @@ def test_frequency_shift_chooses_between_diffusers_and_the_original(dit_folder, 
 def test_half_precision_weights_become_float32(dit_folder):
     edit_weights(dit_folder, lambda w: {key: value.half() for key, value in w.items()})
     model, report = convert_diffusers_dit(dit_folder)
-    halved = make_diffusers_dit().half()
-    assert model.dtype == torch.float32
-    assert torch.equal(model.norm_out.proj_out.weight, halved.proj_out_2.weight.float())
-    assert any("torch.float16" in note for note in report.notes)
+    assert model.dtype == torch.float32 and any("torch.float16" in note for note in report.notes)
+    assert torch.equal(model.norm_out.proj_out.weight, make_diffusers_dit().half().proj_out_2.weight.float())
 
 
 @pytest.mark.parametrize(
@@ -378,35 +371,31 @@ def test_report_prints_a_line_for_modules_that_differ_in_their_layer_only(save_d
     assert ConversionReport(**json.loads(report.to_json())) == report
 
 
-def test_dit_script_converts_a_checkpoint(save_dit, tmp_path, capsys):
-    weights, output = dit_weights(), tmp_path / "new" / "model"
-    arguments = ["--source", save_dit(weights), "--output", output, "--num_attention_heads", HEADS]
-    call("convert_dit.py", *arguments, "--num_refine_layers", 2, "--window_size", 2, "--seed", 5)
+@pytest.mark.parametrize("kind", ["checkpoint", "folder"])
+def test_dit_script_converts(kind, save_dit, dit_folder, tmp_path, capsys):
+    output, weights = tmp_path / "new" / "model", dit_weights()
+    options, convert, source = {"num_refine_layers": 2, "window_size": 2}, convert_diffusers_dit, dit_folder
+    other = ("--num_attention_heads", 2)  # a folder says it itself
+    if kind == "checkpoint":
+        options["num_attention_heads"], convert, source = HEADS, convert_dit_checkpoint, save_dit(weights)
+        other = ("--frequency_shift", 1)
+    else:
+        options["frequency_shift"] = 0.0
+        output.mkdir(parents=True)  # an empty folder may be there
+    arguments = ["--source", source, *(word for key, value in options.items() for word in (f"--{key}", value))]
+    for refused in ([*arguments, *other, "--output", output], [*arguments, "--output", source]):
+        with pytest.raises(SystemExit):
+            call("convert_dit.py", *refused)
+    assert "--output" in (said := capsys.readouterr().err) and other[0] in said
+
+    call("convert_dit.py", *arguments, "--output", output, "--seed", 5)
+    assert [path.name for path in output.parent.iterdir()] == ["model"]  # nothing written aside is left
     model = D2iTContentModel.from_pretrained(output)
     report = ConversionReport(**json.loads((output / "conversion.json").read_text()))
-    assert_accounts_for_everything(report, weights, model)
     assert str(report) in capsys.readouterr().out
-    assert [path.name for path in output.parent.iterdir()] == ["model"]  # nothing written aside is left
-
+    assert_accounts_for_everything(
+        report, weights if kind == "checkpoint" else make_diffusers_dit().state_dict(), model
+    )
     torch.manual_seed(5)
-    options = {"num_attention_heads": HEADS, "num_refine_layers": 2, "window_size": 2}
-    assert same_weights(model, convert_dit_checkpoint(arguments[1], **options)[0])
-    with pytest.raises(SystemExit):
-        call("convert_dit.py", *arguments)
-    assert "--output" in capsys.readouterr().err
-    assert same_weights(model, D2iTContentModel.from_pretrained(output))
-
-
-def test_dit_script_converts_a_folder(dit_folder, tmp_path, capsys):
-    output = tmp_path / "model"
-    output.mkdir()  # an empty folder may be there
-    run("convert_dit.py", "--source", dit_folder, "--output", output, "--frequency_shift", "0")
-    model = D2iTContentModel.from_pretrained(output)
-    assert model.config.frequency_shift == 0
-    torch.manual_seed(0)
-    assert same_weights(model, convert_diffusers_dit(dit_folder)[0])
-    arguments = ["--source", dit_folder, "--output", tmp_path / "other", "--num_attention_heads", "2"]
-    with pytest.raises(SystemExit):
-        call("convert_dit.py", *arguments)
-    assert "--num_attention_heads" in capsys.readouterr().err
-    assert not (tmp_path / "other").exists()
+    assert same_weights(model, convert(source, **options)[0])
+    assert all(model.config[key] == value for key, value in options.items())

@@ -3,6 +3,7 @@
 
 import json
 import os
+import re
 
 import datasets
 import huggingface_hub
@@ -78,7 +79,8 @@ def test_folder_with_classes(photos_folder, streaming):
     source = load_images(photos_folder, streaming=streaming)
     assert contents(source) == TWO_CLASSES
     assert source.id2label == {0: "earth", 1: "sky"} and source.num_classes == 2
-    assert str(source) == f"photos: {'a stream' if streaming else '8 images'}, 2 classes (earth, sky)"
+    said = "photos", "stream" if streaming else "8 images", "2 classes", "earth, sky"
+    assert all(words in str(source) for words in said)
     assert source.num_rows == (None if streaming else 8)
     assert {row.name for row in source.rows()} == {str(path) for path in photos_folder.rglob("*.png")}
     assert source.describe(32) == "photos, split train, 32x32"
@@ -97,7 +99,7 @@ def test_folder_without_classes(tmp_path, streaming):
     source = load_images(tmp_path / "photos", streaming=streaming)
     assert contents(source) == NO_CLASSES
     assert source.id2label is None and source.num_classes is None and source.label_column is None
-    assert str(source).endswith(", no classes")
+    assert "no classes" in str(source)
 
 
 @STREAMED
@@ -108,8 +110,8 @@ def test_parquet(tmp_path, streaming, single_file):
     write_folder(tmp_path / "photos", {"LICENSE.txt": b"free"})
     source = load_images(path if single_file else tmp_path / "photos", streaming=streaming)
     assert contents(source) == TWO_CLASSES and source.id2label == {0: "earth", 1: "sky"}
-    assert single_file or str(source).endswith("2 classes (earth, sky); 1 file not used: LICENSE.txt")
-    assert ("image of " if streaming else "row 0 of ") in next(source.rows()).name
+    assert ("LICENSE.txt" in str(source)) == (not single_file)
+    assert ("sha256" if streaming else "row 0") in next(source.rows()).name
 
 
 @STREAMED
@@ -139,16 +141,11 @@ def test_images_with_a_metadata_file(tmp_path):
     assert "; 1 image " in str(source)
 
 
-def test_one_class_is_a_class(tmp_path):
-    write_folder(tmp_path / "photos", {"sky/0.png": encode(photo())})  # datasets drops the label
-    source = load_images(tmp_path / "photos")
-    assert source.id2label == {0: "sky"} and str(source) == "photos: 1 image, 1 class (sky)"
-
-
-def test_names_that_datasets_takes_for_splits(tmp_path):
-    files = {f"{name}/my test {name}.png": encode(photo(i)) for i, name in enumerate(["bus", "test", "train"])}
-    source = load_images(write_folder(tmp_path / "vehicles", files))  # datasets would find the images of one class
-    assert source.id2label == {0: "bus", 1: "test", 2: "train"} and contents(source) == [(0, 0), (1, 1), (2, 2)]
+@pytest.mark.parametrize("names", [["sky"], ["bus", "test", "train"]])
+def test_classes_that_datasets_would_drop(tmp_path, names):  # the only one; all but the one of a split's name
+    files = {f"{name}/my test {name}.png": encode(photo(i)) for i, name in enumerate(names)}
+    source = load_images(write_folder(tmp_path / "vehicles", files))
+    assert source.id2label == dict(enumerate(names)) and contents(source) == [(i, i) for i in range(len(names))]
 
 
 def test_unused_files_are_named(photos_folder):
@@ -199,7 +196,7 @@ def test_another_split(tmp_path, streaming):
         path = tmp_path / "photos" / f"{split}-00000-of-00001.parquet"
         parquet(path, [0] * number, datasets.ClassLabel(names=["a"]), number)
     source = load_images(tmp_path / "photos", split="test", streaming=streaming)
-    assert len(contents(source)) == 2 and "; split test of " in str(source)
+    assert len(contents(source)) == 2 and "train" in str(source)
     refuse(tmp_path / "photos", "valid", split="valid", streaming=streaming)
 
 
@@ -235,7 +232,7 @@ def test_columns_of_images(tmp_path):
     assert contents(source) == NO_CLASSES and next(source.rows()).name == names[0]
     images = [{"bytes": data, "path": f"{i}.png"} for i, data in enumerate(encoded)]
     source = load_images(write_table(tmp_path / "structs.parquet", image=images))
-    assert contents(source) == NO_CLASSES and next(source.rows()).name == "row 0 of structs.parquet (0.png)"
+    assert contents(source) == NO_CLASSES and "structs.parquet (0.png)" in next(source.rows()).name
 
 
 def test_columns_of_labels(tmp_path):
@@ -249,7 +246,7 @@ def test_columns_of_labels(tmp_path):
     columns = {"image": [{"bytes": encode(photo()), "path": None}] * 2, "coarse": [0, 1], "fine": [3, 2]}
     dataset = datasets.Dataset.from_dict(columns, features(coarse=names, fine=names))
     dataset.to_parquet(str(tmp_path / "two.parquet"))
-    assert "`label_column` could be coarse or fine" in str(load_images(tmp_path / "two.parquet"))
+    assert re.search("`label_column`.* coarse .*fine", str(load_images(tmp_path / "two.parquet")))
     source = load_images(tmp_path / "two.parquet", label_column="fine")
     assert source.id2label == {2: "c", 3: "d"} and source.num_classes == 4
 

@@ -192,7 +192,7 @@ pipe.push_to_hub("user/tiny", model_card=card)
     assert kept == ("user/tiny", "main", "again", without_card)
     assert f"{hub.endpoint}/user/cardless/discussions/1" in output and in_pull_request[1] == "refs/pr/1"
     assert in_pull_request[3] == [f"small/{name}" for name in without_card]
-    assert replaced[2:] == ("Upload D2iTPipeline", sorted(PIPELINE_FILES))
+    assert "D2iTPipeline" in replaced[2] and replaced[3] == sorted(PIPELINE_FILES)
     assert metadata((pushed / "README.md").read_text())["license"] == "cc0-1.0"
 
 
@@ -225,8 +225,8 @@ refused(push("user/tiny"), "HF_TOKEN", "hf auth login", kept)
     run_with_hub(code, nowhere, tmp_path / "hf")
     hub.uploads.roles[TOKEN] = "read"
     hub.run(f"""{start}
-refused(push("user/tiny"), "'user/tiny'", "You don't have the rights", kept)
-refused(push("user/tiny", "hf_wrong"), "'user/tiny'", "Invalid username or password", kept)
+refused(push("user/tiny"), "'user/tiny'", "rights", kept)
+refused(push("user/tiny", "hf_wrong"), "'user/tiny'", "password", kept)
 """)
     assert hub.uploads.visibility == {} and hub.uploads.commits == []
 
@@ -269,7 +269,7 @@ def check(name, token="{TOKEN}"):
     return lambda: check_push(push_to_hub=True, hub_model_id=name, hub_private_repo=True, license=None)
 check("user/tiny")()
 refused(check("user/public"), "'user/public'", "public")
-refused(check("other/tiny"), "'other/tiny'", "You don't have the rights")
+refused(check("other/tiny"), "'other/tiny'", "rights")
 refused(check("user/tiny", token=""), "token")
 refused(check("user/tiny", token="hf_read"), "token", "read")
 # A token for some other repository: nothing but the last question finds it out.
@@ -321,7 +321,7 @@ print(publish(model, {str(folder)!r}, **hub, train_steps=4000, subfolder="grain_
     files = ["README.md", "grain_model/config.json", "grain_model/diffusion_pytorch_model.safetensors"]
     assert files_of(pushed) == [*files, "grain_scheduler/scheduler_config.json"]
     assert hub.uploads.visibility == {"user/grain": "private"}
-    assert hub.uploads.commits[0][2] == "Upload D2iTGrainModel after 4000 steps"
+    assert "D2iTGrainModel" in hub.uploads.commits[0][2] and "4000" in hub.uploads.commits[0][2]
     hub.run(f"{first_snippet((pushed / 'README.md').read_text())}\nassert grain_map.shape == (1, 4, 4)")
 
 
