@@ -94,25 +94,19 @@ def fine_share(grain_map: torch.Tensor, num_grains: int) -> torch.Tensor:
 class GrainLayout:
     """A grain map with all that follows from it, worked out once a call or once a batch.
 
-        layout = model.prepare_grain_map(grain_map)         # with the packed tokens of the model's RefineNets
-        noise = layout.tie(torch.randn(shape))              # one value for each code
-        noise = model(noised, timestep, layout).sample
-        layout.num_tokens["refine"]                         # of each image
-
-    Args:
-        grain_map: (B, h, w) int64, 0 = coarsest.
-        num_grains: k.
-        masks: where the codes of grain 0 ... k-2 are, each (B, 1, h * 2^grain, 1, w * 2^grain, 1) bool: it broadcasts
-            to latents whose sides are split into codes and the cells of a code.
-        levels: packed tokens of level 1 ... k-1 (`models.refine_net`); none without a model.
-        window_size: side of the attention windows in tokens for which they were packed.
+    layout = model.prepare_grain_map(grain_map)         # with the packed tokens of the model's RefineNets
+    noise = layout.tie(torch.randn(shape))              # one value for each code
+    noise = model(noised, timestep, layout).sample
+    layout.num_tokens["refine"]                         # of each image
     """
 
-    grain_map: torch.Tensor
-    num_grains: int
+    grain_map: torch.Tensor  # (B, h, w) int64, 0 = coarsest
+    num_grains: int  # k
+    # Where the codes of grain 0 ... k-2 are, each (B, 1, h * 2^grain, 1, w * 2^grain, 1) bool: it broadcasts to
+    # latents whose sides are split into codes and the cells of a code
     masks: tuple[torch.Tensor, ...]
-    levels: tuple = ()
-    window_size: int | None = None
+    levels: tuple = ()  # packed tokens of level 1 ... k-1 (`models.refine_net`); none without a model
+    window_size: int | None = None  # side of the attention windows in tokens for which they were packed
 
     @classmethod
     def from_grain_map(cls, grain_map: torch.Tensor, num_grains: int) -> "GrainLayout":
@@ -166,7 +160,7 @@ class GrainLayout:
         for grain, mask in enumerate(self.masks):
             copied = codes[grain][:, :, :, None, :, None]
             latents = torch.where(mask, copied, self._codes(latents, grain)).reshape(latents.shape)
-        return latents
+        return latents.contiguous()  # convolutions may give codes with their channels last
 
     def split(self, latents: torch.Tensor) -> list[torch.Tensor]:
         """The codes of each grain, coarsest first, the inverse of `merge`: `merge(split(z)) == z` for tied z.

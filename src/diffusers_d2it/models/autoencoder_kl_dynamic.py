@@ -50,17 +50,11 @@ class TiedGaussianDistribution(DiagonalGaussianDistribution):
 
 @dataclass
 class DynamicAutoencoderKLOutput(BaseOutput):
-    """Output of `DynamicAutoencoderKL.encode`.
+    """Output of `DynamicAutoencoderKL.encode`."""
 
-    Args:
-        latent_dist: posterior over the latents (B, C, H/f, W/f), tied inside every code.
-        grain_map: grain of every region, (B, H/S, W/S), int64, 0 = coarsest.
-        entropy: entropy of every region in nats, (B, H/S, W/S), float32.
-    """
-
-    latent_dist: TiedGaussianDistribution
-    grain_map: torch.Tensor
-    entropy: torch.Tensor
+    latent_dist: TiedGaussianDistribution  # posterior over the latents (B, C, H/f, W/f), tied inside every code
+    grain_map: torch.Tensor  # grain of every region, (B, H/S, W/S), int64, 0 = coarsest
+    entropy: torch.Tensor  # entropy of every region in nats, (B, H/S, W/S), float32
 
 
 class DynamicAutoencoderKL(StrictModelMixin, AutoencoderMixin, ConfigMixin):

@@ -38,39 +38,22 @@ _MAX_LISTS = 4  # lists are rounded where a window has no more regions than this
 
 @dataclass(frozen=True)
 class WindowGroup:
-    """Windows that hold equally many fine regions: a slice of the packed tokens that reads as (W, L).
+    """Windows that hold equally many fine regions: a slice of the packed tokens that reads as (W, L)."""
 
-    Args:
-        length: L, tokens in each window.
-        relative_index: (P, L, L) int64, row of the bias table for each query and key, for P arrangements of fine
-            regions.
-        arrangement: (W,) int64, which of them each window has.
-    """
-
-    length: int
-    relative_index: torch.Tensor
-    arrangement: torch.Tensor
+    length: int  # L, tokens in each window
+    relative_index: torch.Tensor  # (P, L, L) int64, row of the bias table for query and key, for P arrangements
+    arrangement: torch.Tensor  # (W,) int64, which of the P arrangements of fine regions each window has
 
 
 @dataclass(frozen=True)
 class RefineLayout:
-    """The packed tokens of one level.
+    """The packed tokens of one level; the four children of a parent follow one another."""
 
-    Args:
-        tokens: (N,) int64, index of each packed token in the flattened (B, h * m, w * m) grid of tokens; one past its
-            end for tokens that stand nowhere.
-        parents: (N / 4,) int64, index of each parent in the tokens of the level before; its four children follow one
-            another.
-        images: (N / 4,) int64, the image of the batch that each parent belongs to.
-        groups: slices of the packed tokens, in order.
-        rounded: whether there are tokens that stand nowhere, and sizes that a compiled graph must not rely on.
-    """
-
-    tokens: torch.Tensor
-    parents: torch.Tensor
-    images: torch.Tensor
-    groups: tuple[WindowGroup, ...]
-    rounded: bool
+    tokens: torch.Tensor  # (N,) int64, index of each in the flattened (B, h * m, w * m) grid; past its end: nowhere
+    parents: torch.Tensor  # (N / 4,) int64, index of each parent in the tokens of the level before
+    images: torch.Tensor  # (N / 4,) int64, the image of the batch that each parent belongs to
+    groups: tuple[WindowGroup, ...]  # slices of the packed tokens, in order
+    rounded: bool  # whether some tokens stand nowhere, and a compiled graph must not rely on the sizes
 
 
 def pack_levels(grain_map: torch.Tensor, num_grains: int, window_size: int, rounded: bool) -> tuple[RefineLayout, ...]:
@@ -245,13 +228,7 @@ class WindowAttentionProcessor:
 
 
 class WindowAttention(SelfAttention):
-    """Self-attention of packed tokens inside windows, with one learned bias per head and relative position.
-
-    Args:
-        dim: width D.
-        heads: number of heads A.
-        side: tokens along a side of a window.
-    """
+    """Self-attention inside windows of `side` tokens a side, with a learned bias per head and relative position."""
 
     _default_processor_cls = WindowAttentionProcessor
     _available_processors = [WindowAttentionProcessor]
@@ -281,16 +258,8 @@ class RefineNet(nn.Module):
     """Corrects the rough noise of finer regions (Eq. 8), with half the patch size of the level before.
 
     Input of a token: its share of the coarser token's up-projection, and an embedding of its patch of [z_t; noise].
-    Output: a residual on the noise, zero at the start.
-
-    Args:
-        in_channels: C.
-        out_channels: O.
-        patch_size: cells along a side of a token's patch.
-        dim: width D.
-        num_layers, heads, mlp_ratio: of the blocks.
-        side: tokens along a side of an attention window.
-        frequency_shift: of the timestep embedding.
+    Output: a residual on the noise, zero at the start. `patch_size` is the side of a token's patch in cells, `side`
+    that of an attention window in tokens.
     """
 
     def __init__(

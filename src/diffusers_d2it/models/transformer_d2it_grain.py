@@ -33,13 +33,9 @@ from .strict import SafeAdapterMixin, StrictModelMixin
 
 @dataclass
 class D2iTGrainModelOutput(BaseOutput):
-    """Output of `D2iTGrainModel`.
+    """Output of `D2iTGrainModel`."""
 
-    Args:
-        logits: unnormalised log-probabilities g of Eq. 4 for the grain of each region, (B, k, h, w).
-    """
-
-    logits: torch.Tensor
+    logits: torch.Tensor  # unnormalised log-probabilities g of Eq. 4 for the grain of each region, (B, k, h, w)
 
 
 class D2iTGrainModel(StrictModelMixin, AttentionMixin, CacheMixin, SafeAdapterMixin, ConfigMixin):

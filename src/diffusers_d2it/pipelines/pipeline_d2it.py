@@ -31,16 +31,11 @@ from .tied_scheduler import TiedScheduler
 
 @dataclass
 class D2iTPipelineOutput(BaseOutput):
-    """Output of `D2iTPipeline`.
+    """Output of `D2iTPipeline`; `output_type` decides the kind of its images."""
 
-    Args:
-        images: list of B PIL images, array (B, H, W, 3) in [0, 1], tensor (B, 3, H, W) in [0, 1], or latents
-            (B, C, H / f, W / f), by `output_type`.
-        grain_maps: the grain of every region, (B, h, w) int64, 0 = coarsest.
-    """
-
+    # B PIL images, array (B, H, W, 3) or tensor (B, 3, H, W) in [0, 1], or latents (B, C, H / f, W / f)
     images: list[PIL.Image.Image] | np.ndarray | torch.Tensor
-    grain_maps: torch.Tensor
+    grain_maps: torch.Tensor  # the grain of every region, (B, h, w) int64, 0 = coarsest
 
 
 class D2iTPipeline(ClassConditionalPipeline):
