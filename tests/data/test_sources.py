@@ -241,7 +241,7 @@ def test_columns_of_labels(tmp_path):
     refuse(path, "`label_column` 'label'", "float32", label_column="label")
     refuse(path, "`label_column` 'kind'", "['image', 'label']", label_column="kind")
     refuse(path, "`num_classes`", num_classes=10)
-    refuse(path, "`labelled` False", "`label_column`", labelled=False, label_column="label")
+    refuse(path, "`labelled`", "`label_column`", labelled=False, label_column="label")
     names = datasets.ClassLabel(names=list("abcd"))
     columns = {"image": [{"bytes": encode(photo()), "path": None}] * 2, "coarse": [0, 1], "fine": [3, 2]}
     dataset = datasets.Dataset.from_dict(columns, features(coarse=names, fine=names))

@@ -146,11 +146,8 @@ def read_folder(
 ) -> tuple[dict[str, Any], dict[str, torch.Tensor], str]:
     """Configuration and weights of a model that diffusers saved, and what they are, in words.
 
-    Args:
-        folder: of the model, or of a pipeline that has it in `subfolder`.
-        subfolder: of the model in a pipeline.
-        class_names: what config.json may call the model; the first is the name in use.
-        cls: the class, whose defaults complete the configuration.
+    The folder is that of the model, or of a pipeline that has it in `subfolder`. config.json may call it by any of
+    `class_names`, of which the first is in use; the defaults of the class complete the configuration.
 
     Raises:
         ValueError: a file is missing, the model is of another class, or it has an option that `cls` does not know.

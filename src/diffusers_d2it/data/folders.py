@@ -27,9 +27,7 @@ _EXPECTED_NAMES = 'expected {0: "name", ...}, or a JSON file {"0": "name", ...}'
 def list_files(root: str) -> tuple[list[str], list[str]]:
     """The files below a folder, links followed, in the order of their names; and apart what is hidden.
 
-    Raises:
-        ValueError: a link leads to a folder above it.
-        OSError: a folder cannot be read.
+    Raises a ValueError if a link leads to a folder above it, an OSError if a folder cannot be read.
     """
     files, hidden = [], []
 
@@ -54,11 +52,7 @@ def _is_hidden(name: str) -> bool:
 
 
 def folder_kind(root: str, files: list[str]) -> str:
-    """What a folder holds: "images", "images with metadata", ".parquet" or ".tar".
-
-    Raises:
-        ValueError: none of these, or several.
-    """
+    """What a folder holds: "images", "images with metadata", ".parquet" or ".tar"; else a ValueError is raised."""
     endings = Counter(os.path.splitext(file)[1].lower() for file in files)
     found = {"images": sum(endings[ending] for ending in image_endings())}
     found |= {ending: endings[ending] for ending in (".parquet", ".tar")}
@@ -93,13 +87,9 @@ def check_tars(files: Iterable[str]) -> None:
 
 
 def load_folder(root: str, paths: list[str], labelled: bool, streaming: bool) -> Any:
-    """The `datasets.Dataset` of images, with a column `label` if all of them lie in class folders.
+    """The data set of the images `paths` of a folder, with a column `label` if all of them lie in class folders.
 
-    Args:
-        root: the folder.
-        paths: its images.
-        labelled: whether sub-folders are classes; otherwise they mean nothing.
-        streaming: make a `datasets.IterableDataset`.
+    With `labelled=False` sub-folders mean nothing. It is a `datasets.Dataset`, or a `datasets.IterableDataset`.
 
     Raises:
         ValueError: some images lie in class folders and others do not, or deeper; or a class folder is empty.
@@ -222,14 +212,8 @@ def read_classes(
 ) -> tuple[int, dict[int, str]]:
     """Size of the label table, and names of the classes by id: those that occur, for a stream all.
 
-    Labels that are names get their ids from `id2label`, else in alphabetical order.
-
-    Args:
-        dataset: a `datasets.Dataset` or `datasets.IterableDataset` that declares its features.
-        column: from `find_label_column`.
-        streaming: whether it is a stream, of which nothing is read here.
-        num_classes: size of the label table; None for one more than the largest label.
-        id2label: names by id, or a JSON file of them; None for those that the data set declares.
+    The arguments are those of `load_images`, and the column from `find_label_column`. Labels that are names get their
+    ids from `id2label`, else in alphabetical order. Of a stream nothing is read.
 
     Raises:
         ValueError: a label is missing, negative, beyond `num_classes`, or has no name or id in `id2label`; or a

@@ -164,10 +164,9 @@ def shard_metadata(plan_sha256: str, shard: int) -> dict[str, str]:
 
 
 def read_bad_images(folder: Path, shard: int) -> list[dict]:
-    """The images that a shard leaves out, {"row", "name", "reason"}; the sizes of its files are compared.
+    """The images that a shard leaves out, {"row", "name", "reason"}.
 
-    Raises:
-        ValueError: a file of the shard is missing or damaged.
+    Raises a ValueError if a file of the shard is missing or, by its size, damaged.
     """
     path = shard_folder(folder, shard)
     records = settle(path)["files"]

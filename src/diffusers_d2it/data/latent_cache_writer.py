@@ -70,12 +70,10 @@ def encode_shards(
     num_workers: int = 0,
     progress: bool = False,
 ) -> Iterator[tuple[int, EncodedRows]]:
-    """Number and contents of each of some shards.
+    """Number and contents of each of some shards, encoded on the device of the autoencoder.
 
     Args:
-        vae: the autoencoder, on the device where it encodes.
-        source: the images.
-        plan: resolution, flips and rows of the shards.
+        vae, source, plan: the autoencoder, the images, and what the cache holds.
         shards: their numbers.
         batch_size: rows encoded at once; part of the result by its last bits.
         num_workers: processes that decode images.

@@ -96,8 +96,7 @@ class ImageSource:
     def rows(self, start: int = 0, stop: int | None = None) -> Iterator[Row]:
         """Rows `start` to `stop` in the order of the source; a stream is read from its beginning.
 
-        Raises:
-            ValueError: a label is not valid, or a stream cannot be read on.
+        Raises a ValueError if a label is not valid, or a stream cannot be read on.
         """
         if self.streaming:
             yield from islice(self.stream(), start, stop)
@@ -122,11 +121,7 @@ class ImageSource:
         return replace(self, shuffle_seed=seed)
 
     def stream(self) -> Iterator[Row]:
-        """The rows of a stream; in a worker of a DataLoader those of the files that datasets assigns to it.
-
-        Raises:
-            ValueError: a label is not valid, or datasets cannot read on.
-        """
+        """The rows of a stream, in a worker of a DataLoader those of its files. Raises what `rows` does."""
         dataset = self.dataset
         if self.shuffle_seed is not None:
             dataset = dataset.shuffle(seed=self.shuffle_seed, buffer_size=_SHUFFLE_BUFFER)
@@ -253,11 +248,8 @@ def load_images(
             remarks.append(f"`label_column` could be {' or '.join(candidates)}")
     given = [name for name, value in of_classes.items() if value is not None]
     if given and found is None:
-        if not labelled:
-            raise ValueError(f"`labelled` False ignores labels: it does not go with `{given[0]}`.")
-        raise ValueError(
-            f"`{given[0]}` needs labels, and none of the columns {list(features)} is called label or cls."
-        )
+        reason = f"none of the columns {list(features)} is called label or cls" if labelled else "`labelled` is False"
+        raise ValueError(f"`{given[0]}` needs labels, and {reason}.")
     return ImageSource(
         dataset=dataset.select_columns(columns).cast_column(image_column, datasets.Image(decode=False)),
         name=os.path.basename(os.path.normpath(path)),

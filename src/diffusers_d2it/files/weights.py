@@ -65,10 +65,9 @@ def read_index(file: Path, suffix: str) -> dict[str, Path]:
 
 
 def read_headers(files: Iterable[Path]) -> dict[str, Tensor]:
-    """The tensors in the files of weights of a model, as `weight_files` lists them; no tensor is read.
+    """The tensors in the files of `weight_files`, none of which is read.
 
-    Raises:
-        ValueError: a file is missing or damaged, or the shards do not hold what their index says.
+    Raises a ValueError if a file is missing or damaged, or the shards do not hold what their index says.
     """
     index, *shards = files
     if not shards:
