@@ -19,7 +19,9 @@ from diffusers_d2it.evaluation import (
     open_reference,
     save_statistics,
 )
+from diffusers_d2it.evaluation.frechet import frechet_distance
 from diffusers_d2it.evaluation.results import compare, differences
+from diffusers_d2it.evaluation.scores import inception_score, kernel_distance, precision_recall
 
 
 NAMES = ["fd_small", "sfd_small", "is_small", "precision_small", "recall_small", "kd_small"]  # in the order of METRICS
@@ -55,25 +57,20 @@ def test_a_set_compared_with_itself(samples, features):
     assert abs(found["kd_small"].value) < found["kd_small"].deviation
 
 
-def test_known_values(reference):
-    # One feature that is the mean red, so that everything can be done by hand
-    class Red(nn.Module):
-        def forward(self, pixels):
-            red = pixels[:, :1].mean(dim=(2, 3))
-            return {"pool": red, "logits": torch.cat([red, -red], dim=1)}
+def test_values_are_those_of_the_functions(samples, reference, features):
+    ours, theirs = (features(images[0 : len(images)]) for images in (samples, reference))
 
-    features = ModuleFeatures(Red().eval(), "red")
-    real = crops(50, seed=1)
-    shifted = ImageSet.from_tensor(real // 2 + 127, "shifted")
-    a, b = (features(images)["pool"].double().flatten() for images in (real, shifted[0:50]))
-    found = scores(shifted, reference, features, [metric for metric in METRICS if metric != "sfid"])
-    distance = (a.mean() - b.mean()) ** 2 + (a.std() - b.std()) ** 2
-    assert found["fd_red"].value == pytest.approx(distance.item(), rel=1e-6)
-    radii = (a[:, None] - a).abs().sort(dim=1).values[:, 3]
-    inside = ((a[:, None] - b).abs() <= radii[:, None]).any(dim=0)
-    assert found["precision_red"].value == pytest.approx(inside.double().mean().item(), abs=0.021)  # ties may fall
-    assert 0 < found["precision_red"].value < 1
-    assert 1 <= found["is_red"].value <= 2
+    def distance(output: str) -> float:
+        sides = (side[output].double() for side in (ours, theirs))
+        return frechet_distance(*(moment for side in sides for moment in (side.mean(dim=0), side.T.cov())))
+
+    expected = {"fd_small": distance("pool"), "sfd_small": distance("spatial")}
+    expected["is_small"], deviation = inception_score(ours["logits"])
+    expected["precision_small"], expected["recall_small"] = precision_recall(theirs["pool"], ours["pool"])
+    expected["kd_small"] = kernel_distance(ours["pool"], theirs["pool"], 20)[0]
+    found = scores(samples, reference, features)
+    assert {name: result.value for name, result in found.items()} == pytest.approx(expected, rel=1e-6)
+    assert found["is_small"].deviation == pytest.approx(deviation) and expected["precision_small"] < 1
 
 
 def test_values_do_not_depend_on_batches_order_or_workers(samples, reference, features):

@@ -63,35 +63,26 @@ def test_rfid_is_the_fid_between_both_sets(originals, noisy, features):
 def test_pairs_are_those_of_one_order_and_batches_do_not_matter(originals, noisy):
     expected = scores(noisy, originals, ["psnr"])["psnr"].value
     for batch_size in (1, 7):
-        assert scores(noisy, originals, ["psnr"], batch_size=batch_size)["psnr"].value == pytest.approx(
-            expected, rel=1e-6
-        )
+        found = scores(noisy, originals, ["psnr"], batch_size=batch_size)["psnr"].value
+        assert found == pytest.approx(expected, rel=1e-6)
     turned = ImageSet.from_tensor(noisy[0:20].flip(0), "turned")
     assert scores(turned, originals, ["psnr"])["psnr"].value < expected - 5
 
 
-def test_an_autoencoder_is_scored_by_its_reconstructions(originals, make_vae, features):
-    vae, metrics = make_vae(), ["psnr", "ssim", "rfid"]
+def test_an_autoencoder_is_scored_by_its_reconstructions_and_in_training_alike(originals, make_vae, features):
+    vae, metrics, pixels = make_vae(), ["psnr", "ssim", "rfid"], originals[0:20].float() / 127.5 - 1
     results = evaluate_reconstructions(vae, originals, metrics, features, fine_ratio=0.5, batch_size=20)
-    found = {result.metric: result for result in results}
     decoded, shares = reconstruct(vae, originals[0:20], 0.5)
-    expected = scores(ImageSet.from_tensor(decoded, "decoded"), originals, metrics, features)
-    for metric in expected:
-        assert found[metric].value == pytest.approx(expected[metric].value, rel=1e-6)
-        assert found[metric].protocol["reference"] == expected[metric].protocol["reference"]
-    assert found["fine_share"].value == pytest.approx(shares.mean().item())
+    expected = evaluate_pairs(ImageSet.from_tensor(decoded, "decoded"), originals, metrics, features)
+    for found, other in zip(results, expected):
+        assert found.value == pytest.approx(other.value, rel=1e-6)
+        assert found.protocol["reference"] == other.protocol["reference"]
+    assert results[3].metric == "fine_share" and results[3].value == pytest.approx(shares.mean().item())
 
-
-def test_training_scores_an_autoencoder_alike(originals, make_vae, features):
-    vae, pixels = make_vae(), originals[0:20].float() / 127.5 - 1
-    results = evaluate_reconstructions(vae, originals, ["psnr", "ssim", "rfid"], features, fine_ratio=0.5)
-    by_training = reconstruction_scores(vae, [pixels], 0.5, features)
-    assert set(by_training) == {"psnr", "ssim", "rfid", "fine_share", "num_images"}
-    for result, name in zip(results, ["psnr", "ssim", "rfid", "fine_share"]):
-        assert result.value == pytest.approx(by_training[name], rel=1e-6)
-    in_batches = reconstruction_scores(vae, pixels.split(6), 0.5, features)
-    for name in by_training:  # rounding of the network decides about one value in ten thousand
-        assert in_batches[name] == pytest.approx(by_training[name], rel=1e-3)
+    by_training, in_batches = (reconstruction_scores(vae, pixels.split(n), 0.5, features) for n in (20, 6))
+    values = dict(zip([*metrics, "fine_share"], (result.value for result in results))) | {"num_images": 20}
+    assert by_training == pytest.approx(values, rel=1e-6)
+    assert in_batches == pytest.approx(values, rel=1e-3)  # rounding of the network decides about few values
 
 
 def test_protocol_of_a_reconstruction(originals, make_vae):
