@@ -110,6 +110,11 @@ def test_a_network_that_cannot_be_used_is_refused():
         def forward(self, pixels):
             return {"tokens": pixels.flatten(1)}
 
+    class First(nn.Module):
+        def forward(self, pixels):
+            return pixels[:1].flatten(1)
+
+    refused(r"'first'.* 2 .*\(1, 3072\)", ModuleFeatures(First().eval(), "first"), images)
     refused(r"'tokens'.*'tokens': \(2, 3072\)", ModuleFeatures(Tokens().eval(), "tokens"), images)
     for wrong in (images.float(), images[:, :1], images[0]):
         refused("`images`.*uint8", ModuleFeatures(small_network(), "small"), wrong)
