@@ -115,7 +115,7 @@ def make_repository(repo_id: str, private: bool | None, token: str | None) -> st
 def upload(folder: Path, repo_id: str, subfolder: str | None = None, **commit: Any) -> str:
     """Commit what may be pushed of a folder to a repository, below `subfolder`, and return the commit's address.
 
-    It is one commit, of which nobody loads half; `HfApi.upload_folder` makes several. A warning names the rest.
+    It is one commit, of which nobody loads half; `HfApi.upload_folder` splits a slow upload. A warning names the rest.
     """
     names, left_out = files_to_push(folder)
     if left_out:
