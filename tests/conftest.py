@@ -19,13 +19,7 @@ import torch
 from diffusers import DDIMScheduler
 from photographs import load_photographs
 
-from diffusers_d2it import (
-    D2iTContentModel,
-    D2iTGrainModel,
-    D2iTPipeline,
-    DynamicAutoencoderKL,
-    load_preset,
-)
+from diffusers_d2it import D2iTContentModel, D2iTGrainModel, D2iTPipeline, DynamicAutoencoderKL, load_preset
 from diffusers_d2it.entropy import EntropyCalibration
 
 

@@ -46,9 +46,7 @@ def config(load_photos) -> dict:
     return calibrate_batches([load_photos(128)]).to_config("photographs, 128x128")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Counting
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Counting ----
 
 
 def test_batches_their_order_and_the_processes_that_share_them_do_not_matter(load_photos, config):
@@ -110,14 +108,11 @@ def test_nothing_is_counted_of_images_out_of_range_and_nothing_is_refused():
         calibration.to_config("nothing")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Thresholds
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Thresholds ----
 
 
 @pytest.mark.parametrize(
-    "ratios",
-    [[0.99, 0.01], [0.7, 0.3], [0.123, 0.877], [0.2, 0.3, 0.5], [0.6, 0.1, 0.3], [0.5, 0.0, 0.5]],
+    "ratios", [[0.99, 0.01], [0.7, 0.3], [0.123, 0.877], [0.2, 0.3, 0.5], [0.6, 0.1, 0.3], [0.5, 0.0, 0.5]]
 )
 def test_grains_get_the_shares_that_were_asked_for(config, entropy, ratios):
     thresholds = thresholds_for_ratios(config, ratios)
@@ -176,9 +171,7 @@ def test_a_calibration_of_something_else_is_refused(config, changes, message):
         calibrated(**config | changes)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The calibration that is shipped
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- The calibration that is shipped ----
 
 
 def test_the_paper_preset_carries_a_calibration_on_500_photographs(load_photos):

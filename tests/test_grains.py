@@ -26,9 +26,7 @@ from diffusers_d2it.grains import (
 KINDS = pytest.mark.parametrize("num_grains", [2, 3])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Entropy
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Entropy ----
 
 
 def entropy_by_definition(pixels: torch.Tensor, region_size: int, num_bins: int, sigma: float) -> torch.Tensor:
@@ -129,9 +127,7 @@ def test_pixels_that_are_not_images_in_range_are_refused(pixels, message):
         region_entropy(pixels)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The map
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- The map ----
 
 
 def test_a_region_is_finer_than_every_threshold_it_exceeds():
@@ -177,9 +173,7 @@ def test_maps_are_int64_with_grains_in_range(grain_map, message):
         check_grain_map(grain_map, 2)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Codes and cells
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Codes and cells ----
 
 
 def test_grain_map_to_cells_copies_every_entry():

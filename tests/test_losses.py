@@ -44,9 +44,7 @@ def errors_of_codes(prediction: torch.Tensor, target: torch.Tensor, layout: Grai
     return errors
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Multi-grained noise loss, Eq. 11
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Multi-grained noise loss, Eq. 11 ----
 
 
 @KINDS
@@ -113,9 +111,7 @@ def test_a_map_that_does_not_fit_the_latents_is_refused():
         multi_grained_loss(prediction[:, :, 1:], target[:, :, 1:], layout)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Grain loss, Eq. 5
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Grain loss, Eq. 5 ----
 
 
 @KINDS
@@ -134,9 +130,7 @@ def test_grain_loss_is_minus_the_log_probability_of_the_map(num_grains):
     assert losses["accuracy"].item() == pytest.approx(sum(hits) / len(hits))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# First stage
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- First stage ----
 
 
 def test_dvae_loss_is_the_mean_absolute_error_plus_the_weighted_rate(photos):
@@ -153,9 +147,7 @@ def test_dvae_loss_is_the_mean_absolute_error_plus_the_weighted_rate(photos):
     torch.testing.assert_close(kl.grad, torch.full((8,), 1e-2 / photos.numel()))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Learned variance
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Learned variance ----
 
 
 def test_variance_loss_is_the_divergence_of_ddpm_steps():
@@ -220,9 +212,7 @@ def test_variance_loss_counts_every_code_once():
     torch.testing.assert_close(weighted, fine * 3)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Adversarial terms of the first stage
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Adversarial terms of the first stage ----
 
 
 def test_hinge_loss_is_one_when_the_discriminator_cannot_tell_and_zero_beyond_the_margin():

@@ -85,9 +85,7 @@ def test_an_unknown_preset_is_refused_with_what_there_is(name, message):
         load_preset(name)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Samplers
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Samplers ----
 
 PAPER = {"beta_start": 1e-4, "beta_end": 2e-2, "beta_schedule": "linear"}
 MEAN, STD = 0.7, 0.5  # of normal data, for which the best network and the end of every path are known

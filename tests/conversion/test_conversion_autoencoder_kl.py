@@ -9,13 +9,7 @@ import torch
 import torch.nn.functional as F
 from alike import same_weights
 from diffusers import AutoencoderKL
-from public_weights import (
-    assert_accounts_for_everything,
-    change_folder,
-    edit_config,
-    edit_weights,
-    without,
-)
+from public_weights import assert_accounts_for_everything, change_folder, edit_config, edit_weights, without
 from script_runs import call
 
 from diffusers_d2it import DynamicAutoencoderKL, load_preset

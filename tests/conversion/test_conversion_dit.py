@@ -13,13 +13,7 @@ import torch
 import torch.nn.functional as F
 from alike import same_weights
 from diffusers import DiTTransformer2DModel
-from public_weights import (
-    assert_accounts_for_everything,
-    change_folder,
-    edit_config,
-    edit_weights,
-    without,
-)
+from public_weights import assert_accounts_for_everything, change_folder, edit_config, edit_weights, without
 from script_runs import call
 
 from diffusers_d2it import D2iTContentModel, load_preset
@@ -43,9 +37,7 @@ def random_map(num_grains: int = 2) -> torch.Tensor:
     return torch.randint(num_grains, (len(LABELS), SIDE, SIDE), generator=generator)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The original DiT: its file, and a plain reference of what it computes
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- The original DiT: its file, and a plain reference of what it computes ----
 
 
 def sine_cosine_grid(side: int, dim: int) -> torch.Tensor:
@@ -222,9 +214,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused_by_name(save_dit, change, mes
         convert_dit_checkpoint(save_dit(change(dit_weights())), num_attention_heads=HEADS)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# diffusers' DiT
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- diffusers' DiT ----
 
 
 def make_diffusers_dit(**options) -> DiTTransformer2DModel:
@@ -354,9 +344,7 @@ def test_a_shard_outside_of_the_folder_is_refused(dit_folder):
             convert_diffusers_dit(dit_folder)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Report and scripts
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Report and scripts ----
 
 
 def test_report_prints_a_line_for_modules_that_differ_in_their_layer_only(save_dit):

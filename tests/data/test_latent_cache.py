@@ -32,9 +32,7 @@ def assert_same_codes(a: list[torch.Tensor], b: list[torch.Tensor]) -> None:
         torch.testing.assert_close(cached, encoded, rtol=2**-10, atol=2**-14)  # float16
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What is read is what would have been encoded
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- What is read is what would have been encoded ----
 
 
 @pytest.mark.parametrize("num_grains", [2, 3])
@@ -179,9 +177,7 @@ def test_a_map_must_fit_the_codes(make_vae):
         make_vae().posterior(make_vae().encode_grains(torch.zeros(1, 3, 32, 32)), torch.full((1, 4, 4), 2))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# A cache that does not fit
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- A cache that does not fit ----
 
 
 def test_a_cache_of_another_autoencoder_scale_or_resolution_is_refused(cache, make_vae, calibrate):
@@ -222,9 +218,7 @@ def test_every_entry_of_the_configuration_has_a_part_in_encoding_or_none(make_va
     assert not decisive & _CONFIG_OF_DECODING
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Damage
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Damage ----
 
 
 def change(path: Path, old: str, new: str) -> None:

@@ -127,9 +127,7 @@ def test_two_processes_that_were_killed_continue_to_the_cache_that_one_writes(ma
     assert data.description == "photos, split train, 32x32"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Memory
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Memory ----
 
 READ_ALL = """
 import re, sys

@@ -43,9 +43,7 @@ def scores(samples, reference, features, metrics=METRICS, **kwargs) -> dict:
     return {result.metric: result for result in results}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Values
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Values ----
 
 
 def test_a_set_compared_with_itself(samples, features):
@@ -129,9 +127,7 @@ def test_images_that_are_missing_or_come_twice_are_named(samples, features):
     refused("60 .*misdealt.*: 3, 4", scores, wrong, None, features, ["is"])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Protocols
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Protocols ----
 
 
 def test_protocol_tells_how_a_figure_was_measured(samples, reference, features):
@@ -171,9 +167,7 @@ def test_a_covariance_without_full_rank_is_said(samples, reference, features):
         assert not scores(enough, reference, features, ["sfid"])["sfd_small"].protocol["rank_deficient"]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Statistics as reference
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Statistics as reference ----
 
 
 @pytest.fixture(scope="module")
@@ -223,9 +217,7 @@ def test_statistics_that_do_not_fit_are_refused(samples, reference, features, st
     refused("images.npz.* mu ", scores, samples, tmp_path / "images.npz", features, ["fid"])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What is refused
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- What is refused ----
 
 
 @pytest.mark.parametrize("metrics", [["fid", "lpips"], ["fid", "fid"], []])

@@ -23,9 +23,7 @@ from diffusers_d2it.evaluation import ImageSet, ModuleFeatures, evaluate, load_f
 save_vision_model = partial(vision_models.save_vision_model, image_size=42)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Vision transformers
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Vision transformers ----
 
 
 @pytest.mark.parametrize("kind", ["dinov2", "vit"])
@@ -66,9 +64,7 @@ def test_half_precision_weights_are_used_in_single(tmp_path):
     torch.testing.assert_close(halved(images)["pool"], features(images)["pool"], atol=2e-2, rtol=2e-2)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Any network
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Any network ----
 
 
 def test_a_network_gets_images_in_minus_one_to_one():
@@ -131,9 +127,7 @@ def test_what_a_command_line_names_is_loaded_or_refused():
     refused("`weights`.*'inception'", load_features, "metric_inputs:small_network", weights="weights.pth")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Inception
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Inception ----
 
 needs_fidelity = pytest.mark.skipif(
     not (find_spec("torch_fidelity") and find_spec("torchvision")), reason="needs the extra inception"

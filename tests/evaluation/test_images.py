@@ -42,9 +42,7 @@ def npz(tmp_path, folder):
     return path
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What is read
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- What is read ----
 
 
 def test_a_folder_is_read_in_natural_order_as_it_lies_there(folder):
@@ -125,9 +123,7 @@ def test_digest_is_of_the_pixels_alone(folder, npz):
     assert len(found) == len(others) and expected not in found
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# How samples were drawn
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- How samples were drawn ----
 
 
 def write_protocol(folder, **changes) -> None:
@@ -157,9 +153,7 @@ def test_samples_that_are_not_complete_are_refused(folder):
     refused("protocol.json", open_images, folder)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What is refused
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- What is refused ----
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])

@@ -37,9 +37,7 @@ NAMES = {2: "tabby cat, cat", 5: "rocket", 7: "coffee"}
 pytestmark = pytest.mark.filterwarnings("ignore:fd_conv. there are no more images")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Rows
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Rows ----
 
 
 @pytest.fixture(scope="module")
@@ -111,9 +109,7 @@ def test_a_number_of_images_that_does_not_fit(drawing, evaluator):
     refused(r"`labels`.* 7 .*\(8,\)", compare, drawing, {"fine": {"grain_map": "fine"}}, evaluator, (7, 3, 32, 32))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Real images
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Real images ----
 
 
 def load(root: Path, pipe: D2iTPipeline, num_images: int = 3, others: int = 2, **options) -> LabelledImages:
@@ -162,9 +158,7 @@ def test_other_sizes_and_what_cannot_be_used(folder, pipe):
     refused("6 images .*`num_images` 4 .*`num_reference_images` 3 .* 7.*broken", load, folder, pipe, 4, 3)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Classes
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Classes ----
 
 
 @pytest.mark.parametrize(

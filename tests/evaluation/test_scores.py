@@ -24,9 +24,7 @@ def draw(num_images: int, seed: int = 0, num_features: int = D) -> torch.Tensor:
     return torch.randn(num_images, num_features, generator=torch.Generator().manual_seed(seed))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Inception Score
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Inception Score ----
 
 
 def test_scores_in_closed_form():
@@ -77,9 +75,7 @@ def test_score_refuses():
     refused("`logits`.*finite.*images 19 ", inception_score, logits)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Kernel distance
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Kernel distance ----
 
 
 def test_kernel_distance_of_like_sets_is_zero_on_average():
@@ -103,9 +99,7 @@ def test_kernel_distance_draws_by_its_seed():
     assert kernel_distance(a, b, 30, 5, seed=3) == first != kernel_distance(a, b, 30, 5, seed=4)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Precision and recall
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Precision and recall ----
 
 
 def plain_precision_recall(real: torch.Tensor, fake: torch.Tensor, k: int) -> tuple[float, float]:
@@ -190,9 +184,7 @@ def test_numbers_that_are_refused():
     refused("`block_size`.*got 0", precision_recall, features, features, 3, 0)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# torch-fidelity
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- torch-fidelity ----
 
 # torchvision built for another torch lacks two operators, and importing it fails. Nothing here needs them.
 FIDELITY = """

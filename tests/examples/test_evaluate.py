@@ -121,9 +121,7 @@ def test_samples_bring_the_protocol_of_their_sampling(folders, tmp_path):
         evaluated(tmp_path / "fewer.json", *arguments)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Comparing
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Comparing ----
 
 
 def test_like_figures_are_put_side_by_side(by_one, tmp_path, capsys):
@@ -164,9 +162,7 @@ def test_files_without_a_common_metric_are_refused(by_one, tmp_path, capsys):
         call("compare.py", tmp_path / "a.json", tmp_path / "twice.json")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Flags
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Flags ----
 
 
 @pytest.mark.parametrize(

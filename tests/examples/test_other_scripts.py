@@ -49,9 +49,7 @@ def test_demo_draws_the_bundled_checkpoint(tmp_path):
     assert PIL.Image.open(tmp_path / "demo.png").size[0] > 0
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Recipes
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Recipes ----
 
 RECIPES = sorted(path.relative_to(EXAMPLES.parent).as_posix() for path in (EXAMPLES / "configs").rglob("*.txt"))
 SCRIPTS = {"dvae": ("train_dvae.py", 4), "grain": ("train_grain.py", 6), "content": ("train_d2it.py", 8)}

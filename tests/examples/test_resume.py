@@ -40,9 +40,7 @@ def test_a_sharded_run_ends_in_the_weights_of_an_averaged_one(grain_arguments, t
     assert result.keys() == of_sharded.keys() and all(torch.equal(result[key], of_sharded[key]) for key in result)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What is refused
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- What is refused ----
 
 
 @pytest.mark.parametrize("of_photos, flag", [(False, ["--seed", 8]), (True, ["--num_classes", 9])])

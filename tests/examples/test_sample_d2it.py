@@ -63,9 +63,7 @@ def drawn(checkpoint, tmp_path_factory) -> tuple[Path, dict]:
     return folder, draw(checkpoint, folder)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The same set
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- The same set ----
 
 
 def test_an_image_is_what_its_protocol_says(checkpoint, drawn):
@@ -175,9 +173,7 @@ def test_a_moved_checkpoint_goes_on_and_another_is_refused(checkpoint, drawn, ma
     assert pngs(tmp_path / "set") == before == pngs(drawn[0])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What is drawn
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- What is drawn ----
 
 
 def test_random_labels_and_chosen_classes(checkpoint, tmp_path):
@@ -257,9 +253,7 @@ def test_an_unconditional_model_with_a_scheduler_that_draws_noise(make_pipeline,
             draw(tmp_path / "pipe", tmp_path / "set", **flag)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What is refused
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- What is refused ----
 
 
 @pytest.mark.parametrize(

@@ -20,9 +20,7 @@ from diffusers_d2it.data.images import to_pixels
 CLASSES = ["astronaut", "cat", "coffee", "galaxies", "motorcycle", "retina", "rocket", "tissue"]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Stage 1
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Stage 1 ----
 
 
 def test_autoencoder_run_leaves_a_calibrated_model_and_pictures(dvae):
@@ -101,9 +99,7 @@ def test_frozen_fine_path_keeps_codes_decoder_and_scale(dvae, dvae_arguments, tm
     assert "rFID with features of" in (tmp_path / "run" / "vae" / "README.md").read_text()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Stage 2
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Stage 2 ----
 
 
 def test_output_loads_in_the_pipeline(d2it, grain):

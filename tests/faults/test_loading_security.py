@@ -82,9 +82,7 @@ def loaders(pipeline: Path) -> dict:
     }
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Code
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Code ----
 
 
 def test_pickled_weights_are_never_read(pipeline, planted, canary, fault):
@@ -176,9 +174,7 @@ def test_a_checkpoint_to_be_converted_runs_no_code(planted, canary, tmp_path, fa
     count.tried("folder", silent=canary.exists())
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Names
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Names ----
 
 
 def hostile_indices(index: dict) -> Iterator[tuple[str, dict]]:
@@ -264,9 +260,7 @@ def test_what_is_neither_folder_nor_name_is_refused(tmp_path, fault):
             count.refused(partial(cls.from_pretrained, name), str(name), what=(cls, name))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The Hub
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- The Hub ----
 
 
 def test_one_commit_serves_all_calls_of_a_load(make_pipeline, tmp_path, fault):

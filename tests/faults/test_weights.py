@@ -53,9 +53,7 @@ def problem_of(found: Attempt, model: torch.nn.Module, *names: str) -> str | Non
     return found.costs() if same_weights(found.result, model) else "was accepted with other weights"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Mutations of the bytes of a file
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Mutations of the bytes of a file ----
 
 
 def split(content: bytes) -> tuple[dict, bytes]:
@@ -212,9 +210,7 @@ def test_two_tensors_that_change_places_are_noticed_under_a_seal(model, tmp_path
     assert torch.equal(load(tmp_path).state_dict()[first], weights[second])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Several files
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Several files ----
 
 
 @pytest.fixture
@@ -350,9 +346,7 @@ def test_a_pipeline_is_sealed_with_all_its_parts(make_pipeline, tmp_path, fault)
     assert D2iTPipeline.from_pretrained(tmp_path / "a").scheduler.config.beta_end == 0.01
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Weights of other libraries
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Weights of other libraries ----
 
 
 def test_foreign_weights_are_read_with_the_same_care(tmp_path, fault, repeats):

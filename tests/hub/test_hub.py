@@ -85,9 +85,7 @@ def push(folder: Path, repo_id: str = "user/tiny", private: bool | None = None) 
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Pushing
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Pushing ----
 
 
 def test_a_pushed_pipeline_loads_and_the_snippet_of_its_card_generates(saved, picture, hub, tmp_path):
@@ -231,9 +229,7 @@ refused(push("user/tiny", "hf_wrong"), "'user/tiny'", "password", kept)
     assert hub.uploads.visibility == {} and hub.uploads.commits == []
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# After a training
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- After a training ----
 
 NO_PUSH = {"push_to_hub": False, "hub_model_id": None, "hub_private_repo": None, "license": None}
 

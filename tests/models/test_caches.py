@@ -5,12 +5,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from diffusers import (
-    FirstBlockCacheConfig,
-    MagCacheConfig,
-    PyramidAttentionBroadcastConfig,
-    TaylorSeerCacheConfig,
-)
+from diffusers import FirstBlockCacheConfig, MagCacheConfig, PyramidAttentionBroadcastConfig, TaylorSeerCacheConfig
 
 from diffusers_d2it.grains import check_tied
 
@@ -28,10 +23,7 @@ def first_block(pipe, fires: bool):
 
 def taylorseer(pipe, fires: bool, **settings):
     return TaylorSeerCacheConfig(
-        cache_interval=3 if fires else 1,
-        disable_cache_before_step=2,
-        taylor_factors_dtype=torch.float32,
-        **settings,
+        cache_interval=3 if fires else 1, disable_cache_before_step=2, taylor_factors_dtype=torch.float32, **settings
     )
 
 

@@ -39,9 +39,7 @@ def maps(num_grains: int = 2, shape: tuple[int, int, int] = (2, 6, 5)) -> list[t
     return [*random, single, *constant]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Rounded layouts
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Rounded layouts ----
 
 
 @pytest.mark.parametrize("num_grains, window_size", [(2, 4), (2, 2), (3, 4), (3, 8)])
@@ -76,9 +74,7 @@ def test_rounding_adds_less_than_a_sixteenth():
     assert not pack_levels(maps()[0], 2, 8, rounded=True)[0].rounded  # large windows are not
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Compiled blocks
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Compiled blocks ----
 
 
 @pytest.mark.parametrize("num_grains, train", [(2, False), (3, False), (2, True)])

@@ -64,9 +64,7 @@ def run(model: torch.nn.Module, inputs: dict[str, torch.Tensor], dtype: torch.dt
     return torch.cat([posterior.parameters.flatten(1), posterior.kl()[:, None], image.flatten(1)], dim=1)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Images, gradients, precision
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Images, gradients, precision ----
 
 
 @torch.no_grad()
@@ -127,9 +125,7 @@ def test_bfloat16_is_close_to_float32(make, inputs_for):
     assert (rough.float() - exact).norm() < 0.05 * exact.norm()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Conditions of both transformers
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Conditions of both transformers ----
 
 
 @torch.no_grad()
@@ -183,9 +179,7 @@ def test_no_value_is_read_back_from_a_device(make_transformer, inputs_for):
     assert output.device.type == "meta" and output.shape == shape
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Services of diffusers
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Services of diffusers ----
 
 
 def test_declared_names_are_parts_of_the_model(make):

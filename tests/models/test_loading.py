@@ -29,9 +29,7 @@ def names_in(folder: str | Path) -> list[str]:
     return sorted(path.relative_to(folder).as_posix() for path in Path(folder).rglob("*") if path.is_file())
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Loading
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Loading ----
 
 
 @pytest.mark.parametrize("fault", ["missing", "foreign", "shape", "nan", "inf", "-inf"])
@@ -158,9 +156,7 @@ def test_the_average_of_diffusers_can_be_saved_and_loaded(make_grain_model, tmp_
     assert all(map(torch.equal, loaded.shadow_params, average.shadow_params))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Saving
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Saving ----
 
 
 def test_variants_lie_beside_one_another(make_grain_model, tmp_path):

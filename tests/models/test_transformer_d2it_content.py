@@ -26,9 +26,7 @@ def random_inputs(num_grains: int = 2, size: tuple[int, int] = (4, 6), batch: in
     return tie(latents, grain_map), timesteps, grain_map, labels
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Equality with plain references
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Equality with plain references ----
 
 
 def modulate(tokens: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
@@ -116,9 +114,7 @@ def test_packed_windows_equal_masked_dense_attention(make_content_model, num_gra
     torch.testing.assert_close(packed, dense, atol=1e-5, rtol=0)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Properties
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Properties ----
 
 
 @pytest.mark.parametrize("num_grains", [2, 3])
@@ -204,9 +200,7 @@ def test_loss_on_eight_photographs_falls_by_nine_tenths(make_vae, photos):
     assert losses[-1] < 0.1 * losses[0]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Bad input
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Bad input ----
 
 
 @pytest.mark.parametrize(

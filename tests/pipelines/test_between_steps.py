@@ -24,9 +24,7 @@ from between_steps import (  # noqa: E402
 COPIES_ITSELF = {"UniPCMultistepScheduler"}  # diffusers sends its coefficients to the device and solves for them there
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Host traffic
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Host traffic ----
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
@@ -78,9 +76,7 @@ def test_reading_a_value_is_noticed(make_pipeline):
         host_traffic(pipe, random_map(2, (2, 4, 4)))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Graphs
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Graphs ----
 
 
 @pytest.mark.parametrize(

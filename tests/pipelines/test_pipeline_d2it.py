@@ -5,12 +5,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from diffusers import (
-    DDPMScheduler,
-    DPMSolverMultistepScheduler,
-    EulerAncestralDiscreteScheduler,
-    VQDiffusionScheduler,
-)
+from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, EulerAncestralDiscreteScheduler, VQDiffusionScheduler
 
 from diffusers_d2it import D2iTPipeline
 from diffusers_d2it.grains import check_tied, fine_share
@@ -33,9 +28,7 @@ class CountPasses:
         model.register_forward_hook(lambda module, args, output: self.batches.append(len(args[0])))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Results
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Results ----
 
 
 @pytest.mark.parametrize(
@@ -133,9 +126,7 @@ def test_learned_variance_reaches_the_scheduler(make_pipeline, make_content_mode
     assert not torch.equal(learned, call(pipe, 1, grain_map="fine", output_type="latent").images)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Grain maps
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Grain maps ----
 
 
 def test_given_map_is_used_in_every_form(make_pipeline):
@@ -211,9 +202,7 @@ def test_map_from_image_is_that_of_the_autoencoder(make_pipeline, photos):
     assert torch.equal(output.grain_maps, expected)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Guidance and callbacks
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Guidance and callbacks ----
 
 
 def test_guidance_interval_decides_which_steps_take_two_passes(make_pipeline):
@@ -300,9 +289,7 @@ def test_bf16_pipeline_is_close_to_fp32(make_pipeline):
     assert (rough - exact).abs().mean() < 0.02
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Bad input
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Bad input ----
 
 
 MAP = torch.zeros(4, 4, dtype=torch.int64)

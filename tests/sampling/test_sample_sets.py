@@ -26,9 +26,7 @@ from diffusers_d2it.sampling.sets import new_protocol
 from diffusers_d2it.words import differences
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The plan
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- The plan ----
 
 
 def test_balanced_classes_take_turns():
@@ -95,9 +93,7 @@ def test_a_plan_that_cannot_be_is_refused(changed, message):
         SamplePlan(**{"num_images": 4, "batch_size": 2} | changed)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The protocol
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- The protocol ----
 
 
 def test_a_protocol_says_what_the_plan_and_the_machine_are(tmp_path):
@@ -159,9 +155,7 @@ def test_shards_are_part_of_a_checkpoint(make_pipeline, tmp_path):
     assert changed(before, describe_checkpoint(tmp_path, pipe)) == ["weights_sha256.transformer"]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The folder
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- The folder ----
 
 SIZE = (16, 24)
 PLAN = SamplePlan(10, 4, classes=(3, 5, 8))
