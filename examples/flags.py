@@ -134,6 +134,7 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--mixed_precision", choices=["no", "bf16", "fp16"], default="no", help="autocast")
     group.add_argument("--gradient_checkpointing", action="store_true", help="less memory, more time")
+    group.add_argument("--compile", action="store_true", help="torch.compile the blocks of the model")
     group.add_argument("--checkpointing_steps", type=int, default=1000, help="updates between two checkpoints")
     group.add_argument("--checkpoints_total_limit", type=at_least(1), help="keep only the newest ones")
     group.add_argument("--resume_from_checkpoint", help="path of a checkpoint, or 'latest'")
@@ -160,7 +161,6 @@ def add_second_stage_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--vae", required=True, help="folder or Hub name of a DynamicAutoencoderKL from train_dvae.py")
     group.add_argument("--latent_cache", help="folder written by cache_latents.py, instead of images")
     group.add_argument("--label_dropout", type=float, default=0.1, help="share of labels dropped, for guidance")
-    group.add_argument("--compile", action="store_true", help="torch.compile the transformer's blocks")
 
 
 def check_second_stage(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:

@@ -4,7 +4,8 @@ r"""Stage 1: train a DynamicAutoencoderKL (sec. 3.1 of arXiv:2504.09454).
     accelerate launch examples/train_dvae.py --train_data_dir photos --preset dvae-f8f16 --resolution 256 \
         --train_batch_size 16 --max_train_steps 100000 --output_dir runs/dvae
 
-The losses are those of latent diffusion (arXiv:2112.10752): L1, LPIPS, KL, and a PatchGAN from --gan_start_step on.
+The losses are those of latent diffusion (arXiv:2112.10752): L1, a perceptual one (LPIPS, or another network's), KL, and
+a PatchGAN from --gan_start_step on.
 Every batch draws its own fine ratio, so that one autoencoder serves every ratio. The script counts the entropy
 thresholds of the data first, and measures the scale of the latents and the quality of reconstructions last.
 `runs/dvae/vae` is what cache_latents.py, train_grain.py and train_d2it.py read.
@@ -25,17 +26,13 @@ from tqdm.auto import tqdm
 
 from diffusers_d2it import DynamicAutoencoderKL, load_preset, visualize_grain_map
 from diffusers_d2it.data import BadImages, check_resolution, first_batches, load_images, make_dataset
-from diffusers_d2it.evaluation import (
-    FeatureExtractor,
-    check_torchmetrics,
-    load_features,
-    load_lpips,
-    reconstruction_scores,
-)
+from diffusers_d2it.evaluation import FeatureExtractor, check_torchmetrics, load_features, reconstruction_scores
 from diffusers_d2it.losses import adaptive_weight, adversarial_loss, dvae_loss, hinge_loss
 from diffusers_d2it.training import (
     FiniteGate,
     PatchDiscriminator,
+    PerceptualLoss,
+    compile_blocks,
     count_entropy,
     draw_fine_ratio,
     find_checkpoint,
@@ -45,9 +42,6 @@ from diffusers_d2it.training import (
 )
 from flags import image_arguments, training_parser
 from set_up import checkpoints_of, loader_of, publish_result, run_of, schedule_of, start
-
-
-ADVICE = "Training goes on without LPIPS with --perceptual_weight 0; reconstructions are then softer."
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -62,7 +56,19 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         help="with --init_from: train only the coarser grains; fine codes, decoder and latent scale stay",
     )
     group.add_argument("--kl_weight", type=float, default=1e-6, help="weight of the KL term per pixel value")
-    group.add_argument("--perceptual_weight", type=float, default=1.0, help="weight of LPIPS; 0 goes without it")
+    group.add_argument("--perceptual_weight", type=float, default=1.0, help="of the perceptual loss; 0 goes without")
+    group.add_argument(
+        "--perceptual_network",
+        default="lpips",
+        help="lpips, a download; efficientnet-lite0, whose weights come with a package (extra judge); or a vision"
+        " transformer of transformers",
+    )
+    group.add_argument(
+        "--perceptual_resolution", type=int, help="side of the images that it sees; default: --resolution"
+    )
+    group.add_argument(
+        "--perceptual_share", type=_share, default=1.0, help="share of a batch whose perceptual loss is computed"
+    )
     group.add_argument("--gan_weight", type=float, default=0.5, help="weight of the PatchGAN; 0 goes without it")
     group.add_argument("--gan_start_step", type=int, default=50_000, help="updates before the PatchGAN joins")
     group.add_argument(
@@ -81,6 +87,13 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     if args.freeze_fine_path and args.gan_weight > 0:
         parser.error("--freeze_fine_path freezes the layer that weighs the adversarial loss: pass --gan_weight 0")
     return args
+
+
+def _share(text: str) -> float:
+    share = float(text)
+    if not 0 < share <= 1:
+        raise argparse.ArgumentTypeError(f"must be above 0 and at most 1, got {share}")
+    return share
 
 
 class DvaeStep(torch.nn.Module):
@@ -171,7 +184,9 @@ def main(args: argparse.Namespace) -> None:
     perceptual = None
     check_resolution(args.resolution, region_size(args))
     if args.perceptual_weight > 0:
-        perceptual = load_lpips("vgg", "`perceptual_weight`", ADVICE).to(accelerator.device)
+        perceptual = PerceptualLoss(args.perceptual_network, args.perceptual_resolution).to(accelerator.device)
+        perceptual.check_resolution(args.resolution)
+        num_compared = max(1, round(args.perceptual_share * args.train_batch_size))
     check_torchmetrics()  # what is missing is missed now
     features = None if args.fid_model is None else load_features(args.fid_model)
 
@@ -192,8 +207,11 @@ def main(args: argparse.Namespace) -> None:
 
     # 2. Model, discriminator, optimizers, average
     vae = make_model(args, calibration)
+    vae.to(memory_format=torch.channels_last)  # convolutions are faster with it
     if args.gradient_checkpointing:
         vae.enable_gradient_checkpointing()
+    if args.compile:
+        compile_blocks(vae, dynamic=False)
     # Half as wide as the decoder at the size of the image: 64 channels, as usual, for the paper's autoencoder
     critic = PatchDiscriminator(base_channels=max(8, vae.config.decoder_block_out_channels[0] // 16 * 8))
     optimizer = torch.optim.AdamW(
@@ -221,15 +239,15 @@ def main(args: argparse.Namespace) -> None:
     # 3. Train
     run = run_of(args, accelerator, step)
     for batch, generator in run.batches(loader):
-        pixels = batch["pixels"]
+        pixels = batch["pixels"].contiguous(memory_format=torch.channels_last)
         adversarial = args.gan_weight > 0 and run.step >= args.gan_start_step
         with accelerator.accumulate(model, discriminator):
             with accelerator.autocast():
                 reconstruction, kl = model(pixels, draw_fine_ratio(args.fine_ratio, generator), generator)
                 losses = dvae_loss(pixels, reconstruction, kl, args.kl_weight)
                 if perceptual is not None:
-                    losses["lpips"] = perceptual(reconstruction, pixels).float().mean()
-                    losses["loss"] = losses["loss"] + args.perceptual_weight * losses["lpips"]
+                    losses["perceptual"] = perceptual(reconstruction[:num_compared], pixels[:num_compared])
+                    losses["loss"] = losses["loss"] + args.perceptual_weight * losses["perceptual"]
                 if adversarial:
                     critic.requires_grad_(False)  # it judges here and learns below
                     losses["adversarial"] = adversarial_loss(critic(reconstruction))

@@ -30,7 +30,7 @@ def draw() -> str:
 def needs() -> dict[str, Callable]:
     """What needs each package."""
     from diffusers_d2it import D2iTContentModel, bundled_checkpoint
-    from diffusers_d2it.evaluation.features import load_features, load_lpips
+    from diffusers_d2it.evaluation import load_features, load_lpips
     from diffusers_d2it.evaluation.reconstruction import check_torchmetrics
     from diffusers_d2it.optional import import_optional
     from diffusers_d2it.training import make_accelerator

@@ -4,7 +4,7 @@
 from .cost import AdaptiveDenoiser, BudgetArgument, ForwardMeter, adaptive, describe_machine
 from .drawing import MAP_SOURCES, Drawing
 from .evaluate import METRICS, Evaluator, compute_exactly, evaluate, open_reference, save_statistics
-from .features import FeatureExtractor, ModuleFeatures, load_features, load_lpips, load_vision_model, vision_tokens
+from .features import FeatureExtractor, ModuleFeatures, load_features
 from .frechet import frechet_distance
 from .grain_maps import denoising_error_by_grain, grain_diagnostics, map_accuracy, spatial_coherence
 from .images import ImageSet, open_images
@@ -19,6 +19,7 @@ from .reconstruction import (
 from .reports import LabelledImages, Row, compare, draw_labelled_images
 from .results import Result, load_results, save_report, save_results
 from .scores import inception_score, kernel_distance, precision_recall
+from .vision_networks import VisionNetwork, load_lpips, load_vision_network
 
 
 __all__ = [
@@ -36,6 +37,7 @@ __all__ = [
     "ModuleFeatures",
     "Result",
     "Row",
+    "VisionNetwork",
     "check_torchmetrics",
     "adaptive",
     "compare",
@@ -53,7 +55,7 @@ __all__ = [
     "load_features",
     "load_lpips",
     "load_results",
-    "load_vision_model",
+    "load_vision_network",
     "map_accuracy",
     "open_images",
     "open_reference",
@@ -64,5 +66,4 @@ __all__ = [
     "save_results",
     "save_statistics",
     "spatial_coherence",
-    "vision_tokens",
 ]

@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
-"""Networks of others: those in whose features sets of images are compared, vision transformers, and LPIPS.
+"""Features in which sets of images are compared, of networks of others.
 
 Features are those of Inception, of DINOv2 and other ViTs, or of any module. They take images as they lie on disk,
 uint8, and do the rest themselves: how they resize and normalise is part of the protocol of a figure.
@@ -10,7 +10,6 @@ Shapes:
 
 import hashlib
 import importlib
-import inspect
 import io
 import pickle
 import re
@@ -24,11 +23,11 @@ from torch import nn
 
 from ..optional import import_optional
 from ..pixels import check_uint8, from_uint8
+from .vision_networks import load_vision_model, vision_tokens
 
 
 _INCEPTION_SHA256 = "6726825d"  # as its authors put it into the name of the file
 _IN_A_MODULE = re.compile(r"[\w.]+:\w+")
-_LPIPS_NETWORKS = {"alex": "AlexNet", "vgg": "VGG-16"}
 
 
 class FeatureExtractor(nn.Module, ABC):
@@ -277,75 +276,3 @@ def _from_callable(name: str) -> FeatureExtractor:
     if not isinstance(network, nn.Module):
         raise ValueError(f"features {name!r} must return an nn.Module, got {type(network).__name__}.")
     return ModuleFeatures(network, attribute)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Vision transformers and LPIPS
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def load_vision_model(name: str) -> tuple[nn.Module, dict]:
-    """A frozen ViT such as DINOv2, and its preprocessing.
-
-    Args:
-        name: folder or Hub name of a model that `transformers.AutoModel` loads, with square patches.
-
-    Returns:
-        The model in eval mode, and what its preprocessor_config.json says, "image_mean" and "image_std" among it.
-
-    Raises:
-        ValueError: it cannot be loaded, is no vision transformer, or does not say how images are normalised.
-    """
-    from transformers import AutoModel
-    from transformers.image_processing_base import ImageProcessingMixin
-
-    try:
-        model = AutoModel.from_pretrained(name)
-        preprocessing, _ = ImageProcessingMixin.get_image_processor_dict(name)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"no vision model could be loaded from {name!r}: {error}") from error
-    if not hasattr(model.config, "patch_size") or not hasattr(model.config, "image_size"):
-        raise ValueError(
-            f"{name!r} is a {type(model).__name__}; a vision transformer with `patch_size` and `image_size` is needed."
-        )
-    missing = [key for key in ("image_mean", "image_std") if key not in preprocessing]
-    if missing:
-        raise ValueError(f"the preprocessor_config.json of {name!r} lacks {' and '.join(missing)}.")
-    return model.requires_grad_(False).eval(), preprocessing
-
-
-def vision_tokens(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
-    """Tokens of the last layer, after its norm, of images of any size: (B, number of tokens, width), float32.
-
-    Args:
-        model: from `load_vision_model`.
-        images: (B, 3, H, W), normalised as the model wants it, sides that are multiples of its patches.
-    """
-    kwargs = {}
-    if "interpolate_pos_encoding" in inspect.signature(model.forward).parameters:
-        kwargs["interpolate_pos_encoding"] = True  # DINOv2 always does, ViT on request
-    return model(pixel_values=images.to(model.dtype), **kwargs).last_hidden_state.float()
-
-
-def load_lpips(network: str, purpose: str, advice: str = "") -> torch.nn.Module:
-    """LPIPS, frozen: called as lpips(a, b), both (B, 3, H, W) in [-1, 1], it gives (B, 1, 1, 1).
-
-    Args:
-        network: whose features are compared: "alex", which its authors advise for measuring, or "vgg", for training.
-        purpose, advice: what needs it, and what else a user can do, in words, for errors.
-
-    Raises:
-        ValueError: the package is missing or broken, or the weights of the network, a download, are missing.
-    """
-    try:
-        lpips = import_optional("lpips", purpose, extra="lpips")
-    except ValueError as error:
-        raise ValueError(f"{error} {advice}".strip()) from error
-    try:
-        model = lpips.LPIPS(net=network, verbose=False)
-    except (OSError, RuntimeError) as error:
-        raise ValueError(
-            f"{purpose} needs the ImageNet weights of {_LPIPS_NETWORKS[network]} in {torch.hub.get_dir()}/checkpoints,"
-            f" and they could not be downloaded: {error}. {advice}".strip()
-        ) from error
-    return model.requires_grad_(False).eval()

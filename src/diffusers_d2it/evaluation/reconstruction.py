@@ -20,11 +20,12 @@ from ..models.autoencoder_kl_dynamic import DynamicAutoencoderKL
 from ..optional import import_optional
 from ..pixels import from_uint8, to_uint8
 from .evaluate import check_metrics, result_name, versions
-from .features import FeatureExtractor, load_lpips, weights_digest
+from .features import FeatureExtractor, weights_digest
 from .frechet import frechet_distance
 from .images import ImageSet, hash_pixels, pixel_digest
 from .results import Result
 from .statistics import FeatureStatistics
+from .vision_networks import load_lpips
 
 
 PAIR_METRICS = ("psnr", "ssim", "lpips", "rfid")

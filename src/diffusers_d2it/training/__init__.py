@@ -1,12 +1,14 @@
 # Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
 """What the training scripts share. Their loops, with the step, the gate and what saves and stops, stand in them."""
 
-from .alignment import Alignment, VisionFeatures
+from .alignment import Alignment
 from .checkpoints import Checkpoints, find_checkpoint, found_checkpoints, use_ema
+from .compiling import compile_blocks
 from .discriminator import PatchDiscriminator
 from .gate import FiniteGate
 from .inputs import draw_fine_ratio, draw_grain_map, drop_labels, identity_of, load_autoencoder
 from .measures import count_entropy, grain_signals, measure_latents
+from .perceptual import PerceptualLoss
 from .run import Run, make_accelerator
 
 
@@ -15,8 +17,9 @@ __all__ = [
     "Checkpoints",
     "FiniteGate",
     "PatchDiscriminator",
+    "PerceptualLoss",
     "Run",
-    "VisionFeatures",
+    "compile_blocks",
     "count_entropy",
     "draw_fine_ratio",
     "draw_grain_map",

@@ -1,0 +1,59 @@
+# Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
+"""Perceptual loss of the first stage: two images look alike where a network that has seen many finds them alike."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ..evaluation import VisionNetwork, load_lpips, load_vision_network
+
+
+class PerceptualLoss(nn.Module):
+    """Distance between images in the features of a frozen network, averaged over images: a scalar.
+
+    LPIPS (arXiv:1801.03924) has learned how much each feature counts. Of any other network features of several levels
+    are compared, at every place as directions, of unit norm: the squared difference, 0 to 4, averaged over places and,
+    by `VisionNetwork.level_weights`, over levels.
+
+    Args:
+        network: "lpips", that of VGG-16; or what `load_vision_network` takes.
+        resolution: side of the square to which images are resized first; None for the images as they are.
+
+    Raises:
+        ValueError: the network cannot be loaded, or `resolution` does not suit it.
+    """
+
+    def __init__(self, network: str = "lpips", resolution: int | None = None):
+        super().__init__()
+        self.resolution = resolution
+        self.network = load_lpips("vgg", "`perceptual_network`") if network == "lpips" else load_vision_network(network)
+
+    def check_resolution(self, resolution: int) -> None:
+        """
+        Raises:
+            ValueError: images of this side, in pixels, do not suit the network.
+        """
+        multiple = getattr(self.network, "multiple", 1)
+        if (self.resolution or resolution) % multiple:
+            raise ValueError(
+                f"`perceptual_resolution` must be a multiple of {multiple} for this network, got"
+                f" {self.resolution or resolution}."
+            )
+
+    def forward(self, reconstruction: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
+        """Images (B, 3, H, W), about [-1, 1], and what they should be; only the first have a gradient."""
+        if self.resolution is not None:
+            size = (self.resolution, self.resolution)
+            reconstruction, pixels = (
+                F.interpolate(x.float(), size, mode="bicubic", antialias=True) for x in (reconstruction, pixels)
+            )
+        if not isinstance(self.network, VisionNetwork):
+            return self.network(reconstruction, pixels).float().mean()
+        with torch.no_grad():
+            wanted = self.network.levels(pixels)
+        weights = self.network.level_weights
+        distances = [
+            (F.normalize(got.float(), dim=1) - F.normalize(want.float(), dim=1)).square().sum(dim=1).mean()
+            for got, want in zip(self.network.levels(reconstruction), wanted)
+        ]
+        return sum(weight * distance for weight, distance in zip(weights, distances)) / sum(weights)
