@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
-from .layers import DiTBlock, FinalLayer, SelfAttention, TimestepEmbedder, residual_stream, run_block
+from .layers import DiTBlock, FinalLayer, SelfAttention, TimestepEmbedder, attend, residual_stream, run_block
 
 
 _ROUNDING = 64  # a rounded list of windows grows by less than this part of all windows
@@ -214,16 +214,13 @@ class WindowAttentionProcessor:
     def __call__(self, attn: "WindowAttention", hidden_states: torch.Tensor, layout: RefineLayout) -> torch.Tensor:
         """hidden_states (N / 4, 4, D) -> (N / 4, 4, D)."""
         query, key, value = (x.flatten(0, 1) for x in attn.project(hidden_states))  # (N, A, D / A)
-        query = query * query.shape[-1] ** -0.5
         lengths = [len(group.arrangement) * group.length for group in layout.groups]
         attended = []
         for group, *qkv in zip(layout.groups, query.split(lengths), key.split(lengths), value.split(lengths)):
             q, k, v = (rearrange(x, "(w l) a d -> w a l d", l=group.length) for x in qkv)
             bias = attn.relative_position_bias[group.relative_index]  # (P, L, L, A)
             bias = rearrange(bias, "p i j a -> p a i j").index_select(0, group.arrangement)  # (W, A, L, L)
-            scores = torch.matmul(q, k.transpose(-1, -2)) + bias.to(q.dtype)
-            x = torch.matmul(scores.softmax(dim=-1), v)
-            attended.append(rearrange(x, "w a l d -> (w l) (a d)"))
+            attended.append(rearrange(attend(q, k, v, bias), "w a l d -> (w l) (a d)"))
         return attn.to_out[0](torch.cat(attended).view_as(hidden_states))
 
 
