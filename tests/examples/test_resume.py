@@ -74,7 +74,7 @@ def test_arguments_that_contradict_one_another_are_named(d2it_arguments, tmp_pat
 
 @pytest.mark.parametrize(
     "change",
-    ["--train_data_dir .", "--repa_model x", "--fine_ratio 0.8 0.3", "--fine_ratio 2", "--overfit_batches 0",
+    ["--train_data_dir .", "--alignment x", "--fine_ratio 0.8 0.3", "--fine_ratio 2", "--overfit_batches 0",
      "--checkpoints_total_limit 0", "--skip_nonfinite_steps -1"],
 )  # fmt: skip
 def test_flags_that_cannot_be_used_are_named_at_once(d2it_arguments, tmp_path, capsys, change):

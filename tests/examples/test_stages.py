@@ -74,7 +74,7 @@ def test_without_lpips_the_run_stops_and_says_what_to_do(folder, tmp_path, monke
     # The package may be installed: VGG's weights are then missing where nothing has been downloaded
     arguments = ["--train_data_dir", folder, "--preset", "dvae-tiny"]
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    with pytest.raises(ValueError, match="perceptual_weight.*--perceptual_weight 0"):
+    with pytest.raises(ValueError, match="`perceptual_network`.*efficientnet-lite0"):
         call_train("train_dvae.py", tmp_path / "run", 1, *arguments)
 
 
@@ -135,7 +135,7 @@ def test_unconditional_training_with_three_grains_from_images(folder, tmp_path, 
     call_train("train_grain.py", tmp_path / "grain", 1, *data, "--preset", "grain-tiny")
     # Alignment with a vision model needs the images; flow matching changes the scheduler of the pipeline
     arguments = ["--grain", tmp_path / "grain", "--preset", "content-tiny", "--objective", "flow_matching"]
-    arguments += ["--repa_model", save_vision_model(tmp_path / "vision"), "--mixed_precision", "bf16"]
+    arguments += ["--alignment", save_vision_model(tmp_path / "vision"), "--mixed_precision", "bf16"]
     call_train("train_d2it.py", tmp_path / "d2it", 3, *data, *arguments, "--report_to", "tensorboard")
     scalars = logged(tmp_path / "d2it")["alignment"]
     assert scalars[1] == pytest.approx(1, abs=0.5) and scalars[3] != scalars[1]

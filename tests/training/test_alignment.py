@@ -3,37 +3,19 @@
 
 import pytest
 import torch
-from vision_models import MEAN, STD, save_vision_model
+from vision_models import save_vision_model
 
+from diffusers_d2it.evaluation import load_vision_network
 from diffusers_d2it.grains import tie
-from diffusers_d2it.training import Alignment, VisionFeatures
-
-
-@pytest.fixture(params=["dinov2", "vit"])
-def vision_model(request, tmp_path) -> str:
-    return save_vision_model(tmp_path, request.param)
-
-
-def test_a_region_gets_the_feature_of_its_patch(vision_model, photos):
-    features = VisionFeatures(vision_model)
-    tokens = features(photos, (8, 8))
-    assert tokens.shape == (8, 64, 16)
-    assert features(photos).shape == (8, 16, 16)
-    # By hand: resized to a patch for each region, normalised, the class token dropped
-    images = torch.nn.functional.interpolate(photos, (28, 28), mode="bicubic", antialias=True).clamp(-1, 1)
-    mean, std = torch.tensor(MEAN), torch.tensor(STD)
-    images = ((images + 1) / 2 - mean[:, None, None]) / std[:, None, None]
-    expected = features.model(pixel_values=images).last_hidden_state[:, 1:]
-    torch.testing.assert_close(features(photos, (4, 4)), expected, atol=1e-5, rtol=1e-5)
-    assert not any(parameter.requires_grad for parameter in features.parameters())
+from diffusers_d2it.training import Alignment
 
 
 def test_alignment_trains_the_projector_and_the_blocks_below_on_what_has_gradients(
-    vision_model, photos, make_content_model
+    tmp_path, photos, make_content_model
 ):
     model = make_content_model(num_layers=3).train()
     alignment = Alignment(model, layer=2, feature_width=16)
-    features = VisionFeatures(vision_model)(photos, (4, 4))
+    features = load_vision_network(save_vision_model(tmp_path)).tokens(photos, (4, 4))
     grain_map = torch.ones(8, 4, 4, dtype=torch.int64)
     latents = tie(torch.randn(8, 4, 8, 8, generator=torch.Generator().manual_seed(0)), grain_map)
     labels = torch.zeros(8, dtype=torch.int64)
@@ -62,8 +44,6 @@ def test_alignment_trains_the_projector_and_the_blocks_below_on_what_has_gradien
     torch.testing.assert_close(alignment(features), before)
 
 
-def test_what_cannot_be_aligned_is_named(tmp_path, make_content_model):
+def test_a_layer_that_is_not_there_is_named(make_content_model):
     with pytest.raises(ValueError, match="`layer`.* 2, .*3"):
         Alignment(make_content_model(), layer=3, feature_width=16)
-    with pytest.raises(ValueError, match="nowhere"):
-        VisionFeatures(str(tmp_path / "nowhere"))

