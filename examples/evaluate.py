@@ -4,20 +4,23 @@ r"""Measure samples or an autoencoder, and write the figures with the protocol t
     accelerate launch examples/evaluate.py --samples samples --reference imagenet --split validation --resolution 256 \
         --metrics fid sfid is precision recall --output results.json
 
-Samples against real images: fid, sfid, is, precision, recall, kid. Pairs of images, in the same order: psnr, ssim,
-lpips, rfid. Either side is a folder of images or an .npz with `arr_0`, uint8 NHWC. The reference may also be a data
-set, which is resized to --resolution, or an .npz of statistics, mu and sigma, such as ADM's or those written by
+Samples against real images: fid, sfid, is, precision, recall, kid, top1. Pairs of images, in the same order: psnr,
+ssim, lpips, rfid, top1. Either side is a folder of images or an .npz with `arr_0`, uint8 NHWC. The reference may also
+be a data set, which is resized to --resolution, or an .npz of statistics, mu and sigma, such as ADM's or those written
+by
 
     accelerate launch examples/evaluate.py --reference imagenet --resolution 256 --save_statistics imagenet-256.npz
 
-An autoencoder is measured on the reference, by psnr, ssim, lpips or rfid:
+An autoencoder is measured on the reference, by psnr, ssim, lpips, rfid or top1:
 
     accelerate launch examples/evaluate.py --reconstruction runs/dvae/vae --fine_ratio 0.5 --reference imagenet \
         --split validation --resolution 256 --metrics psnr ssim rfid --output reconstruction.json
 
---features is inception, whose weights are downloaded or given by --weights; a folder or Hub name of a vision
-transformer, facebook/dinov2-large for FD-DINOv2; or module:callable, which returns any network from images
-(B, 3, H, W) in [-1, 1] to features (B, D). compare.py compares two files of results, if they were measured alike.
+--features is inception, whose weights are downloaded or given by --weights; efficientnet-lite2, a classifier of
+ImageNet that comes with packages (extra judge): top1 is the share of images that it finds in their class; a folder or
+Hub name of a vision transformer, facebook/dinov2-large for FD-DINOv2; or module:callable, which returns any network
+from images (B, 3, H, W) in [-1, 1] to features (B, D). compare.py compares two files of results, if they were measured
+alike.
 """
 
 import argparse
@@ -51,12 +54,18 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     task.add_argument("--samples", help="folder of images, or .npz: from sample_d2it.py or from elsewhere")
     task.add_argument("--reconstruction", metavar="CHECKPOINT", help="a pipeline, or a DynamicAutoencoderKL")
     task.add_argument("--save_statistics", metavar="FILE", help="write statistics of --reference to this .npz")
-    parser.add_argument("--reference", help="folder, .npz of images or statistics, or data set; 'is' needs none")
+    parser.add_argument(
+        "--reference", help="folder, .npz of images or statistics, or data set; 'is' and 'top1' need none"
+    )
     parser.add_argument("--resolution", type=int, help="the reference is a data set, resized and cropped to this side")
     parser.add_argument("--split", default="train", help="of a data set")
     parser.add_argument("--image_column", help="of a data set; default: the only one that holds images")
     parser.add_argument("--metrics", nargs="+", choices=[*METRICS, *PAIR_METRICS], default=[], metavar="METRIC")
-    parser.add_argument("--features", default="inception", help="inception, a vision transformer, or module:callable")
+    parser.add_argument(
+        "--features",
+        default="inception",
+        help="inception, efficientnet-lite2, a vision transformer, or module:callable",
+    )
     parser.add_argument("--weights", help="file of Inception's weights; default: downloaded")
     parser.add_argument("--fine_ratio", type=float, help="with --reconstruction; default: that of the checkpoint")
     parser.add_argument("--kid_subset_size", type=int, default=1000, help="images of each set in a subset of kid")
@@ -69,8 +78,8 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error("pass --metrics and --output")
     if args.save_statistics is not None and (args.metrics or args.output):
         parser.error("--save_statistics computes no metrics: pass neither --metrics nor --output")
-    if args.reference is None and args.metrics != ["is"]:
-        parser.error("--reference is needed, but for the metric 'is' alone")
+    if args.reference is None and not set(args.metrics) <= {"is", "top1"}:
+        parser.error("--reference is needed, but for the metrics 'is' and 'top1'")
     if args.reconstruction is None and args.fine_ratio is not None:
         parser.error("--fine_ratio belongs to --reconstruction")
     if args.reconstruction is not None and not set(args.metrics) <= set(PAIR_METRICS):
@@ -105,7 +114,9 @@ def main(args: argparse.Namespace) -> None:
         with accelerator.main_process_first():
             reference = open_reference(args.reference, args.resolution, args.split, args.image_column)
     of_sets = [metric for metric in args.metrics if metric in METRICS]
-    of_pairs = [metric for metric in args.metrics if metric in PAIR_METRICS]
+    of_pairs = [metric for metric in args.metrics if metric in PAIR_METRICS and metric not in of_sets]
+    if args.reconstruction is not None:
+        of_sets, of_pairs = [], args.metrics
     if not isinstance(reference, ImageSet) and (of_pairs or args.save_statistics):
         raise ValueError(f"--reference {args.reference} holds statistics, expected images.")
 

@@ -22,12 +22,12 @@ from diffusers_d2it import (
     D2iTGrainModel,
     D2iTPipeline,
     DynamicAutoencoderKL,
+    GrainLayout,
     load_preset,
     visualize_grain_map,
 )
 from diffusers_d2it.data import BadImages, read_codes
 from diffusers_d2it.evaluation import load_vision_network
-from diffusers_d2it.grains import GrainLayout
 from diffusers_d2it.losses import multi_grained_loss, variance_loss
 from diffusers_d2it.objectives import OBJECTIVES, DiffusionObjective, FlowMatchingObjective, make_objective
 from diffusers_d2it.training import (

@@ -4,9 +4,9 @@ r"""Stage 1: train a DynamicAutoencoderKL (sec. 3.1 of arXiv:2504.09454).
     accelerate launch examples/train_dvae.py --train_data_dir photos --preset dvae-f8f16 --resolution 256 \
         --train_batch_size 16 --max_train_steps 100000 --output_dir runs/dvae
 
-The losses are those of latent diffusion (arXiv:2112.10752): L1, a perceptual one (LPIPS or another network's), KL, and a
-PatchGAN from --gan_start_step on. Every batch draws its own fine ratio, so that one autoencoder serves every ratio.
-The script counts the entropy thresholds of the data first, and measures the scale of the latents and the quality of
+The losses are those of latent diffusion (arXiv:2112.10752): L1, a perceptual one, KL, and a PatchGAN from
+--gan_start_step on. Every batch draws its own fine ratio, so that one autoencoder serves every ratio. The script
+counts the entropy thresholds of the data first, and measures the scale of the latents and the quality of
 reconstructions last.
 `runs/dvae/vae` is what cache_latents.py, train_grain.py and train_d2it.py read.
 """

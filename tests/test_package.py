@@ -31,6 +31,7 @@ PUBLIC = {
     "D2iTPipelineOutput",
     "DynamicAutoencoderKL",
     "evaluate",
+    "GrainLayout",
     "list_presets",
     "list_samplers",
     "load_features",

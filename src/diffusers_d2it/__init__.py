@@ -17,7 +17,7 @@ with naming_what_is_broken("importing diffusers"):  # before all that builds on 
     from diffusers import ModelMixin  # diffusers' loaders look for it in the package of a component
 
 from .entropy import region_entropy
-from .grains import tie
+from .grains import GrainLayout, tie
 from .hub.card import make_model_card
 from .models.autoencoder_kl_dynamic import DynamicAutoencoderKL
 from .models.layers import DiTBlock
@@ -40,6 +40,7 @@ __all__ = [
     "D2iTPipeline",
     "D2iTPipelineOutput",
     "DynamicAutoencoderKL",
+    "GrainLayout",
     "ModelMixin",
     "bundled_checkpoint",
     "evaluate",

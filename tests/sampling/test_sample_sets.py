@@ -18,7 +18,7 @@ from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from diffusers_d2it import D2iTPipeline
+from diffusers_d2it import D2iTPipeline, open_images
 from diffusers_d2it.files import lock, verify
 from diffusers_d2it.pixels import unit_to_uint8
 from diffusers_d2it.sampling import NpzImages, SampleFolder, SamplePlan, describe_checkpoint, read_protocol
@@ -329,9 +329,12 @@ def test_a_set_that_was_not_sealed_is_checked_and_sealed(fill, folder):
     verify(folder)
 
 
-def test_pngs_can_be_packed_later(fill, folder):
+def test_pngs_can_be_packed_later_and_both_tell_their_classes(fill, folder):
     drawn = fill("png")[1]["run"]["seconds"]
+    labels = open_images(folder).labels.tolist()
+    assert labels == [PLAN.label(image) for image in range(PLAN.num_images)]
     batches, protocol = fill("both")
+    assert open_images(folder / "images.npz").labels.tolist() == labels
     assert batches == [] and "images.npz" in contents(folder)
     assert protocol["run"]["format"] == "both" and protocol["run"]["seconds"] == drawn
 

@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
-"""Sets of samples against reference images: FID, sFID, Inception Score, precision, recall and KID, each with protocol.
+"""Sets of samples against reference images: FID, sFID, precision, recall, KID, and by themselves: IS, top-1 accuracy.
 
 Shapes:
     N images of a set, D features
@@ -23,7 +23,7 @@ from .features import FeatureExtractor
 from .frechet import frechet_distance
 from .images import ImageSet, hash_pixels, open_images, pixel_digest
 from .results import Result
-from .scores import inception_score, kernel_distance, precision_recall
+from .scores import inception_score, kernel_distance, precision_recall, top1_accuracy
 from .statistics import (
     FeatureStatistics,
     Moments,
@@ -53,6 +53,7 @@ _METRICS = {
     "precision": _Metric("pool", "rows", _NUM_NEIGHBOURS + 1, {"num_neighbours": _NUM_NEIGHBOURS}),
     "recall": _Metric("pool", "rows", _NUM_NEIGHBOURS + 1, {"num_neighbours": _NUM_NEIGHBOURS}),
     "kid": _Metric("pool", "rows", 2, {"num_subsets": _NUM_SUBSETS}),
+    "top1": _Metric("imagenet", "scores", 1),
 }
 METRICS = tuple(_METRICS)
 
@@ -77,9 +78,9 @@ def evaluate(
     Args:
         samples: the images to be scored.
         reference: real images, or the path of statistics from `save_statistics` or of others with "mu" and "sigma"
-            (ADM's files also have images, for precision, recall and KID). The Inception Score alone needs none.
+            (ADM's files also have images, for precision, recall and KID). "is" and "top1" need none.
         metrics: any of `METRICS`: precision and recall with 3 neighbours, KID over 100 subsets, the Inception Score
-            over 10 splits.
+            over 10 splits, top1 among the classes of the samples with features of a classifier of ImageNet.
         features: in which images are compared. With others than Inception's metrics are named "fd_dinov2", not "fid".
         batch_size: images of a batch and process.
         accelerator: its processes share the images; all of them get the results.
@@ -137,10 +138,13 @@ class Evaluator:
         ours = self._read(samples, {"moments", "rows", "scores"})
         if self.images is not None and self._theirs is None:
             self._theirs = self._read(self.images, {"rows"} if self.statistics else {"moments", "rows"})
-        values = on_main_process(self.accelerator, lambda: self._values(ours))
+        labels = samples.labels if "top1" in self.metrics else None
+        values = on_main_process(self.accelerator, lambda: self._values(ours, labels))
         results = []
         for (name, metric), (value, deviation) in zip(self.metrics.items(), values):
             protocol = self._protocol(metric, ours, widths)
+            if name == "top1":
+                protocol["settings"] = {"classes": labels.unique().tolist()}
             name = result_name(name, self.features)
             if protocol.get("rank_deficient") and place_of(self.accelerator)[0] == 0:
                 warnings.warn(
@@ -153,7 +157,7 @@ class Evaluator:
 
     def _open(self, reference: ImageSet | str | os.PathLike | None, parts: set[str]) -> None:
         if reference is None:
-            raise ValueError("`reference` must be images or the path of statistics: only the metric 'is' needs none.")
+            raise ValueError("`reference` must be images or the path of statistics: only 'is' and 'top1' need none.")
         if isinstance(reference, ImageSet):
             self.images, self._name, self._size = reference, reference.name, reference.size
             return
@@ -212,7 +216,7 @@ class Evaluator:
         moments = {metric.output for metric in wanted if metric.part == "moments"}
         return read_images(images, self.features, rows, moments, **self.reading)
 
-    def _values(self, ours: "ReadImages") -> list[tuple[float, float | None]]:
+    def _values(self, ours: "ReadImages", labels: torch.Tensor | None) -> list[tuple[float, float | None]]:
         theirs, values = self._theirs, {}
         known = self.statistics.moments if self.statistics else theirs.moments if theirs else {}
         for name, metric in self.metrics.items():
@@ -220,6 +224,8 @@ class Evaluator:
                 values[name] = frechet_distance(*ours.moments[metric.output], *known[metric.output]), None
         if "is" in self.metrics:
             values["is"] = inception_score(ours.rows["logits"], **self.metrics["is"].settings)
+        if "top1" in self.metrics:
+            values["top1"] = top1_accuracy(ours.rows["imagenet"], labels)
         if "precision" in self.metrics or "recall" in self.metrics:
             precision, recall = precision_recall(theirs.rows["pool"], ours.rows["pool"], _NUM_NEIGHBOURS)
             values |= {"precision": (precision, None), "recall": (recall, None)}

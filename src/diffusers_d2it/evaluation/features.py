@@ -23,7 +23,7 @@ from torch import nn
 
 from ..optional import import_optional
 from ..pixels import check_uint8, from_uint8
-from .vision_networks import load_vision_model, vision_tokens
+from .vision_networks import EFFICIENTNET_LITE, EfficientNetLite, load_vision_model, vision_tokens
 
 
 _INCEPTION_SHA256 = "6726825d"  # as its authors put it into the name of the file
@@ -48,7 +48,7 @@ class FeatureExtractor(nn.Module, ABC):
 
     @abstractmethod
     def extract(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Features of images (B, 3, H, W), uint8: "pool" (B, D), and where there are any "spatial" and "logits"."""
+        """Features of images (B, 3, H, W), uint8: "pool" (B, D), and some of "spatial", "logits", "imagenet"."""
 
     @torch.no_grad()
     def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -92,9 +92,9 @@ def load_features(name: str, weights: str | None = None) -> FeatureExtractor:
     """Features by name.
 
     Args:
-        name: "inception", the network of FID, from torch-fidelity; the folder or Hub name of a DINOv2 or another
-            vision transformer that transformers loads; or "package.module:callable" that returns an nn.Module, for
-            `ModuleFeatures`.
+        name: "inception", the network of FID, from torch-fidelity; "efficientnet-lite2" or another size, a classifier
+            of ImageNet; the folder or Hub name of a DINOv2 or another vision transformer that transformers loads; or
+            "package.module:callable" that returns an nn.Module, for `ModuleFeatures`.
         weights: with "inception" the file of its weights; downloaded by default.
 
     Raises:
@@ -104,6 +104,8 @@ def load_features(name: str, weights: str | None = None) -> FeatureExtractor:
         return InceptionFeatures(weights)
     if weights is not None:
         raise ValueError(f"`weights` belong to the features 'inception', got {weights!r} for {name!r}.")
+    if name in EFFICIENTNET_LITE:
+        return EfficientNetFeatures(name)
     if _IN_A_MODULE.fullmatch(name):
         return _from_callable(name)
     return VisionTransformerFeatures(name)
@@ -145,6 +147,28 @@ class InceptionFeatures(FeatureExtractor):
         pool, logits = self.network(images)
         spatial, self._spatial = self._spatial, None
         return {"pool": pool, "spatial": spatial, "logits": logits}
+
+
+class EfficientNetFeatures(FeatureExtractor):
+    """A classifier of ImageNet that comes with packages: "pool" are its 1280 features, "logits" those of its classes.
+
+    "imagenet" are the same logits, for the metric top1. Argument and errors are those of `EfficientNetLite`. Use one
+    size to train with and another one to judge.
+    """
+
+    package = "efficientnet-lite-pytorch"
+
+    def __init__(self, name: str):
+        super().__init__()
+        self.name, self.network = name, EfficientNetLite(name)
+        self.side = self.network.image_side
+        self.preprocessing = (
+            f"resized to {self.side}x{self.side}, bicubic, antialiased, not rounded to 8 bits; mean 127, deviation 128"
+        )
+
+    def extract(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        pool, logits = self.network.classify(from_uint8(images), (self.side, self.side))
+        return {"pool": pool, "logits": logits, "imagenet": logits}
 
 
 class VisionTransformerFeatures(FeatureExtractor):

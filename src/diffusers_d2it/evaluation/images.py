@@ -22,7 +22,7 @@ from ..data.images import UnusableImageError, decode_image, to_pixels
 from ..data.source import ImageSource, load_images
 from ..pixels import check_uint8, to_uint8
 from ..sampling.npz import NpzImages
-from ..sampling.sets import PROTOCOL, read_protocol
+from ..sampling.sets import PROTOCOL, SamplePlan, read_protocol
 from ..words import printable
 
 
@@ -41,6 +41,7 @@ class ImageSet:
         size: (H, W); None for that of the first image.
         name_of: what errors call the image of a place; default: its place.
         protocol: how they were made or drawn.
+        labels: their classes, int64 (N,), or a function that finds them; None where nobody knows.
 
     Raises:
         ValueError: there are none, or the size is that of the first image and this cannot be used.
@@ -54,8 +55,10 @@ class ImageSet:
         size: tuple[int, int] | None = None,
         name_of: Callable[[int], str] = str,
         protocol: dict | None = None,
+        labels: torch.Tensor | Callable[[], torch.Tensor] | None = None,
     ):
         self.name, self.num_images, self.size, self.protocol = name, num_images, size, dict(protocol or {})
+        self._labels = labels
         self._read, self._name_of = read, name_of
         if size is None:
             try:
@@ -65,6 +68,22 @@ class ImageSet:
 
     def __len__(self) -> int:
         return self.num_images
+
+    @property
+    def labels(self) -> torch.Tensor:
+        """The class of each image, int64 (N,).
+
+        Raises:
+            ValueError: nobody knows.
+        """
+        if callable(self._labels):
+            self._labels = self._labels()
+        if self._labels is None:
+            raise ValueError(
+                f"{self.name} does not tell the classes of its images: a data set with labels does, and so do samples"
+                " of sample_d2it.py."
+            )
+        return self._labels
 
     def __getitem__(self, place: int | slice) -> torch.Tensor:
         """An image, uint8 (3, H, W), or those of a slice, (B, 3, H, W).
@@ -116,14 +135,17 @@ class ImageSet:
         return {**self.protocol, "name": self.name, "num_images": self.num_images, "resolution": list(self.size)}
 
     @staticmethod
-    def from_tensor(images: torch.Tensor, name: str, protocol: dict | None = None) -> "ImageSet":
-        """A set of images in memory, uint8 (N, 3, H, W), with a name and how they were made for protocols.
+    def from_tensor(
+        images: torch.Tensor, name: str, protocol: dict | None = None, labels: torch.Tensor | None = None
+    ) -> "ImageSet":
+        """A set of images in memory, uint8 (N, 3, H, W), with a name, how they were made, and their classes.
 
         Raises:
             ValueError: these are no such images, or there are none.
         """
         check_uint8(images)
-        return ImageSet(name, len(images), images.__getitem__, tuple(images.shape[2:]), protocol=protocol)
+        size = tuple(images.shape[2:])
+        return ImageSet(name, len(images), images.__getitem__, size, protocol=protocol, labels=labels)
 
     def _raise_unusable(self, start: int) -> None:
         """Raise a ValueError that names the images from `start` on that cannot be used."""
@@ -194,7 +216,8 @@ def _open_folder(root: str) -> ImageSet:
     archives = [file for file in files if file.lower().endswith(".npz")]
     if names:
         read, protocol = partial(_decode_file, root, names), _read_protocol(root, len(names))
-        return ImageSet(_last_part(root), len(names), read, name_of=names.__getitem__, protocol=protocol)
+        labels = _drawn_labels(protocol)
+        return ImageSet(_last_part(root), len(names), read, None, names.__getitem__, protocol, labels)
     if len(archives) == 1:
         return _open_npz(archives[0], None)
     if any(file.lower().endswith(_DATA_SETS) for file in files):
@@ -214,7 +237,8 @@ def _open_npz(path: str, resolution: int | None) -> ImageSet:
         raise ValueError(f"{name} holds images of {size[0]}x{size[1]}, which are not resized to {resolution}.")
     is_sampled = os.path.basename(path) == _SAMPLES  # another file may lie beside samples by chance
     protocol = _read_protocol(os.path.dirname(path), len(images)) if is_sampled else {}
-    return ImageSet(name, len(images), partial(_read_packed, images), size, protocol=protocol)
+    read, labels = partial(_read_packed, images), _drawn_labels(protocol)
+    return ImageSet(name, len(images), read, size, protocol=protocol, labels=labels)
 
 
 def _read_packed(images: NpzImages, place: int) -> torch.Tensor:
@@ -231,7 +255,8 @@ def _open_data_set(path: str, resolution: int, split: str, image_column: str | N
     protocol = {"preprocessing": "shorter side resized, bicubic; centre crop"}
     protocol |= _read_protocol(path, source.num_rows)
     read, name_of = partial(_decode_row, source, resolution), partial(_name_of_row, source)
-    return ImageSet(source.name, source.num_rows, read, (resolution, resolution), name_of, protocol)
+    labels = partial(_labels_of_rows, path, split, image_column)
+    return ImageSet(source.name, source.num_rows, read, (resolution, resolution), name_of, protocol, labels)
 
 
 def _decode_row(source: ImageSource, resolution: int, place: int) -> torch.Tensor:
@@ -240,6 +265,19 @@ def _decode_row(source: ImageSource, resolution: int, place: int) -> torch.Tenso
 
 def _name_of_row(source: ImageSource, place: int) -> str:
     return source[place].name
+
+
+def _labels_of_rows(path: str, split: str, image_column: str | None) -> torch.Tensor | None:
+    source = load_images(path, split=split, image_column=image_column)
+    return None if source.num_classes is None else torch.tensor([row.label for row in source.rows()])
+
+
+def _drawn_labels(protocol: dict) -> torch.Tensor | None:
+    """The classes that a plan of samples has given its images."""
+    if not (given := protocol.get("labels")):
+        return None
+    plan = SamplePlan(protocol["num_images"], 1, protocol["seed"], tuple(given["classes"]), given["scheme"])
+    return torch.tensor([plan.label(image) for image in range(plan.num_images)])
 
 
 def _read_protocol(folder: str, num_images: int) -> dict:

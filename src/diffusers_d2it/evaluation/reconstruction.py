@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
-"""Reconstructions against their originals, image by image: PSNR and SSIM of torchmetrics, LPIPS, and rFID.
+"""Reconstructions against their originals, image by image: PSNR and SSIM of torchmetrics, LPIPS, rFID, top-1 accuracy.
 
 Reconstructions are rounded to 8 bits first, as images are when they are kept.
 
@@ -24,11 +24,13 @@ from .features import FeatureExtractor, weights_digest
 from .frechet import frechet_distance
 from .images import ImageSet, hash_pixels, pixel_digest
 from .results import Result
+from .scores import classifies
 from .statistics import FeatureStatistics
 from .vision_networks import load_lpips
 
 
-PAIR_METRICS = ("psnr", "ssim", "lpips", "rfid")
+PAIR_METRICS = ("psnr", "ssim", "lpips", "rfid", "top1")
+_OF_FEATURES = {"rfid", "top1"}
 
 _LPIPS_NETWORK = "alex"
 _SETTINGS = {
@@ -77,6 +79,8 @@ def reconstruct(
 class PairScores:
     """Means over pairs of an image and its reconstruction, in one pass; each process has pairs of its own.
 
+    `reference` tells the classes of the originals, for "top1".
+
     Raises:
         ValueError: a metric is unknown, given twice or lacks features, or a package or its weights are missing.
     """
@@ -87,33 +91,46 @@ class PairScores:
         features: FeatureExtractor | None = None,
         accelerator: Accelerator | None = None,
         device: torch.device | None = None,
+        reference: ImageSet | None = None,
     ):
         check_metrics(metrics, PAIR_METRICS)
-        if "rfid" in metrics and features is None:
-            raise ValueError("the metric 'rfid' needs `features`.")
+        if features is None and (lacking := _OF_FEATURES & set(metrics)):
+            raise ValueError(f"the metric {min(lacking)!r} needs `features`.")
+        if "top1" in metrics and "imagenet" not in features.widths((64, 64)):
+            raise ValueError(f"the metric 'top1' needs a classifier of ImageNet, and {features.name} is none.")
+        self.labels = reference.labels if "top1" in metrics else None  # of all originals
         if {"psnr", "ssim"} & set(metrics):
             check_torchmetrics()
         if device is None:
             device = accelerator.device if accelerator else features.device if features else torch.device("cpu")
         self.metrics, self.accelerator, self.device = metrics, accelerator, device
-        self.features = features.to(device) if "rfid" in metrics else None
+        self.features = features.to(device) if _OF_FEATURES & set(metrics) else None
         self.lpips = load_lpips(_LPIPS_NETWORK, "the metric 'lpips'").to(device) if "lpips" in metrics else None
         self.num_images, self.sums, self.hashes = 0, {}, [0, 0]  # of images and reconstructions
         self.statistics: list[FeatureStatistics] = []  # of both
 
     @torch.no_grad()
-    def update(self, images: torch.Tensor, reconstructions: torch.Tensor, **others: torch.Tensor) -> None:
-        """Add pairs, both uint8 (B, 3, H, W), and what else is to be averaged over the images, (B,)."""
+    def update(
+        self,
+        images: torch.Tensor,
+        reconstructions: torch.Tensor,
+        places: torch.Tensor | None = None,
+        **others: torch.Tensor,
+    ) -> None:
+        """Add pairs, both uint8 (B, 3, H, W), their places in the set, and what else is averaged over images, (B,)."""
         self.hashes = [total + hash_pixels(part) for total, part in zip(self.hashes, (images, reconstructions))]
         images, reconstructions = images.to(self.device), reconstructions.to(self.device)
         pixels, decoded = from_uint8(images), from_uint8(reconstructions)
         scored = {"psnr": psnr, "ssim": ssim, "lpips": self.lpips}
-        scored = {metric: scored[metric](pixels, decoded) for metric in self.metrics if metric != "rfid"}
+        scored = {metric: scored[metric](pixels, decoded) for metric in self.metrics if metric not in _OF_FEATURES}
+        found = [self.features(part) for part in (images, reconstructions)] if self.features else []
+        if self.labels is not None:
+            scored["top1"] = classifies(found[1]["imagenet"].cpu(), self.labels[places], self.labels.unique())
         for name, values in (scored | others).items():
             self.sums[name] = self.sums.get(name, 0.0) + values.double().sum().item()
         self.num_images += len(images)
         if "rfid" in self.metrics:
-            pools = [self.features(part)["pool"] for part in (images, reconstructions)]
+            pools = [part["pool"] for part in found]
             self.statistics = self.statistics or [FeatureStatistics(pool.shape[1]) for pool in pools]
             for statistics, pool in zip(self.statistics, pools):
                 statistics.update(pool)
@@ -148,12 +165,17 @@ class PairScores:
         details = {metric: {"settings": _SETTINGS.get(metric, {})} for metric in self.metrics}
         if "lpips" in details:
             details["lpips"] = {"features": {"name": _LPIPS_NETWORK, "digest": weights_digest(self.lpips)}}
+        if "top1" in details:
+            details["top1"] = {
+                "features": self.features.describe(),
+                "settings": {"classes": self.labels.unique().tolist()},
+            }
         if "rfid" in details:
             rank_deficient = self.num_images <= self.statistics[0].num_features
             details["rfid"] = {"features": self.features.describe(), "rank_deficient": rank_deficient}
         results = []
         for name in dict.fromkeys([*self.metrics, *values]):
-            shown = result_name(name, self.features) if name == "rfid" else name
+            shown = result_name(name, self.features) if name in _OF_FEATURES else name
             results.append(Result(shown, values[name], common | details.get(name, {})))
         return results
 
@@ -186,10 +208,10 @@ def evaluate_pairs(
     if (len(samples), samples.size) != (len(reference), reference.size):
         numbers = (f"{len(one)} of {one.size[0]}x{one.size[1]} in {one.name}" for one in (samples, reference))
         raise ValueError(f"pairs need as many images of the same size, got {' and '.join(numbers)}.")
-    scores, place = PairScores(metrics, features, accelerator), place_of(accelerator)
+    scores, place = PairScores(metrics, features, accelerator, reference=reference), place_of(accelerator)
     originals = reference.batches(batch_size, *place, num_workers, progress=place[0] == 0)
-    for (_, images), (_, reconstructions) in zip(originals, samples.batches(batch_size, *place, num_workers)):
-        scores.update(images, reconstructions)
+    for (places, images), (_, reconstructions) in zip(originals, samples.batches(batch_size, *place, num_workers)):
+        scores.update(images, reconstructions, places)
     return scores.results(samples.describe(), reference)
 
 
@@ -219,11 +241,11 @@ def evaluate_reconstructions(
         ValueError: images cannot be used; or from `PairScores` and `encode`.
     """
     vae = vae if accelerator is None else vae.to(accelerator.device)
-    scores = PairScores(metrics, features, accelerator, vae.device)
+    scores = PairScores(metrics, features, accelerator, vae.device, reference)
     place = place_of(accelerator)
-    for _, images in reference.batches(batch_size, *place, num_workers, progress=place[0] == 0):
+    for places, images in reference.batches(batch_size, *place, num_workers, progress=place[0] == 0):
         reconstructions, shares = reconstruct(vae, images, fine_ratio)
-        scores.update(images, reconstructions, fine_share=shares)
+        scores.update(images, reconstructions, places, fine_share=shares)
     samples = {
         "name": "reconstructions",
         "num_images": len(reference),

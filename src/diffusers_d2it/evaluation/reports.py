@@ -102,7 +102,7 @@ def compare(
     for (name, arguments), images in zip(rows.items(), samples.unbind(1)):
         plain = {key: name if isinstance(value, torch.Tensor) else value for key, value in arguments.items()}
         told = {**drawing.describe(), **plain, **(protocol or {})}
-        results = evaluator(ImageSet.from_tensor(images, title.format(name), told))
+        results = evaluator(ImageSet.from_tensor(images, title.format(name), told, drawing.labels))
         cost = None
         if costs:
             macs = on_main_process(drawing.accelerator, lambda a=arguments: _count_macs(drawing, shape, a))

@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
-"""Scores of sets of images from their features or logits: Inception Score, KID, precision and recall.
+"""Scores of sets of images from features or logits: Inception Score, top-1 accuracy, KID, precision and recall.
 
 Sets are tensors in float32 or float64. A ValueError says which one has another shape or dtype, too few images, or
 values that are not finite or too large, and which number is too small.
@@ -45,6 +45,29 @@ def inception_score(logits: torch.Tensor, num_splits: int = 10) -> tuple[float, 
         scores.append((log_likelihood + torch.special.entr(probabilities.mean(dim=0)).sum()).exp())
     scores = torch.stack(scores)
     return scores.mean().item(), scores.std(correction=0).item()
+
+
+def top1_accuracy(logits: torch.Tensor, labels: torch.Tensor) -> tuple[float, float]:
+    """Share of images that a classifier finds in their class, where it has only the classes of the set to choose from.
+
+    Args:
+        logits: (N, K).
+        labels: classes (N,) int64, columns of the logits.
+
+    Returns:
+        The share, and its standard error as that of independent images.
+    """
+    _check_sets({"logits": logits}, 1, "a top-1 accuracy")
+    classes = labels.unique()
+    if classes[0] < 0 or classes[-1] >= logits.shape[1]:
+        raise ValueError(f"`labels` must be below the {logits.shape[1]} classes, got {classes[0]} to {classes[-1]}.")
+    share = classifies(logits, labels, classes).double().mean().item()
+    return share, (share * (1 - share) / len(labels)) ** 0.5
+
+
+def classifies(logits: torch.Tensor, labels: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
+    """Whether of the logits (N, K) of some classes that of the label (N,) is the largest: (N,) bool."""
+    return classes[logits[:, classes].argmax(dim=1)] == labels
 
 
 def kernel_distance(

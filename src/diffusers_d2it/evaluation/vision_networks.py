@@ -103,6 +103,15 @@ class EfficientNetLite(VisionNetwork):
             hidden_states = block(hidden_states)
         return hidden_states.flatten(2).mT.float()
 
+    @torch.no_grad()
+    def classify(self, pixels: torch.Tensor, size: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Images (B, 3, H, W) in [-1, 1], resized to (H', W') -> pooled features (B, 1280) and logits (B, 1000)."""
+        model, hidden_states = self.model, self._stem(pixels, size)
+        for block in model._blocks:
+            hidden_states = block(hidden_states)
+        pool = model._swish(model._bn1(model._conv_head(hidden_states))).mean(dim=(2, 3))
+        return pool, model._fc(pool)
+
     def _stem(self, pixels: torch.Tensor, size: tuple[int, int] | None = None) -> torch.Tensor:
         model = self.model
         return model._swish(model._bn0(model._conv_stem(self.normalised(pixels, size))))
