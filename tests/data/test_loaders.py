@@ -165,6 +165,18 @@ def test_the_data_set_hears_of_epochs_also_from_loaders_that_do_not_tell_it(dama
     assert [(batch["number"], loader.dataset.epoch) for batch in batches] == [(0, 2), (1, 2), (0, 3), (1, 3), (0, 4)]
 
 
+def test_workers_outlive_an_epoch_and_draw_the_flips_of_the_next(tmp_path, accelerator, bad_images):
+    folder = write_folder(tmp_path / "photos", {f"{i:02d}.png": level(i) for i in range(10)})
+    drawn = {}
+    for workers in (0, 2):
+        loader = prepared(accelerator, bad_images, folder, batch_size=3, num_workers=workers)
+        drawn[workers] = first(batches_from(accelerator, loader, 0), 9)
+    assert drawn[0] == drawn[2]
+    assert loader.persistent_workers
+    flips = [[flip for _, flip, _ in sorted(sum(drawn[0][3 * epoch :][:3], []))] for epoch in range(3)]
+    assert flips[0] != flips[1] or flips[1] != flips[2]
+
+
 @pytest.mark.parametrize("first_batch", [0, 5, 13])
 def test_resume_with_damaged_images_and_other_workers(damaged_folder, accelerator, bad_images, first_batch):
     def batches(workers: int, start: int) -> list:

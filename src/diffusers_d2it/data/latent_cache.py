@@ -31,7 +31,6 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from torch.utils.data import Dataset
 
 from ..entropy import NUM_BINS, SIGMA
 from ..files import is_sealed, read_json
@@ -41,6 +40,7 @@ from ..files.source import public_config
 from ..models.autoencoder_kl_dynamic import DynamicAutoencoderKL
 from ..words import differences
 from .images import check_resolution
+from .loaders import Epochs
 
 
 PLAN = "plan.json"
@@ -180,7 +180,7 @@ def read_bad_images(folder: Path, shard: int) -> list[dict]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-class LatentCache(Dataset):
+class LatentCache(Epochs):
     """The images of a latent cache, written by examples/cache_latents.py, with the flips of `ImageDataset`.
 
         cache = LatentCache("cache", vae, seed=0, resolution=256)
@@ -224,10 +224,10 @@ class LatentCache(Dataset):
         process_index: int = 0,
         num_processes: int = 1,
     ):
+        super().__init__()
         self.folder = Path(folder)
         self.seed = seed
         self.moments = moments
-        self.epoch = 0
         self.plan = LatentCachePlan.load(self.folder)
         shards = range(self.plan.num_shards)
         if not is_sealed(self.folder):
@@ -259,10 +259,6 @@ class LatentCache(Dataset):
         self._plan_sha256 = file_sha256(self.folder / PLAN)
         self._num_grains = len(self.plan.downsample_factors)
         self._arrays: dict[int, dict[str, np.ndarray]] = {}
-
-    def set_epoch(self, epoch: int) -> None:
-        """Draw other flips."""
-        self.epoch = epoch
 
     def __len__(self) -> int:
         return self._ends[-1]

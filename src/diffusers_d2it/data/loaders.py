@@ -29,10 +29,30 @@ from .source import ImageSource, Row
 MAX_UNUSABLE = 1000  # so many in a row, and the images are not what they should be
 
 
-class _Images(Dataset):
+class Epochs(Dataset):
+    """A data set that draws other flips in another epoch, also in workers that live longer than one.
+
+    Attributes:
+        epoch: its number, which `set_epoch` changes in all processes that share the data set.
+    """
+
+    def __init__(self) -> None:
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+
+    @property
+    def epoch(self) -> int:
+        return int(self._epoch)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Draw other flips; accelerate's loaders call this at the start of an epoch."""
+        self._epoch.fill_(epoch)
+
+
+class _Images(Epochs):
     """What data sets of a source have in common, and with `LatentCache` what they say of themselves."""
 
     def __init__(self, source: ImageSource, resolution: int, seed: int, bad_images: BadImages):
+        super().__init__()
         self.source = source
         self.resolution = resolution
         self.seed = seed
@@ -66,12 +86,6 @@ class ImageDataset(_Images):
         description: the images in words.
         fingerprint: changes when the images do.
     """
-
-    epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Draw other flips; accelerate's loaders call this at the start of an epoch."""
-        self.epoch = epoch
 
     def __len__(self) -> int:
         return self.source.num_rows
@@ -248,6 +262,8 @@ def make_loader(
         shuffle=True,
         drop_last=True,
         num_workers=num_workers,
+        persistent_workers=num_workers > 0,  # to start them takes longer than a small epoch
+        pin_memory=accelerator.device.type == "cuda",
         collate_fn=getattr(dataset, "collate", None),
         worker_init_fn=_leave_process_group,
     )

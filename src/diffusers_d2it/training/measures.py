@@ -17,6 +17,9 @@ from ..grains import fine_share, grain_map_to_cells
 from ..models.autoencoder_kl_dynamic import DynamicAutoencoderKL
 
 
+_COUNTED_AT_ONCE = 32  # images
+
+
 def count_entropy(
     accelerator: Accelerator,
     source: ImageSource,
@@ -43,8 +46,10 @@ def count_entropy(
     images = usable_images(share, resolution, bad_images)
     if max_images is not None:
         images = islice(images, max(0, -(-(max_images - accelerator.process_index) // accelerator.num_processes)))
-    for _, image in tqdm(images, desc="entropy", disable=not accelerator.is_main_process):
-        calibration.update(to_pixels(image, resolution)[None])
+    progress = tqdm(images, desc="entropy", disable=not accelerator.is_main_process)
+    pixels = (to_pixels(image, resolution) for _, image in progress)
+    while batch := list(islice(pixels, _COUNTED_AT_ONCE)):
+        calibration.update(torch.stack(batch))
     counted = torch.cat([calibration.counts, torch.tensor([calibration.num_images])]).to(accelerator.device)
     counted = accelerator.reduce(counted, "sum").cpu()
     if not counted[-1]:

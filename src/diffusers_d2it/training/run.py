@@ -68,7 +68,7 @@ def make_accelerator(
         log_with=report_to,
         project_config=ProjectConfiguration(str(output_dir), logging_dir=os.path.join(output_dir, "logs")),
         # Without the seedable sampler a resumed epoch sees its images in another order.
-        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True),
+        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, non_blocking=True),
         step_scheduler_with_optimizer=False,
         # The others wait while the main process draws samples, and at the end of stage 1 measures many images.
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=1))],
