@@ -1,28 +1,28 @@
 # Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
 """Latent caches of photographs: what their tests are made of."""
 
-import io
 from pathlib import Path
 
-import PIL.Image
-import torch
-
-from diffusers_d2it.data.images import to_pixels
-from diffusers_d2it.pixels import to_uint8
+from diffusers_d2it.data.latent_cache import LatentCachePlan, describe_vae
 
 
 SHARD = "shard-00001"  # of the fixture `cache`, its second one
 CODES = f"{SHARD}/codes.safetensors"
 
 
-def to_png(pixels: torch.Tensor) -> bytes:
-    file = io.BytesIO()
-    PIL.Image.fromarray(to_uint8(pixels).permute(1, 2, 0).numpy()).save(file, "PNG")
-    return file.getvalue()
-
-
-def from_png(data: bytes) -> torch.Tensor:
-    return to_pixels(PIL.Image.open(io.BytesIO(data)), 32)
+def make_plan(vae, num_rows: int = 8, rows_per_shard: int = 3, flips: bool = True, **overrides) -> LatentCachePlan:
+    """The plan of a cache of eight photographs."""
+    fields = {
+        "resolution": vae.config.sample_size,
+        "flips": flips,
+        "source": "eight photographs",
+        "data_fingerprint": "photographs of scikit-image",
+        "num_rows": num_rows,
+        "rows_per_shard": rows_per_shard,
+        "num_classes": 2,
+        "id2label": {0: "earth", 1: "sky"},
+    }
+    return LatentCachePlan(**(describe_vae(vae) | fields | overrides))
 
 
 class Photographs:

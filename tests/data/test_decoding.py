@@ -142,23 +142,14 @@ def test_a_row_without_an_image_is_refused():
     assert refuse(None) != refuse(None, "/no/where.png")
 
 
-@pytest.mark.parametrize("options", [{}, {"quality": 98}, {"subsampling": 0}, {"optimize": True}])
+# A comment may hold what ends an image; it lies before the scan
+@pytest.mark.parametrize("options", [{}, {"quality": 98}, {"subsampling": 0}, {"comment": b"\xff\xda \xff\xd9"}])
 @pytest.mark.parametrize("mode", ["RGB", "L"])
 def test_damaged_jpegs_never_become_grey(mode, options):
     data = encode(photo().convert(mode), "JPEG", **options)
     half = data[: len(data) // 2 + 200]
     assert decode(data).std() > 10
-    for damaged in (half + bytes(len(data) - len(half)), half + b"\xff\xd9"):
-        assert refuse(damaged)
-
-
-def test_a_jpeg_that_pillow_fills_with_grey_is_refused():
-    data = encode(photo(), "JPEG", quality=98)
-    repaired = data[: len(data) // 2] + b"\xff\xd9"
-    assert np.asarray(PIL.Image.open(io.BytesIO(repaired)))[-1, -1].tolist() == [128, 128, 128]
-    assert "truncated" in refuse(repaired)
-    data = encode(photo(), "JPEG", comment=b"\xff\xda \xff\xd9")  # no markers, as they lie before the scan
-    assert refuse(data[: len(data) // 2] + bytes(len(data)))
+    assert refuse(half + bytes(len(data) - len(half))) and refuse(half + b"\xff\xd9")
 
 
 def test_grey_corners_are_no_damage():

@@ -9,10 +9,12 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import PIL.ImageChops
 import pytest
 import torch
 from accelerate import Accelerator
-from photo_caches import CODES, SHARD, contents, flip_bit, to_png
+from image_files import encode, photo
+from photo_caches import CODES, SHARD, contents, flip_bit, make_plan
 from script_runs import TWO_PROCESSES, call, in_two_processes, run
 
 from diffusers_d2it.data import latent_cache_writer
@@ -34,7 +36,7 @@ def test_another_plan_or_another_folder_is_not_written_to(cache, make_vae, write
     assert contents(tmp_path / "mine").keys() == {"thesis.tex"}
 
 
-def test_a_second_run_in_the_same_folder_is_refused(make_vae, make_plan, write_cache, tmp_path, monkeypatch):
+def test_a_second_run_in_the_same_folder_is_refused(make_vae, write_cache, tmp_path, monkeypatch):
     monkeypatch.setattr(latent_cache_writer, "_LOCK_SECONDS", 0)
     leftover = tmp_path / "cache" / ".staging-shard-00001-0" / ".tmpABC"
     leftover.parent.mkdir(parents=True)
@@ -62,7 +64,7 @@ def test_a_damaged_shard_is_written_again_and_the_others_are_kept(cache, make_va
     assert (cache / "shard-00000" / "codes.safetensors").stat() == kept
 
 
-def test_a_shard_must_be_what_the_plan_says(make_vae, make_plan, tmp_path, photos):
+def test_a_shard_must_be_what_the_plan_says(make_vae, tmp_path, photos):
     codes = encode_images(make_vae(), photos[:3, :, :32, :32], flips=True)
     codes |= {"class_labels": torch.zeros(3, dtype=torch.int64), "rows": torch.arange(3)}
 
@@ -79,12 +81,12 @@ def test_a_shard_must_be_what_the_plan_says(make_vae, make_plan, tmp_path, photo
 
 
 @pytest.fixture
-def folder(load_photos, tmp_path) -> Path:
+def folder(tmp_path) -> Path:
     """48 photographs in two classes, one of them damaged."""
     for i in range(48):
         path = tmp_path / "photos" / ("sky" if i % 2 else "earth") / f"{i:02d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(b"<html>" if i == 30 else to_png(load_photos(64)[i % 8].roll(i, dims=-1)))
+        path.write_bytes(b"<html>" if i == 30 else encode(PIL.ImageChops.offset(photo(i), i, 0)))
     return tmp_path / "photos"
 
 
@@ -145,7 +147,7 @@ for folder in sys.argv[1:]:
 """
 
 
-def test_memory_does_not_grow_with_the_cache(make_vae, make_plan, tmp_path):
+def test_memory_does_not_grow_with_the_cache(make_vae, tmp_path):
     def write(folder: Path, num_rows: int) -> int:
         plan = make_plan(make_vae(), num_rows=num_rows, rows_per_shard=50, resolution=128)
 

@@ -26,8 +26,6 @@ from diffusers_d2it.data.loaders import (
     usable_images,
 )
 from diffusers_d2it.data.source import load_images
-from diffusers_d2it.entropy import EntropyCalibration
-from diffusers_d2it.training.measures import count_entropy
 
 
 @pytest.fixture
@@ -263,16 +261,3 @@ def test_first_batches(damaged_folder, bad_images, streaming):
     assert [len(batch) for batch in first_batches(source, 32, 4, 10, bad_images)] == [4, 4, 2]
     assert sum(len(batch) for batch in first_batches(source, 32, 5, 100, bad_images)) == 16
     assert next(first_batches(source, 32, 5, 5, bad_images)).shape == (5, 3, 32, 32)
-
-
-@pytest.mark.parametrize("streaming", [False, True])
-def test_entropy_is_counted_over_what_can_be_used(tmp_path, accelerator, bad_images, streaming):
-    files = {f"{i}.png": encode(photo(i)) for i in range(8)} | {"bad.jpg": truncated_jpeg()}
-    source = load_images(write_folder(tmp_path / "photos", files), streaming=streaming)
-    expected = EntropyCalibration(8)
-    for i in range(8):
-        expected.update(to_pixels(photo(i), 32)[None])
-    counted = count_entropy(accelerator, source, 32, 8, bad_images)
-    assert counted.num_images == 8 and torch.equal(counted.counts, expected.counts)
-    assert [name.split("/")[-1] for name in bad_images.found()] == ["bad.jpg"]
-    assert count_entropy(accelerator, source.shuffled(0), 32, 8, bad_images, max_images=5).num_images == 5
