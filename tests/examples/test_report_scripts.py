@@ -1,0 +1,193 @@
+# Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
+"""grain_report.py and budget_report.py on a tiny checkpoint and eight photographs; by two processes as by one."""
+
+import io
+import json
+import os
+import sys
+from contextlib import redirect_stdout
+from pathlib import Path
+
+import PIL.Image
+import pytest
+import torch
+from photographs import load_photographs
+from script_runs import TWO_PROCESSES, call, load_script, run
+
+from diffusers_d2it.evaluation import Drawing, Result, reconstruct
+from diffusers_d2it.evaluation.reconstruction import psnr
+from diffusers_d2it.evaluation.results import differences
+from diffusers_d2it.pixels import to_uint8
+
+
+pytestmark = pytest.mark.filterwarnings("ignore:fd_small_network. there are no more images")
+BUDGET = ["budget.json", "budget.md", "budget.png"]
+
+
+def read_json(path: Path) -> dict:
+    """A file of plain JSON: NaN and infinities are none."""
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{path} holds {constant}")
+
+    return json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
+
+
+@pytest.fixture(scope="module")
+def flags(folder, make_pipeline, tmp_path_factory) -> list:
+    """Of both scripts. The pipeline knows the classes of the photographs by name, under other numbers than theirs."""
+    checkpoint, names = tmp_path_factory.mktemp("checkpoint"), sorted(path.name for path in folder.iterdir())
+    make_pipeline(id2label=dict(enumerate(reversed(names), start=2))).save_pretrained(checkpoint)
+    flags = ["--checkpoint", checkpoint, "--train_data_dir", folder, "--features", "metric_inputs:small_network"]
+    flags += ["--metrics", "fid", "precision", "--num_images", 4, "--num_reference_images", 4]
+    return [*flags, "--num_inference_steps", 2, "--grain_num_inference_steps", 2, "--batch_size", 3]
+
+
+@pytest.fixture(scope="module")
+def report(flags, tmp_path_factory) -> tuple[dict, str]:
+    """What grain_report.py writes, and what it prints."""
+    path, printed = tmp_path_factory.mktemp("report") / "report.json", io.StringIO()
+    with redirect_stdout(printed):
+        call("grain_report.py", *flags, "--output", path)
+    assert [file.name for file in path.parent.iterdir()] == ["report.json"]
+    return read_json(path), printed.getvalue()
+
+
+def test_report_holds_table_5_with_protocols_and_the_diagnostics_and_is_printed(report):
+    report, printed = report
+    rows = report["table_5"]
+    assert [row["map"] for row in rows] == ["true", "predicted", "random", "coarse", "fine"]
+    results = [[Result(**result) for result in row["results"]] for row in rows]
+    metrics = {tuple(result.metric for result in row) for row in results}
+    assert metrics == {("fd_small_network", "precision_small_network")}
+    assert set(differences(results[0][0], results[1][0])) == {"samples.grain_map"}
+    samples = results[0][0].protocol["samples"]
+    assert samples["num_images"] == 4 and samples["num_inference_steps"] == 2 and samples["checkpoint"]
+    assert results[0][0].protocol["reference"]["num_images"] == 4
+    assert report["real_images"][0]["metric"] == "fd_small_network"
+    assert [row["fine_share"] for row in rows][3:] == [0, 1]
+    assert [row["coherence"] for row in rows][3:] == [1, 1]
+    assert all(0 < row["agreement"]["accuracy"] <= 1 for row in rows)
+    assert report["protocol"]["checkpoint"] == samples["checkpoint"] and report["protocol"]["seed"] == 0
+    assert set(report["diagnostics"]["error_by_grain"]["denoising"]) == {"250", "500", "750", "999"}
+    assert "photos, split train, 32x32: 4 images with their maps, 4 others" in printed
+    assert "| map | fd_small_network | precision_small_network | fine share |" in printed
+    assert "| real images | " in printed and "PSNR of reconstructions by grain" in printed
+
+
+def test_budget_is_a_file_a_table_and_a_plot(flags, tmp_path, capsys):
+    (tmp_path / "notes.txt").write_text("mine")
+    call("budget_report.py", *flags, "--output_dir", tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [*BUDGET, "notes.txt"]
+    budget = read_json(tmp_path / "budget.json")
+    rows = budget["ratios"]
+    assert [row["fine_ratio"] for row in rows] == [0, 0.25, 0.5, 0.75, 1] == [row["fine_share"] for row in rows]
+    assert [row["fine_tokens"] for row in rows] == [0, 16, 32, 48, 64]
+    assert [row["results"][0]["protocol"]["samples"]["fine_ratio"] for row in rows] == [0, 0.25, 0.5, 0.75, 1]
+    assert all(row["seconds_per_image"] > 0 for row in rows) and budget["protocol"]["machine"]["num_processes"] == 1
+    table = (tmp_path / "budget.md").read_text()
+    assert table.startswith("4 samples at each ratio: 2 steps, guidance 1, seed 0, float32 on ")
+    assert len([line for line in table.splitlines() if line.startswith("| 0.")]) == 3
+    picture = PIL.Image.open(tmp_path / "budget.png")
+    assert picture.size[0] > 500 and len(picture.convert("RGB").getcolors(2**20)) > 10
+    lines = capsys.readouterr().out.splitlines()
+    lines = lines[lines.index(next(line for line in lines if line.startswith("| fine ratio"))) :]
+    assert lines[0].endswith("| PSNR, dB | tokens | GMAC / forward | s / image | ms / step |")
+    assert lines[3].startswith("| 0.25 | ") and " | 16 + 16 | " in lines[3]
+    assert lines[7].startswith("| real images | ") and {line.count("|") for line in lines[:8]} == {9}
+
+
+def test_reconstruction_at_a_ratio_is_that_of_the_autoencoder(make_pipeline):
+    drawing = Drawing(make_pipeline(), torch.arange(8), batch_size=3)
+    images = to_uint8(load_photographs(32))
+    found = load_script("budget_report.py").reconstruction_at(drawing, images, 0.4)
+    decoded, shares = reconstruct(drawing.pipe.vae, images, 0.4)
+    expected = psnr(images / 127.5 - 1, decoded / 127.5 - 1).mean().item()
+    assert found["reconstruction_psnr_db"] == pytest.approx(expected, rel=1e-6)
+    assert found["reconstruction_fine_share"] == pytest.approx(shares.mean().item())
+
+
+def assert_close(found, expected) -> None:
+    """Equal but for the rounding of sums that processes share."""
+    if isinstance(expected, float):
+        assert found == pytest.approx(expected, rel=1e-6, abs=1e-9)
+    elif isinstance(expected, (dict, list)):
+        pairs = expected.items() if isinstance(expected, dict) else enumerate(expected)
+        assert len(found) == len(expected)
+        for key, value in pairs:
+            assert_close(found[key], value)
+    else:
+        assert found == expected
+
+
+def test_two_processes_find_what_one_does(flags, report, tmp_path):
+    paths = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    environment = {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": paths}
+    of_budget = ["--fine_ratios", 0, 0.5, "--output_dir", tmp_path]
+    for script, own in (("grain_report.py", ["--output", tmp_path / "report.json"]), ("budget_report.py", of_budget)):
+        result = run(script, *flags, *own, launch=TWO_PROCESSES, **environment)
+        assert result.stdout.count("| real images |") == 1  # the main process alone prints
+    assert sorted(path.name for path in tmp_path.iterdir()) == [*BUDGET, "report.json"]
+    assert_close(read_json(tmp_path / "report.json"), report[0])
+
+    call("budget_report.py", *flags, "--fine_ratios", 0, 0.5, "--output_dir", tmp_path / "alone")
+    alone, together = (read_json(path / "budget.json") for path in (tmp_path / "alone", tmp_path))
+    assert [budget["protocol"].pop("machine")["num_processes"] for budget in (alone, together)] == [1, 2]
+    for budget in (alone, together):
+        assert all(row.pop("seconds_per_image") + row.pop("seconds_per_step") > 0 for row in budget["ratios"])
+    assert_close(together, alone)
+
+
+# ---- What is refused ----
+
+GRAIN = ("grain_report.py", "--output", "report.json")
+OF_BUDGET = ("budget_report.py", "--output_dir", "budget")
+
+
+@pytest.mark.parametrize(
+    "script, wrong, message",
+    [
+        (GRAIN, ["--num_images", 7], "photos has 8 images .*`num_images` 7 .*`num_reference_images` 4 .* 11"),
+        (GRAIN, ["--num_images", 0], "--num_images.*got 0"),
+        (GRAIN, ["--num_reference_images", 1], "--num_reference_images.*got 1"),
+        (GRAIN, ["--num_inference_steps", 0], "--num_inference_steps.*got 0"),
+        (GRAIN, ["--grain_num_inference_steps", 0], "--grain_num_inference_steps.*got 0"),
+        (GRAIN, ["--batch_size", 0], "--batch_size.*got 0"),
+        (GRAIN, ["--seed", -1], "--seed.*got -1"),
+        (GRAIN, ["--metrics", "fid", "is"], "'is'.* 10 images"),
+        (GRAIN, ["--features", "no_such_module:conv"], "--features no_such_module:conv"),
+        (GRAIN, ["--unconditional"], "photos has no classes.* 10"),
+        (GRAIN, ["--checkpoint", "nowhere"], "--checkpoint nowhere"),
+        (OF_BUDGET, ["--num_images", 5], "`num_images` 5 .*`num_reference_images` 4 .* 9"),
+        (OF_BUDGET, ["--fine_ratios", 0, 1.5], "`fine_ratios`.*1.5"),
+        (OF_BUDGET, ["--fine_ratios", 0.5, 0.5], r"`fine_ratios`.*\[0.5, 0.5\]"),
+    ],
+)
+def test_what_is_wrong_is_named_before_anything_is_drawn(flags, tmp_path, script, wrong, message):
+    name, output, path = script
+    with pytest.raises(ValueError, match=message):
+        call(name, *flags, *wrong, output, tmp_path / path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("script, kept", [(GRAIN, "report.json"), (OF_BUDGET, "budget/budget.png")])
+def test_earlier_results_are_kept(flags, tmp_path, capsys, script, kept):
+    name, output, path = script
+    (tmp_path / kept).parent.mkdir(exist_ok=True)
+    (tmp_path / kept).write_text("mine")
+    with pytest.raises(SystemExit):
+        call(name, *flags, output, tmp_path / path)
+    assert f"{kept} exists" in capsys.readouterr().err and (tmp_path / kept).read_text() == "mine"
+
+
+def test_without_matplotlib_nothing_is_drawn(flags, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ValueError, match=r"matplotlib.*diffusers-d2it\[metrics\]"):
+        call("budget_report.py", *flags, "--output_dir", tmp_path / "budget")
+    assert not (tmp_path / "budget").exists()
+
+
+def test_checkpoints_that_cannot_be_reported_on(flags, make_pipeline, tmp_path):
+    make_pipeline(grain_model=None, grain_scheduler=None).save_pretrained(tmp_path / "without")
+    with pytest.raises(ValueError, match="--checkpoint .*without.*grain model"):
+        call("grain_report.py", *flags, "--checkpoint", tmp_path / "without", "--output", tmp_path / "report.json")
