@@ -67,131 +67,124 @@ def serve_hub(repositories: dict[str, Path | MovingBranch], uploads: Uploads | N
 
     With `uploads` it also accepts new repositories and commits, and adds the repositories to the dictionary.
     """
-
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
-        def log_message(self, *args) -> None:
-            pass
-
-        def do_GET(self) -> None:
-            path = unquote(urlsplit(self.path).path)
-            if uploads is not None and path == "/api/whoami-v2":
-                if self.role() is None:
-                    return self.send_json({"error": "Invalid username or password."}, 401)
-                token = {"displayName": "loopback", "role": self.role()}
-                return self.send_json({"type": "user", "name": "user", "orgs": [], "auth": {"accessToken": token}})
-            name, folder, sha, rest = self.repository(path, "/api/models/")
-            if uploads is not None and rest == "/auth-check/write":
-                refused = name is None or self.role() != "write"
-                return self.send_json({"error": "Forbidden"} if refused else {}, 403 if refused else 200)
-            if name is not None:
-                private = uploads is not None and uploads.visibility.get(name) == "private"
-                info = {"id": name, "modelId": name, "sha": sha, "private": private, "tags": [], "downloads": 0}
-                info["siblings"] = [{"rfilename": file} for file in files_of(folder)]
-                return self.send_json(tree_of(folder) if rest.startswith("/tree/") else info)
-            name, folder, sha, rest = self.repository(path, "/")
-            if name is not None and rest.startswith("/resolve/"):
-                file = folder / rest.removeprefix("/resolve/").split("/", 1)[1]
-                if file.is_file():
-                    content = file.read_bytes()
-                    headers = {"ETag": f'"{hashlib.sha256(content).hexdigest()}"', "X-Repo-Commit": sha}
-                    return self.send(200, content, headers)
-                return self.send(404, b"", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": sha})
-            return self.send(404, b"", {"X-Error-Code": "RepoNotFound"})
-
-        do_HEAD = do_GET
-
-        def do_POST(self) -> None:
-            body = self.rfile.read(int(self.headers["Content-Length"]))
-            path = unquote(urlsplit(self.path).path)
-            if uploads is None or self.role() is None:
-                return self.send_json({"error": "Invalid username or password."}, 401)
-            if path == "/api/validate-yaml":
-                return self.validate(json.loads(body)["content"])
-            if path == "/api/repos/create":
-                return self.create(json.loads(body))
-            name, folder, _, rest = self.repository(path, "/api/models/")
-            if name is None or self.role() != "write":
-                return self.send_json({"error": "Forbidden"}, 403)
-            if rest.startswith("/preupload/"):
-                files = [file["path"] for file in json.loads(body)["files"]]
-                modes = [{"path": path, "uploadMode": "regular", "shouldIgnore": False} for path in files]
-                return self.send_json({"files": modes})
-            if rest.startswith("/commit/"):
-                in_pull_request = "create_pr=1" in urlsplit(self.path).query
-                revision = "refs/pr/1" if in_pull_request else rest.removeprefix("/commit/")
-                return self.commit(name, folder, revision, body)
-            return self.send_json({"error": f"no such route: {path}"}, 404)
-
-        def validate(self, card: str) -> None:
-            try:
-                metadata = yaml.safe_load(card.split("---\n")[1])
-                assert isinstance(metadata, dict)
-            except Exception as error:
-                return self.send_json({"errors": [{"message": f"metadata: {error!r}"}]}, 400)
-            return self.send_json({"errors": [], "warnings": []})
-
-        def create(self, request: dict) -> None:
-            name = f"{request['organization'] or 'user'}/{request['name']}"
-            answer = {"url": f"{endpoint}/{name}"}
-            if name in repositories:
-                return self.send_json(answer | {"error": "You already created this model repo"}, 409)
-            if not name.startswith("user/") or self.role() != "write":
-                return self.send_json({"error": f"You don't have the rights to create a model under {name}"}, 403)
-            repositories[name] = uploads.folder / name
-            repositories[name].mkdir(parents=True)
-            uploads.visibility[name] = request.get("visibility")
-            return self.send_json(answer)
-
-        def commit(self, name: str, folder: Path, revision: str, body: bytes) -> None:
-            header, *operations = (json.loads(line) for line in body.splitlines())
-            assert header["key"] == "header" and {operation["key"] for operation in operations} == {"file"}
-            files = {one["value"]["path"]: base64.b64decode(one["value"]["content"]) for one in operations}
-            uploads.commits.append((name, revision, header["value"]["summary"], sorted(files)))
-            for file, content in files.items() if revision == "main" else []:
-                (folder / file).parent.mkdir(parents=True, exist_ok=True)
-                (folder / file).write_bytes(content)
-            answer = {"commitUrl": f"{endpoint}/{name}/commit/{_SHA}", "commitOid": _SHA}
-            if revision == "refs/pr/1":
-                answer["pullRequestUrl"] = f"{endpoint}/{name}/discussions/1"
-            self.send_json(answer)
-
-        def role(self) -> str | None:
-            return uploads.roles.get(self.headers.get("Authorization", "").removeprefix("Bearer "))
-
-        def repository(self, path: str, prefix: str) -> tuple[str | None, Path | None, str, str]:
-            """Name, folder and commit of the repository that a path is about, and the rest of the path."""
-            for name, folder in repositories.items():
-                if f"{path}/".startswith(f"{prefix}{name}/"):
-                    rest = path.removeprefix(f"{prefix}{name}")
-                    if isinstance(folder, Path):
-                        return name, folder, _SHA, rest
-                    revision = re.match(r"/(?:resolve|revision|tree)/([^/]+)", rest)
-                    return name, *folder.commit(revision and revision[1]), rest
-            return None, None, _SHA, ""
-
-        def send_json(self, answer: dict | list, status: int = 200) -> None:
-            self.send(status, json.dumps(answer).encode(), {"Content-Type": "application/json"})
-
-        def send(self, status: int, body: bytes, headers: dict[str, str]) -> None:
-            self.send_response(status)
-            for key, value in (headers | {"Content-Length": str(len(body))}).items():
-                self.send_header(key, value)
-            self.end_headers()
-            if self.command != "HEAD":
-                self.wfile.write(body)
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    endpoint = f"http://127.0.0.1:{server.server_port}"
+    server = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
+    server.repositories, server.uploads = repositories, uploads
+    server.endpoint = f"http://127.0.0.1:{server.server_port}"
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     try:
-        yield endpoint
+        yield server.endpoint
     finally:
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    """Answers one request; what it serves stands in its server."""
+
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *args) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        path, uploads = unquote(urlsplit(self.path).path), self.server.uploads
+        if uploads and path == "/api/whoami-v2":
+            if self.role() is None:
+                return self.send_json({"error": "Invalid username or password."}, 401)
+            token = {"displayName": "loopback", "role": self.role()}
+            return self.send_json({"type": "user", "name": "user", "orgs": [], "auth": {"accessToken": token}})
+        name, folder, sha, rest = self.repository(path, "/api/models/")
+        if uploads and rest == "/auth-check/write":
+            refused = name is None or self.role() != "write"
+            return self.send_json({"error": "Forbidden"} if refused else {}, 403 if refused else 200)
+        if name is not None:
+            private = uploads is not None and uploads.visibility.get(name) == "private"
+            info = {"id": name, "modelId": name, "sha": sha, "private": private, "tags": [], "downloads": 0}
+            info["siblings"] = [{"rfilename": file} for file in files_of(folder)]
+            return self.send_json(tree_of(folder) if rest.startswith("/tree/") else info)
+        name, folder, sha, rest = self.repository(path, "/")
+        if name is None or not rest.startswith("/resolve/"):
+            return self.send(404, b"", {"X-Error-Code": "RepoNotFound"})
+        file = folder / rest.removeprefix("/resolve/").split("/", 1)[1]
+        if not file.is_file():
+            return self.send(404, b"", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": sha})
+        content = file.read_bytes()
+        self.send(200, content, {"ETag": f'"{hashlib.sha256(content).hexdigest()}"', "X-Repo-Commit": sha})
+
+    do_HEAD = do_GET
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        path = unquote(urlsplit(self.path).path)
+        if self.server.uploads is None or self.role() is None:
+            return self.send_json({"error": "Invalid username or password."}, 401)
+        if path == "/api/validate-yaml":
+            is_card = isinstance(yaml.safe_load(json.loads(body)["content"].split("---\n")[1]), dict)
+            answer = {"errors": [] if is_card else [{"message": "no metadata"}], "warnings": []}
+            return self.send_json(answer, 200 if is_card else 400)
+        if path == "/api/repos/create":
+            return self.create(json.loads(body))
+        name, folder, _, rest = self.repository(path, "/api/models/")
+        if name is None or self.role() != "write":
+            return self.send_json({"error": "Forbidden"}, 403)
+        if rest.startswith("/preupload/"):
+            files = [file["path"] for file in json.loads(body)["files"]]
+            modes = [{"path": path, "uploadMode": "regular", "shouldIgnore": False} for path in files]
+            return self.send_json({"files": modes})
+        in_pull_request = "create_pr=1" in urlsplit(self.path).query
+        self.commit(name, folder, "refs/pr/1" if in_pull_request else rest.removeprefix("/commit/"), body)
+
+    def create(self, request: dict) -> None:
+        name = f"{request['organization'] or 'user'}/{request['name']}"
+        answer = {"url": f"{self.server.endpoint}/{name}"}
+        if name in self.server.repositories:
+            return self.send_json(answer | {"error": "You already created this model repo"}, 409)
+        if not name.startswith("user/") or self.role() != "write":
+            return self.send_json({"error": f"You don't have the rights to create a model under {name}"}, 403)
+        folder = self.server.repositories[name] = self.server.uploads.folder / name
+        folder.mkdir(parents=True)
+        self.server.uploads.visibility[name] = request.get("visibility")
+        self.send_json(answer)
+
+    def commit(self, name: str, folder: Path, revision: str, body: bytes) -> None:
+        header, *operations = (json.loads(line) for line in body.splitlines())
+        assert header["key"] == "header" and {operation["key"] for operation in operations} == {"file"}
+        files = {one["value"]["path"]: base64.b64decode(one["value"]["content"]) for one in operations}
+        self.server.uploads.commits.append((name, revision, header["value"]["summary"], sorted(files)))
+        for file, content in files.items() if revision == "main" else []:
+            (folder / file).parent.mkdir(parents=True, exist_ok=True)
+            (folder / file).write_bytes(content)
+        answer = {"commitUrl": f"{self.server.endpoint}/{name}/commit/{_SHA}", "commitOid": _SHA}
+        if revision == "refs/pr/1":
+            answer["pullRequestUrl"] = f"{self.server.endpoint}/{name}/discussions/1"
+        self.send_json(answer)
+
+    def role(self) -> str | None:
+        return self.server.uploads.roles.get(self.headers.get("Authorization", "").removeprefix("Bearer "))
+
+    def repository(self, path: str, prefix: str) -> tuple[str | None, Path | None, str, str]:
+        """Name, folder and commit of the repository that a path is about, and the rest of the path."""
+        for name, folder in self.server.repositories.items():
+            if f"{path}/".startswith(f"{prefix}{name}/"):
+                rest = path.removeprefix(f"{prefix}{name}")
+                if isinstance(folder, Path):
+                    return name, folder, _SHA, rest
+                revision = re.match(r"/(?:resolve|revision|tree)/([^/]+)", rest)
+                return name, *folder.commit(revision and revision[1]), rest
+        return None, None, _SHA, ""
+
+    def send_json(self, answer: dict | list, status: int = 200) -> None:
+        self.send(status, json.dumps(answer).encode(), {"Content-Type": "application/json"})
+
+    def send(self, status: int, body: bytes, headers: dict[str, str]) -> None:
+        self.send_response(status)
+        for key, value in (headers | {"Content-Length": str(len(body))}).items():
+            self.send_header(key, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
 
 
 def files_of(folder: Path) -> list[str]:

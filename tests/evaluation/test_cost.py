@@ -53,14 +53,6 @@ def test_tokens_by_hand():
     assert tokens(torch.tensor([[[0, 1], [2, 2]]]), 3)["refine"] == [3 * 4 + 2 * 16]
 
 
-@pytest.mark.parametrize("num_grains", [2, 3])
-def test_tokens_are_those_of_the_layout(make_content_model, num_grains):
-    maps = torch.randint(num_grains, (3, 4, 4), generator=torch.Generator().manual_seed(0))
-    layout = make_content_model(num_grains=num_grains).prepare_grain_map(maps)
-    expected = sum(len(level.tokens) for level in layout.levels)
-    assert sum(tokens(maps, num_grains)["refine"]) == sum(tokens(layout, num_grains)["refine"]) == expected
-
-
 def test_macs_are_those_of_the_layers_and_of_attention(make_content_model):
     model = make_content_model()
     counted = []

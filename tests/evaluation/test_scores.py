@@ -40,12 +40,6 @@ def test_scores_in_closed_form():
     assert inception_score(logits, num_splits=1)[0] == pytest.approx(2 * math.exp(-entropy), rel=1e-12)
 
 
-def test_classes_that_lie_beside_one_another_are_dealt_to_all_splits():
-    logits = 100.0 * torch.eye(5).repeat_interleave(200, dim=0)
-    mean, std = inception_score(logits)
-    assert mean > 4.7 and 0 < std < 0.2  # 1, were the first images the first split
-
-
 def test_splits_of_unlike_sizes_are_cut_where_torch_fidelity_cuts_them():
     logits = (3 * draw(103)).double()
     shuffled = logits[torch.from_numpy(np.random.RandomState(2020).permutation(103))]
@@ -76,13 +70,6 @@ def test_score_refuses():
 
 
 # ---- Kernel distance ----
-
-
-def test_kernel_distance_of_like_sets_is_zero_on_average():
-    distances = [kernel_distance(draw(50, 2 * i), draw(50, 2 * i + 1), 50, 1)[0] for i in range(200)]
-    error = np.std(distances) / np.sqrt(len(distances))
-    assert abs(np.mean(distances)) < 3 * error
-    assert kernel_distance(draw(50), draw(50, 1) + 0.5, 50, 1)[0] > 10 * np.std(distances)
 
 
 def test_kernel_distance_agrees_with_torchmetrics():
@@ -125,15 +112,6 @@ def test_precision_and_recall_are_those_of_all_distances(k, block_size):
     assert precision_recall(real, fake.double(), k, block_size) == expected
 
 
-def test_like_sets_have_all_of_both_distant_ones_nothing_and_a_part_its_share():
-    real = draw(50)
-    assert precision_recall(real, real.flip(0), block_size=16) == (1, 1)
-    assert precision_recall(real, real + 100, block_size=16) == (0, 0)
-    assert precision_recall(torch.ones(9, D), torch.ones(7, D)) == (1, 1)
-    whole = torch.cat([draw(60), draw(60, seed=1) + 100])
-    assert precision_recall(whole, whole[:60]) == (1, 0.5) and precision_recall(whole[:60], whole) == (0.5, 1)
-
-
 def test_a_point_is_not_its_own_neighbour():
     # On a line with gaps of one, the ball of each reaches to the next point and not beyond, ends included
     real = torch.arange(10.0)[:, None]
@@ -153,13 +131,6 @@ def test_copies_fill_balls_without_extent(offset, block_size):
     assert precision_recall(real, images[:13], block_size=block_size)[0] == 1
     assert precision_recall(real, images + 1e-3, block_size=block_size)[0] == 0
     assert precision_recall(images[::2].repeat(4, 1), real, block_size=block_size) == (0.5, 1)
-
-
-def test_precision_and_recall_far_from_zero():
-    real, fake = draw(80).double() * 1e-3, 0.8e-3 * draw(70, seed=1).double() + 6e-4
-    expected = plain_precision_recall(real, fake, 3)
-    assert 0.05 < min(expected) and max(expected) < 0.98
-    assert precision_recall(real + 1000, fake + 1000, block_size=32) == expected
 
 
 @pytest.mark.parametrize("score", [kernel_distance, precision_recall])

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from diffusers_d2it.files import folders
-from diffusers_d2it.files.folders import MANIFEST, is_sealed, save_folder, settle, sweep, verify, write_json_durably
+from diffusers_d2it.files.folders import MANIFEST, save_folder, settle, sweep, verify, write_json_durably
 
 
 def writer(files: dict[str, str]):
@@ -76,13 +76,6 @@ def test_weights_of_an_earlier_save_do_not_stay_beside_the_new_ones(tmp_path, ol
     (tmp_path / next(iter(HALF))).write_text("x")
     with pytest.raises(ValueError, match="fp16-00001-of-00002"):
         verify(tmp_path)
-
-
-def test_a_part_that_was_saved_by_itself_is_listed_with_the_rest_afterwards(tmp_path):
-    save_folder(tmp_path / "vae", writer({"config.json": "1"}))
-    save_folder(tmp_path, writer({"model_index.json": "{}", "vae/config.json": "2"}))
-    verify(tmp_path)
-    assert not is_sealed(tmp_path / "vae") and (tmp_path / "vae" / "config.json").read_text() == "2"
 
 
 def test_an_error_leaves_what_was_there(tmp_path):
