@@ -132,7 +132,12 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="RATIO",
         help="share of fine regions: one number, or two between which every batch draws its own",
     )
-    group.add_argument("--mixed_precision", choices=["no", "bf16", "fp16"], default="no", help="autocast")
+    group.add_argument(
+        "--mixed_precision",
+        choices=["no", "bf16", "fp16", "auto"],
+        default="no",
+        help="autocast; auto is bf16 where the processor has units for it (a GPU, a CPU with AMX), else no",
+    )
     group.add_argument("--gradient_checkpointing", action="store_true", help="less memory, more time")
     group.add_argument("--compile", action="store_true", help="torch.compile the blocks of the model")
     group.add_argument("--checkpointing_steps", type=int, default=1000, help="updates between two checkpoints")

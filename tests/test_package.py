@@ -32,6 +32,7 @@ PUBLIC = {
     "DynamicAutoencoderKL",
     "evaluate",
     "GrainLayout",
+    "list_bundled_checkpoints",
     "list_presets",
     "list_samplers",
     "load_features",

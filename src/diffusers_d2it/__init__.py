@@ -25,7 +25,14 @@ from .models.transformer_d2it_content import D2iTContentModel
 from .models.transformer_d2it_grain import D2iTGrainModel
 from .pipelines.grain_maps import sample_grain_map
 from .pipelines.pipeline_d2it import D2iTPipeline, D2iTPipelineOutput
-from .presets import bundled_checkpoint, list_presets, list_samplers, load_preset, load_sampler
+from .presets import (
+    bundled_checkpoint,
+    list_bundled_checkpoints,
+    list_presets,
+    list_samplers,
+    load_preset,
+    load_sampler,
+)
 from .registration import register
 from .visualization import visualize_grain_map
 
@@ -44,6 +51,7 @@ __all__ = [
     "ModelMixin",
     "bundled_checkpoint",
     "evaluate",
+    "list_bundled_checkpoints",
     "list_presets",
     "list_samplers",
     "load_features",

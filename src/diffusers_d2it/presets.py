@@ -13,7 +13,7 @@ from .words import close_to, shown
 
 
 _FOLDER = Path(__file__).parent / "presets"
-_CHECKPOINT = Path(__file__).parent / "checkpoints" / "tiny-imagenet-20-64"
+_CHECKPOINTS = Path(__file__).parent / "checkpoints"
 
 # What a network was trained with. All else in the config of a scheduler belongs to its solver.
 _NOISE_SCHEDULE = (
@@ -115,12 +115,25 @@ def load_sampler(name: str, scheduler: SchedulerMixin) -> SchedulerMixin:
     return replacement
 
 
-def bundled_checkpoint() -> str:
-    """Folder of the small checkpoint that comes with the package, for `D2iTPipeline.from_pretrained`.
+def list_bundled_checkpoints() -> list[str]:
+    """Names that `bundled_checkpoint` knows."""
+    return sorted(path.parent.name for path in _CHECKPOINTS.glob("*/model_index.json"))
 
-    64x64 images of 20 ImageNet classes; its README.md is the model card.
+
+def bundled_checkpoint(name: str = "tiny-imagenet-20-64") -> str:
+    """Folder of a small checkpoint that comes with the package, for `D2iTPipeline.from_pretrained`.
+
+    Its README.md is the model card.
+
+    Args:
+        name: one of `list_bundled_checkpoints()`; by default 64x64 images of 20 ImageNet classes.
+
+    Raises:
+        ValueError: no such checkpoint.
     """
-    return str(_CHECKPOINT)
+    if name not in list_bundled_checkpoints():
+        raise ValueError(f"no bundled checkpoint {_listed(name, list_bundled_checkpoints())}")
+    return str(_CHECKPOINTS / name)
 
 
 def _listed(name: str, known: list[str]) -> str:

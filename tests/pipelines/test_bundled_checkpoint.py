@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from diffusers_d2it import D2iTPipeline, bundled_checkpoint
+from diffusers_d2it import D2iTPipeline, bundled_checkpoint, list_bundled_checkpoints
 from diffusers_d2it.evaluation.reconstruction import psnr
 from diffusers_d2it.grains import grain_map_from_entropy, tie
 from diffusers_d2it.losses import grain_loss
@@ -25,6 +25,14 @@ def test_it_is_small_and_has_a_card():
     assert sum(path.stat().st_size for path in folder.rglob("*.safetensors")) <= 20 * 2**20
     card = (folder / "README.md").read_text(encoding="utf-8")
     assert "D2iTPipeline.from_pretrained(bundled_checkpoint())" in card and "accelerate launch" in card
+
+
+def test_checkpoints_are_found_by_name():
+    assert Path(bundled_checkpoint()).name in list_bundled_checkpoints()
+    for name in list_bundled_checkpoints():
+        assert D2iTPipeline.load_config(bundled_checkpoint(name))["_class_name"] == "D2iTPipeline"
+    with pytest.raises(ValueError, match="tiny-imagenet-20-46.*tiny-imagenet-20-64"):
+        bundled_checkpoint("tiny-imagenet-20-46")
 
 
 def test_its_files_do_not_say_where_they_were_made():

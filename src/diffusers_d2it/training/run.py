@@ -44,7 +44,7 @@ def make_accelerator(
     Args:
         output_dir: the folder: empty or new, unless the run is resumed.
         resume_from_checkpoint: what it is resumed from; None for a new run.
-        mixed_precision: "no", "bf16" or "fp16".
+        mixed_precision: "no", "bf16", "fp16", or "auto": bf16 where the processor has units for it, else "no".
         gradient_accumulation_steps: forward passes of an update.
         report_to: a tracker known to accelerate; None or "none" for none.
 
@@ -64,7 +64,7 @@ def make_accelerator(
         gradient_accumulation_plugin=GradientAccumulationPlugin(
             num_steps=gradient_accumulation_steps, sync_with_dataloader=False
         ),
-        mixed_precision=mixed_precision,
+        mixed_precision=_own_precision() if mixed_precision == "auto" else mixed_precision,
         log_with=report_to,
         project_config=ProjectConfiguration(str(output_dir), logging_dir=os.path.join(output_dir, "logs")),
         # Without the seedable sampler a resumed epoch sees its images in another order.
@@ -78,6 +78,15 @@ def make_accelerator(
         accelerator.output_lock = lock(output_dir)
     accelerator.wait_for_everyone()
     return accelerator
+
+
+def _own_precision() -> str:
+    """The mixed precision that this machine trains fastest in without scaling a loss.
+
+    Any CPU knows bfloat16, but without AMX float32 is faster.
+    """
+    is_fast = torch.cuda.is_bf16_supported(False) if torch.cuda.is_available() else torch.cpu._is_amx_tile_supported()
+    return "bf16" if is_fast else "no"
 
 
 def _check_output_dir(folder: Path, resume_from_checkpoint: str | None) -> None:
