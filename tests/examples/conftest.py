@@ -34,8 +34,8 @@ def dvae(dvae_arguments, tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def cache(folder, dvae, tmp_path_factory) -> Path:
     output = tmp_path_factory.mktemp("runs") / "cache"
-    call("cache_latents.py", "--train_data_dir", folder, "--vae", dvae / "vae", "--resolution", 32,
-        "--output_dir", output)  # fmt: skip
+    flags = ["--train_data_dir", folder, "--vae", dvae / "vae", "--resolution", 32, "--output_dir", output]
+    call("cache_latents.py", *flags)
     return output
 
 

@@ -78,20 +78,11 @@ def test_two_processes_give_the_values_of_one(folders, by_one, tmp_path):
     statistics = ["--samples", folders[0], "--reference", tmp_path / "reference.npz", "--metrics", "fid", *NETWORK]
     [by_statistics] = evaluated(tmp_path / "by_statistics.json", *statistics).values()
     assert compare(by_one[1]["fd_small_network"], by_statistics) == pytest.approx(0, abs=1e-9)
+    with pytest.raises(ValueError, match="reference.npz.* statistics"):
+        evaluated(tmp_path / "pairs.json", *statistics, "--metrics", "psnr")
+    assert "reference.npz: small_network, 30 images of reference" in result.stdout
     assert result.stdout.count("figures with their protocol") == 2  # not by both processes
     assert all(f"process {i}: only here" in result.stdout for i in (0, 1))
-
-
-def test_statistics_are_saved_and_used(folders, by_one, tmp_path, capsys):
-    samples, reference = folders
-    call("evaluate.py", "--reference", reference, "--save_statistics", tmp_path / "reference.npz", *NETWORK)
-    assert "reference.npz: small_network, 30 images of reference" in capsys.readouterr().out
-    arguments = ["--samples", samples, "--reference", tmp_path / "reference.npz", "--metrics", "fid", "sfid", *NETWORK]
-    found = evaluated(tmp_path / "results.json", *arguments)
-    for name, one in found.items():
-        assert compare(by_one[1][name], one) == pytest.approx(0, abs=1e-9)
-    with pytest.raises(ValueError, match="reference.npz.* statistics"):
-        evaluated(tmp_path / "pairs.json", *arguments, "--metrics", "psnr")
 
 
 def test_an_autoencoder_is_measured_on_a_data_set(folders, tmp_path):

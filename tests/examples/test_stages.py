@@ -7,6 +7,7 @@ import shutil
 import PIL.Image
 import pytest
 import torch
+from alike import same_weights
 from image_files import encode, photo, truncated_jpeg, write_tar
 from loopback_hub import TOKEN, Uploads, serve_hub
 from safetensors.torch import load_file
@@ -46,9 +47,8 @@ def test_latents_have_unit_scale_after_training(dvae, folder):
 
 
 def test_discriminator_learns_from_its_start_step_on(dvae):
-    before, at_start, after = (
-        load_file(dvae / f"checkpoint-{step}" / "discriminator.safetensors") for step in (2, 4, 5)
-    )
+    files = (dvae / f"checkpoint-{step}" / "discriminator.safetensors" for step in (2, 4, 5))
+    before, at_start, after = map(load_file, files)
     # The convolutions start as drawn, with deviation 0.02, and only the steps 4 and 5 train them
     assert before["layers.0.weight"].std().item() == pytest.approx(0.02, rel=0.2)
     assert all(not torch.equal(at_start[name], after[name]) for name in after)
@@ -81,16 +81,8 @@ def test_without_lpips_the_run_stops_and_says_what_to_do(folder, tmp_path, monke
 def test_frozen_fine_path_keeps_codes_decoder_and_scale(dvae, dvae_arguments, tmp_path):
     start = DynamicAutoencoderKL.from_pretrained(dvae / "vae")
     arguments = [*dvae_arguments, "--init_from", dvae / "vae", "--freeze_fine_path", "--gan_weight", 0]
-    call_train(
-        "train_dvae.py",
-        tmp_path / "run",
-        2,
-        *arguments,
-        "--ema_decay",
-        0.5,
-        "--fid_model",
-        save_vision_model(tmp_path / "vision"),
-    )
+    arguments += ["--ema_decay", 0.5, "--fid_model", save_vision_model(tmp_path / "vision")]
+    call_train("train_dvae.py", tmp_path / "run", 2, *arguments)
     vae = DynamicAutoencoderKL.from_pretrained(tmp_path / "run" / "vae")
     assert vae.config.scaling_factor == start.config.scaling_factor
     same = {name: torch.equal(value, start.state_dict()[name]) for name, value in vae.state_dict().items()}
@@ -107,8 +99,7 @@ def test_output_loads_in_the_pipeline(d2it, grain):
     assert pipe.id2label == dict(enumerate(CLASSES))
     output = pipe("cat", num_inference_steps=2)
     assert output.images[0].size == (32, 32)
-    trained = D2iTGrainModel.from_pretrained(grain, subfolder="grain_model")
-    assert all(torch.equal(a, b) for a, b in zip(trained.parameters(), pipe.grain_model.parameters()))
+    assert same_weights(D2iTGrainModel.from_pretrained(grain, subfolder="grain_model"), pipe.grain_model)
     assert PIL.Image.open(d2it / "samples" / f"step-{STEPS:07d}.png").size == (8 * 32, 2 * 32)
     card = (d2it / "pipeline" / "README.md").read_text()
     assert "photos, split train, 32x32" in card and "## Limits" in card
@@ -139,11 +130,8 @@ def test_unconditional_training_with_three_grains_from_images(folder, tmp_path, 
     call_train("train_d2it.py", tmp_path / "d2it", 3, *data, *arguments, "--report_to", "tensorboard")
     scalars = logged(tmp_path / "d2it")["alignment"]
     assert scalars[1] == pytest.approx(1, abs=0.5) and scalars[3] != scalars[1]
-    projector = [
-        load_file(tmp_path / "d2it" / f"checkpoint-{step}" / "alignment.safetensors")["projector.0.weight"]
-        for step in (2, 3)
-    ]
-    assert not torch.equal(*projector)
+    saved = [load_file(tmp_path / "d2it" / f"checkpoint-{step}" / "alignment.safetensors") for step in (2, 3)]
+    assert not torch.equal(*(weights["projector.0.weight"] for weights in saved))
     pipe = D2iTPipeline.from_pretrained(tmp_path / "d2it" / "pipeline")
     assert pipe.transformer.config.num_classes is None and pipe.transformer.config.num_grains == 3
     assert type(pipe.scheduler).__name__ == "FlowMatchEulerDiscreteScheduler"
@@ -168,11 +156,8 @@ def test_a_stream_of_tars_trains_and_resumes(tmp_path, capsys):
     call_train("train_grain.py", tmp_path / "whole", STEPS, *arguments)
     call_train("train_grain.py", tmp_path / "parts", 2, *arguments)
     train("train_grain.py", tmp_path / "parts", STEPS, *arguments, "--resume_from_checkpoint", "latest")
-    whole, parts = (
-        load_file(tmp_path / run / "grain_model" / "diffusion_pytorch_model.safetensors") for run in ("whole", "parts")
-    )
-    assert all(torch.equal(whole[name], parts[name]) for name in whole)
-    assert D2iTGrainModel.from_pretrained(tmp_path / "whole" / "grain_model").config.num_classes == 3
+    whole, parts = (D2iTGrainModel.from_pretrained(tmp_path / run / "grain_model") for run in ("whole", "parts"))
+    assert same_weights(whole, parts) and whole.config.num_classes == 3
 
 
 def test_learned_variance_velocity_and_min_snr_from_given_weights_pushed_to_a_hub(d2it_arguments, tmp_path):
@@ -193,8 +178,7 @@ def test_learned_variance_velocity_and_min_snr_from_given_weights_pushed_to_a_hu
 
     pipe = D2iTPipeline.from_pretrained(pushed)
     assert pipe.scheduler.config.prediction_type == "v_prediction"
-    trained = pipe.transformer.state_dict()
-    assert all(torch.equal(value, trained[name]) for name, value in start.state_dict().items())  # at a rate of 0
+    assert same_weights(pipe.transformer, start)  # at a rate of 0
     assert logged(tmp_path / "run")["vlb"][1] > 0
     assert pipe("cat", num_inference_steps=2).images[0].size == (32, 32)
 
@@ -202,10 +186,6 @@ def test_learned_variance_velocity_and_min_snr_from_given_weights_pushed_to_a_hu
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a compiler")
 def test_compiled_run_trains_as_an_uncompiled_one(grain, grain_arguments, tmp_path):
     train("train_grain.py", tmp_path, 2, *grain_arguments, "--compile")
-    plain, compiled = (
-        load_file(run / "checkpoint-2" / "model" / "diffusion_pytorch_model.safetensors") for run in (grain, tmp_path)
-    )
-    assert plain.keys() == compiled.keys()
-    for name in plain:
-        # Adam's first steps have the size of the learning rate, 1e-4, whatever the gradient's last bits are
-        torch.testing.assert_close(plain[name], compiled[name], atol=2e-5, rtol=1e-4)
+    files = (run / "checkpoint-2" / "model" / "diffusion_pytorch_model.safetensors" for run in (grain, tmp_path))
+    # Adam's first steps have the size of the learning rate, 1e-4, whatever the gradient's last bits are
+    torch.testing.assert_close(*map(load_file, files), atol=2e-5, rtol=1e-4)

@@ -107,13 +107,20 @@ print("url", pipe.push_to_hub("tiny", private=True, sample_image={str(picture)!r
     assert '"user/tiny"' in snippet and card.index("```python") < card.index("![samples](samples.png)")
     output = hub.run(f"""
 {snippet}
-import torch
+import sys
+sys.path.append({str(Path(__file__).parents[1])!r})
+from alike import same_weights
+from diffusers import AutoModel, DiffusionPipeline
+from diffusers_d2it import D2iTContentModel
 assert output.images[0].size == (32, 32) and output.grain_maps.shape == (1, 4, 4)
 local = D2iTPipeline.from_pretrained({str(saved)!r})
-for name in ("vae", "grain_model", "transformer"):
-    for a, b in zip(getattr(pipe, name).state_dict().values(), getattr(local, name).state_dict().values()):
-        assert torch.equal(a, b)
-assert pipe.id2label == local.id2label
+for loaded in (pipe, DiffusionPipeline.from_pretrained("user/tiny")):
+    assert type(loaded) is D2iTPipeline and loaded.id2label == local.id2label
+    for name in ("vae", "grain_model", "transformer"):
+        assert same_weights(getattr(loaded, name), getattr(local, name)), name
+for loader in (AutoModel, D2iTContentModel):
+    model = loader.from_pretrained("user/tiny", subfolder="transformer")
+    assert type(model) is D2iTContentModel and same_weights(model, local.transformer)
 print("ran")
 """)
     assert "ran" in output.splitlines()

@@ -29,11 +29,12 @@ from torch import nn
 from diffusers_d2it import D2iTContentModel, D2iTGrainModel, DynamicAutoencoderKL, load_preset
 from diffusers_d2it.grains import GrainLayout
 from diffusers_d2it.losses import dvae_loss, grain_loss, multi_grained_loss
+from diffusers_d2it.training.checkpoints import is_sharded
 
 
 sys.path += [str(Path(__file__).parents[1]), str(Path(__file__).parents[2] / "examples")]
 
-from sharded_checkpoints import save_and_resume  # noqa: E402
+from small_runs import SmallRun  # noqa: E402
 from train_dvae import DvaeStep  # noqa: E402
 
 
@@ -164,6 +165,30 @@ def loss_in_bfloat16(name: str, rows: slice) -> float:
     accelerator.backward(STEPS[name].loss(model, 0, rows))
     optimizer.step()
     return accelerator.reduce(STEPS[name].loss(model, 0, rows).detach(), "mean").item()
+
+
+def make_grain_model(seed: int = 0) -> D2iTGrainModel:
+    torch.manual_seed(seed)
+    return D2iTGrainModel(**load_preset("grain-tiny"))
+
+
+def save_and_resume(output_dir: Path) -> dict[str, bool]:
+    """Save a run whose weights are sharded, resume it in another one, and go on with both; what held, by name."""
+    accelerator = Accelerator(cpu=True)
+    run = SmallRun(accelerator, output_dir, make_grain_model())
+    for step in range(NUM_STEPS):
+        run.update(step)
+    run.checkpoints.save(NUM_STEPS)
+    other = SmallRun(accelerator, output_dir, make_grain_model(seed=1))
+    resumed = other.checkpoints.resume(output_dir / f"checkpoint-{NUM_STEPS}")
+    came_back = all(map(torch.equal, run.tensors(), other.tensors()))
+    for one in (run, other):
+        one.update(NUM_STEPS)
+    return {
+        "sharded": is_sharded(run.model) and is_sharded(other.model),
+        "came_back": came_back and resumed == NUM_STEPS,
+        "goes_on": all(map(torch.equal, run.tensors(), other.tensors())),
+    }
 
 
 def main(output: Path) -> None:
