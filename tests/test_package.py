@@ -13,7 +13,6 @@ import diffusers
 import pytest
 import torch
 from alike import same_weights
-from diffusers import DiffusionPipeline
 from script_runs import EXAMPLES
 
 import diffusers_d2it
@@ -141,18 +140,6 @@ def same_pipelines(a: D2iTPipeline, b: D2iTPipeline) -> bool:
 def saved(make_pipeline, tmp_path) -> Path:
     make_pipeline().save_pretrained(tmp_path / "pipeline")
     return tmp_path / "pipeline"
-
-
-@pytest.mark.parametrize("loader", [D2iTPipeline, DiffusionPipeline])
-def test_pipeline_loads_from_a_folder(make_pipeline, saved, loader):
-    pipe, loaded = make_pipeline(), loader.from_pretrained(saved)
-    assert same_pipelines(pipe, loaded)
-    loaded.set_progress_bar_config(disable=True)
-    images = [
-        p(3, num_inference_steps=2, generator=torch.Generator().manual_seed(0), output_type="pt").images
-        for p in (pipe, loaded)
-    ]
-    assert torch.equal(*images)
 
 
 def test_model_index_names_the_package_not_a_module_path(saved):
