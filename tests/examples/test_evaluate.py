@@ -107,9 +107,6 @@ def test_samples_bring_the_protocol_of_their_sampling(folders, tmp_path):
     described = found["fd_small_network"].protocol["samples"]
     assert described["num_images"] == 12 and described["resolution"] == [64, 64] and described["seed"] == 0
     assert described["num_inference_steps"] == 2 and "checkpoint" in described
-    (tmp_path / "samples" / "000005.png").unlink()
-    with pytest.raises(ValueError, match="protocol.json.* 12 images.*found 11"):
-        evaluated(tmp_path / "fewer.json", *arguments)
 
 
 # ---- Comparing ----
