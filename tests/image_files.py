@@ -62,3 +62,9 @@ def write_tar(path: Path, samples: dict[str, dict[str, bytes]]) -> None:
                 member = tarfile.TarInfo(f"{key}.{field}")
                 member.size = len(data)
                 archive.addfile(member, io.BytesIO(data))
+
+
+def flip_bit(path: Path, position: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[position] ^= 4
+    path.write_bytes(data)

@@ -40,9 +40,3 @@ class Photographs:
 def contents(folder: Path) -> dict[str, bytes]:
     """Of every file, by its path in the folder."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
-
-
-def flip_bit(path: Path, position: int) -> None:
-    data = bytearray(path.read_bytes())
-    data[position] ^= 4
-    path.write_bytes(data)

@@ -12,8 +12,8 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration
-from image_files import encode, photo
-from photo_caches import CODES, SHARD, contents, flip_bit
+from image_files import encode, flip_bit, photo
+from photo_caches import CODES, SHARD, contents
 from torch.utils.data import DataLoader, default_collate
 
 from diffusers_d2it.data.images import to_pixels

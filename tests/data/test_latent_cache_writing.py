@@ -13,8 +13,8 @@ import PIL.ImageChops
 import pytest
 import torch
 from accelerate import Accelerator
-from image_files import encode, photo
-from photo_caches import CODES, SHARD, contents, flip_bit, make_plan
+from image_files import encode, flip_bit, photo
+from photo_caches import CODES, SHARD, contents, make_plan
 from script_runs import TWO_PROCESSES, call, in_two_processes, run
 
 from diffusers_d2it.data import latent_cache_writer

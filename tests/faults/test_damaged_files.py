@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from image_files import flip_bit
 from ways_of_saving import SaveCache, SaveCheckpoint, SaveModel, SavePipeline
 
 from diffusers_d2it import D2iTGrainModel, D2iTPipeline
@@ -16,29 +17,13 @@ from diffusers_d2it.files.folders import MANIFEST
 from diffusers_d2it.training import find_checkpoint
 
 
-def missing(path: Path) -> None:
-    path.unlink()
-
-
-def empty(path: Path) -> None:
-    path.write_bytes(b"")
-
-
-def truncated(path: Path) -> None:
-    os.truncate(path, path.stat().st_size // 2)
-
-
-def web_page(path: Path) -> None:
-    path.write_text("<!DOCTYPE html><html><body>404 Not Found</body></html>")
-
-
-def flipped_bit(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 4
-    path.write_bytes(content)
-
-
-DAMAGES = [missing, empty, truncated, web_page, flipped_bit]
+DAMAGES = {
+    "missing": Path.unlink,
+    "empty": lambda path: path.write_bytes(b""),
+    "truncated": lambda path: os.truncate(path, path.stat().st_size // 2),
+    "web_page": lambda path: path.write_text("<!DOCTYPE html><html><body>404 Not Found</body></html>"),
+    "flipped_bit": lambda path: flip_bit(path, path.stat().st_size // 2),
+}
 
 
 def try_damages(count, folder: Path, load: Callable[[], object], needs_manifest: bool = True) -> None:
@@ -50,11 +35,11 @@ def try_damages(count, folder: Path, load: Callable[[], object], needs_manifest:
     assert files
     for path in files:
         content = path.read_bytes()
-        for damage in DAMAGES:
-            if damage is missing and path.name == MANIFEST and not needs_manifest:
+        for name, damage in DAMAGES.items():
+            if name == "missing" and path.name == MANIFEST and not needs_manifest:
                 continue
             damage(path)
-            what = f"{path.relative_to(folder)} {damage.__name__}"
+            what = f"{path.relative_to(folder)} {name}"
             try:
                 load()
             except (ValueError, OSError) as error:

@@ -14,6 +14,7 @@ import torch
 from alike import same_weights
 from diffusers import AutoModel
 from diffusers.training_utils import EMAModel
+from image_files import flip_bit
 from safetensors.torch import load_file, save_file
 
 from diffusers_d2it import D2iTContentModel, D2iTGrainModel, D2iTPipeline, DynamicAutoencoderKL, load_preset
@@ -132,9 +133,7 @@ def test_a_part_of_a_pipeline_loads_alone_and_is_checked_against_the_manifest_of
     ):
         assert same_weights(load(), pipe.grain_model)
     file = tmp_path / "pipeline" / "grain_model" / WEIGHTS
-    content = bytearray(file.read_bytes())
-    content[-1] ^= 1
-    file.write_bytes(content)
+    flip_bit(file, -1)
     with pytest.raises(ValueError, match=str(file)):
         D2iTGrainModel.from_pretrained(tmp_path / "pipeline", subfolder="grain_model")
 
