@@ -23,18 +23,10 @@ from diffusers_d2it.hub.card import make_model_card
 from diffusers_d2it.hub.push import files_to_push
 
 
-PIPELINE_FILES = {
-    "README.md",
-    "model_index.json",
-    "grain_model/config.json",
-    "grain_model/diffusion_pytorch_model.safetensors",
-    "grain_scheduler/scheduler_config.json",
-    "scheduler/scheduler_config.json",
-    "transformer/config.json",
-    "transformer/diffusion_pytorch_model.safetensors",
-    "vae/config.json",
-    "vae/diffusion_pytorch_model.safetensors",
-}
+PIPELINE_FILES = {"README.md", "model_index.json"}
+PIPELINE_FILES |= {f"{name}/scheduler_config.json" for name in ("scheduler", "grain_scheduler")}
+MODEL_FILES = ("config.json", "diffusion_pytorch_model.safetensors")
+PIPELINE_FILES |= {f"{model}/{file}" for model in ("vae", "grain_model", "transformer") for file in MODEL_FILES}
 # What a process says about calls that must raise a ValueError
 REFUSED = """
 import os
