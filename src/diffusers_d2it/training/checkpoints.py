@@ -277,6 +277,7 @@ class Checkpoints:
                 set_optimizer_state_dict(self._trained, optimizer, whole, options=_WHOLE)
             except RuntimeError as error:
                 raise ValueError(f"{path} cannot be loaded: {error}") from error
+        _lay_out_like_weights(optimizer)
         for group, stored in zip(optimizer.param_groups, settings):
             # JSON knows no tuples
             group.update({key: tuple(v) if isinstance(v, list) else v for key, v in stored.items()})
@@ -291,6 +292,18 @@ def found_checkpoints(folder: Path) -> list[Path]:
     """Folders of a run that are named like its checkpoints, oldest first."""
     matches = ((_CHECKPOINT.fullmatch(path.name), path) for path in folder.glob("checkpoint-*"))
     return [path for _, path in sorted((int(match[1]), path) for match, path in matches if match)]
+
+
+def _lay_out_like_weights(optimizer: torch.optim.Optimizer) -> None:
+    """Give what an optimizer keeps of a weight the strides of the weight.
+
+    A fused AdamW runs through the memory of both side by side: of a channels-last weight, and a state that was read
+    from a file, it would mix up the values without a word.
+    """
+    for weight, state in optimizer.state.items():
+        for name, value in state.items():
+            if isinstance(value, Tensor) and value.shape == weight.shape and value.stride() != weight.stride():
+                state[name] = torch.empty_like(weight, dtype=value.dtype).copy_(value)
 
 
 def find_checkpoint(
