@@ -81,9 +81,7 @@ def start(args: argparse.Namespace) -> Accelerator:
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         report_to=args.report_to,
     )
-    args.mixed_precision = (
-        accelerator.mixed_precision
-    )  # what "auto" has become: a run that is resumed must find it again
+    args.mixed_precision = accelerator.mixed_precision  # not "auto": a resumed run must find the same
     if accelerator.is_main_process:
         check_push(**hub_arguments(args))
     set_seed(args.seed)

