@@ -93,8 +93,8 @@ def load_features(name: str, weights: str | None = None) -> FeatureExtractor:
 
     Args:
         name: "inception", the network of FID, from torch-fidelity; "efficientnet-lite2" or "efficientnet-lite0", a
-            classifier of ImageNet; the folder or Hub name of a DINOv2 or another vision transformer that transformers loads; or
-            "package.module:callable" that returns an nn.Module, for `ModuleFeatures`.
+            classifier of ImageNet; the folder or Hub name of a DINOv2 or another vision transformer that transformers
+            loads; or "package.module:callable" that returns an nn.Module, for `ModuleFeatures`.
         weights: with "inception" the file of its weights; downloaded by default.
 
     Raises:
