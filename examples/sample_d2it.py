@@ -128,12 +128,11 @@ def check_flags(args: argparse.Namespace, pipe: D2iTPipeline) -> None:
 
 
 def find_classes(args: argparse.Namespace, pipe: D2iTPipeline) -> tuple[int, ...] | None:
-    """Ids of the classes; numbers among --class_labels are ids. None for an unconditional model."""
+    """Ids of the classes, None for an unconditional model."""
     num_classes = pipe.transformer.config.num_classes
     if num_classes is None:
         return None
     words = args.class_labels or list(pipe.id2label or range(num_classes))
-    words = [int(word) if str(word).isdecimal() else word for word in words]
     return tuple(class_ids(words, num_classes, pipe.id2label))
 
 

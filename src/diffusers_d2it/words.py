@@ -8,6 +8,7 @@ spelled out, and never drives a terminal or becomes markup.
 import difflib
 import json
 import re
+import unicodedata
 from collections.abc import Iterable
 from typing import Any
 
@@ -29,6 +30,11 @@ _TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{16,}")
 def printable(text: object) -> str:
     """`text` on one line, with control and other invisible characters spelled out: safe to print in a terminal."""
     return visible(" ".join(str(text).split()))
+
+
+def composed(text: str) -> str:
+    """`text` in one encoding of its accents: what looks the same is the same."""
+    return unicodedata.normalize("NFC", text)
 
 
 def visible(text: str) -> str:

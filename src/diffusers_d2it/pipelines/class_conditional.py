@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..words import close_to
+from ..words import close_to, composed
 from .base import StrictPipeline
 
 
@@ -35,6 +35,11 @@ class ClassConditionalPipeline(StrictPipeline):
         if self.config.id2label is None:
             return None
         return {int(key): name for key, name in self.config.id2label.items()}
+
+    @property
+    def components(self) -> dict[str, Any]:
+        """All that another pipeline of this class is made from, the names of the classes included."""
+        return super().components | {"id2label": self.id2label}
 
     def get_label_ids(self, label: str | list[str]) -> list[int]:
         """Ids of class names.
@@ -122,7 +127,8 @@ def class_ids(
     """Ids of labels, each checked against the model and its names; None for an unconditional model.
 
     Args:
-        class_labels: an id, a name, a list of either, or None.
+        class_labels: an id, a name, a list of either, or None. Digits in a string are a name where a class is called
+            so, else an id.
         num_classes: classes of the model; None for an unconditional one.
         id2label: the names; only these ids are valid. None allows every id of the model.
 
@@ -141,8 +147,10 @@ def class_ids(
     ids = []
     for label in labels:
         if isinstance(label, str):
-            ids += _label_ids([label], id2label)
-            continue
+            if not _is_number(label) or any(composed(label) in _names(name) for name in (id2label or {}).values()):
+                ids += _label_ids([label], id2label)
+                continue
+            label = int(label)
         if isinstance(label, bool) or not isinstance(label, (int, np.integer)):
             raise ValueError(f"`class_labels` must be ids or names, got {label!r} of type {type(label).__name__}.")
         known = range(num_classes) if id2label is None else sorted(id2label)
@@ -157,8 +165,9 @@ def class_ids(
 def class_of(label: int, name: str, id2label: dict[int, str] | None, num_classes: int) -> int | None:
     """The class of a model that a class of some data set is; None if the model has none like it.
 
-    It is found by its name, one of several separated by commas; where classes of the model share that name it is the
-    one with the same number. A name that is a number is that class, and of a model without names so is the label.
+    It is found by its name, as a whole before one of several separated by commas; where classes of the model share
+    that name it is the one with the same number. A name that is a number is that class, and of a model without names
+    so is the label.
 
     Args:
         label: number of the class in the data set.
@@ -174,22 +183,24 @@ def class_of(label: int, name: str, id2label: dict[int, str] | None, num_classes
             return _label_ids([one], known)[0]
         except ValueError:  # unknown, or of several classes
             continue
-    number = int(name) if name.isdecimal() else label if id2label is None else None
+    number = int(name) if _is_number(name) else label if id2label is None else None
     return number if number in known else None
 
 
 def _label_ids(labels: list[str], id2label: dict[int, str] | None) -> list[int]:
     if id2label is None:
         raise ValueError(f"`class_labels` {labels!r}: this pipeline has no `id2label`, pass ids.")
-    ids_of_name: dict[str, list[int]] = {}
+    whole: dict[str, list[int]] = {}  # before parts of longer names: "maillot" is not "maillot, tank suit"
+    parts: dict[str, list[int]] = {}
     for id, names in id2label.items():
+        whole.setdefault(composed(names), []).append(id)
         for name in {*_names(names)}:
-            ids_of_name.setdefault(name, []).append(id)
+            parts.setdefault(name, []).append(id)
     ids = []
     for name in labels:
-        found = ids_of_name.get(name, [])
+        found = whole.get(composed(name)) or parts.get(composed(name), [])
         if not found:
-            close = close_to(name, ids_of_name) or sorted(ids_of_name)[:3]
+            close = close_to(name, parts) or sorted(parts)[:3]
             raise ValueError(
                 f"`class_labels`: unknown class name {name!r}. Close names: {', '.join(map(repr, close))}."
             )
@@ -203,4 +214,8 @@ def _label_ids(labels: list[str], id2label: dict[int, str] | None) -> list[int]:
 
 def _names(names: str) -> list[str]:
     """All that a class is called: its names as they stand, and each of those separated by commas."""
-    return [names, *(part.strip() for part in names.split(","))]
+    return [composed(names), *(part.strip() for part in composed(names).split(","))]
+
+
+def _is_number(text: str) -> bool:
+    return text.isascii() and text.isdecimal()
