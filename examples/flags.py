@@ -13,7 +13,7 @@ from diffusers_d2it import bundled_checkpoint, list_samplers
 
 # What a cache was written with: flags about images and classes do not go with one.
 _OF_IMAGES = (
-    "train_data_dir dataset_name dataset_config_name streaming image_column label_column num_classes id2label"
+    "train_data_dir dataset_name dataset_config_name split streaming image_column label_column num_classes id2label"
     " unconditional".split()
 )
 # KID wants a subset size, and more images than a row of a report has
@@ -37,6 +37,7 @@ def training_parser(description: str) -> argparse.ArgumentParser:
     """The flags of stage 1 that it shares with the others."""
     parser = make_parser(description)
     add_data_arguments(parser)
+    add_class_arguments(parser)
     add_training_arguments(parser)
     add_hub_arguments(parser)
     return parser
@@ -90,7 +91,10 @@ def add_data_arguments(parser: argparse.ArgumentParser, required: bool = True) -
         " files; or one such file",
     )
     group.add_argument("--dataset_config_name", help="configuration of a data set on the Hub that has several")
-    group.add_argument("--split", default="train", help="split of the data set; a folder of images has none")
+    group.add_argument(
+        "--split",
+        help="of a data set, or of a folder with sub-folders train, val, ...; default: train, or the only one",
+    )
     group.add_argument("--streaming", action="store_true", help="read the data set as a stream, without a local copy")
     group.add_argument("--image_column", help="column that holds the images; default: the only one that does")
     group.add_argument(
@@ -100,10 +104,11 @@ def add_data_arguments(parser: argparse.ArgumentParser, required: bool = True) -
 
 
 def add_class_arguments(parser: argparse.ArgumentParser) -> None:
-    """Class labels of the second stage."""
+    """Class labels: every stage reads them, so that what one finds unclear is said by the first."""
     group = parser.add_argument_group("classes")
     group.add_argument(
-        "--label_column", help="column of labels, or json.<name>; default: label or cls if there is one"
+        "--label_column",
+        help="column of labels, or json.<name>, or class_folder for sub-folders; default: label, cls, class, ...",
     )
     group.add_argument("--unconditional", action="store_true", help="ignore labels and class sub-folders")
     group.add_argument("--num_classes", type=int, help="size of the label table; default: one more than the largest")

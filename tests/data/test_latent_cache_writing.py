@@ -126,7 +126,7 @@ def test_two_processes_that_were_killed_continue_to_the_cache_that_one_writes(ma
     assert bad["name"].endswith("earth/30.png") and bad["row"] == 15 and bad["reason"]
     data = LatentCache(killed, make_vae(), seed=0, resolution=32)
     assert len(data) == 47 and data.id2label == {0: "earth", 1: "sky"}
-    assert data.description == "photos, split train, 32x32"
+    assert data.description == "photos, 32x32"
 
 
 # ---- Memory ----

@@ -83,7 +83,7 @@ def test_folder_with_classes(photos_folder, streaming):
     assert all(words in str(source) for words in said)
     assert source.num_rows == (None if streaming else 8)
     assert {row.name for row in source.rows()} == {str(path) for path in photos_folder.rglob("*.png")}
-    assert source.describe(32) == "photos, split train, 32x32"
+    assert source.describe(32) == "photos, 32x32"
 
 
 def test_order_of_a_folder_is_that_of_datasets(photos_folder):
@@ -161,8 +161,8 @@ def test_unclear_folders(photos_folder, tmp_path):
     refuse(write_folder(photos_folder, {"root.png": image}), "root.png", "`labelled=False`")
     source = load_images(photos_folder, labelled=False)
     assert source.num_rows == 9 and {label for _, label in contents(source)} == {0}
-    nested = write_folder(tmp_path / "nested", {"train/a/0.png": image, "test/a/0.png": image})
-    refuse(nested, "test/a/0.png")
+    nested = write_folder(tmp_path / "nested", {"2019/a/0.png": image, "2020/a/0.png": image})
+    refuse(nested, "2019/a/0.png")
     assert load_images(nested, labelled=False).num_rows == 2
     gap = write_folder(tmp_path / "gap", {"a/0.png": image, "b/notes.txt": b"x"})
     refuse(gap, "gap/b")
@@ -236,10 +236,10 @@ def test_columns_of_images(tmp_path):
 
 
 def test_columns_of_labels(tmp_path):
-    path = parquet(tmp_path / "floats.parquet", [0.5] * 8, datasets.Value("float32"))
+    path = write_table(tmp_path / "scores.parquet", image=[encode(photo(i)) for i in range(8)], score=[0.5] * 8)
     assert load_images(path).num_classes is None
-    refuse(path, "`label_column` 'label'", "float32", label_column="label")
-    refuse(path, "`label_column` 'kind'", "['image', 'label']", label_column="kind")
+    refuse(path, "'score'", "0.5", label_column="score")
+    refuse(path, "`label_column` 'kind'", "['image', 'score']", label_column="kind")
     refuse(path, "`num_classes`", num_classes=10)
     refuse(path, "`labelled`", "`label_column`", labelled=False, label_column="label")
     names = datasets.ClassLabel(names=list("abcd"))

@@ -137,7 +137,7 @@ def test_images_and_labels_belong_together_and_the_reference_is_of_others(folder
     numbers = [[torch.equal(one, image) for image in photos].index(True) for one in drawn]
     assert len(set(numbers)) == 5
     assert data.labels.tolist() == [{0: 7, 1: 5, 2: 2}[number % 3] for number in numbers[:3]]
-    assert data.description == "photos, split train, 32x32"
+    assert data.description == "photos, 32x32"
 
 
 def test_the_seed_decides_which_images(folder, pipe):

@@ -70,7 +70,7 @@ def test_report_holds_table_5_with_protocols_and_the_diagnostics_and_is_printed(
     assert all(0 < row["agreement"]["accuracy"] <= 1 for row in rows)
     assert report["protocol"]["checkpoint"] == samples["checkpoint"] and report["protocol"]["seed"] == 0
     assert set(report["diagnostics"]["error_by_grain"]["denoising"]) == {"250", "500", "750", "999"}
-    assert "photos, split train, 32x32: 4 images with their maps, 4 others" in printed
+    assert "photos, 32x32: 4 images with their maps, 4 others" in printed
     assert "| map | fd_small_network | precision_small_network | fine share |" in printed
     assert "| real images | " in printed and "PSNR of reconstructions by grain" in printed
 

@@ -197,7 +197,7 @@ def test_maps_of_photographs_are_those_of_the_class(checkpoint, folder, tmp_path
         assert float(text["fine_share"]) == shares[text["class_label"]]
     described = protocol["sampling"]["grain_maps"]
     assert described["source"] == "true" and described["fine_ratio"] == 0.4
-    assert described["reference_data"]["photographs"] == "photos, split train, 32x32"
+    assert described["reference_data"]["photographs"] == "photos, 32x32"
 
 
 @pytest.mark.parametrize(

@@ -102,7 +102,7 @@ def test_output_loads_in_the_pipeline(d2it, grain):
     assert same_weights(D2iTGrainModel.from_pretrained(grain, subfolder="grain_model"), pipe.grain_model)
     assert PIL.Image.open(d2it / "samples" / f"step-{STEPS:07d}.png").size == (8 * 32, 2 * 32)
     card = (d2it / "pipeline" / "README.md").read_text()
-    assert "photos, split train, 32x32" in card and "## Limits" in card
+    assert "photos, 32x32" in card and "## Limits" in card
     commands = [line.split()[1] for line in card.splitlines() if line.startswith("python ")]
     assert commands == ["train_dvae.py", "train_grain.py", "train_d2it.py"]
     assert (d2it / "pipeline" / "samples.png").is_file()
@@ -147,12 +147,12 @@ def test_a_stream_of_tars_trains_and_resumes(tmp_path, capsys):
         samples = {f"{j}": {"png": encode(photo(j)), "cls": str(j % 3).encode()} for j in range(4 * i, 4 * i + 4)}
         samples["bad"] = {"png": truncated_jpeg(), "cls": b"0"}
         write_tar(tars / f"{i}.tar", samples)
-    data = ["--train_data_dir", tars, "--streaming"]
+    data = ["--train_data_dir", tars, "--streaming", "--num_classes", 3]
     weights = ["--perceptual_weight", 0, "--gan_weight", 0]
     call_train("train_dvae.py", tmp_path / "dvae", 2, *data, "--preset", "dvae-tiny", *weights)
     printed = capsys.readouterr().out
     assert "tars: a stream" in printed and "2 of " in printed
-    arguments = [*data, "--vae", tmp_path / "dvae" / "vae", "--preset", "grain-tiny", "--num_classes", 3]
+    arguments = [*data, "--vae", tmp_path / "dvae" / "vae", "--preset", "grain-tiny"]
     call_train("train_grain.py", tmp_path / "whole", STEPS, *arguments)
     call_train("train_grain.py", tmp_path / "parts", 2, *arguments)
     train("train_grain.py", tmp_path / "parts", STEPS, *arguments, "--resume_from_checkpoint", "latest")

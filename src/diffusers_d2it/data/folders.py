@@ -1,27 +1,32 @@
 # Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
-"""What a data set is made of: the files of a folder, or the columns of a table, and classes.
+"""What a data set is made of: the files of a folder, their classes and their splits.
 
 datasets' imagefolder guesses: a class folder called "train" makes it drop all others, as does "test" in the name of a
 file; labels vanish if there is one class, or if one image lies beside the folders; classes of the same name in
 different folders become one. Here folders are read as they stand, and what is not clear is an error.
 """
 
-import json
 import os
+import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..words import shown
+from ..words import composed, counted, listed
 from .images import image_endings
+from .labels import CLASS_FOLDER, label_columns, sort_names
 
 
 _MAX_SHARDS = 256  # of a streamed folder: how many processes and workers can share it
-_MAX_SHOWN = 10  # values in one line
-_EXPECTED_NAMES = 'expected {0: "name", ...}, or a JSON file {"0": "name", ...}'
+_METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
+_SPLITS = {"train": "train", "training": "train"}
+_SPLITS |= dict.fromkeys(("validation", "valid", "val", "dev"), "validation")
+_SPLITS |= dict.fromkeys(("test", "testing", "eval", "evaluation"), "test")
+# A folder called so, with no other beside it, keeps the images together and is no class
+_CONTAINERS = {"data", "image", "images", "img", "imgs", "jpeg", "jpg", "photo", "photos", "pictures", "png"}
 
 
 def list_files(root: str) -> tuple[list[str], list[str]]:
@@ -52,14 +57,13 @@ def _is_hidden(name: str) -> bool:
 
 
 def folder_kind(root: str, files: list[str]) -> str:
-    """What a folder holds: "images", "images with metadata", ".parquet" or ".tar"; else a ValueError is raised."""
+    """What a folder holds: "images", ".parquet" or ".tar"; else a ValueError is raised."""
     endings = Counter(os.path.splitext(file)[1].lower() for file in files)
     found = {"images": sum(endings[ending] for ending in image_endings())}
     found |= {ending: endings[ending] for ending in (".parquet", ".tar")}
+    if found["images"]:
+        found[".parquet"] -= sum(file.endswith(".parquet") for file in filter(is_metadata, files))
     kinds = [kind for kind, number in found.items() if number]
-    names = {os.path.basename(file) for file in files}
-    if found["images"] and names & {"metadata.csv", "metadata.jsonl", "metadata.parquet"}:
-        return "images with metadata"
     if len(kinds) == 1:
         return kinds[0]
     counts = {kind: found[kind] for kind in kinds} or {ending or "without ending": n for ending, n in endings.items()}
@@ -86,197 +90,175 @@ def check_tars(files: Iterable[str]) -> None:
                     raise ValueError(f"{file} ({size} bytes) is cut off: a tar ends with 1024 zero bytes.")
 
 
-def load_folder(root: str, paths: list[str], labelled: bool, streaming: bool) -> Any:
-    """The data set of the images `paths` of a folder, with a column `label` if all of them lie in class folders.
+def is_metadata(file: str) -> bool:
+    """Whether a file is a table about the images beside and below it."""
+    return os.path.basename(file) in _METADATA
 
-    With `labelled=False` sub-folders mean nothing. It is a `datasets.Dataset`, or a `datasets.IterableDataset`.
+
+def splits_of_images(root: str, images: Iterable[str]) -> dict[str, list[str]]:
+    """The images of a folder by its sub-folders, if these are called as splits are: train, val, ...; else {}."""
+    splits: dict[str, list[str]] = {}
+    for image in images:
+        split, *below = Path(os.path.relpath(image, root)).parts
+        if not below or split.lower() not in _SPLITS:
+            return {}
+        splits.setdefault(split, []).append(image)
+    return splits
+
+
+def splits_of_tables(root: str, tables: Iterable[str]) -> dict[str, list[str]]:
+    """The tables or archives of a folder by the split that their paths name; "train" if none of them names one.
+
+    Where some do and others do not, the others belong to no split.
+    """
+    splits: dict[str | None, list[str]] = {}
+    for file in tables:
+        words = re.split("[^a-z]+", os.path.relpath(file, root).lower())
+        numbered = re.match(r"(.+)-\d{5}-of-\d{5}", os.path.basename(file))
+        split = next((_SPLITS[word] for word in words if word in _SPLITS), numbered and numbered[1])
+        splits.setdefault(split, []).append(file)
+    others = splits.pop(None, [])
+    return splits or {"train": others}
+
+
+def choose_split(path: str, splits: Collection[str], split: str | None) -> str:
+    """The split that is asked for, as the data set calls it, so that "val" finds "validation"; by default train.
 
     Raises:
-        ValueError: some images lie in class folders and others do not, or deeper; or a class folder is empty.
+        ValueError: there is no such split; or there are several without train, and none is asked for.
+    """
+    name = re.split(r"[\[+]", split or "train")[0]
+    if name in splits or name == "all":
+        return split or name
+    alike = [one for one in splits if name in _SPLITS and _SPLITS.get(one.lower()) == _SPLITS[name]]
+    if split is None and not alike:
+        alike = list(splits)
+    if len(alike) == 1:
+        return alike[0] + (split or name)[len(name) :]
+    found = f"splits {listed(splits)}" if splits else "no sub-folders train, validation or test"
+    raise ValueError(f"`split` {split!r}: {path} has {found}.")
+
+
+def load_folder(
+    root: str, paths: list[str], tables: list[str], labelled: bool, label_column: str | None, streaming: bool
+) -> tuple[Any, list[str]]:
+    """The data set of images of a folder, and remarks.
+
+    Its columns are `image`, those of metadata files, and `class_folder` if all images lie in class folders: where
+    labels are looked for and the metadata have none, or where it is asked for.
+
+    Args:
+        root: the folder.
+        paths: the images.
+        tables: metadata files with a column `file_name`, a path from where they lie. What they do not name is left
+            out.
+        labelled: False if sub-folders mean nothing.
+        label_column: as of `load_images`.
+        streaming: make it a `datasets.IterableDataset` instead of a `datasets.Dataset`.
+
+    Raises:
+        ValueError: some images lie in class folders and others do not, or deeper; a class folder is empty; or a
+            metadata file cannot be read.
     """
     import datasets
 
+    described, remarks = None, []
+    if tables:
+        described, paths, remarks = _read_metadata(tables, paths)
+    others = {} if described is None else described.features
     columns, features = {"image": paths}, {"image": datasets.Image(decode=False)}
-    classes = _classes(root, paths) if labelled else None
-    if classes is not None:
-        names = sorted(set(classes))
-        ids = {name: label for label, name in enumerate(names)}
-        columns["label"] = [ids[name] for name in classes]
-        features["label"] = datasets.ClassLabel(names=names)
-    if streaming:
-        # In the order of their names the classes would follow one another, also after a shuffle buffer
-        order = np.random.default_rng(0).permutation(len(paths))
-        columns = {name: [values[i] for i in order] for name, values in columns.items()}
+    if labelled and (label_column == CLASS_FOLDER or label_column is None and not label_columns(others)):
+        classes, more = _classes(root, paths, asked=label_column is not None)
+        remarks += more
+        if classes is not None:
+            names = sort_names({*classes})
+            ids = {name: label for label, name in enumerate(names)}
+            columns[CLASS_FOLDER] = [ids[name] for name in classes]
+            features[CLASS_FOLDER] = datasets.ClassLabel(names=names)
+    elif labelled and any(os.path.dirname(path) != os.path.normpath(root) for path in paths):
+        remarks.append(f"sub-folders are not used as classes (`label_column` {CLASS_FOLDER!r} uses them)")
     dataset = datasets.Dataset.from_dict(columns, datasets.Features(features))
-    return dataset.to_iterable_dataset(num_shards=min(len(paths), _MAX_SHARDS)) if streaming else dataset
+    others = [column for column in others if column not in columns]
+    if others:
+        dataset = datasets.concatenate_datasets([dataset, described.select_columns(others)], axis=1)
+    if not streaming:
+        return dataset, remarks
+    # In the order of their names the classes would follow one another, also after a shuffle buffer
+    order = np.random.default_rng(0).permutation(len(paths))
+    dataset = datasets.Dataset(dataset.data.table.take(order))
+    return dataset.to_iterable_dataset(num_shards=min(len(paths), _MAX_SHARDS)), remarks
 
 
-def _classes(root: str, paths: list[str]) -> list[str] | None:
-    """The class of each image, None if they all lie in the folder itself."""
+def _read_metadata(tables: list[str], paths: list[str]) -> tuple[Any, list[str], list[str]]:
+    """The rows of metadata files, the image of each, and remarks. Rows of images of another split are left out."""
+    import datasets
+    import pyarrow
+    from pyarrow import csv, json, parquet
+
+    options = csv.ParseOptions(newlines_in_values=True)
+    readers = {".csv": lambda file: csv.read_csv(file, parse_options=options), ".jsonl": json.read_json}
+    on_disk, parts, found = {composed(path): path for path in paths}, [], []
+    for file in tables:
+        try:
+            table = readers.get(os.path.splitext(file)[1], parquet.read_table)(file)
+            names = table["file_name"].to_pylist()
+            for i, field in enumerate(table.schema):
+                if pyarrow.types.is_dictionary(field.type):  # which datasets does not take
+                    table = table.set_column(i, field.name, table[i].cast(field.type.value_type))
+                elif pyarrow.types.is_string_view(field.type):  # which Arrow does not take rows of
+                    table = table.set_column(i, field.name, table[i].cast(pyarrow.large_string()))
+        except Exception as error:
+            raise ValueError(f"{file} cannot be read: {type(error).__name__}: {error}") from error
+        names = [os.path.normpath(os.path.join(os.path.dirname(file), name or "")) for name in names]
+        names = [on_disk.get(composed(name), name) for name in names]
+        kept = [i for i, name in enumerate(names) if composed(name) in on_disk or not os.path.isfile(name)]
+        parts.append(table.take(kept))
+        found += [names[i] for i in kept]
+    table = pyarrow.concat_tables(parts, promote_options="permissive")
+    unnamed = len({*paths} - {*found})
+    remarks = [f"{counted(unnamed, 'image')} not used: missing in the metadata"] if unnamed else []
+    return datasets.Dataset(datasets.table.InMemoryTable(table)), found, remarks
+
+
+def _classes(root: str, paths: list[str], asked: bool) -> tuple[list[str] | None, list[str]]:
+    """The class of each image, None if they have none; and remarks on folders that are called like something else.
+
+    `asked` says that class folders are asked for.
+    """
     places = [Path(os.path.relpath(path, root)).parts[:-1] for path in paths]
+    names = {place[0] for place in places if place}
+    flat = [path for path, place in zip(paths, places) if not place]
+    what = _no_classes(names, paths) if len(flat) == 0 and not asked else None
+    if what is not None:
+        return None, [f"{what} no classes (`label_column` {CLASS_FOLDER!r} makes them some)"]
     hint = "Pass the folder that holds the class folders, or `labelled=False` to ignore them."
     nested = [path for path, place in zip(paths, places) if len(place) > 1]
     if nested:
-        raise ValueError(f"{root}: {nested[0]} lies too deep, expected {root}/<class>/<image>. {hint}")
-    flat = [path for path, place in zip(paths, places) if not place]
-    if flat and len(flat) < len(paths):
-        inside = next(path for path, place in zip(paths, places) if place)
+        raise ValueError(f"{root}: expected {root}/<class>/<image>, found {nested[0]} in a folder of a folder. {hint}")
+    if flat and (len(flat) < len(paths) or asked):
+        inside = next((path for path, place in zip(paths, places) if place), "none")
         raise ValueError(
             f"{root} holds images without a class ({len(flat)}, such as {flat[0]}) beside images in class folders"
             f" ({len(paths) - len(flat)}, such as {inside}). {hint}"
         )
     if flat:
-        return None
+        return None, []
     folders = {entry.name for entry in os.scandir(root) if entry.is_dir() and not _is_hidden(entry.name)}
-    empty = sorted(folders - {place[0] for place in places})
+    empty = sorted(folders - names)
     if empty:
         raise ValueError(f"class folder {os.path.join(root, empty[0])} holds no image: expected one in every class.")
-    return [place[0] for place in places]
+    splits = sort_names({name for name in names if name.lower() in _SPLITS})
+    remarks = (
+        [f"classes are called like splits: {listed(splits)} (`split` and `labelled` settle it)"] if splits else []
+    )
+    return [composed(place[0]) for place in places], remarks
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Columns and classes
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def look_up(values: dict, column: str) -> Any:
-    """`values["json"]["label"]` for "json.label", unless a column has that very name; None if there is neither."""
-    if column in values:
-        return values[column]
-    for part in column.split("."):
-        values = values[part] if isinstance(values, dict) and part in values else None
-    return values
-
-
-def find_image_column(features: dict, wanted: str | None) -> str:
-    """The column of the images: the one that is asked for, else the only one that holds images, or encoded files.
-
-    Raises:
-        ValueError: there is no such column, it holds something else, or several hold images.
-    """
-    kinds = {column: _kind_of_image(feature) for column, feature in features.items()}
-    if wanted is not None:
-        if wanted not in features:
-            raise ValueError(f"`image_column` {wanted!r} is not among the columns {list(features)}.")
-        if kinds[wanted] is None and getattr(features[wanted], "dtype", None) != "string":  # strings may be paths
-            raise ValueError(f"`image_column` {wanted!r} holds {features[wanted]}: expected images, bytes or paths.")
-        return wanted
-    for kind in ("image", "file", "bytes"):
-        columns = [column for column in features if kinds[column] == kind]
-        if len(columns) > 1:
-            raise ValueError(f"several columns hold images: {columns}. Pass `image_column`.")
-        if columns:
-            return columns[0]
-    raise ValueError(f"no column holds images, found {dict(features)}. Pass `image_column`.")
-
-
-def _kind_of_image(feature: Any) -> str | None:
-    import datasets
-
-    if isinstance(feature, datasets.Image):
-        return "image"
-    if isinstance(feature, dict) and set(feature) == {"bytes", "path"}:
-        return "file"
-    return "bytes" if getattr(feature, "dtype", None) in ("binary", "large_binary") else None
-
-
-def find_label_column(features: dict, wanted: str | None) -> str | None:
-    """The column of the labels: the one that is asked for, else `label` or `cls`, also inside a column `json`.
-
-    Raises:
-        ValueError: there is no column `wanted`, or it holds neither integers nor names.
-    """
-    if wanted is not None:
-        feature = look_up(features, wanted)
-        if feature is None:
-            raise ValueError(f"`label_column` {wanted!r} is not among the columns {list(features)}.")
-        if not _holds_labels(feature):
-            raise ValueError(f"`label_column` {wanted!r} holds {feature}: expected integers or names of classes.")
-        return wanted
-    names = ("label", "cls", "json.label", "json.cls")
-    return next((name for name in names if _holds_labels(look_up(features, name))), None)
-
-
-def _holds_labels(feature: Any) -> bool:
-    dtype = str(getattr(feature, "dtype", ""))
-    return dtype == "string" or dtype.startswith(("int", "uint"))
-
-
-def read_classes(
-    dataset: Any,
-    column: str,
-    *,
-    streaming: bool,
-    num_classes: int | None = None,
-    id2label: dict[int, str] | str | os.PathLike | None = None,
-) -> tuple[int, dict[int, str]]:
-    """Size of the label table, and names of the classes by id: those that occur, for a stream all.
-
-    The arguments are those of `load_images`, and the column from `find_label_column`. Labels that are names get their
-    ids from `id2label`, else in alphabetical order. Of a stream nothing is read.
-
-    Raises:
-        ValueError: a label is missing, negative, beyond `num_classes`, or has no name or id in `id2label`; or a
-            stream does not tell its classes.
-    """
-    feature = look_up(dataset.features, column)
-    of_names = feature.dtype == "string"
-    names = None
-    if id2label is not None:
-        names = _read_names(id2label)
-    elif hasattr(feature, "names"):
-        names = dict(enumerate(feature.names))
-    if streaming:
-        labels = _declared_labels(column, names, num_classes, of_names)
-    else:
-        labels = _occurring_labels(dataset, column)
-        if of_names:
-            names = names or dict(enumerate(labels))
-            unknown = sorted(set(labels) - set(names.values()))
-            if unknown:
-                raise ValueError(f"`id2label` {shown(id2label)} has no id for the labels {unknown[:_MAX_SHOWN]}.")
-            labels = sorted(label for label, name in names.items() if name in set(labels))
-    num_classes = labels[-1] + 1 if num_classes is None else num_classes
-    if labels[0] < 0 or labels[-1] >= num_classes:
-        raise ValueError(
-            f"column {column!r} holds labels from {labels[0]} to {labels[-1]}, `num_classes` {num_classes}"
-            f" allows 0 to {num_classes - 1}."
-        )
-    names = names or {label: str(label) for label in labels}
-    unnamed = [label for label in labels if label not in names]
-    if unnamed:
-        raise ValueError(f"`id2label` {shown(id2label)} has no name for the labels {unnamed[:_MAX_SHOWN]}.")
-    return num_classes, {label: names[label] for label in labels}
-
-
-def _declared_labels(column: str, names: dict[int, str] | None, num_classes: int | None, of_names: bool) -> list[int]:
-    if names is not None:
-        return sorted(names)
-    if of_names or num_classes is None:
-        needed = "`id2label`" if of_names else "`num_classes` or `id2label`"
-        raise ValueError(
-            f"column {column!r} does not declare its classes, and a stream is read only once: pass {needed}."
-        )
-    return list(range(num_classes))
-
-
-def _occurring_labels(dataset: Any, column: str) -> list[Any]:
-    """Every label that occurs, sorted."""
-    if column in dataset.features:
-        labels = dataset.unique(column)
-    else:
-        labels = dataset.select_columns([column.split(".")[0]]).flatten().unique(column)
-    if None in labels:
-        raise ValueError(f"column {column!r} has rows without a label: expected one in every row.")
-    return sorted(labels)
-
-
-def _read_names(id2label: dict[int, str] | str | os.PathLike) -> dict[int, str]:
-    try:
-        named = id2label if isinstance(id2label, dict) else json.loads(Path(id2label).read_text(encoding="utf-8"))
-        names = {int(key): name for key, name in named.items()}
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise ValueError(f"`id2label` {shown(id2label)}: {error}; {_EXPECTED_NAMES}.") from error
-    if not names or not all(isinstance(name, str) for name in names.values()):
-        raise ValueError(f"`id2label` {shown(id2label)} holds {shown(names)}: {_EXPECTED_NAMES}.")
-    return names
+def _no_classes(names: set[str], paths: list[str]) -> str | None:
+    """In words what sub-folders are, if they hold images together without being classes."""
+    if len(names) == 1 and {*map(str.lower, names)} <= _CONTAINERS:
+        return f"folder {min(names)} is"
+    # As FFHQ lies there, 00000/00000.png to 69000/69999.png, and as tools number the parts of large sets
+    if all(name.isdecimal() and len(name) >= 5 for name in names) and len({*map(len, names)}) == 1:
+        return f"folders {min(names)} to {max(names)} are"
+    return None

@@ -1,11 +1,13 @@
 # Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
 """Where the images of a run come from. datasets is imported where it is used: the package does not need it."""
 
+import glob
 import hashlib
 import json
 import os
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import islice
@@ -18,19 +20,21 @@ from ..optional import import_optional
 from ..words import counted, listed, printable
 from .folders import (
     check_tars,
-    find_image_column,
-    find_label_column,
+    choose_split,
     folder_kind,
     is_image,
+    is_metadata,
     list_files,
     load_folder,
-    look_up,
-    read_classes,
+    splits_of_images,
+    splits_of_tables,
 )
+from .labels import find_image_column, find_label_column, label_columns, look_up, read_classes, read_label
 
 
 _SHUFFLE_BUFFER = 1000  # rows of a stream, still encoded, among which the next one is drawn
 _MAX_SHOWN = 10  # names in one line
+_BUILDERS = {".parquet": "parquet", ".tar": "webdataset"}
 _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
 
 
@@ -48,7 +52,7 @@ class ImageSource:
 
     dataset: Any  # a `datasets.Dataset`, or for a stream a `datasets.IterableDataset`; images are not decoded
     name: str  # last part of the folder or Hub name
-    split: str  # of the data set; a folder of images has none
+    split: str | None  # what was read of the data set; None for all of one that has no splits
     streaming: bool
     image_column: str
     label_column: str | None  # this and the next two are None without classes
@@ -61,7 +65,8 @@ class ImageSource:
 
     def describe(self, resolution: int) -> str:
         """The images at a resolution in words, for configurations and model cards."""
-        return f"{self.name}, split {self.split}, {resolution}x{resolution}"
+        split = "" if self.split is None else f"split {self.split}, "
+        return f"{self.name}, {split}{resolution}x{resolution}"
 
     @property
     def num_rows(self) -> int | None:
@@ -154,6 +159,8 @@ class ImageSource:
         if self.label_column is None:
             return Row(name, encoded, 0)
         label = look_up(row, self.label_column)
+        with suppress(ValueError):  # which the next lines say with the name of the image
+            label = read_label(label)
         if isinstance(label, str):
             label = self._label2id.get(label, label)
         if not isinstance(label, int) or not 0 <= label < self.num_classes:
@@ -199,7 +206,7 @@ class ImageSource:
 def load_images(
     path: str | os.PathLike,
     *,
-    split: str = "train",
+    split: str | None = None,
     config_name: str | None = None,
     streaming: bool = False,
     image_column: str | None = None,
@@ -213,12 +220,14 @@ def load_images(
     Args:
         path: a folder of images, class by sub-folder, without sub-folders no classes; or of .parquet or WebDataset
             .tar files; or one such file; or a name on the Hub.
-        split: of the data set; a folder of images has none.
+        split: of the data set, or of a folder with sub-folders train, val, ...; "all" reads all of them. None for
+            train, or the only one.
         config_name: configuration of a data set on the Hub that has several.
         streaming: read the data set as a stream, without a local copy.
         image_column: column that holds the images; None for the only one that does.
         labelled: whether classes are looked for; False ignores labels and class folders.
-        label_column: column of labels, or json.<name>; None for `label` or `cls` if there is one.
+        label_column: column of labels, or json.<name>, or class_folder for the sub-folders of images; None for
+            `label`, `labels`, `cls`, `class`, ... if there is one.
         num_classes: size of the label table; None for one more than the largest label.
         id2label: names of the classes by id, or a JSON file of them; None for those that the data set declares.
 
@@ -228,7 +237,7 @@ def load_images(
     """
     datasets = import_optional("datasets", "reading images")
     path = os.fspath(path)
-    dataset, files, remarks = _load(path, split, config_name, streaming, labelled)
+    dataset, files, split, remarks = _load(path, split, config_name, streaming, labelled, label_column)
     features = dataset.features
     if features is None:
         raise ValueError(f"{path} does not declare its columns as a stream: pass `streaming=False`.")
@@ -238,17 +247,24 @@ def load_images(
     found, names = None, None
     if labelled:
         found = find_label_column(features, label_column)
-        candidates = [column for column, feature in features.items() if hasattr(feature, "names")]
+        others = [column for column in features if column not in columns]
         if found is not None:
             num_classes, names = read_classes(
                 dataset, found, streaming=streaming, num_classes=num_classes, id2label=id2label
             )
             columns.append(found if found in features else found.split(".")[0])
-        elif candidates:
-            remarks.append(f"`label_column` could be {' or '.join(candidates)}")
+            unused = [column for column in label_columns(features) if column != found]
+            if unused and label_column is None:
+                remarks.append(f"labels are {found}, not {listed(unused)} (`label_column`)")
+            shifted = [label for label, name in names.items() if name.isdecimal() and int(name) != label]
+            if shifted:
+                remarks.append(f"names are no ids: {names[shifted[0]]!r} has the id {shifted[0]}")
+        elif others:
+            likely = [column for column in others if hasattr(features[column], "names")] or others
+            remarks.append(f"`label_column` could be {listed(likely).replace(', ', ' or ')}")
     given = [name for name, value in of_classes.items() if value is not None]
     if given and found is None:
-        reason = f"none of the columns {list(features)} is called label or cls" if labelled else "`labelled` is False"
+        reason = f"none of the columns {list(features)} is called as labels are" if labelled else "`labelled` is False"
         raise ValueError(f"`{given[0]}` needs labels, and {reason}.")
     return ImageSource(
         dataset=dataset.select_columns(columns).cast_column(image_column, datasets.Image(decode=False)),
@@ -266,36 +282,56 @@ def load_images(
 
 
 def _load(
-    path: str, split: str, config_name: str | None, streaming: bool, labelled: bool
-) -> tuple[Any, list[str], list[str]]:
-    """The data set, the files it is read from, and remarks."""
+    path: str,
+    split: str | None,
+    config_name: str | None,
+    streaming: bool,
+    labelled: bool,
+    label_column: str | None,
+) -> tuple[Any, list[str], str | None, list[str]]:
+    """The data set, the files it is read from, its split, and remarks."""
     if not os.path.isdir(path):
         builder, config = _builder_of(path, config_name)
         return _load_with_datasets(path, builder, split, streaming, **config)
+    if config_name is not None:
+        raise ValueError(f"`config_name` {config_name!r} belongs to a data set on the Hub, and {path} is a folder.")
     files, hidden = list_files(path)
     kind = folder_kind(path, files)
     if kind == "images":
-        images = [file for file in files if is_image(file)]
-        dataset, used, remarks = load_folder(path, images, labelled, streaming), images, []
-    elif kind == "images with metadata":
-        dataset, used, remarks = _load_with_datasets(path, "imagefolder", split, streaming, data_dir=path)
-        unlisted = 0 if streaming else sum(map(is_image, used)) - len(dataset)
-        if unlisted > 0:
-            remarks.append(f"{counted(unlisted, 'image')} not used: missing in the metadata")
+        images, tables = (list(filter(of_kind, files)) for of_kind in (is_image, is_metadata))
+        unused = [file for file in files if not is_image(file) and not is_metadata(file)]
+        root, remarks, splits = path, [], {} if split == "all" else splits_of_images(path, images)
+        if splits or split not in (None, "all"):
+            split = choose_split(path, splits, split)
+            if split not in splits:
+                raise ValueError(f"`split` {split!r}: of a folder of images a part cannot be named, only {[*splits]}.")
+            remarks += [f"split {split} of {', '.join(splits)}"] if len(splits) > 1 else []
+            root, images = os.path.join(path, split), splits[split]
+            elsewhere = [os.path.join(path, other, "") for other in splits if other != split]
+            tables = [table for table in tables if not table.startswith(tuple(elsewhere))]
+        dataset, more = load_folder(root, images, tables, labelled, label_column, streaming)
+        remarks += more
+        used, split = images + tables, split if splits else None
     else:
-        dataset, used, remarks = _load_with_datasets(path, path, split, streaming)
-        files = [file for file in files if not file.lower().endswith(kind)]
-    unused = [*(file for file in files if kind != "images" or not is_image(file)), *hidden]
-    if unused and kind != "images with metadata":
+        splits = splits_of_tables(path, [file for file in files if file.lower().endswith(kind)])
+        files_of = {name: list(map(glob.escape, names)) for name, names in splits.items()}  # paths, never patterns
+        dataset, used, split, remarks = _load_with_datasets(
+            path, _BUILDERS[kind], split, streaming, data_files=files_of
+        )
+        known = {file for names in splits.values() for file in names}
+        unused = [file for file in files if file not in known]
+    unused += hidden
+    if unused:
         remarks.append(f"{counted(len(unused), 'file')} not used: {listed(map(os.path.basename, unused), _MAX_SHOWN)}")
-    return dataset, used, remarks
+    return dataset, used, split, remarks
 
 
 def _builder_of(path: str, config_name: str | None) -> tuple[str, dict[str, Any]]:
     """What datasets calls a file, or a name on the Hub, and how it is told of it."""
-    kind = {".parquet": "parquet", ".tar": "webdataset"}.get(Path(path).suffix.lower())
+    kind = _BUILDERS.get(Path(path).suffix.lower())
     if os.path.isfile(path) and kind is not None:
-        return kind, {"data_files": {"train": path}}
+        (split,) = splits_of_tables(os.path.dirname(path), [path])
+        return kind, {"data_files": {split: glob.escape(path)}}
     is_file, is_name = os.path.exists(path), _HUB_NAME.fullmatch(path) and kind is None
     if is_file or not is_name:
         found = "is a file" if is_file else "does not exist"
@@ -304,21 +340,24 @@ def _builder_of(path: str, config_name: str | None) -> tuple[str, dict[str, Any]
 
 
 def _load_with_datasets(
-    path: str, builder: str, split: str, streaming: bool, **config: Any
-) -> tuple[Any, list[str], list[str]]:
+    path: str, builder: str, split: str | None, streaming: bool, **config: Any
+) -> tuple[Any, list[str], str | None, list[str]]:
     import datasets
 
     try:
         # Unlike load_dataset a builder resolves the revision once, and tells the files
         builder = datasets.load_dataset_builder(builder, **config)
-        files = {str(split): list(map(str, names)) for split, names in (builder.config.data_files or {}).items()}
+        files = {str(name): list(map(str, names)) for name, names in (builder.config.data_files or {}).items()}
         check_tars(name for names in files.values() for name in names)
+        chosen = choose_split(path, files, split) if files else split or "train"
         if streaming:
-            dataset = builder.as_streaming_dataset(split=split)
+            dataset = builder.as_streaming_dataset(split=chosen)
         else:
             builder.download_and_prepare()
-            dataset = builder.as_dataset(split=split)
+            dataset = builder.as_dataset(split=chosen)
     except Exception as error:  # of the network, the Hub, datasets, pyarrow, ...
         raise ValueError(f"{path} cannot be read: {type(error).__name__}: {error}") from error
-    remarks = [f"split {split} of {', '.join(files)}"] if len(files) > 1 else []
-    return dataset, files.get(split.split("[")[0], []), remarks
+    read = list(files) if chosen == "all" else re.split(r"\[[^]]*\]|\+", chosen)
+    is_all = split is None and list(files) == ["train"]  # and perhaps nobody called it so
+    remarks = [] if is_all or not files else [f"split {chosen} of {', '.join(files)}"]
+    return dataset, [file for name in read for file in files.get(name, [])], None if is_all else chosen, remarks
