@@ -4,9 +4,9 @@ r"""Measure samples or an autoencoder, and write the figures with the protocol t
     accelerate launch examples/evaluate.py --samples samples --reference imagenet --split validation --resolution 256 \
         --metrics fid sfid is precision recall --output results.json
 
-Samples against real images: fid, sfid, is, precision, recall, kid, top1. Pairs of images, in the same order: psnr,
-ssim, lpips, rfid, top1. Either side is a folder of images or an .npz with `arr_0`, uint8 NHWC. The reference may also
-be a data set, which is resized to --resolution, or an .npz of statistics, mu and sigma, such as ADM's or those written
+Samples against real images: fid, sfid, is, precision, recall, kid, top1. Pairs of images, files of one name: psnr,
+ssim, lpips, rfid, top1. Either side is a folder of images or an .npz with `arr_0`, uint8 NHWC. The reference may be a
+data set too, which is resized to --resolution, or an .npz of statistics, mu and sigma, such as ADM's or those written
 by
 
     accelerate launch examples/evaluate.py --reference imagenet --resolution 256 --save_statistics imagenet-256.npz
@@ -58,7 +58,9 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         "--reference", help="folder, .npz of images or statistics, or data set; 'is' and 'top1' need none"
     )
     parser.add_argument("--resolution", type=int, help="the reference is a data set, resized and cropped to this side")
-    parser.add_argument("--split", default="train", help="of a data set")
+    parser.add_argument(
+        "--split", help="of a data set, or of a folder with sub-folders train, val, ...; default: train"
+    )
     parser.add_argument("--image_column", help="of a data set; default: the only one that holds images")
     parser.add_argument("--metrics", nargs="+", choices=[*METRICS, *PAIR_METRICS], default=[], metavar="METRIC")
     parser.add_argument(

@@ -216,9 +216,15 @@ def add_report_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--weights", help="with --features inception: file of its weights")
     group.add_argument("--metrics", nargs="+", choices=REPORT_METRICS, default=["fid"], help="as of evaluate.py")
-    group.add_argument("--num_images", type=int, default=1000, help="samples of a row, and real images for their maps")
     group.add_argument(
-        "--num_reference_images", type=int, default=5000, help="other real images, which samples are compared with"
+        "--num_images",
+        type=int,
+        help="samples of a row, and real images for their maps; default: 1000, or what is there",
+    )
+    group.add_argument(
+        "--num_reference_images",
+        type=int,
+        help="other real images, which samples are compared with; default: 5000, or what is there",
     )
     group = parser.add_argument_group("sampling")
     group.add_argument("--scheduler", choices=list_samplers(), help="a fast sampler; default: that of the checkpoint")

@@ -61,7 +61,7 @@ def check_numbers(args: argparse.Namespace) -> None:
     """Raise a ValueError that names the flag unless the numbers of `add_report_arguments` can be used."""
     least = {"num_images": 1, "num_reference_images": 2, "num_inference_steps": 1, "grain_num_inference_steps": 1}
     for name, minimum in (least | {"batch_size": 1, "seed": 0}).items():
-        if getattr(args, name) < minimum:
+        if getattr(args, name) is not None and getattr(args, name) < minimum:
             raise ValueError(f"--{name} must be at least {minimum}, got {getattr(args, name)}.")
 
 
@@ -125,7 +125,12 @@ def prepare(args: argparse.Namespace, bad_images: Path) -> ReportInputs:
     with accelerator.main_process_first():
         source = load_images(**image_arguments(args))
     numbers = args.num_images, args.num_reference_images
+    accelerator.print(source)
     data = draw_labelled_images(source, pipe, *numbers, noted, args.resolution, args.seed)
+    args.num_images, args.num_reference_images = len(data.images), len(data.reference)
+    if None in numbers and args.num_images + args.num_reference_images < 6000:
+        counts = f"--num_images {args.num_images} --num_reference_images {args.num_reference_images}"
+        accelerator.print(f"as many images as there are: {counts}")
     how = ("num_inference_steps", "guidance_scale", "grain_num_inference_steps", "batch_size", "seed")
     drawing = Drawing(pipe, data.labels, **{name: getattr(args, name) for name in how}, accelerator=accelerator)
     reading = {"batch_size": args.batch_size, "accelerator": accelerator, "seed": args.seed}

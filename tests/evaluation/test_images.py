@@ -178,9 +178,46 @@ def test_the_first_image_may_be_the_bad_one(tmp_path):
     refused("1 of the 2 images of .*: a.png: ", open_images, tmp_path)
 
 
-def test_an_image_too_small_for_the_resolution_is_named(folder):
-    write_folder(folder, {"tiny.png": encode(photo(0, 16))})
-    refused("1 of the 13 .*tiny.png: .*16x16.*64x64", read_all, open_images(folder, resolution=64))
+BAD = {"tiny.png": encode(photo(0, 16)), "cut.jpg": truncated_jpeg(), "empty.png": b"", "more/page.png": b"<html>"}
+
+
+@pytest.mark.parametrize("batch_size", [1, 5, 64])
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_images_of_a_data_set_that_cannot_be_used_are_left_out_as_in_training(folder, batch_size, num_workers, caplog):
+    expected = read_all(open_images(folder, resolution=64))
+    images = open_images(write_folder(folder, BAD), resolution=64)
+    assert torch.equal(read_all(images, batch_size, num_workers=num_workers), expected)
+    assert {name.removeprefix(f"{folder}/") for name in images.left_out} == set(BAD)
+    assert all(name in caplog.text for name in BAD)
+    assert images.describe()["num_images"] == 12 and images.describe()["num_left_out"] == 4
+
+
+def test_a_set_of_which_nothing_can_be_used_is_an_error(tmp_path):
+    images = open_images(write_folder(tmp_path, {"a.png": b"", "b.png": b""}), resolution=64)
+    assert list(images.batches(1)) == []
+    refused("none of the 2 images .*a.png", images.check_left_out)
+
+
+# ---- Splits ----
+
+
+@pytest.mark.parametrize("resolution", [None, 64])
+@pytest.mark.parametrize("split, numbers", [(None, [0]), ("train", [0]), ("validation", [1, 2]), ("all", [0, 1, 2])])
+def test_the_images_of_a_split_and_no_others_are_read(tmp_path, resolution, split, numbers):
+    files = {f"{'train' if i == 0 else 'val'}/{i}.png": encode(photo(i)) for i in range(3)}
+    images = open_images(write_folder(tmp_path, files), resolution, split)
+    assert torch.equal(read_all(images), as_tensor(*map(photo, numbers)))
+    name = {None: "train", "validation": "val", "all": None}.get(split, split)
+    assert images.describe().get("split") == name
+
+
+def test_a_split_of_what_has_none_is_refused(folder, npz, tmp_path):
+    for path in (folder, npz, folder / "0.png"):
+        refused("`split` 'validation'", open_images, path, split="validation")
+    refused("`split` 'validation'", open_images, folder, 64, "validation")
+    refused("`image_column`", open_images, folder, image_column="image")
+    write_folder(tmp_path / "alone", {"a.npz": npz.read_bytes()})
+    refused("`split`", open_images, tmp_path / "alone", split="train")
 
 
 def test_paths_without_images_are_refused(tmp_path, npz):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import skimage.metrics
 import torch
+from image_files import encode, photo, write_folder
 from metric_inputs import crops, refused
 
 from diffusers_d2it.evaluation import (
@@ -16,6 +17,7 @@ from diffusers_d2it.evaluation import (
     evaluate_reconstructions,
     reconstruction_scores,
 )
+from diffusers_d2it.evaluation.images import open_images
 from diffusers_d2it.evaluation.reconstruction import reconstruct
 from diffusers_d2it.evaluation.results import compare, differences
 
@@ -143,3 +145,64 @@ def test_lpips_is_that_of_its_package(originals, noisy, tmp_path, monkeypatch):
         expected = lpips.LPIPS(net="alex", verbose=False).eval()(*pixels)
     assert found.value == pytest.approx(expected.mean().item(), rel=1e-5) and found.value > 0
     assert found.protocol["features"]["name"] == "alex" and len(found.protocol["features"]["digest"]) == 64
+
+
+# ---- Pairs of files ----
+
+
+def pictures(*names: str) -> dict[str, bytes]:
+    """Photographs as files; which one it is stands before the ending."""
+    return {name: encode(photo(int(name.split(".")[-2][-1]))) for name in names}
+
+
+ORIGINALS = pictures("0.png", "1.png", "10/2.png", "cafe\u0301 3.png")
+
+
+@pytest.mark.parametrize(
+    "reconstructions",
+    [
+        pictures("0.png", "1.png", "10/2.png", "caf\u00e9 3.png"),
+        pictures("1.bmp", "10/2.webp", "0.tiff", "cafe\u0301 3.png"),
+        dict(reversed(ORIGINALS.items())),
+    ],
+)
+@pytest.mark.parametrize("resolution", [None, 64])
+def test_files_are_paired_by_their_names(tmp_path, reconstructions, resolution):
+    samples = open_images(write_folder(tmp_path / "samples", reconstructions))
+    reference = open_images(write_folder(tmp_path / "reference", ORIGINALS), resolution)
+    [result] = evaluate_pairs(samples, reference, ["ssim"], batch_size=3)
+    assert result.value == pytest.approx(1) and result.protocol["samples"]["paired"] == "by name"
+
+
+@pytest.mark.parametrize(
+    "files, named",
+    [
+        (pictures("0.png", "1.png", "10/2.png"), "3"),
+        (pictures("0.png", "1.png", "10/2.png", "10/3.png"), "10/3"),
+        (pictures("0.png", "1.png", "10/2.png", "cafe\u0301 3.png", "extra4.png"), "extra4"),
+        (ORIGINALS | pictures("1.bmp"), "1"),
+    ],
+)
+def test_files_without_a_partner_are_named(tmp_path, files, named):
+    samples = open_images(write_folder(tmp_path / "samples", files))
+    reference = open_images(write_folder(tmp_path / "reference", ORIGINALS))
+    for one, other in ((samples, reference), (reference, samples)):
+        refused(f"(samples|reference).*{named}", evaluate_pairs, one, other, ["psnr"])
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 64])
+def test_an_original_that_is_left_out_leaves_out_its_pair(tmp_path, batch_size):
+    samples = open_images(write_folder(tmp_path / "samples", ORIGINALS))
+    files = ORIGINALS | {"0.png": b"", "1.png": b"<html>"}
+    reference = open_images(write_folder(tmp_path / "reference", files), 64)
+    [result] = evaluate_pairs(samples, reference, ["ssim"], batch_size=batch_size)
+    assert result.value == pytest.approx(1)
+    assert {result.protocol[part]["num_images"] for part in ("samples", "reference")} == {2}
+    assert result.protocol["reference"]["num_left_out"] == 2
+
+
+def test_images_that_are_no_files_are_paired_in_order(tmp_path):
+    samples = open_images(write_folder(tmp_path, ORIGINALS))
+    others = ImageSet.from_tensor(samples[:4], "tensor")
+    [result] = evaluate_pairs(samples, others, ["ssim"])
+    assert result.value == pytest.approx(1) and result.protocol["samples"]["paired"] == "in order"

@@ -158,6 +158,20 @@ def test_other_sizes_and_what_cannot_be_used(folder, pipe):
     refused("6 images .*`num_images` 4 .*`num_reference_images` 3 .* 7.*broken", load, folder, pipe, 4, 3)
 
 
+@pytest.mark.parametrize(
+    "asked, drawn",
+    [((None, None), (1, 5)), ((2, None), (2, 4)), ((None, 2), (4, 2)), ((3, 3), (3, 3)), ((1, 2), (1, 2))],
+)
+def test_a_small_set_makes_a_small_report_unless_numbers_are_asked_for(folder, pipe, asked, drawn):
+    data = load(folder, pipe, *asked)
+    assert (len(data.images), len(data.reference)) == drawn
+
+
+@pytest.mark.parametrize("asked", [(4, 3), (6, None), (None, 6), (5, None)])
+def test_a_set_too_small_for_what_is_asked_for(folder, pipe, asked):
+    refused("6 images .*`num_images`", load, folder, pipe, *asked)
+
+
 # ---- Classes ----
 
 

@@ -10,6 +10,8 @@ from pathlib import Path
 
 logger = logging.getLogger(__name__)
 
+BAD_IMAGES = "bad_images.jsonl"  # in the output folder of a run
+
 _MAX_LOGGED = 10  # per process; all of them are in the file
 _MAX_SHOWN = 5
 

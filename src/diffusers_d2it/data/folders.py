@@ -95,15 +95,26 @@ def is_metadata(file: str) -> bool:
     return os.path.basename(file) in _METADATA
 
 
-def splits_of_images(root: str, images: Iterable[str]) -> dict[str, list[str]]:
-    """The images of a folder by its sub-folders, if these are called as splits are: train, val, ...; else {}."""
+def split_folder(root: str, images: Iterable[str], split: str | None) -> tuple[str | None, dict[str, list[str]]]:
+    """The sub-folder of a split, and the images of each; (None, {}) if a folder is read whole.
+
+    It has splits if all of its sub-folders with images are called so, train, val, ..., and no image lies beside them.
+
+    Raises:
+        ValueError: there is no such split, or none at all and one is asked for; or there are several without train.
+    """
     splits: dict[str, list[str]] = {}
     for image in images:
-        split, *below = Path(os.path.relpath(image, root)).parts
-        if not below or split.lower() not in _SPLITS:
-            return {}
-        splits.setdefault(split, []).append(image)
-    return splits
+        folder, *below = Path(os.path.relpath(image, root)).parts
+        splits.setdefault(folder if below else "", []).append(image)
+    if split == "all" or not {name.lower() for name in splits} <= set(_SPLITS):
+        splits = {}
+    if not splits and split in (None, "all"):
+        return None, {}
+    chosen = choose_split(root, splits, split)
+    if chosen not in splits:
+        raise ValueError(f"`split` {split!r}: {root} is read whole or by {listed(splits)}, not in parts of them.")
+    return chosen, splits
 
 
 def splits_of_tables(root: str, tables: Iterable[str]) -> dict[str, list[str]]:

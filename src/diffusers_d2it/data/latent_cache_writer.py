@@ -185,12 +185,12 @@ def write_latent_cache(
 
 
 def _take_folder(folder: Path, plan: LatentCachePlan, held: ExitStack) -> None:
-    """Lock the folder for this run, and see that it holds a plan."""
-    is_new = not (folder / PLAN).is_file()
-    if is_new and (found := names_in(folder)):
+    """Lock the folder for this run, and see that it holds a plan; one of which no shard was written is replaced."""
+    found = names_in(folder)
+    if found and PLAN not in found:
         raise ValueError(f"{folder} is neither empty nor a latent cache, it holds {listed(found)}.")
     held.enter_context(lock(folder, wait=_LOCK_SECONDS))
-    if is_new:
+    if {*names_in(folder)} <= {PLAN}:
         write_json_durably(folder / PLAN, plan.to_json())
 
 
@@ -219,6 +219,8 @@ def _seal(folder: Path, plan: LatentCachePlan) -> list[dict]:
     bad_images = [image for shard in shards for image in read_bad_images(folder, shard)]
     if len(bad_images) == plan.num_rows:
         image = bad_images[0]
+        for shard in shards:  # it holds nothing, and would be in the way of other images
+            remove_folder(shard_folder(folder, shard))
         raise ValueError(f"none of {plan.num_rows} images can be used, {image['name']}: {image['reason']}")
     seal(folder, [folder / PLAN, *(shard_folder(folder, shard) / MANIFEST for shard in shards)])
     sweep(folder)

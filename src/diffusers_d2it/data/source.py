@@ -26,7 +26,7 @@ from .folders import (
     is_metadata,
     list_files,
     load_folder,
-    splits_of_images,
+    split_folder,
     splits_of_tables,
 )
 from .labels import find_image_column, find_label_column, label_columns, look_up, read_classes, read_label
@@ -300,18 +300,15 @@ def _load(
     if kind == "images":
         images, tables = (list(filter(of_kind, files)) for of_kind in (is_image, is_metadata))
         unused = [file for file in files if not is_image(file) and not is_metadata(file)]
-        root, remarks, splits = path, [], {} if split == "all" else splits_of_images(path, images)
-        if splits or split not in (None, "all"):
-            split = choose_split(path, splits, split)
-            if split not in splits:
-                raise ValueError(f"`split` {split!r}: of a folder of images a part cannot be named, only {[*splits]}.")
+        root, remarks, (split, splits) = path, [], split_folder(path, images, split)
+        if splits:
             remarks += [f"split {split} of {', '.join(splits)}"] if len(splits) > 1 else []
             root, images = os.path.join(path, split), splits[split]
             elsewhere = [os.path.join(path, other, "") for other in splits if other != split]
             tables = [table for table in tables if not table.startswith(tuple(elsewhere))]
         dataset, more = load_folder(root, images, tables, labelled, label_column, streaming)
         remarks += more
-        used, split = images + tables, split if splits else None
+        used = images + tables
     else:
         splits = splits_of_tables(path, [file for file in files if file.lower().endswith(kind)])
         files_of = {name: list(map(glob.escape, names)) for name, names in splits.items()}  # paths, never patterns

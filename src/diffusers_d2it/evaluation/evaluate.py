@@ -138,7 +138,7 @@ class Evaluator:
         ours = self._read(samples, {"moments", "rows", "scores"})
         if self.images is not None and self._theirs is None:
             self._theirs = self._read(self.images, {"rows"} if self.statistics else {"moments", "rows"})
-        labels = samples.labels if "top1" in self.metrics else None
+        labels = samples.labels[ours.places] if "top1" in self.metrics else None
         values = on_main_process(self.accelerator, lambda: self._values(ours, labels))
         results = []
         for (name, metric), (value, deviation) in zip(self.metrics.items(), values):
@@ -286,8 +286,9 @@ def compute_exactly() -> None:
 class ReadImages:
     """What metrics need of the images of a set."""
 
+    places: torch.Tensor  # int64 (N,), those of the images that were read; others were left out
     description: dict  # what a protocol says of them
-    rows: dict[str, torch.Tensor]  # features of all images in the order of the set, (N, D) float32, by their names
+    rows: dict[str, torch.Tensor]  # features of the images in the order of the set, (N, D) float32, by their names
     moments: dict[str, Moments]  # of features, by their names
 
 
@@ -318,19 +319,27 @@ def read_images(
         for output in moments:
             statistics.setdefault(output, FeatureStatistics(found[output].shape[1])).update(found[output], indices)
 
-    gathered = gather(accelerator, (places, kept, hashes, statistics))
-    first, *others = parts = [part for part in gathered if part[0]]  # a process may have had no images
+    gathered = gather(accelerator, (places, kept, hashes, statistics, images.left_out))
+    for part in gathered:
+        images.left_out |= part[4]
+    parts = [part for part in gathered if part[0]]  # a process may have had no images
+    images.check_left_out()
+    first, *others = parts
     places = torch.cat([one for part in parts for one in part[0]])
     times, order = torch.bincount(places, minlength=len(images)), places.argsort()
-    for fault, wrong in (("missing", times == 0), ("read more than once", times > 1)):
+    missing = times == 0
+    if missing.sum() == len(images.left_out):
+        missing[:] = False
+    for fault, wrong in (("missing", missing), ("read more than once", times > 1)):
         if wrong.any():
             found = listed(wrong.nonzero().flatten().tolist(), most=8)
             raise ValueError(f"each of the {len(images)} images of {images.name} must be read once, {fault}: {found}.")
     for part in others:
         for output, counted in part[3].items():
             first[3][output].merge(counted)
-    digest = pixel_digest(len(images), sum(part[2] for part in parts))
+    digest = pixel_digest(len(places), sum(part[2] for part in parts))
     return ReadImages(
+        places[order],
         {**images.describe(), "digest": digest},
         {output: torch.cat([one for part in parts for one in part[1][output]])[order] for output in rows},
         {output: first[3][output].moments for output in moments},
@@ -343,7 +352,10 @@ def read_images(
 
 
 def open_reference(
-    path: str | os.PathLike, resolution: int | None = None, split: str = "train", image_column: str | None = None
+    path: str | os.PathLike,
+    resolution: int | None = None,
+    split: str | None = None,
+    image_column: str | None = None,
 ) -> ImageSet | Path:
     """What `evaluate` takes as reference: the path itself of a file with statistics, else its images.
 
@@ -355,8 +367,8 @@ def open_reference(
         ValueError: statistics are asked to be resized; or from `open_images`.
     """
     if Path(path).suffix.lower() == ".npz" and "mu.npy" in _members(path):
-        if resolution is not None or image_column is not None:
-            raise ValueError(f"{path} holds statistics: `resolution` and `image_column` are of data sets.")
+        if not (resolution is split is image_column is None):
+            raise ValueError(f"{path} holds statistics: `resolution`, `split` and `image_column` are of data sets.")
         return Path(path)
     return open_images(path, resolution, split, image_column)
 

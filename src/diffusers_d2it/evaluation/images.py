@@ -5,26 +5,31 @@ Shapes:
     N images of a set, B of a batch, H W their sides in pixels
 """
 
+import copy
 import hashlib
+import logging
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from ..data.folders import is_image, list_files
+from ..data.folders import is_image, list_files, split_folder
 from ..data.images import UnusableImageError, decode_image, to_pixels
 from ..data.source import ImageSource, load_images
 from ..pixels import check_uint8, to_uint8
 from ..sampling.npz import NpzImages
 from ..sampling.sets import PROTOCOL, SamplePlan, read_protocol
-from ..words import printable
+from ..words import composed, listed, printable
 
+
+logger = logging.getLogger(__name__)
 
 _SAMPLES = "images.npz"  # as examples/sample_d2it.py names it
 _MAX_NAMED = 10  # images in one error
@@ -42,6 +47,11 @@ class ImageSet:
         name_of: what errors call the image of a place; default: its place.
         protocol: how they were made or drawn.
         labels: their classes, int64 (N,), or a function that finds them; None where nobody knows.
+        files: their paths in a folder, or a function that finds them; None where they are not files by themselves.
+        leaves_out: what is done with an image that cannot be used: it is left out, with a warning, or an error.
+
+    Attributes:
+        left_out: reason by name of each image that was read here and left out.
 
     Raises:
         ValueError: there are none, or the size is that of the first image and this cannot be used.
@@ -56,9 +66,12 @@ class ImageSet:
         name_of: Callable[[int], str] = str,
         protocol: dict | None = None,
         labels: torch.Tensor | Callable[[], torch.Tensor] | None = None,
+        files: Sequence[str] | Callable[[], Sequence[str] | None] | None = None,
+        leaves_out: bool = False,
     ):
         self.name, self.num_images, self.size, self.protocol = name, num_images, size, dict(protocol or {})
-        self._labels = labels
+        self._labels, self._files = labels, files
+        self.leaves_out, self.left_out = leaves_out, {}
         self._read, self._name_of = read, name_of
         if size is None:
             try:
@@ -85,6 +98,49 @@ class ImageSet:
             )
         return self._labels
 
+    @property
+    def files(self) -> list[str] | None:
+        """The path of each image in its folder, without its ending; None where they are not files by themselves."""
+        if callable(self._files):
+            self._files = self._files()
+        if self._files is None:
+            return None
+        return [composed(Path(file).with_suffix("").as_posix()) for file in self._files]
+
+    def paired_with(self, others: "ImageSet") -> tuple["ImageSet", str]:
+        """The images in the order of others with the same names, and in words how they were paired.
+
+        If either set has no names, image i belongs to image i.
+
+        Raises:
+            ValueError: an image has no partner, or several; or the sets differ in number or size.
+        """
+        if self.size != others.size or self.files is None or others.files is None:
+            if (len(self), self.size) != (len(others), others.size):
+                numbers = (f"{len(one)} of {one.size[0]}x{one.size[1]} in {one.name}" for one in (self, others))
+                raise ValueError(f"pairs need as many images of the same size, got {' and '.join(numbers)}.")
+            return self, "in order"
+        places = {file: place for place, file in enumerate(self.files)}
+        wanted = dict.fromkeys(others.files)
+        for one, names, known in ((self, self.files, places), (others, others.files, wanted)):
+            if len(known) < len(names):
+                twice = sorted({name for name in names if names.count(name) > 1})
+                raise ValueError(f"{one.name} has several images called {listed(twice)}: pairs are found by name.")
+        alone = [
+            [name for name in mine if name not in theirs] for mine, theirs in ((places, wanted), (wanted, places))
+        ]
+        if alone[0] or alone[1]:
+            found = [f"{one.name}: {listed(names)}" for one, names in zip((self, others), alone) if names]
+            raise ValueError(f"pairs are found by name, and images have no partner in {'; '.join(found)}.")
+        order = [places[name] for name in wanted]
+        if order == list(range(len(order))):
+            return self, "by name"
+        ordered = copy.copy(self)
+        ordered._read, ordered._name_of = partial(_at, self._read, order), partial(_at, self._name_of, order)
+        ordered._files = [self._files[place] for place in order]
+        ordered._labels = partial(_labels_at, self, order)
+        return ordered, "by name"
+
     def __getitem__(self, place: int | slice) -> torch.Tensor:
         """An image, uint8 (3, H, W), or those of a slice, (B, 3, H, W).
 
@@ -107,12 +163,13 @@ class ImageSet:
         num_workers: int = 0,
         progress: bool = False,
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Pairs of places in the set, int64 (B,), and images, uint8 (B, 3, H, W); the last batch may be smaller.
+        """Pairs of places in the set, int64 (B,), and images, uint8 (B, 3, H, W); a batch may be smaller.
 
         Batch k of the set belongs to process k % num_processes, for which `num_workers` processes decode; 0 for none.
 
         Raises:
-            ValueError: images cannot be used, ten of them are named; or the batch size is below 1.
+            ValueError: images cannot be used and are not left out, ten of them are named; or the batch size is below
+                1.
         """
         if batch_size < 1:
             raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
@@ -120,19 +177,25 @@ class ImageSet:
         slices = [slice(start, min(start + batch_size, len(self))) for start in starts]
         # The generator is not the global one, from which a loader would draw a seed
         loader = DataLoader(
-            self, sampler=slices, batch_size=None, num_workers=num_workers, generator=torch.Generator()
+            _Batches(self), sampler=slices, batch_size=None, num_workers=num_workers, generator=torch.Generator()
         )
         read = iter(loader)
         for one in tqdm(slices, desc=self.name, disable=not progress):
-            try:
-                images = next(read)
-            except UnusableImageError:
+            places, images, bad = next(read)
+            if bad and not self.leaves_out:
                 self._raise_unusable(one.start if num_processes == 1 else 0)  # others may have met some before
-            yield torch.arange(one.start, one.stop), images
+            for name, reason in bad.items():
+                if name not in self.left_out and len(self.left_out) < _MAX_NAMED:
+                    logger.warning("image %r of %s is left out: %s", printable(name), self.name, reason)
+                self.left_out[name] = reason
+            if places:
+                yield torch.tensor(places), torch.stack(images)
 
     def describe(self) -> dict:
-        """What a protocol says of the set, but for the digest of its pixels."""
-        return {**self.protocol, "name": self.name, "num_images": self.num_images, "resolution": list(self.size)}
+        """What a protocol says of the set as it was read, but for the digest of its pixels."""
+        left_out = {"num_left_out": len(self.left_out)} if self.left_out else {}
+        number = self.num_images - len(self.left_out)
+        return {**self.protocol, **left_out, "name": self.name, "num_images": number, "resolution": list(self.size)}
 
     @staticmethod
     def from_tensor(
@@ -146,6 +209,12 @@ class ImageSet:
         check_uint8(images)
         size = tuple(images.shape[2:])
         return ImageSet(name, len(images), images.__getitem__, size, protocol=protocol, labels=labels)
+
+    def check_left_out(self) -> None:
+        """Raise a ValueError if all images were left out; three are named."""
+        if len(self.left_out) == len(self):
+            found = "; ".join(f"{printable(name)}: {reason}" for name, reason in list(self.left_out.items())[:3])
+            raise ValueError(f"none of the {len(self)} images of {self.name} can be used: {found}.")
 
     def _raise_unusable(self, start: int) -> None:
         """Raise a ValueError that names the images from `start` on that cannot be used."""
@@ -162,8 +231,28 @@ class ImageSet:
         raise ValueError(f"{number} of the {len(self)} images of {self.name} cannot be used: {'; '.join(found)}.")
 
 
+class _Batches(Dataset):
+    """Batches of a set by slices: places, images, and the reason by name of each image that cannot be used."""
+
+    def __init__(self, images: ImageSet):
+        self.images = images
+
+    def __getitem__(self, one: slice) -> tuple[list[int], list[torch.Tensor], dict[str, str]]:
+        places, images, bad = [], [], {}
+        for place in range(one.start, one.stop):
+            try:
+                images.append(self.images[place])
+                places.append(place)
+            except UnusableImageError as error:
+                bad[self.images._name_of(place)] = str(error)
+        return places, images, bad
+
+
 def open_images(
-    path: str | os.PathLike, resolution: int | None = None, split: str = "train", image_column: str | None = None
+    path: str | os.PathLike,
+    resolution: int | None = None,
+    split: str | None = None,
+    image_column: str | None = None,
 ) -> ImageSet:
     """The images of a folder, an .npz or a data set.
 
@@ -173,7 +262,10 @@ def open_images(
             or of WebDataset .tar files, one such file, or a name on the Hub.
         resolution: the shorter side is resized to it and the centre is cropped, as in training; None takes the images
             as they are.
-        split, image_column: of a data set; the column is by default the only one that holds images.
+        split: of a data set, or of a folder with sub-folders train, val, ...; None for train, or the only one.
+        image_column: of a data set; None for the only one that holds images.
+
+    An image of a data set that cannot be used is left out, as in training.
 
     Raises:
         ValueError: there is nothing, or no image; the .npz has another layout; a data set needs a resolution, or
@@ -181,12 +273,16 @@ def open_images(
             of another number of images.
     """
     path = os.fspath(path)
+    if resolution is not None and Path(path).suffix.lower() != ".npz":
+        return _open_data_set(path, resolution, split, image_column)
+    if image_column is not None:
+        raise ValueError(f"`image_column` {image_column!r} belongs to a data set, which needs `resolution`.")
+    if os.path.isdir(path):
+        return _open_folder(path, split)
+    if split is not None:
+        raise ValueError(f"`split` {split!r} belongs to a data set or a folder, and {path} is neither.")
     if Path(path).suffix.lower() == ".npz":
         return _open_npz(path, resolution)
-    if resolution is not None:
-        return _open_data_set(path, resolution, split, image_column)
-    if os.path.isdir(path):
-        return _open_folder(path)
     if os.path.isfile(path) and not path.lower().endswith(_DATA_SETS):
         raise ValueError(f"{path} is a file: expected a folder of images, an .npz, or a data set.")
     what = "is a data set" if os.path.isfile(path) else "does not exist; a data set on the Hub"
@@ -210,14 +306,19 @@ def pixel_digest(num_images: int, hashes: int) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _open_folder(root: str) -> ImageSet:
+def _open_folder(root: str, split: str | None) -> ImageSet:
     files, _ = list_files(root)
-    names = sorted((os.path.relpath(file, root) for file in filter(is_image, files)), key=_natural)
+    images = list(filter(is_image, files))
     archives = [file for file in files if file.lower().endswith(".npz")]
-    if names:
-        read, protocol = partial(_decode_file, root, names), _read_protocol(root, len(names))
-        labels = _drawn_labels(protocol)
-        return ImageSet(_last_part(root), len(names), read, None, names.__getitem__, protocol, labels)
+    if images:
+        split, splits = split_folder(root, images, split)
+        protocol = {"split": split} if splits else _read_protocol(root, len(images))
+        name, root = _last_part(root), os.path.join(root, split or "")
+        names = sorted((os.path.relpath(file, root) for file in splits.get(split, images)), key=_natural)
+        read, labels = partial(_decode_file, root, names), _drawn_labels(protocol)
+        return ImageSet(name, len(names), read, None, names.__getitem__, protocol, labels, names)
+    if split is not None:
+        raise ValueError(f"`split` {split!r}: {root} holds no images.")
     if len(archives) == 1:
         return _open_npz(archives[0], None)
     if any(file.lower().endswith(_DATA_SETS) for file in files):
@@ -253,10 +354,27 @@ def _open_data_set(path: str, resolution: int, split: str, image_column: str | N
     if not source.num_rows:
         raise ValueError(f"{path} is empty: it has no images in split {split}.")
     protocol = {"preprocessing": "shorter side resized, bicubic; centre crop"}
-    protocol |= _read_protocol(path, source.num_rows)
+    protocol |= _read_protocol(path, source.num_rows) if source.split is None else {"split": source.split}
     read, name_of = partial(_decode_row, source, resolution), partial(_name_of_row, source)
-    labels = partial(_labels_of_rows, path, split, image_column)
-    return ImageSet(source.name, source.num_rows, read, (resolution, resolution), name_of, protocol, labels)
+    labels, files = partial(_labels_of_rows, path, split, image_column), partial(_files_of_rows, source, path)
+    size = resolution, resolution
+    return ImageSet(source.name, source.num_rows, read, size, name_of, protocol, labels, files, leaves_out=True)
+
+
+def _files_of_rows(source: ImageSource, path: str) -> list[str] | None:
+    """The paths of the images of a folder, None where a table or an archive holds them."""
+    if source[0].encoded.get("bytes") is not None:
+        return None
+    root = os.path.join(path, source.split or "")
+    return [os.path.relpath(row.name, root) for row in source.rows()]
+
+
+def _at(function: Callable[[int], Any], order: list[int], place: int) -> Any:
+    return function(order[place])
+
+
+def _labels_at(images: ImageSet, order: list[int]) -> torch.Tensor:
+    return images.labels[order]
 
 
 def _decode_row(source: ImageSource, resolution: int, place: int) -> torch.Tensor:

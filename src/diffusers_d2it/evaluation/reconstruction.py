@@ -148,9 +148,14 @@ class PairScores:
 
     def results(self, samples: dict, reference: ImageSet) -> list[Result]:
         """A result for each metric and other value over all processes; `samples` is what protocols say of them."""
-        parts = gather(self.accelerator, (self.num_images, self.sums, self.hashes, self.statistics))
+        parts = gather(
+            self.accelerator, (self.num_images, self.sums, self.hashes, self.statistics, reference.left_out)
+        )
+        for part in parts:
+            reference.left_out |= part[4]
+        reference.check_left_out()
         parts = [part for part in parts if part[0]]  # a process may have had no images
-        numbers, sums, hashes, statistics = zip(*parts)
+        numbers, sums, hashes, statistics, _ = zip(*parts)
         self.num_images = sum(numbers)
         self.sums = {name: sum(part[name] for part in sums) for name in sums[0]}
         self.statistics = statistics[0]
@@ -161,7 +166,7 @@ class PairScores:
 
         original, reconstruction = (pixel_digest(self.num_images, sum(of_part)) for of_part in zip(*hashes))
         common = {
-            "samples": {**samples, "digest": reconstruction},
+            "samples": {**samples, "num_images": self.num_images, "digest": reconstruction},
             "reference": {**reference.describe(), "digest": original},
             "versions": versions(self.features),
         }
@@ -193,11 +198,12 @@ def evaluate_pairs(
     accelerator: Accelerator | None = None,
     num_workers: int = 0,
 ) -> list[Result]:
-    """Compare images one by one: image i of the samples is a reconstruction of image i of the reference.
+    """Compare images one by one, each reconstruction with its original.
 
     Args:
         samples: the reconstructions.
-        reference: the originals, in the same order.
+        reference: the originals. Files belong to files of the same name but for the ending, in whatever order; where
+            either set has no files, image i belongs to image i.
         metrics: some of `PAIR_METRICS`.
         features: for "rfid", which is called "rfd_<name>" with others than Inception's.
         batch_size, accelerator, num_workers: of `evaluate`.
@@ -206,16 +212,17 @@ def evaluate_pairs(
         A result for each metric.
 
     Raises:
-        ValueError: the sets differ in number or size, or images cannot be used; or from `PairScores`.
+        ValueError: the sets differ in number or size, or images have no partner (they are named) or cannot be used; or
+            from `PairScores`.
     """
-    if (len(samples), samples.size) != (len(reference), reference.size):
-        numbers = (f"{len(one)} of {one.size[0]}x{one.size[1]} in {one.name}" for one in (samples, reference))
-        raise ValueError(f"pairs need as many images of the same size, got {' and '.join(numbers)}.")
+    samples, paired = samples.paired_with(reference)
     scores, place = PairScores(metrics, features, accelerator, reference=reference), place_of(accelerator)
     originals = reference.batches(batch_size, *place, num_workers, progress=place[0] == 0)
-    for (places, images), (_, reconstructions) in zip(originals, samples.batches(batch_size, *place, num_workers)):
-        scores.update(images, reconstructions, places)
-    return scores.results(samples.describe(), reference)
+    theirs = samples.batches(batch_size, *place, num_workers)
+    for places, images in originals:  # of which some may be left out, and whole batches
+        others, reconstructions = next(batch for batch in theirs if batch[0][-1] >= places[-1])
+        scores.update(images, reconstructions[torch.isin(others, places)], places)
+    return scores.results(samples.describe() | {"paired": paired}, reference)
 
 
 def evaluate_reconstructions(

@@ -34,6 +34,7 @@ from .evaluate import Evaluator
 from .images import ImageSet
 
 
+_NUM_IMAGES = 1000, 5000  # of a report, and those it compares with
 _COUNTED_IMAGES, _COUNTED_STEPS = 8, 10  # of which multiply-adds are counted
 
 
@@ -155,8 +156,8 @@ class LabelledImages:
 def draw_labelled_images(
     source: ImageSource,
     pipe: D2iTPipeline,
-    num_images: int,
-    num_reference_images: int,
+    num_images: int | None,
+    num_reference_images: int | None,
     bad_images: BadImages,
     resolution: int | None = None,
     seed: int = 0,
@@ -167,7 +168,8 @@ def draw_labelled_images(
 
     Args:
         source, pipe: the data set and the checkpoint.
-        num_images, num_reference_images: N and M.
+        num_images, num_reference_images: N and M; None for 1000 and 5000, or of a smaller set all that it has, in this
+            ratio.
         bad_images: notes what cannot be used.
         resolution: R; None for that of the checkpoint.
         seed: fixes which images are taken, and their order.
@@ -179,12 +181,17 @@ def draw_labelled_images(
     resolution = resolution or pipe.transformer.config.sample_size * pipe.vae.downsample_factor
     check_resolution(resolution, pipe.vae.region_size)
     classes = None if pipe.transformer.config.num_classes is None else _known_classes(source, pipe)
+    asked = num_images, num_reference_images
+    num_images, num_reference_images = (one or default for one, default in zip(asked, _NUM_IMAGES))
     needed = num_images + num_reference_images
     images, labels = [], []
     for row, image in islice(usable_images(source.shuffled(seed).rows(), resolution, bad_images), needed):
         images.append(to_uint8(to_pixels(image, resolution)))
         labels.append(row.label)
-    if len(images) < needed:
+    if len(images) < needed and None in asked:
+        num_images = asked[0] or (len(images) // 6 if asked[1] is None else len(images) - asked[1])
+        num_reference_images = asked[1] or len(images) - num_images
+    if num_images < 1 or num_reference_images < 2 or len(images) < num_images + num_reference_images:
         raise ValueError(
             f"{source.name} has {len(images)} images that can be used: `num_images` {num_images} and"
             f" `num_reference_images` {num_reference_images} need {needed}. {bad_images.summary()}".rstrip()

@@ -20,8 +20,10 @@ from accelerate.utils import (
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
+from ..data.bad_images import BAD_IMAGES
 from ..data.loaders import StreamLoader, batches_from, step_generator
 from ..files import lock
+from ..files.folders import names_in
 from ..optional import import_optional
 from ..words import listed
 from .checkpoints import found_checkpoints, is_sharded
@@ -42,7 +44,8 @@ def make_accelerator(
     """Take the folder of a run, as long as the process lives, and make its Accelerator.
 
     Args:
-        output_dir: the folder: empty or new, unless the run is resumed.
+        output_dir: the folder: empty or new, unless the run is resumed; what a try before the first checkpoint leaves
+            (logs, a list of unusable images) does not count.
         resume_from_checkpoint: what it is resumed from; None for a new run.
         mixed_precision: "no", "bf16", "fp16", or "auto": bf16 where the processor has units for it, else "no".
         gradient_accumulation_steps: forward passes of an update.
@@ -76,6 +79,8 @@ def make_accelerator(
     accelerator.wait_for_everyone()  # only now may a process write into the output folder that another one checks
     if accelerator.is_main_process:
         accelerator.output_lock = lock(output_dir)
+        if resume_from_checkpoint is None:
+            Path(output_dir, BAD_IMAGES).unlink(missing_ok=True)  # of a try that came to nothing
     accelerator.wait_for_everyone()
     return accelerator
 
@@ -90,7 +95,7 @@ def _own_precision() -> str:
 
 
 def _check_output_dir(folder: Path, resume_from_checkpoint: str | None) -> None:
-    held = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    held = [name for name in names_in(folder) if name not in ("logs", BAD_IMAGES)]
     if held and resume_from_checkpoint is None:
         remedy = "`resume_from_checkpoint` 'latest' continues it" if found_checkpoints(folder) else "remove it"
         raise ValueError(f"`output_dir` {folder} must be empty, it holds {listed(held)}: pass another, or {remedy}.")
