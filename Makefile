@@ -28,18 +28,17 @@ faults: $(VENV)/.installed
 
 # All three stages on crops of eight photographs, on a CPU in about ten minutes; ends with a picture of samples
 TINY ?= runs/tiny
-LAUNCH = $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
 TWO_CORES = examples/configs/two-cores-64
 train-tiny: $(VENV)/.installed
 	@test ! -e $(TINY) || { echo "$(TINY) exists: remove it, or pass TINY=another-folder"; exit 1; }
 	$(BIN)/python examples/photo_crops.py --output_dir $(TINY)/photos --resolution 64
-	$(LAUNCH) examples/train_dvae.py @$(TWO_CORES)/dvae.txt --max_train_steps 300 \
+	$(BIN)/python examples/train_dvae.py @$(TWO_CORES)/dvae.txt --max_train_steps 300 \
 	    --train_data_dir $(TINY)/photos --output_dir $(TINY)/dvae
-	$(LAUNCH) examples/cache_latents.py --vae $(TINY)/dvae/vae --resolution 64 \
+	$(BIN)/python examples/cache_latents.py --vae $(TINY)/dvae/vae --resolution 64 \
 	    --train_data_dir $(TINY)/photos --output_dir $(TINY)/cache
-	$(LAUNCH) examples/train_grain.py @$(TWO_CORES)/grain.txt --max_train_steps 150 --train_batch_size 16 \
+	$(BIN)/python examples/train_grain.py @$(TWO_CORES)/grain.txt --max_train_steps 150 --train_batch_size 16 \
 	    --vae $(TINY)/dvae/vae --latent_cache $(TINY)/cache --output_dir $(TINY)/grain
-	$(LAUNCH) examples/train_d2it.py @$(TWO_CORES)/content.txt --max_train_steps 400 --train_batch_size 16 \
+	$(BIN)/python examples/train_d2it.py @$(TWO_CORES)/content.txt --max_train_steps 400 --train_batch_size 16 \
 	    --vae $(TINY)/dvae/vae --grain $(TINY)/grain --latent_cache $(TINY)/cache --output_dir $(TINY)/d2it
 	$(BIN)/python examples/demo.py --checkpoint $(TINY)/d2it/pipeline --output $(TINY)/samples.png
 

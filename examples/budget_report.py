@@ -1,7 +1,7 @@
 # Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
 r"""One checkpoint, many budgets: quality and cost at several shares of fine regions.
 
-    accelerate launch examples/budget_report.py --checkpoint runs/d2it/pipeline --train_data_dir photos \
+    python examples/budget_report.py --checkpoint runs/d2it/pipeline --train_data_dir photos \
         --features inception --num_images 1000 --fine_ratios 0 0.25 0.5 0.75 1 --output_dir budget
 
 Writes budget.json (all figures with their protocols), budget.md (a table) and budget.png (a plot). At every ratio the
@@ -10,12 +10,37 @@ ratios in turns, so a machine that is busy with other things slows all of them a
 """
 
 import argparse
-from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+from command_line import begin, make_parser, output_folder, share
+from flags import add_report_arguments
+
+
+RATIOS = (0.0, 0.25, 0.5, 0.75, 1.0)
+FILES = ("budget.json", "budget.md", "budget.png")
+
+
+def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = make_parser(__doc__)
+    add_report_arguments(parser)
+    parser.add_argument("--fine_ratios", type=share, nargs="+", default=list(RATIOS), help="shares of fine regions")
+    parser.add_argument(
+        "--output_dir", type=output_folder, default="budget", help="folder for budget.json, budget.md and budget.png"
+    )
+    args = parser.parse_args(arguments)
+    for name in FILES:
+        if Path(args.output_dir, name).exists():
+            parser.error(f"{Path(args.output_dir, name)} exists: remove it, or name another folder")
+    return args
+
+
+if __name__ == "__main__":
+    ARGS = begin(parse_args)  # before torch is imported, which takes seconds
+
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from report_inputs import in_words, markdown_table, prepare
 
 from diffusers_d2it.evaluation import (
     Drawing,
@@ -29,23 +54,7 @@ from diffusers_d2it.evaluation import (
 from diffusers_d2it.files import durable_file
 from diffusers_d2it.grains import check_fine_ratio, fine_share
 from diffusers_d2it.optional import import_optional
-from flags import add_report_arguments
-
-
-RATIOS = (0.0, 0.25, 0.5, 0.75, 1.0)
-FILES = ("budget.json", "budget.md", "budget.png")
-
-
-def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_report_arguments(parser)
-    parser.add_argument("--fine_ratios", type=float, nargs="+", default=list(RATIOS), help="shares of fine regions")
-    parser.add_argument("--output_dir", default="budget", help="folder for budget.json, budget.md and budget.png")
-    args = parser.parse_args(arguments)
-    for name in FILES:
-        if Path(args.output_dir, name).exists():
-            parser.error(f"{Path(args.output_dir, name)} exists: remove it, or name another folder")
-    return args
+from report_inputs import in_words, markdown_table, prepare
 
 
 def check_ratios(ratios: Sequence[float]) -> None:
@@ -204,7 +213,6 @@ def main(args: argparse.Namespace) -> None:
             f" {args.guidance_scale:g}, seed {args.seed}, {args.dtype} on {machine['device']}."
             f" Compared with {args.num_reference_images} images of {data.description}."
         )
-        folder.mkdir(parents=True, exist_ok=True)
         data_file, table_file, plot_file = (folder / name for name in FILES)
         protocol = report.describe() | {"machine": machine}
         save_report(data_file, {"protocol": protocol, "ratios": rows, "real_images": report.real})
@@ -220,4 +228,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    main(ARGS)

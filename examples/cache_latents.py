@@ -1,7 +1,7 @@
 # Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
 r"""Encode a data set once, so that the second stage trains without the autoencoder's encoder.
 
-    accelerate launch examples/cache_latents.py --train_data_dir photos --vae runs/dvae/vae --resolution 256 \
+    python examples/cache_latents.py --train_data_dir photos --vae runs/dvae/vae --resolution 256 \
         --output_dir cache
 
 The cache holds posteriors, not samples, of every grain and of each image and its mirror: training still draws noise,
@@ -10,6 +10,37 @@ ImageNet at 256x256 with four latent channels takes 42 KB an image, 54 GB in 313
 """
 
 import argparse
+
+from command_line import begin, make_parser, output_folder, positive
+from flags import add_class_arguments, add_data_arguments, image_arguments
+
+
+def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = make_parser(__doc__)
+    add_data_arguments(parser)
+    add_class_arguments(parser)
+    group = parser.add_argument_group("cache")
+    group.add_argument("--vae", required=True, help="folder or Hub name of a DynamicAutoencoderKL")
+    group.add_argument(
+        "--output_dir",
+        type=output_folder,
+        required=True,
+        help="the cache: a new folder, or that of an interrupted run",
+    )
+    group.add_argument("--no_flip", action="store_true", help="leave out the mirrored images: half the size, no flips")
+    group.add_argument(
+        "--encode_batch_size", type=positive, default=32, help="images encoded at once, without mirrors"
+    )
+    group.add_argument("--rows_per_shard", type=positive, default=4096, help="images of a file")
+    args = parser.parse_args(arguments)
+    if args.streaming:
+        parser.error("--streaming: processes that share the shards read the rows in any order, a stream has only one")
+    return args
+
+
+if __name__ == "__main__":
+    ARGS = begin(parse_args)  # before torch is imported, which takes seconds
+
 from datetime import timedelta
 from functools import partial
 
@@ -19,23 +50,6 @@ from accelerate.utils import InitProcessGroupKwargs
 
 from diffusers_d2it.data import LatentCachePlan, describe_vae, encode_shards, load_images, write_latent_cache
 from diffusers_d2it.training import load_autoencoder
-from flags import add_class_arguments, add_data_arguments, image_arguments
-
-
-def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_data_arguments(parser)
-    add_class_arguments(parser)
-    group = parser.add_argument_group("cache")
-    group.add_argument("--vae", required=True, help="folder or Hub name of a DynamicAutoencoderKL")
-    group.add_argument("--output_dir", required=True, help="the cache: a new folder, or that of an interrupted run")
-    group.add_argument("--no_flip", action="store_true", help="leave out the mirrored images: half the size, no flips")
-    group.add_argument("--encode_batch_size", type=int, default=32, help="images encoded at once, without mirrors")
-    group.add_argument("--rows_per_shard", type=int, default=4096, help="images of a file")
-    args = parser.parse_args(arguments)
-    if args.streaming:
-        parser.error("--streaming: processes that share the shards read the rows in any order, a stream has only one")
-    return args
 
 
 def main(args: argparse.Namespace) -> None:
@@ -78,4 +92,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    main(ARGS)

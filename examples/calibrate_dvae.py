@@ -1,8 +1,8 @@
 # Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
 r"""Count the entropy thresholds of a data set (sec. 3.1 of arXiv:2504.09454): any fine ratio from one pass.
 
-    accelerate launch examples/calibrate_dvae.py --train_data_dir photos --resolution 256 --vae runs/dvae/vae
-    accelerate launch examples/calibrate_dvae.py --dataset_name user/images --streaming --max_images 10000 \
+    python examples/calibrate_dvae.py --train_data_dir photos --resolution 256 --vae runs/dvae/vae
+    python examples/calibrate_dvae.py --dataset_name user/images --streaming --max_images 10000 \
         --resolution 256 --region_size 16 --output calibration.json
 
 The first form writes the result into the configuration of an autoencoder, the second into a file. The images are
@@ -11,6 +11,28 @@ be used are listed in a file beside the result, `<result>.bad_images.jsonl`.
 """
 
 import argparse
+
+from command_line import begin, make_parser, output_file, positive
+from flags import add_data_arguments, image_arguments
+
+
+def parse_args() -> argparse.Namespace:
+    parser = make_parser(__doc__)
+    add_data_arguments(parser)
+    group = parser.add_argument_group("calibration")
+    group.add_argument("--max_images", type=positive, help="stop after so many images")
+    group.add_argument("--vae", help="folder of a DynamicAutoencoderKL, whose configuration is completed")
+    group.add_argument("--region_size", type=positive, help="with --output: side of a region in pixels")
+    group.add_argument("--output", type=output_file, help="with --region_size: JSON file for the result")
+    args = parser.parse_args()
+    if (args.vae is None) == (args.output is None) or (args.output is None) != (args.region_size is None):
+        parser.error("pass either --vae, or --region_size with --output")
+    return args
+
+
+if __name__ == "__main__":
+    ARGS = begin(parse_args)  # before torch is imported, which takes seconds
+
 import os
 from pathlib import Path
 
@@ -20,21 +42,6 @@ from diffusers_d2it import DynamicAutoencoderKL
 from diffusers_d2it.data import BadImages, load_images
 from diffusers_d2it.files import save_folder, write_json_durably
 from diffusers_d2it.training import count_entropy
-from flags import add_data_arguments, image_arguments
-
-
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_data_arguments(parser)
-    group = parser.add_argument_group("calibration")
-    group.add_argument("--max_images", type=int, help="stop after so many images")
-    group.add_argument("--vae", help="folder of a DynamicAutoencoderKL, whose configuration is completed")
-    group.add_argument("--region_size", type=int, help="with --output: side of a region in pixels")
-    group.add_argument("--output", help="with --region_size: JSON file for the result")
-    args = parser.parse_args()
-    if (args.vae is None) == (args.output is None) or (args.output is None) != (args.region_size is None):
-        parser.error("pass either --vae, or --region_size with --output")
-    return args
 
 
 def main(args: argparse.Namespace) -> None:
@@ -66,4 +73,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    main(ARGS)

@@ -9,13 +9,12 @@ anything else, each field is named with both values, nothing is compared, and th
 """
 
 import argparse
-import sys
 
-from diffusers_d2it.evaluation.results import Result, compare, load_results
+from command_line import begin, make_parser
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("a", help="JSON file of evaluate.py")
     parser.add_argument("b", help="another one")
     parser.add_argument(
@@ -26,6 +25,14 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         help="dotted names of fields that may differ beside samples.checkpoint",
     )
     return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    ARGS = begin(parse_args)  # before torch is imported, which takes seconds
+
+import sys
+
+from diffusers_d2it.evaluation.results import Result, compare, load_results
 
 
 def by_metric(path: str) -> dict[str, Result]:
@@ -63,4 +70,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    main(ARGS)

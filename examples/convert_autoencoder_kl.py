@@ -9,30 +9,38 @@ weight.
 """
 
 import argparse
-import json
+import os
 from pathlib import Path
 
-import torch
-
-from diffusers_d2it.conversion import convert_autoencoder_kl, save_converted
+from command_line import begin, make_parser, natural, output_folder
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--source", type=Path, required=True, help="folder of an AutoencoderKL or of a pipeline")
-    parser.add_argument("--output", type=Path, required=True, help="new folder of the model")
+    parser.add_argument("--output", type=output_folder, required=True, help="new folder of the model")
     parser.add_argument(
         "--calibration",
         type=Path,
         help="JSON file of calibrate_dvae.py --output; default: that of dvae-f8f16 for regions of 16 px, else none",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of what the AutoencoderKL does not have")
+    parser.add_argument("--seed", type=natural, default=0, help="of what the AutoencoderKL does not have")
     args = parser.parse_args()
     if not args.source.is_dir():
         parser.error(f"--source {args.source} is no folder; download it first.")
-    if args.output.exists() and (not args.output.is_dir() or any(args.output.iterdir())):
+    if os.listdir(args.output):
         parser.error(f"--output {args.output} is not empty.")
     return args
+
+
+if __name__ == "__main__":
+    ARGS = begin(parse_args)  # before torch is imported, which takes seconds
+
+import json
+
+import torch
+
+from diffusers_d2it.conversion import convert_autoencoder_kl, save_converted
 
 
 def main(args: argparse.Namespace) -> None:
@@ -45,4 +53,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    main(ARGS)

@@ -10,35 +10,44 @@ what became of every weight.
 """
 
 import argparse
+import os
 from pathlib import Path
 
-import torch
-
-from diffusers_d2it.conversion import convert_diffusers_dit, convert_dit_checkpoint, save_converted
+from command_line import begin, make_parser, natural, number, output_folder, positive
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--source", type=Path, required=True, help=".pt file of the original DiT, or diffusers folder")
-    parser.add_argument("--output", type=Path, required=True, help="new folder of the model")
-    parser.add_argument("--num_refine_layers", type=int, help="blocks of each RefineNet; default: a sixth of the DiT")
-    parser.add_argument("--num_grains", type=int, default=2, help="k; the DiT has patch size 2 ** (k - 1)")
-    parser.add_argument("--window_size", type=int, default=4, help="side of RefineNet's windows in tokens")
-    parser.add_argument("--num_attention_heads", type=int, help=".pt only: for a width other than S, B, L and XL")
+    parser.add_argument("--output", type=output_folder, required=True, help="new folder of the model")
+    parser.add_argument(
+        "--num_refine_layers", type=positive, help="blocks of each RefineNet; default: a sixth of the DiT"
+    )
+    parser.add_argument("--num_grains", type=number(int, 2), default=2, help="k; the DiT has patch size 2 ** (k - 1)")
+    parser.add_argument("--window_size", type=positive, default=4, help="side of RefineNet's windows in tokens")
+    parser.add_argument("--num_attention_heads", type=positive, help=".pt only: for a width other than S, B, L and XL")
     parser.add_argument(
         "--frequency_shift", type=float, help="folder only: 1 computes what diffusers does (default), 0 the original"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of what the DiT does not have")
+    parser.add_argument("--seed", type=natural, default=0, help="of what the DiT does not have")
     args = parser.parse_args()
     if not args.source.exists():
         parser.error(f"--source {args.source} does not exist; download it first.")
-    if args.output.exists() and (not args.output.is_dir() or any(args.output.iterdir())):
+    if os.listdir(args.output):
         parser.error(f"--output {args.output} is not empty.")
     if args.source.is_dir() and args.num_attention_heads is not None:
         parser.error("--num_attention_heads is read from the configuration of a folder.")
     if args.source.is_file() and args.frequency_shift is not None:
         parser.error("--frequency_shift is for folders of diffusers; the original DiT has 0.")
     return args
+
+
+if __name__ == "__main__":
+    ARGS = begin(parse_args)  # before torch is imported, which takes seconds
+
+import torch
+
+from diffusers_d2it.conversion import convert_diffusers_dit, convert_dit_checkpoint, save_converted
 
 
 def main(args: argparse.Namespace) -> None:
@@ -55,4 +64,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    main(ARGS)

@@ -8,6 +8,23 @@ Red regions are fine (four codes), blue ones coarse (one code).
 
 import argparse
 
+from command_line import begin, make_parser, natural, output_file, positive, weight
+
+
+def parse_args() -> argparse.Namespace:
+    parser = make_parser(__doc__)
+    parser.add_argument("--output", type=output_file, default="demo.png", help="where to write the picture")
+    parser.add_argument("--checkpoint", help="folder or Hub name of a pipeline; default: the bundled one")
+    parser.add_argument("--class_labels", nargs="+", help="class names; default: all that the checkpoint knows")
+    parser.add_argument("--num_inference_steps", type=positive, default=50, help="denoising steps")
+    parser.add_argument("--guidance_scale", type=weight, default=4.0, help="classifier-free guidance")
+    parser.add_argument("--seed", type=natural, default=0, help="another seed draws other images")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    ARGS = begin(parse_args)  # before torch is imported, which takes seconds
+
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
@@ -17,17 +34,6 @@ from diffusers_d2it import D2iTPipeline, bundled_checkpoint, visualize_grain_map
 SIDE = 128  # pixels of a picture in the grid; the samples have 64
 LABEL = 18  # pixels of the line with its name
 COLUMNS = 5
-
-
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", default="demo.png", help="where to write the picture")
-    parser.add_argument("--checkpoint", default=bundled_checkpoint(), help="folder or Hub name of a pipeline")
-    parser.add_argument("--class_labels", nargs="+", help="class names; default: all that the checkpoint knows")
-    parser.add_argument("--num_inference_steps", type=int, default=50, help="denoising steps")
-    parser.add_argument("--guidance_scale", type=float, default=4.0, help="classifier-free guidance")
-    parser.add_argument("--seed", type=int, default=0, help="another seed draws other images")
-    return parser.parse_args()
 
 
 def draw_grid(names: list[str], images: list[Image.Image], maps: list[Image.Image]) -> Image.Image:
@@ -45,7 +51,7 @@ def draw_grid(names: list[str], images: list[Image.Image], maps: list[Image.Imag
 
 
 def main(args: argparse.Namespace) -> None:
-    pipe = D2iTPipeline.from_pretrained(args.checkpoint)
+    pipe = D2iTPipeline.from_pretrained(args.checkpoint or bundled_checkpoint())
     pipe = pipe.to("cuda" if torch.cuda.is_available() else "cpu")
     names = args.class_labels or list((pipe.id2label or {}).values())
     generator = torch.Generator().manual_seed(args.seed)
@@ -63,4 +69,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    main(ARGS)

@@ -1,7 +1,7 @@
 # Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
 r"""Measure samples or an autoencoder, and write the figures with the protocol they were measured by.
 
-    accelerate launch examples/evaluate.py --samples samples --reference imagenet --split validation --resolution 256 \
+    python examples/evaluate.py --samples samples --reference imagenet --split validation --resolution 256 \
         --metrics fid sfid is precision recall --output results.json
 
 Samples against real images: fid, sfid, is, precision, recall, kid, top1. Pairs of images, files of one name: psnr,
@@ -9,11 +9,11 @@ ssim, lpips, rfid, top1. Either side is a folder of images or an .npz with `arr_
 data set too, which is resized to --resolution, or an .npz of statistics, mu and sigma, such as ADM's or those written
 by
 
-    accelerate launch examples/evaluate.py --reference imagenet --resolution 256 --save_statistics imagenet-256.npz
+    python examples/evaluate.py --reference imagenet --resolution 256 --save_statistics imagenet-256.npz
 
 An autoencoder is measured on the reference, by psnr, ssim, lpips, rfid or top1:
 
-    accelerate launch examples/evaluate.py --reconstruction runs/dvae/vae --fine_ratio 0.5 --reference imagenet \
+    python examples/evaluate.py --reconstruction runs/dvae/vae --fine_ratio 0.5 --reference imagenet \
         --split validation --resolution 256 --metrics psnr ssim rfid --output reconstruction.json
 
 --features is inception, whose weights are downloaded or given by --weights; efficientnet-lite2, a classifier of
@@ -25,39 +25,25 @@ alike.
 
 import argparse
 import os
-import sys
-from datetime import timedelta
 
-from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs
-
-from diffusers_d2it import DynamicAutoencoderKL
-from diffusers_d2it.evaluation import (
-    METRICS,
-    PAIR_METRICS,
-    ImageSet,
-    compute_exactly,
-    evaluate,
-    evaluate_pairs,
-    evaluate_reconstructions,
-    load_features,
-    open_images,
-    open_reference,
-    save_results,
-    save_statistics,
-)
+from command_line import begin, make_parser, natural, number, output_file, positive, share
+from flags import METRICS, PAIR_METRICS
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     task = parser.add_mutually_exclusive_group(required=True)
     task.add_argument("--samples", help="folder of images, or .npz: from sample_d2it.py or from elsewhere")
     task.add_argument("--reconstruction", metavar="CHECKPOINT", help="a pipeline, or a DynamicAutoencoderKL")
-    task.add_argument("--save_statistics", metavar="FILE", help="write statistics of --reference to this .npz")
+    task.add_argument(
+        "--save_statistics", type=output_file, metavar="FILE", help="write statistics of --reference to this .npz"
+    )
     parser.add_argument(
         "--reference", help="folder, .npz of images or statistics, or data set; 'is' and 'top1' need none"
     )
-    parser.add_argument("--resolution", type=int, help="the reference is a data set, resized and cropped to this side")
+    parser.add_argument(
+        "--resolution", type=positive, help="the reference is a data set, resized and cropped to this side"
+    )
     parser.add_argument(
         "--split", help="of a data set, or of a folder with sub-folders train, val, ...; default: train"
     )
@@ -69,12 +55,14 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         help="inception, efficientnet-lite2, a vision transformer, or module:callable",
     )
     parser.add_argument("--weights", help="file of Inception's weights; default: downloaded")
-    parser.add_argument("--fine_ratio", type=float, help="with --reconstruction; default: that of the checkpoint")
-    parser.add_argument("--kid_subset_size", type=int, default=1000, help="images of each set in a subset of kid")
-    parser.add_argument("--seed", type=int, default=0, help="of the subsets of kid")
-    parser.add_argument("--batch_size", type=int, default=64, help="images of a batch and process")
-    parser.add_argument("--dataloader_num_workers", type=int, default=0, help="processes that decode images")
-    parser.add_argument("--output", help="JSON file for the results")
+    parser.add_argument("--fine_ratio", type=share, help="with --reconstruction; default: that of the checkpoint")
+    parser.add_argument(
+        "--kid_subset_size", type=number(int, 2), default=1000, help="images of each set in a subset of kid"
+    )
+    parser.add_argument("--seed", type=natural, default=0, help="of the subsets of kid")
+    parser.add_argument("--batch_size", type=positive, default=64, help="images of a batch and process")
+    parser.add_argument("--dataloader_num_workers", type=natural, default=0, help="processes that decode images")
+    parser.add_argument("--output", type=output_file, help="JSON file for the results")
     args = parser.parse_args(arguments)
     if args.save_statistics is None and not (args.metrics and args.output):
         parser.error("pass --metrics and --output")
@@ -90,6 +78,30 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         if path is not None and os.path.exists(path):
             parser.error(f"{path} exists: remove it, or name another file")
     return args
+
+
+if __name__ == "__main__":
+    ARGS = begin(parse_args)  # before torch is imported, which takes seconds
+
+import sys
+from datetime import timedelta
+
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
+
+from diffusers_d2it import DynamicAutoencoderKL
+from diffusers_d2it.evaluation import (
+    ImageSet,
+    compute_exactly,
+    evaluate,
+    evaluate_pairs,
+    evaluate_reconstructions,
+    load_features,
+    open_images,
+    open_reference,
+    save_results,
+    save_statistics,
+)
 
 
 def load_autoencoder(path: str) -> DynamicAutoencoderKL:
@@ -149,4 +161,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    main(ARGS)

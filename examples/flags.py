@@ -5,10 +5,9 @@ import argparse
 import os
 import shlex
 import sys
-from collections.abc import Callable
 from typing import Any
 
-from diffusers_d2it import bundled_checkpoint, list_samplers
+from command_line import make_parser, natural, number, positive, share, weight
 
 
 # What a cache was written with: flags about images and classes do not go with one.
@@ -16,21 +15,14 @@ _OF_IMAGES = (
     "train_data_dir dataset_name dataset_config_name split streaming image_column label_column num_classes id2label"
     " unconditional".split()
 )
+# What flags can be, as the library lists it: to ask it would import torch
+SAMPLERS = ("dpmsolver++", "unipc")
+OBJECTIVES = ("epsilon", "v_prediction", "flow_matching")
+METRICS = ("fid", "sfid", "is", "precision", "recall", "kid", "top1")
+PAIR_METRICS = ("psnr", "ssim", "lpips", "rfid", "top1")
+SCHEDULES = ("constant_with_warmup", "constant", "cosine", "cosine_with_restarts", "linear", "polynomial")
 # KID wants a subset size, and more images than a row of a report has
 REPORT_METRICS = ("fid", "sfid", "is", "precision", "recall")
-
-
-def make_parser(description: str) -> argparse.ArgumentParser:
-    """A parser that also reads flags from files: `train_d2it.py @examples/configs/imagenet-256/content-xl.txt`.
-
-    A line of such a file is one word of the command; flags behind the file override it.
-    """
-    return argparse.ArgumentParser(
-        description=description,
-        epilog="A word @file reads flags from a file, one word a line: see examples/configs.",
-        formatter_class=_HelpFormatter,
-        fromfile_prefix_chars="@",
-    )
 
 
 def training_parser(description: str) -> argparse.ArgumentParser:
@@ -54,30 +46,11 @@ def second_stage_parser(description: str) -> argparse.ArgumentParser:
     return parser
 
 
-def at_least(least: int) -> Callable[[str], int]:
-    """The type of a flag that is a whole number not less than `least`."""
-
-    def read(text: str) -> int:
-        value = int(text)
-        if value < least:
-            raise argparse.ArgumentTypeError(f"must be at least {least}, got {value}")
-        return value
-
-    return read
-
-
 class _FineRatio(argparse.Action):
     def __call__(self, parser, namespace, ratios, option_string=None) -> None:
         if len(ratios) > 2 or not all(0 <= ratio <= 1 for ratio in ratios) or ratios != sorted(ratios):
             raise argparse.ArgumentError(self, f"must be one share in [0, 1], or two in ascending order, got {ratios}")
         setattr(namespace, self.dest, ratios)
-
-
-class _HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    def _get_help_string(self, action: argparse.Action) -> str:
-        if action.default in (None, False):
-            return action.help  # the text says what happens without the flag
-        return super()._get_help_string(action)
 
 
 def add_data_arguments(parser: argparse.ArgumentParser, required: bool = True) -> None:
@@ -98,9 +71,9 @@ def add_data_arguments(parser: argparse.ArgumentParser, required: bool = True) -
     group.add_argument("--streaming", action="store_true", help="read the data set as a stream, without a local copy")
     group.add_argument("--image_column", help="column that holds the images; default: the only one that does")
     group.add_argument(
-        "--resolution", type=int, default=256, help="images are resized and centre-cropped to this side"
+        "--resolution", type=positive, default=256, help="images are resized and centre-cropped to this side"
     )
-    group.add_argument("--dataloader_num_workers", type=int, default=0, help="processes that decode images")
+    group.add_argument("--dataloader_num_workers", type=natural, default=0, help="processes that decode images")
 
 
 def add_class_arguments(parser: argparse.ArgumentParser) -> None:
@@ -111,7 +84,9 @@ def add_class_arguments(parser: argparse.ArgumentParser) -> None:
         help="column of labels, or json.<name>, or class_folder for sub-folders; default: label, cls, class, ...",
     )
     group.add_argument("--unconditional", action="store_true", help="ignore labels and class sub-folders")
-    group.add_argument("--num_classes", type=int, help="size of the label table; default: one more than the largest")
+    group.add_argument(
+        "--num_classes", type=positive, help="size of the label table; default: one more than the largest"
+    )
     group.add_argument("--id2label", help="JSON file {id: name}; default: the names that the data set declares")
 
 
@@ -119,19 +94,21 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     """Optimisation, checkpoints and logging."""
     group = parser.add_argument_group("training")
     group.add_argument("--output_dir", required=True, help="checkpoints, samples, logs and the final model go here")
-    group.add_argument("--seed", type=int, default=0, help="fixes initialisation, order, flips and noise")
-    group.add_argument("--train_batch_size", type=int, default=32, help="images per process and forward pass")
-    group.add_argument("--gradient_accumulation_steps", type=int, default=1, help="forward passes per update")
-    group.add_argument("--max_train_steps", type=int, required=True, help="updates of the weights in total")
-    group.add_argument("--learning_rate", type=float, default=1e-4, help="AdamW (sec. 4.1: 1e-4 at batch 256)")
-    group.add_argument("--weight_decay", type=float, default=0.0, help="AdamW")
-    group.add_argument("--lr_scheduler", default="constant_with_warmup", help="a schedule of diffusers.optimization")
-    group.add_argument("--lr_warmup_steps", type=int, default=0, help="updates until the learning rate is reached")
-    group.add_argument("--max_grad_norm", type=float, default=1.0, help="gradients are clipped to this norm")
-    group.add_argument("--ema_decay", type=float, default=0.9999, help="decay of the weights' average (sec. 4.1)")
+    group.add_argument("--seed", type=natural, default=0, help="fixes initialisation, order, flips and noise")
+    group.add_argument("--train_batch_size", type=positive, default=32, help="images per process and forward pass")
+    group.add_argument("--gradient_accumulation_steps", type=positive, default=1, help="forward passes per update")
+    group.add_argument("--max_train_steps", type=positive, required=True, help="updates of the weights in total")
+    group.add_argument("--learning_rate", type=weight, default=1e-4, help="AdamW (sec. 4.1: 1e-4 at batch 256)")
+    group.add_argument("--weight_decay", type=weight, default=0.0, help="AdamW")
+    group.add_argument(
+        "--lr_scheduler", choices=SCHEDULES, default=SCHEDULES[0], help="of the learning rate, as in diffusers"
+    )
+    group.add_argument("--lr_warmup_steps", type=natural, default=0, help="updates until the learning rate is reached")
+    group.add_argument("--max_grad_norm", type=weight, default=1.0, help="gradients are clipped to this norm")
+    group.add_argument("--ema_decay", type=share, default=0.9999, help="decay of the weights' average (sec. 4.1)")
     group.add_argument(
         "--fine_ratio",
-        type=float,
+        type=share,
         nargs="+",
         action=_FineRatio,
         metavar="RATIO",
@@ -145,20 +122,20 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--gradient_checkpointing", action="store_true", help="less memory, more time")
     group.add_argument("--compile", action="store_true", help="torch.compile the blocks of the model")
-    group.add_argument("--checkpointing_steps", type=int, default=1000, help="updates between two checkpoints")
-    group.add_argument("--checkpoints_total_limit", type=at_least(1), help="keep only the newest ones")
+    group.add_argument("--checkpointing_steps", type=positive, default=1000, help="updates between two checkpoints")
+    group.add_argument("--checkpoints_total_limit", type=positive, help="keep only the newest ones")
     group.add_argument("--resume_from_checkpoint", help="path of a checkpoint, or 'latest'")
-    group.add_argument("--validation_steps", type=int, default=1000, help="updates between two sample grids")
+    group.add_argument("--validation_steps", type=positive, default=1000, help="updates between two sample grids")
     group.add_argument(
         "--skip_nonfinite_steps",
-        type=at_least(0),
+        type=natural,
         default=0,
         metavar="N",
         help="leave out up to N updates whose loss or gradient is not finite; with the next one the run stops",
     )
     group.add_argument(
         "--overfit_batches",
-        type=at_least(1),
+        type=positive,
         metavar="N",
         help="smoke test: train on the first N batches, the loss must fall",
     )
@@ -170,7 +147,7 @@ def add_second_stage_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("second stage")
     group.add_argument("--vae", required=True, help="folder or Hub name of a DynamicAutoencoderKL from train_dvae.py")
     group.add_argument("--latent_cache", help="folder written by cache_latents.py, instead of images")
-    group.add_argument("--label_dropout", type=float, default=0.1, help="share of labels dropped, for guidance")
+    group.add_argument("--label_dropout", type=share, default=0.1, help="share of labels dropped, for guidance")
 
 
 def check_second_stage(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
@@ -201,9 +178,7 @@ def add_hub_arguments(parser: argparse.ArgumentParser) -> None:
 def add_report_arguments(parser: argparse.ArgumentParser) -> None:
     """Checkpoint, data, features and sampling: shared by the reports on a checkpoint."""
     group = parser.add_argument_group("checkpoint")
-    group.add_argument(
-        "--checkpoint", default=bundled_checkpoint(), help="folder or Hub name of a pipeline; default: the bundled one"
-    )
+    group.add_argument("--checkpoint", help="folder or Hub name of a pipeline; default: the bundled one")
     add_data_arguments(parser)
     add_class_arguments(parser)
     parser.set_defaults(resolution=None)  # that of the checkpoint
@@ -218,22 +193,22 @@ def add_report_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--metrics", nargs="+", choices=REPORT_METRICS, default=["fid"], help="as of evaluate.py")
     group.add_argument(
         "--num_images",
-        type=int,
+        type=positive,
         help="samples of a row, and real images for their maps; default: 1000, or what is there",
     )
     group.add_argument(
         "--num_reference_images",
-        type=int,
+        type=number(int, 2),
         help="other real images, which samples are compared with; default: 5000, or what is there",
     )
     group = parser.add_argument_group("sampling")
-    group.add_argument("--scheduler", choices=list_samplers(), help="a fast sampler; default: that of the checkpoint")
-    group.add_argument("--num_inference_steps", type=int, default=50, help="denoising steps")
-    group.add_argument("--guidance_scale", type=float, default=1.0, help="classifier-free guidance; 1 is without")
-    group.add_argument("--grain_num_inference_steps", type=int, default=10, help="steps of the grain model")
+    group.add_argument("--scheduler", choices=SAMPLERS, help="a fast sampler; default: that of the checkpoint")
+    group.add_argument("--num_inference_steps", type=positive, default=50, help="denoising steps")
+    group.add_argument("--guidance_scale", type=weight, default=1.0, help="classifier-free guidance; 1 is without")
+    group.add_argument("--grain_num_inference_steps", type=positive, default=10, help="steps of the grain model")
     group.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of the models")
-    group.add_argument("--batch_size", type=int, default=32, help="images of a process in a forward pass")
-    group.add_argument("--seed", type=int, default=0, help="fixes which images are taken, and all noise")
+    group.add_argument("--batch_size", type=positive, default=32, help="images of a process in a forward pass")
+    group.add_argument("--seed", type=natural, default=0, help="fixes which images are taken, and all noise")
 
 
 def image_arguments(args: argparse.Namespace) -> dict[str, Any]:

@@ -9,6 +9,21 @@ and painted by hand. The noise is the same in all four.
 
 import argparse
 
+from command_line import begin, make_parser, natural, output_file
+
+
+def parse_args() -> argparse.Namespace:
+    parser = make_parser(__doc__)
+    parser.add_argument("--output", type=output_file, default="four_maps.png", help="where to write the picture")
+    parser.add_argument("--checkpoint", help="folder or Hub name of a pipeline; default: the bundled one")
+    parser.add_argument("--class_label", default="monarch", help="name of the class")
+    parser.add_argument("--seed", type=natural, default=3, help="another seed draws another image")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    ARGS = begin(parse_args)  # before torch is imported, which takes seconds
+
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
@@ -20,15 +35,6 @@ LABEL = 24  # pixels of the line above them
 GAP = 8
 
 
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", default="four_maps.png", help="where to write the picture")
-    parser.add_argument("--checkpoint", default=bundled_checkpoint(), help="folder or Hub name of a pipeline")
-    parser.add_argument("--class_label", default="monarch", help="name of the class")
-    parser.add_argument("--seed", type=int, default=3, help="another seed draws another image")
-    return parser.parse_args()
-
-
 def painted_map(rows: int, columns: int) -> torch.Tensor:
     """A fine disc on coarse ground, (rows, columns)."""
     y, x = torch.meshgrid(torch.linspace(-1, 1, rows), torch.linspace(-1, 1, columns), indexing="ij")
@@ -36,7 +42,7 @@ def painted_map(rows: int, columns: int) -> torch.Tensor:
 
 
 def main(args: argparse.Namespace) -> None:
-    pipe = D2iTPipeline.from_pretrained(args.checkpoint)
+    pipe = D2iTPipeline.from_pretrained(args.checkpoint or bundled_checkpoint())
     pipe.scheduler = load_sampler("unipc", pipe.scheduler)
     regions = pipe.transformer.config.sample_size // pipe.transformer.patch_size
     maps = {
@@ -62,4 +68,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    main(ARGS)

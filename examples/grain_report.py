@@ -1,9 +1,9 @@
 # Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
 r"""Table 5 of arXiv:2504.09454 on one checkpoint, and diagnostics of its grain maps.
 
-    accelerate launch examples/grain_report.py --checkpoint runs/d2it/pipeline --train_data_dir photos \
+    python examples/grain_report.py --checkpoint runs/d2it/pipeline --train_data_dir photos \
         --features inception --num_images 1000 --output report.json
-    accelerate launch examples/grain_report.py --dataset_name tiny-imagenet-20 --split validation \
+    python examples/grain_report.py --dataset_name tiny-imagenet-20 --split validation \
         --num_images 500 --num_reference_images 500 --features package.module:callable --output report.json
 
 The second form reports on the bundled checkpoint. Images are drawn with maps of five sources: those of real images of
@@ -14,12 +14,29 @@ samples are compared with. All that was measured goes into the file with its pro
 
 import argparse
 import os
+
+from command_line import begin, make_parser, output_file
+from flags import add_report_arguments
+
+
+def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = make_parser(__doc__)
+    add_report_arguments(parser)
+    parser.add_argument("--output", type=output_file, default="grain_report.json", help="JSON file for the report")
+    args = parser.parse_args(arguments)
+    if os.path.exists(args.output):
+        parser.error(f"{args.output} exists: remove it, or name another file")
+    return args
+
+
+if __name__ == "__main__":
+    ARGS = begin(parse_args)  # before torch is imported, which takes seconds
+
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from report_inputs import in_words, markdown_table, prepare
 
 from diffusers_d2it.evaluation import (
     MAP_SOURCES,
@@ -32,17 +49,7 @@ from diffusers_d2it.evaluation import (
     spatial_coherence,
 )
 from diffusers_d2it.grains import fine_share
-from flags import add_report_arguments
-
-
-def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_report_arguments(parser)
-    parser.add_argument("--output", default="grain_report.json", help="JSON file for the report")
-    args = parser.parse_args(arguments)
-    if os.path.exists(args.output):
-        parser.error(f"{args.output} exists: remove it, or name another file")
-    return args
+from report_inputs import in_words, markdown_table, prepare
 
 
 def table_5(
@@ -148,4 +155,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    main(ARGS)

@@ -8,6 +8,22 @@ photograph. It is no data set to learn anything about images from.
 """
 
 import argparse
+
+from command_line import begin, make_parser, natural, positive
+
+
+def parse_args() -> argparse.Namespace:
+    parser = make_parser(__doc__)
+    parser.add_argument("--output_dir", required=True, help="new folder, with a sub-folder for each class")
+    parser.add_argument("--resolution", type=positive, default=64, help="side of a crop in pixels after scaling")
+    parser.add_argument("--crops", type=positive, default=64, help="crops of each photograph")
+    parser.add_argument("--seed", type=natural, default=0, help="fixes places and sizes")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    ARGS = begin(parse_args)  # before torch is imported, which takes seconds
+
 from pathlib import Path
 
 import numpy as np
@@ -27,15 +43,6 @@ PHOTOGRAPHS = {
 }
 
 
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", required=True, help="new folder, with a sub-folder for each class")
-    parser.add_argument("--resolution", type=int, default=64, help="side of a crop in pixels after scaling")
-    parser.add_argument("--crops", type=int, default=64, help="crops of each photograph")
-    parser.add_argument("--seed", type=int, default=0, help="fixes places and sizes")
-    return parser.parse_args()
-
-
 def main(args: argparse.Namespace) -> None:
     draw = np.random.default_rng(args.seed)
     for name, load in PHOTOGRAPHS.items():
@@ -53,4 +60,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    main(ARGS)

@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 
-from diffusers_d2it import D2iTPipeline, load_sampler
+from diffusers_d2it import D2iTPipeline, bundled_checkpoint, load_sampler
 from diffusers_d2it.data import BadImages, load_images
 from diffusers_d2it.evaluation import (
     Drawing,
@@ -55,14 +55,6 @@ class ReportInputs:
         """The protocol of a whole report."""
         numbers = {"data": self.data.description, "num_images": len(self.data.images)}
         return {**self.protocol, **numbers, **self.drawing.describe()}
-
-
-def check_numbers(args: argparse.Namespace) -> None:
-    """Raise a ValueError that names the flag unless the numbers of `add_report_arguments` can be used."""
-    least = {"num_images": 1, "num_reference_images": 2, "num_inference_steps": 1, "grain_num_inference_steps": 1}
-    for name, minimum in (least | {"batch_size": 1, "seed": 0}).items():
-        if getattr(args, name) is not None and getattr(args, name) < minimum:
-            raise ValueError(f"--{name} must be at least {minimum}, got {getattr(args, name)}.")
 
 
 def load_checkpoint(args: argparse.Namespace, accelerator: Accelerator) -> tuple[D2iTPipeline, dict[str, Any]]:
@@ -112,7 +104,7 @@ def prepare(args: argparse.Namespace, bad_images: Path) -> ReportInputs:
         ValueError: a flag cannot be used, or does not suit the others.
     """
     compute_exactly()
-    check_numbers(args)
+    args.checkpoint = args.checkpoint or bundled_checkpoint()
     # The others wait while the main process compares features
     accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=3))])
     pipe, protocol = load_checkpoint(args, accelerator)

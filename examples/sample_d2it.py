@@ -1,7 +1,7 @@
 # Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
 r"""Draw a set of samples, for a metric: any number of images, over any number of processes.
 
-    accelerate launch examples/sample_d2it.py --checkpoint runs/d2it/pipeline --num_images 50000 --batch_size 64 \
+    python examples/sample_d2it.py --checkpoint runs/d2it/pipeline --num_images 50000 --batch_size 64 \
         --guidance_scale 1.5 --output_dir samples
 
 --output_dir gets 000000.png and so on, or one images.npz (`arr_0`, uint8 NHWC), or both, and protocol.json, which says
@@ -18,6 +18,57 @@ how they were drawn. What is promised:
 """
 
 import argparse
+
+from command_line import begin, make_parser, natural, output_folder, positive, share, weight
+from flags import SAMPLERS
+
+
+def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = make_parser(__doc__)
+    parser.add_argument("--checkpoint", help="folder or Hub name of a pipeline; default: the bundled one")
+    parser.add_argument(
+        "--output_dir", type=output_folder, required=True, help="a new folder, or that of an interrupted run"
+    )
+    parser.add_argument("--num_images", type=positive, required=True, help="size of the set")
+    parser.add_argument("--batch_size", type=positive, default=32, help="images drawn at once by a process")
+    parser.add_argument("--format", choices=["png", "npz", "both"], default="png", help="PNGs, one .npz, or both")
+    parser.add_argument("--seed", type=natural, default=0, help="another one draws another set")
+    parser.add_argument("--labels", choices=["balanced", "random"], help="classes in turns (default), or at random")
+    parser.add_argument("--class_labels", nargs="+", help="names or ids of classes; default: all of the checkpoint")
+    parser.add_argument(
+        "--scheduler",
+        choices=[*SAMPLERS, "ddpm"],
+        help="a fast sampler, or ancestral sampling (DiT's figures: 250 steps of it); default: that of the checkpoint",
+    )
+    parser.add_argument("--num_inference_steps", type=positive, default=50, help="denoising steps")
+    parser.add_argument("--guidance_scale", type=weight, help="classifier-free guidance, 1 is without; default: 4")
+    parser.add_argument(
+        "--guidance_interval",
+        type=float,
+        nargs=2,
+        metavar=("START", "STOP"),
+        help="guided part of the steps; default: 0 1",
+    )
+    parser.add_argument("--guidance_power", type=weight, help="power-cosine schedule of the scale; default: constant")
+    parser.add_argument(
+        "--grain_source",
+        choices=["predicted", "true", "random", "coarse", "fine"],
+        default="predicted",
+        help="grain maps: of the grain model, of photographs (--reference_data), of random regions, or uniform",
+    )
+    parser.add_argument("--fine_ratio", type=share, help="share of fine regions; default: as the checkpoint has it")
+    parser.add_argument("--grain_num_inference_steps", type=positive, help="steps of the grain model; default: 10")
+    parser.add_argument("--grain_guidance_scale", type=weight, help="guidance of the grain model; default: 1")
+    parser.add_argument(
+        "--reference_data", help="photographs for --grain_source true: a folder, file or Hub name as in training"
+    )
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of the models")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    ARGS = begin(parse_args)  # before torch is imported, which takes seconds
+
 import os
 from dataclasses import replace
 from datetime import timedelta
@@ -28,59 +79,16 @@ from accelerate.utils import InitProcessGroupKwargs
 from diffusers import DDPMScheduler
 from tqdm.auto import tqdm
 
-from diffusers_d2it import D2iTPipeline, bundled_checkpoint, list_samplers, load_sampler
+from diffusers_d2it import D2iTPipeline, bundled_checkpoint, load_sampler
 from diffusers_d2it.grains import fine_share
 from diffusers_d2it.pipelines.class_conditional import class_ids
 from diffusers_d2it.sampling import (
-    FORMATS,
-    LABEL_SCHEMES,
     ReferenceMaps,
     SampleFolder,
     SamplePlan,
     describe_checkpoint,
     describe_scheduler,
 )
-
-
-def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", default=bundled_checkpoint(), help="folder or Hub name of a pipeline")
-    parser.add_argument("--output_dir", required=True, help="a new folder, or that of an interrupted run")
-    parser.add_argument("--num_images", type=int, required=True, help="size of the set")
-    parser.add_argument("--batch_size", type=int, default=32, help="images drawn at once by a process")
-    parser.add_argument("--format", choices=FORMATS, default="png", help="PNGs, one .npz, or both")
-    parser.add_argument("--seed", type=int, default=0, help="another one draws another set")
-    parser.add_argument("--labels", choices=LABEL_SCHEMES, help="classes in turns (default), or at random")
-    parser.add_argument("--class_labels", nargs="+", help="names or ids of classes; default: all of the checkpoint")
-    parser.add_argument(
-        "--scheduler",
-        choices=[*list_samplers(), "ddpm"],
-        help="a fast sampler, or ancestral sampling (DiT's figures: 250 steps of it); default: that of the checkpoint",
-    )
-    parser.add_argument("--num_inference_steps", type=int, default=50, help="denoising steps")
-    parser.add_argument("--guidance_scale", type=float, help="classifier-free guidance, 1 is without; default: 4")
-    parser.add_argument(
-        "--guidance_interval",
-        type=float,
-        nargs=2,
-        metavar=("START", "STOP"),
-        help="guided part of the steps; default: 0 1",
-    )
-    parser.add_argument("--guidance_power", type=float, help="power-cosine schedule of the scale; default: constant")
-    parser.add_argument(
-        "--grain_source",
-        choices=["predicted", "true", "random", "coarse", "fine"],
-        default="predicted",
-        help="grain maps: of the grain model, of photographs (--reference_data), of random regions, or uniform",
-    )
-    parser.add_argument("--fine_ratio", type=float, help="share of fine regions; default: as the checkpoint has it")
-    parser.add_argument("--grain_num_inference_steps", type=int, help="steps of the grain model; default: 10")
-    parser.add_argument("--grain_guidance_scale", type=float, help="guidance of the grain model; default: 1")
-    parser.add_argument(
-        "--reference_data", help="photographs for --grain_source true: a folder, file or Hub name as in training"
-    )
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of the models")
-    return parser.parse_args(arguments)
 
 
 def load_pipeline(args: argparse.Namespace, device: torch.device) -> tuple[D2iTPipeline, str]:
@@ -171,6 +179,7 @@ def describe(args: argparse.Namespace, folder: str, pipe: D2iTPipeline, plan: Sa
 
 
 def main(args: argparse.Namespace) -> None:
+    args.checkpoint = args.checkpoint or bundled_checkpoint()
     # Processes wait at the end for the slowest one, as long as it takes.
     accelerator = Accelerator(
         mixed_precision="no", kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=7))]
@@ -179,7 +188,7 @@ def main(args: argparse.Namespace) -> None:
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cudnn.deterministic = True
 
-    plan = SamplePlan(args.num_images, args.batch_size, args.seed, scheme=args.labels or LABEL_SCHEMES[0])
+    plan = SamplePlan(args.num_images, args.batch_size, args.seed, scheme=args.labels or "balanced")
     settings = pipeline_settings(args)
     pipe, folder = load_pipeline(args, accelerator.device)
     check_flags(args, pipe)
@@ -209,4 +218,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    main(ARGS)

@@ -1,7 +1,7 @@
 # Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
 r"""Stage 2 (b): train a D2iTContentModel (sec. 3.2.3 of arXiv:2504.09454) and put the pipeline together.
 
-    accelerate launch examples/train_d2it.py --latent_cache cache --vae runs/dvae/vae --grain runs/grain \
+    python examples/train_d2it.py --latent_cache cache --vae runs/dvae/vae --grain runs/grain \
         --preset content-b --resolution 256 --train_batch_size 32 --max_train_steps 400000 --output_dir runs/d2it
 
 From a cache of examples/cache_latents.py, or with --train_data_dir from the images themselves. `runs/d2it/pipeline` is
@@ -9,6 +9,47 @@ a complete D2iTPipeline.
 """
 
 import argparse
+
+from command_line import begin, positive, weight
+from flags import OBJECTIVES, check_second_stage, second_stage_parser
+
+
+def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = second_stage_parser(__doc__)
+    group = parser.add_argument_group("content model")
+    group.add_argument("--grain", required=True, help="output folder of train_grain.py")
+    start = group.add_mutually_exclusive_group()
+    start.add_argument("--preset", default="content-b", help="a preset, or a JSON file with a model's configuration")
+    start.add_argument("--init_from", help="folder of a D2iTContentModel to start from, such as convert_dit.py's")
+    group.add_argument("--objective", choices=OBJECTIVES, default="epsilon", help="what is predicted")
+    group.add_argument("--learn_sigma", action="store_true", help="predict the variance too, trained by the VLB")
+    group.add_argument("--snr_gamma", type=weight, help="min-SNR weighting of the timesteps; 5 is usual")
+    group.add_argument(
+        "--grain_weights", type=weight, nargs="+", help="loss weight of a cell of each grain, coarsest first (Eq. 11)"
+    )
+    group.add_argument(
+        "--residual_dtype",
+        choices=["float32", "bfloat16"],
+        default="float32",
+        help="of the residual stream under --mixed_precision: bfloat16 takes less memory and time, and rounds more",
+    )
+    group = parser.add_argument_group("representation alignment (REPA)")
+    group.add_argument(
+        "--alignment",
+        help="network to align with: facebook/dinov2-base or another vision transformer, or efficientnet-lite0",
+    )
+    group.add_argument("--alignment_layer", type=positive, help="block that is aligned; default: a third of the way")
+    group.add_argument("--alignment_weight", type=weight, default=0.5, help="weight of the alignment loss")
+    args = parser.parse_args(arguments)
+    check_second_stage(parser, args)
+    if args.alignment is not None and args.latent_cache is not None:
+        parser.error("--alignment needs the images: pass --train_data_dir or --dataset_name, not --latent_cache")
+    return args
+
+
+if __name__ == "__main__":
+    ARGS = begin(parse_args)  # before torch is imported, which takes seconds
+
 import os
 import sys
 
@@ -29,7 +70,7 @@ from diffusers_d2it import (
 from diffusers_d2it.data import BadImages, read_codes
 from diffusers_d2it.evaluation import load_vision_network
 from diffusers_d2it.losses import multi_grained_loss, variance_loss
-from diffusers_d2it.objectives import OBJECTIVES, DiffusionObjective, FlowMatchingObjective, make_objective
+from diffusers_d2it.objectives import DiffusionObjective, FlowMatchingObjective, make_objective
 from diffusers_d2it.training import (
     Alignment,
     FiniteGate,
@@ -42,41 +83,7 @@ from diffusers_d2it.training import (
     load_autoencoder,
     use_ema,
 )
-from flags import check_second_stage, second_stage_parser
 from set_up import checkpoints_of, loader_of, publish_result, run_of, schedule_of, second_stage_data, start
-
-
-def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = second_stage_parser(__doc__)
-    group = parser.add_argument_group("content model")
-    group.add_argument("--grain", required=True, help="output folder of train_grain.py")
-    start = group.add_mutually_exclusive_group()
-    start.add_argument("--preset", default="content-b", help="a preset, or a JSON file with a model's configuration")
-    start.add_argument("--init_from", help="folder of a D2iTContentModel to start from, such as convert_dit.py's")
-    group.add_argument("--objective", choices=OBJECTIVES, default="epsilon", help="what is predicted")
-    group.add_argument("--learn_sigma", action="store_true", help="predict the variance too, trained by the VLB")
-    group.add_argument("--snr_gamma", type=float, help="min-SNR weighting of the timesteps; 5 is usual")
-    group.add_argument(
-        "--grain_weights", type=float, nargs="+", help="loss weight of a cell of each grain, coarsest first (Eq. 11)"
-    )
-    group.add_argument(
-        "--residual_dtype",
-        choices=["float32", "bfloat16"],
-        default="float32",
-        help="of the residual stream under --mixed_precision: bfloat16 takes less memory and time, and rounds more",
-    )
-    group = parser.add_argument_group("representation alignment (REPA)")
-    group.add_argument(
-        "--alignment",
-        help="network to align with: facebook/dinov2-base or another vision transformer, or efficientnet-lite0",
-    )
-    group.add_argument("--alignment_layer", type=int, help="block that is aligned; default: a third of the way")
-    group.add_argument("--alignment_weight", type=float, default=0.5, help="weight of the alignment loss")
-    args = parser.parse_args(arguments)
-    check_second_stage(parser, args)
-    if args.alignment is not None and args.latent_cache is not None:
-        parser.error("--alignment needs the images: pass --train_data_dir or --dataset_name, not --latent_cache")
-    return args
 
 
 def make_model(args: argparse.Namespace, vae: DynamicAutoencoderKL, num_classes: int | None) -> D2iTContentModel:
@@ -255,4 +262,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    main(ARGS)

@@ -1,7 +1,7 @@
 # Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
 r"""Stage 1: train a DynamicAutoencoderKL (sec. 3.1 of arXiv:2504.09454).
 
-    accelerate launch examples/train_dvae.py --train_data_dir photos --preset dvae-f8f16 --resolution 256 \
+    python examples/train_dvae.py --train_data_dir photos --preset dvae-f8f16 --resolution 256 \
         --train_batch_size 16 --max_train_steps 100000 --output_dir runs/dvae
 
 The losses are those of latent diffusion (arXiv:2112.10752): L1, a perceptual one, KL, and a PatchGAN from
@@ -12,6 +12,66 @@ reconstructions last.
 """
 
 import argparse
+
+from command_line import begin, natural, positive, weight
+from flags import image_arguments, training_parser
+
+
+def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = training_parser(__doc__)
+    group = parser.add_argument_group("autoencoder")
+    start = group.add_mutually_exclusive_group()
+    start.add_argument("--preset", default="dvae-f8f16", help="a preset, or a JSON file with a model's configuration")
+    start.add_argument("--init_from", help="folder of a DynamicAutoencoderKL, such as convert_autoencoder_kl.py's")
+    group.add_argument(
+        "--freeze_fine_path",
+        action="store_true",
+        help="with --init_from: train only the coarser grains; fine codes, decoder and latent scale stay",
+    )
+    group.add_argument("--kl_weight", type=weight, default=1e-6, help="weight of the KL term per pixel value")
+    group.add_argument("--perceptual_weight", type=weight, default=1.0, help="of the perceptual loss; 0 goes without")
+    group.add_argument(
+        "--perceptual_network",
+        default="lpips",
+        help="lpips, a download; efficientnet-lite0, whose weights come with a package (extra judge); or a vision"
+        " transformer of transformers",
+    )
+    group.add_argument(
+        "--perceptual_resolution", type=positive, help="side of the images that it sees; default: --resolution"
+    )
+    group.add_argument(
+        "--perceptual_share", type=_share, default=1.0, help="share of a batch whose perceptual loss is computed"
+    )
+    group.add_argument("--gan_weight", type=weight, default=0.5, help="weight of the PatchGAN; 0 goes without it")
+    group.add_argument("--gan_start_step", type=natural, default=50_000, help="updates before the PatchGAN joins")
+    group.add_argument(
+        "--calibration_images",
+        type=positive,
+        default=10_000,
+        help="images to measure thresholds, latent scale and reconstructions on",
+    )
+    group.add_argument("--fid_model", help="score rFID with 'inception' or a vision model of transformers")
+    parser.set_defaults(fine_ratio=[0.0, 1.0])
+    args = parser.parse_args(arguments)
+    if args.freeze_fine_path and args.init_from is None:
+        parser.error("--freeze_fine_path keeps what --init_from brings: pass both")
+    if args.mixed_precision == "fp16" and args.gan_weight > 0:
+        parser.error("--mixed_precision fp16 cannot scale two losses: pass bf16, or --gan_weight 0")
+    if args.freeze_fine_path and args.gan_weight > 0:
+        parser.error("--freeze_fine_path freezes the layer that weighs the adversarial loss: pass --gan_weight 0")
+    return args
+
+
+def _share(text: str) -> float:
+    share = float(text)
+    if not 0 < share <= 1:
+        raise argparse.ArgumentTypeError(f"must be above 0 and at most 1, got {share}")
+    return share
+
+
+if __name__ == "__main__":
+    ARGS = begin(parse_args)  # before torch is imported, which takes seconds
+
 import json
 import os
 import sys
@@ -40,60 +100,7 @@ from diffusers_d2it.training import (
     measure_latents,
     use_ema,
 )
-from flags import image_arguments, training_parser
 from set_up import checkpoints_of, loader_of, publish_result, run_of, schedule_of, start
-
-
-def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = training_parser(__doc__)
-    group = parser.add_argument_group("autoencoder")
-    start = group.add_mutually_exclusive_group()
-    start.add_argument("--preset", default="dvae-f8f16", help="a preset, or a JSON file with a model's configuration")
-    start.add_argument("--init_from", help="folder of a DynamicAutoencoderKL, such as convert_autoencoder_kl.py's")
-    group.add_argument(
-        "--freeze_fine_path",
-        action="store_true",
-        help="with --init_from: train only the coarser grains; fine codes, decoder and latent scale stay",
-    )
-    group.add_argument("--kl_weight", type=float, default=1e-6, help="weight of the KL term per pixel value")
-    group.add_argument("--perceptual_weight", type=float, default=1.0, help="of the perceptual loss; 0 goes without")
-    group.add_argument(
-        "--perceptual_network",
-        default="lpips",
-        help="lpips, a download; efficientnet-lite0, whose weights come with a package (extra judge); or a vision"
-        " transformer of transformers",
-    )
-    group.add_argument(
-        "--perceptual_resolution", type=int, help="side of the images that it sees; default: --resolution"
-    )
-    group.add_argument(
-        "--perceptual_share", type=_share, default=1.0, help="share of a batch whose perceptual loss is computed"
-    )
-    group.add_argument("--gan_weight", type=float, default=0.5, help="weight of the PatchGAN; 0 goes without it")
-    group.add_argument("--gan_start_step", type=int, default=50_000, help="updates before the PatchGAN joins")
-    group.add_argument(
-        "--calibration_images",
-        type=int,
-        default=10_000,
-        help="images to measure thresholds, latent scale and reconstructions on",
-    )
-    group.add_argument("--fid_model", help="score rFID with 'inception' or a vision model of transformers")
-    parser.set_defaults(fine_ratio=[0.0, 1.0])
-    args = parser.parse_args(arguments)
-    if args.freeze_fine_path and args.init_from is None:
-        parser.error("--freeze_fine_path keeps what --init_from brings: pass both")
-    if args.mixed_precision == "fp16" and args.gan_weight > 0:
-        parser.error("--mixed_precision fp16 cannot scale two losses: pass bf16, or --gan_weight 0")
-    if args.freeze_fine_path and args.gan_weight > 0:
-        parser.error("--freeze_fine_path freezes the layer that weighs the adversarial loss: pass --gan_weight 0")
-    return args
-
-
-def _share(text: str) -> float:
-    share = float(text)
-    if not 0 < share <= 1:
-        raise argparse.ArgumentTypeError(f"must be above 0 and at most 1, got {share}")
-    return share
 
 
 class DvaeStep(torch.nn.Module):
@@ -318,4 +325,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    main(ARGS)

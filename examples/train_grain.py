@@ -1,7 +1,7 @@
 # Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
 r"""Stage 2 (a): train a D2iTGrainModel (sec. 3.2.2 of arXiv:2504.09454) on the grain maps of images.
 
-    accelerate launch examples/train_grain.py --latent_cache cache --vae runs/dvae/vae --preset grain-s \
+    python examples/train_grain.py --latent_cache cache --vae runs/dvae/vae --preset grain-s \
         --resolution 256 --train_batch_size 64 --max_train_steps 100000 --output_dir runs/grain
 
 From a cache of examples/cache_latents.py, or with --train_data_dir from the images themselves: only their entropy and
@@ -10,6 +10,24 @@ train_d2it.py reads.
 """
 
 import argparse
+
+from command_line import begin, share
+from flags import check_second_stage, second_stage_parser
+
+
+def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = second_stage_parser(__doc__)
+    group = parser.add_argument_group("grain model")
+    group.add_argument("--preset", default="grain-s", help="a preset, or a JSON file with a model's configuration")
+    group.add_argument("--ratio_dropout", type=share, default=0.5, help="share of maps trained without their ratio")
+    args = parser.parse_args(arguments)
+    check_second_stage(parser, args)
+    return args
+
+
+if __name__ == "__main__":
+    ARGS = begin(parse_args)  # before torch is imported, which takes seconds
+
 import os
 import sys
 
@@ -35,18 +53,7 @@ from diffusers_d2it.training import (
     load_autoencoder,
     use_ema,
 )
-from flags import check_second_stage, second_stage_parser
 from set_up import checkpoints_of, loader_of, publish_result, run_of, schedule_of, second_stage_data, start
-
-
-def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = second_stage_parser(__doc__)
-    group = parser.add_argument_group("grain model")
-    group.add_argument("--preset", default="grain-s", help="a preset, or a JSON file with a model's configuration")
-    group.add_argument("--ratio_dropout", type=float, default=0.5, help="share of maps trained without their ratio")
-    args = parser.parse_args(arguments)
-    check_second_stage(parser, args)
-    return args
 
 
 @torch.no_grad()
@@ -162,4 +169,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    main(ARGS)

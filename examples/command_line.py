@@ -1,0 +1,145 @@
+# Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
+"""How a script is spoken to: flags from the command line and from files, mistakes answered in one line.
+
+A script reads its flags before it imports what takes seconds, torch above all:
+
+    from command_line import begin
+
+    def parse_args(arguments=None): ...
+
+    if __name__ == "__main__":
+        ARGS = begin(parse_args)
+
+    import torch
+    ...
+    if __name__ == "__main__":
+        main(ARGS)
+"""
+
+import argparse
+import difflib
+import math
+import os
+import re
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable
+from types import TracebackType
+
+
+TRACEBACK = "D2IT_TRACEBACK"
+# What flags, data and the machine lead to. Any other error is one of the code, and comes with its traceback
+_MISTAKES = (ValueError, OSError, ImportError, FloatingPointError)
+
+
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    def _get_help_string(self, action: argparse.Action) -> str:
+        if action.default in (None, False, []) or "default:" in action.help:
+            return action.help  # the text says what happens without the flag
+        return super()._get_help_string(action)
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that says a mistake in one line, and the flag that was probably meant."""
+
+    def parse_args(self, args=None, namespace=None):
+        """As of `argparse`; a flag that does not exist comes before one that is missing."""
+        for word in sys.argv[1:] if args is None else args:
+            self._check(word)
+        return super().parse_args(args, namespace)
+
+    def convert_arg_line_to_args(self, arg_line: str) -> list[str]:
+        """The word of a line of a file of flags."""
+        self._check(arg_line)
+        return [arg_line]
+
+    def error(self, message: str) -> None:
+        """End the script with `error: <message>`."""
+        self.exit(2, f"error: {message}\n")
+
+    def _check(self, word: str) -> None:
+        name, known = word.partition("=")[0], list(self._option_string_actions)
+        if name.startswith("--") and not any(flag.startswith(name) for flag in known):
+            close = difflib.get_close_matches(name, known, n=1)
+            meant = f"did you mean {close[0]}?" if close else "--help lists those that there are"
+            self.error(f"{name} is no flag of {self.prog}: {meant}")
+
+
+def make_parser(description: str) -> Parser:
+    """A parser that also reads flags from files: `train_d2it.py @examples/configs/imagenet-256/content-xl.txt`.
+
+    A line of such a file is one word of the command; flags behind the file override it.
+    """
+    return Parser(
+        description=description,
+        epilog="A word @file reads flags from a file, one word a line: see examples/configs.",
+        formatter_class=_HelpFormatter,
+        fromfile_prefix_chars="@",
+    )
+
+
+def number(kind: type, least: float, most: float = math.inf) -> Callable[[str], int | float]:
+    """The type of a flag that is a whole number (`int`) or any (`float`), not less than `least` nor above `most`."""
+
+    def read(text: str) -> int | float:
+        value = kind(text)
+        if not least <= value <= most or value == math.inf:
+            limit = "" if most == math.inf else f" and at most {most}"
+            raise argparse.ArgumentTypeError(f"must be at least {least}{limit}, got {text}")
+        return value
+
+    read.__name__ = kind.__name__  # as argparse calls it where the text is no number
+    return read
+
+
+positive, natural = number(int, 1), number(int, 0)
+weight, share = number(float, 0), number(float, 0, 1)
+
+
+def output_file(text: str) -> str:
+    """The type of a flag that names a file to be written at the end: its folder is made, and tried, at the start."""
+    if os.path.isdir(text):
+        raise argparse.ArgumentTypeError(f"{text} is a folder: name a file")
+    output_folder(os.path.dirname(text) or ".")
+    return text
+
+
+def output_folder(text: str) -> str:
+    """The type of a flag that names a folder to be written to at the end: it is made, and tried, at the start."""
+    try:
+        os.makedirs(text, exist_ok=True)
+        with tempfile.TemporaryFile(dir=text):
+            return text
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{text} cannot be written to: {error}") from None
+
+
+def begin(parse_args: Callable[[], argparse.Namespace]) -> argparse.Namespace:
+    """The flags of a script. What goes wrong from here on is said in one line, with the exit status 2.
+
+    The traceback is shown as well if the environment variable D2IT_TRACEBACK is set.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show ends no run
+    args = parse_args()
+
+    def say(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        is_mistake = issubclass(kind, _MISTAKES)
+        if os.environ.get(TRACEBACK) or not issubclass(kind, (*_MISTAKES, KeyboardInterrupt)):
+            traceback.print_exception(kind, error, trace)
+        if issubclass(kind, KeyboardInterrupt):
+            sys.exit(130)
+        if is_mistake:
+            print(f"error: {in_flags(str(error) or kind.__name__, args)} ({TRACEBACK}=1 shows where)", file=sys.stderr)
+            sys.exit(2)
+
+    sys.excepthook = say
+    return args
+
+
+def in_flags(message: str, args: argparse.Namespace) -> str:
+    """A message of the library on one line, in which arguments that are flags of the script are written as such."""
+    line = "".join(char if char.isprintable() else f"\\x{ord(char):02x}" for char in " ".join(message.split()))
+    line = line.replace("`labelled=False`", "--unconditional").replace("`streaming=False`", "no --streaming")
+    return re.sub(r"`(\w+)`", lambda match: f"--{match[1]}" if match[1] in args else match[0], line)
