@@ -116,7 +116,7 @@ def checkpoints_of(
     optimizers: dict[str, torch.optim.Optimizer],
     lr_scheduler: LRScheduler,
     gate: FiniteGate,
-    identity: dict[str, str],
+    identity: dict[str, Any],
     others: dict[str, torch.nn.Module] | None = None,
 ) -> Checkpoints:
     """The checkpoints of a run, which must find the flags and `identity` again when it is resumed."""

@@ -96,7 +96,7 @@ def make_model(args: argparse.Namespace, vae: DynamicAutoencoderKL, num_classes:
         "sample_size": args.resolution // vae.downsample_factor,
     }
     if args.init_from is None:
-        return D2iTContentModel(**(load_preset(args.preset) | sizes))
+        return D2iTContentModel(**(load_preset(args.preset, D2iTContentModel) | sizes))
     model = D2iTContentModel.from_pretrained(args.init_from)
     wrong = {key: (model.config[key], value) for key, value in sizes.items() if model.config[key] != value}
     wrong.pop("sample_size", None)  # positions are computed for any
@@ -179,7 +179,7 @@ def main(args: argparse.Namespace) -> None:
     trained = [*transformer.parameters(), *alignment.parameters()]  # under FSDP others than before `prepare`
     ema = EMAModel(transformer.parameters(), decay=args.ema_decay, foreach=True)
     gate = FiniteGate(accelerator, args.skip_nonfinite_steps)
-    identity = identity_of(data.fingerprint, vae)
+    identity = identity_of(data, vae)
     checkpoints = checkpoints_of(
         args, accelerator, transformer, ema, {"optimizer": optimizer}, lr_scheduler, gate, identity, others
     )

@@ -97,6 +97,7 @@ from diffusers_d2it.training import (
     draw_fine_ratio,
     find_checkpoint,
     grain_signals,
+    identity_of,
     measure_latents,
     use_ema,
 )
@@ -124,14 +125,21 @@ class DvaeStep(torch.nn.Module):
 
 def region_size(args: argparse.Namespace) -> int:
     """Side of a region in pixels of the autoencoder of the flags."""
-    config = load_preset(args.preset) if args.init_from is None else DynamicAutoencoderKL.load_config(args.init_from)
-    return config["downsample_factors"][-1]
+    if args.init_from is None:
+        config = load_preset(args.preset, DynamicAutoencoderKL)
+    else:
+        config = DynamicAutoencoderKL.load_config(args.init_from)
+    with torch.device("meta"):  # takes no memory
+        return DynamicAutoencoderKL.from_config(config).region_size
 
 
 def make_model(args: argparse.Namespace, calibration: dict) -> DynamicAutoencoderKL:
     """The autoencoder of the flags, new or started from --init_from, with the thresholds of the data."""
     if args.init_from is None:
-        config = load_preset(args.preset) | {"sample_size": args.resolution, "calibration": calibration}
+        config = load_preset(args.preset, DynamicAutoencoderKL) | {
+            "sample_size": args.resolution,
+            "calibration": calibration,
+        }
         return DynamicAutoencoderKL(**config)
     vae = DynamicAutoencoderKL.from_pretrained(args.init_from)
     vae.register_to_config(sample_size=args.resolution, calibration=calibration)
@@ -238,7 +246,7 @@ def main(args: argparse.Namespace) -> None:
     ema = EMAModel(vae.parameters(), decay=args.ema_decay, foreach=True)
     gate = FiniteGate(accelerator, args.skip_nonfinite_steps)
     optimizers = {"optimizer": optimizer, "discriminator_optimizer": critic_optimizer}
-    others, identity = {"discriminator": critic}, {"data": dataset.fingerprint}
+    others, identity = {"discriminator": critic}, identity_of(dataset)
     checkpoints = checkpoints_of(args, accelerator, vae, ema, optimizers, lr_scheduler, gate, identity, others)
     step = checkpoints.resume(checkpoint)
     accelerator.init_trackers("train_dvae", config=checkpoints.scalars())

@@ -79,7 +79,7 @@ def main(args: argparse.Namespace) -> None:
     loader = loader_of(args, accelerator, data)
 
     # 2. Model, optimizer, average
-    config = load_preset(args.preset)
+    config = load_preset(args.preset, D2iTGrainModel)
     config.update(num_grains=vae.num_grains, num_classes=num_classes, sample_size=args.resolution // vae.region_size)
     grain_model = D2iTGrainModel(**config)
     if args.gradient_checkpointing:
@@ -95,7 +95,7 @@ def main(args: argparse.Namespace) -> None:
     model, optimizer, loader, lr_scheduler = accelerator.prepare(grain_model, optimizer, loader, lr_scheduler)
     ema = EMAModel(grain_model.parameters(), decay=args.ema_decay, foreach=True)
     gate = FiniteGate(accelerator, args.skip_nonfinite_steps)
-    identity = identity_of(data.fingerprint, vae)
+    identity = identity_of(data, vae)
     checkpoints = checkpoints_of(
         args, accelerator, grain_model, ema, {"optimizer": optimizer}, lr_scheduler, gate, identity
     )

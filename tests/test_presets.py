@@ -211,3 +211,19 @@ def test_a_noise_schedule_that_its_config_does_not_tell_is_refused():
     scheduler.alphas_cumprod = scheduler.alphas_cumprod**2
     with pytest.raises(ValueError, match="'unipc'.*`scheduler` DDIMScheduler"):
         load_sampler("unipc", scheduler)
+
+
+@pytest.mark.parametrize(
+    "content, named",
+    [("{", "preset.json"), ("[]", "preset.json.*list"), ('{"downsample_factors": [8, 16]}', "downsample_factors")],
+)
+def test_a_file_that_is_no_preset_of_the_model_is_named(content, named, tmp_path):
+    (tmp_path / "preset.json").write_text(content)
+    with pytest.raises(ValueError, match=named):
+        load_preset(str(tmp_path / "preset.json"), D2iTContentModel)
+
+
+@pytest.mark.parametrize("name, model", [("dvae-tiny", D2iTGrainModel), ("content-b", D2iTGrainModel)])
+def test_a_preset_of_another_model_is_refused(name, model):
+    with pytest.raises(ValueError, match=f"{name}.*{model.__name__}"):
+        load_preset(name, model)

@@ -33,21 +33,31 @@ def list_presets() -> list[str]:
     return sorted(path.stem for path in _FOLDER.glob("*.json"))
 
 
-def load_preset(name: str) -> dict:
+def load_preset(name: str, model: type | None = None) -> dict:
     """Keyword arguments of a model, by name of a preset or from a JSON file of the same form.
 
         vae = DynamicAutoencoderKL(**load_preset("dvae-f8f16"))
 
     Args:
         name: one of `list_presets()`, or the path of a file that ends in `.json`.
+        model: class of the model; None for any.
 
     Raises:
-        ValueError: no such preset or file.
+        ValueError: no such preset or file; it holds no JSON object, or an argument that `model` does not have.
     """
     path = Path(name) if name.endswith(".json") else _FOLDER / f"{name}.json"
     if not path.is_file():
         raise ValueError(f"no preset or JSON file {_listed(name, list_presets())}")
-    return json.loads(path.read_text(encoding="utf-8"))
+    try:
+        config = json.loads(path.read_text(encoding="utf-8-sig"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} must hold a JSON object, got {type(config).__name__}.")
+    unknown = [] if model is None else sorted(config.keys() - inspect.signature(model.__init__).parameters.keys())
+    if unknown:
+        raise ValueError(f"{shown(name)} is no preset of {model.__name__}, which has no {', '.join(unknown)}.")
+    return config
 
 
 def list_samplers() -> list[str]:

@@ -60,7 +60,8 @@ def test_flags_that_change_the_result_must_be_those_of_the_checkpoint(
         (["--push_to_hub"], "hub_model_id"),
         (["--objective", "flow_matching", "--learn_sigma"], "`learn_sigma`"),
         (["--init_from", "nowhere"], "nowhere"),
-        (["--resume_from_checkpoint", "latest"], "`resume_from_checkpoint`.*latest"),
+        (["--resume_from_checkpoint", "nowhere"], "`resume_from_checkpoint`.*nowhere"),
+        (["--preset", "dvae-tiny"], "dvae-tiny.*D2iTContentModel"),
         (["--report_to", "carrier_pigeon"], "carrier_pigeon"),
     ],
 )

@@ -116,7 +116,10 @@ def test_a_second_job_in_the_folder_is_refused(tmp_path, fault):
     count.tried("afterwards", lost=[path.name for path in tmp_path.iterdir()] != [])
 
 
-@pytest.mark.parametrize("number, exit_code", [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGUSR1, 143)])
+@pytest.mark.parametrize(
+    "number, exit_code",
+    [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGUSR1, 143), (signal.SIGHUP, 129)],
+)
 def test_a_signal_ends_a_run_after_it_was_saved(number, exit_code, inputs, tmp_path, fault):
     count = fault(f"{number.name}: saved, exit code {exit_code}")
     output_dir = tmp_path / "run"

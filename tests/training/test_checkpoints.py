@@ -10,6 +10,14 @@ from small_runs import SmallRun
 from diffusers_d2it.training import find_checkpoint, identity_of
 
 
+class Data(list):
+    """What is known of a data set: a list of images, and what they are."""
+
+    def __init__(self, fingerprint: str, num_images: int = 8):
+        super().__init__(range(num_images))
+        self.fingerprint = fingerprint
+
+
 def make_run(folder, model, **kwargs) -> SmallRun:
     return SmallRun(Accelerator(cpu=True), folder, model, **kwargs)
 
@@ -90,8 +98,42 @@ def test_the_length_of_a_run_is_fixed_where_its_schedule_ends_with_it(make_grain
 def test_identity_changes_with_weights_thresholds_and_data_and_not_with_the_folder(make_vae):
     vae, same, other = make_vae(), make_vae(), make_vae(seed=1)
     same.register_to_config(_name_or_path="elsewhere")
-    assert identity_of("images", vae) == identity_of("images", same) != identity_of("images", other)
+    assert identity_of(Data("images"), vae) == identity_of(Data("images"), same) != identity_of(Data("images"), other)
     shifted = dict(vae.config.calibration)
     shifted["quantiles"] = [0.9 * quantile for quantile in shifted["quantiles"]]
-    assert identity_of("images", make_vae(calibration=shifted)) != identity_of("images", vae)
-    assert identity_of("others", vae) != identity_of("images", vae)
+    assert identity_of(Data("images"), make_vae(calibration=shifted)) != identity_of(Data("images"), vae)
+    assert identity_of(Data("others"), vae) != identity_of(Data("images"), vae)
+
+
+@pytest.mark.parametrize(
+    "data, words",
+    [
+        (Data("3f2a", 6), "2 images fewer"),
+        (Data("3f2a", 9), "1 image more"),
+        (Data("3f2a", 8), "files"),
+    ],
+)
+def test_a_changed_data_set_is_told_in_words(data, words, make_vae, make_grain_model, tmp_path):
+    run = make_run(tmp_path, make_grain_model(), flags=identity_of(Data("images"), make_vae()))
+    run.update(0)
+    run.checkpoints.save(1)
+    again = make_run(tmp_path, make_grain_model(), flags=identity_of(Data("images"), make_vae()))
+    assert again.checkpoints.resume(tmp_path / "checkpoint-1") == 1
+    with pytest.raises(ValueError, match=f"checkpoint-1.*{words}") as refused:
+        make_run(tmp_path, make_grain_model(), flags=identity_of(data, make_vae())).checkpoints.resume(
+            tmp_path / "checkpoint-1"
+        )
+    assert data.fingerprint not in str(refused.value)
+
+
+def test_the_latest_of_none_is_a_beginning_and_the_others_are_listed(make_grain_model, tmp_path, capsys):
+    accelerator = Accelerator(cpu=True)
+    assert find_checkpoint(accelerator, tmp_path / "none", "latest") is None
+    assert str(tmp_path / "none") in capsys.readouterr().out
+    make_run(tmp_path, make_grain_model()).checkpoints.save(1)
+    for wrong in (tmp_path, tmp_path / "checkpoint-2"):
+        with pytest.raises(ValueError, match="`resume_from_checkpoint`.*checkpoint-1"):
+            find_checkpoint(accelerator, tmp_path, wrong)
+    (tmp_path / "checkpoint-1" / "state.json").write_text("{")
+    with pytest.warns(UserWarning), pytest.raises(ValueError, match="checkpoint-1.*damaged"):
+        find_checkpoint(accelerator, tmp_path, "latest")

@@ -89,6 +89,21 @@ def test_a_folder_with_anything_in_it_is_refused_with_the_way_out(tmp_path):
     assert (tmp_path / "new").is_dir()
 
 
+@pytest.mark.parametrize("resume", [None, "latest"])
+@pytest.mark.parametrize(
+    "left, begins",
+    [([], True), (["bad_images.jsonl"], True), (["logs", "samples"], True), (["logs", "notes.txt"], False)],
+)
+def test_what_a_run_left_before_its_first_checkpoint_is_in_nobodys_way(left, begins, resume, tmp_path):
+    for name in left:
+        (tmp_path / name).mkdir()
+    if begins:
+        make_accelerator(tmp_path, resume_from_checkpoint=resume).output_lock.close()
+    else:
+        with pytest.raises(ValueError, match="`output_dir`.*notes.txt"):
+            make_accelerator(tmp_path, resume_from_checkpoint=resume)
+
+
 def test_signals_tell_the_share_its_drift_and_the_scale_of_each_grain(make_vae, photos):
     vae = make_vae()
     grain_map = grain_map_from_entropy(vae.region_entropy(photos), vae.thresholds(0.3))

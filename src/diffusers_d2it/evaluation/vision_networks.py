@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from ..files.source import refuse_lost_path
 from ..optional import import_optional
 
 
@@ -203,6 +204,7 @@ def load_vision_model(name: str) -> tuple[nn.Module, dict]:
     from transformers import AutoModel
     from transformers.image_processing_base import ImageProcessingMixin
 
+    refuse_lost_path(name, "name")
     try:
         model = AutoModel.from_pretrained(name)
         preprocessing, _ = ImageProcessingMixin.get_image_processor_dict(name)

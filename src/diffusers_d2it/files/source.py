@@ -12,7 +12,7 @@ from huggingface_hub import resolve_revision, snapshot_download
 from huggingface_hub.errors import HFValidationError, RevisionResolutionError
 from huggingface_hub.utils import validate_repo_id
 
-from ..words import printable, shown
+from ..words import close_to, listed, printable, shown
 from .weights import weight_names
 
 
@@ -30,6 +30,7 @@ _HARMLESS = {
     "sess_options": (None,),
     "provider_options": (None,),
 }
+_OF_MODELS = ("config.json", "model_index.json")  # one of them lies in the folder of a model or a pipeline
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:[/:]")  # not the C:/ of a drive
 _VARIANT = re.compile(r"\w+(-\w+)*", re.ASCII)
 
@@ -44,6 +45,22 @@ def refuse_code(arguments: dict[str, Any]) -> None:
             )
 
 
+def refuse_lost_path(name: str | os.PathLike, argument: str) -> None:
+    """Raise a ValueError if a name that is no folder looks like the path of one: the Hub is not asked for it.
+
+    It does if it begins or is written like a path, or if the folder that it would lie in is there.
+    """
+    text = os.fspath(name)
+    parent, last = os.path.split(text.rstrip("/"))
+    is_path = text.startswith((".", "~", "/")) or "\\" in text or text.count("/") > 1 or os.path.isdir(parent)
+    if os.path.isdir(text) or not is_path:
+        return
+    there = sorted(os.listdir(parent)) if os.path.isdir(parent) else []
+    close = [os.path.join(parent, other) for other in close_to(last, there, most=1)]
+    hint = f": did you mean {shown(close[0])}?" if close else "."
+    raise ValueError(f"`{argument}`: there is no folder {shown(text)}{hint}")
+
+
 def check_source(name: str | os.PathLike, subfolder: str | None, variant: str | None) -> None:
     """Raise a ValueError unless `name` is a folder or a name on the Hub, `subfolder` inside, and `variant` a word."""
     expected = "`pretrained_model_name_or_path` must be a folder or a name on the Hub"
@@ -53,6 +70,10 @@ def check_source(name: str | os.PathLike, subfolder: str | None, variant: str | 
     for what, found in (("URL", _URL.match(text)), ("file", os.path.isfile(text))):
         if found:
             raise ValueError(f"{expected}, got the {what} {shown(text)}.")
+    refuse_lost_path(text, "pretrained_model_name_or_path")
+    inside = sorted({str(path.parent) for kind in _OF_MODELS for path in Path(text).glob(f"*/{kind}")})
+    if subfolder is None and inside and not any(Path(text, kind).is_file() for kind in _OF_MODELS):
+        raise ValueError(f"{expected}, got {shown(text)}, which is none: there are {listed(inside)}.")
     if not os.path.isdir(text):
         try:
             validate_repo_id(text)

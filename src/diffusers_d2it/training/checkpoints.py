@@ -46,7 +46,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from ..files import on_main_process, read_json, remove_folder, replace_folder, seal, staging_folder, verify
 from ..files.source import public_config
-from ..words import differences, printable
+from ..words import counted, differences, listed, printable
 from .gate import FiniteGate
 
 
@@ -233,7 +233,10 @@ class Checkpoints:
         if checkpoint is None:
             return 0
         state = read_json(checkpoint / STATE)
-        _refuse_changes(f"{checkpoint} is of another run", state["flags"], self.flags)
+        found, expected = dict(state["flags"]), dict(self.flags)
+        of_data = found.pop("data", None), expected.pop("data", None)
+        _refuse_changes(f"{checkpoint} is of another run", found, expected)
+        _refuse_other_data(checkpoint, *of_data)  # last: flags change it too
         stored = type(self.model).from_pretrained(checkpoint / "model")
         configs = (json.loads(model.to_json_string()) for model in (stored, self.model))  # no tuples in JSON
         _refuse_changes(f"{checkpoint} holds another model", *map(public_config, configs))
@@ -315,19 +318,23 @@ def find_checkpoint(
         accelerator: the Accelerator.
         output_dir: the folder of the run.
         resume_from_checkpoint: path of a checkpoint, or "latest": that of the highest step in `output_dir` that is
-            whole; a warning names those that are not. None to start anew.
+            whole; a warning names those that are not, and where there is none yet the run starts anew. None to start
+            anew.
 
     Raises:
-        ValueError: the path is no checkpoint or a damaged one, or "latest" finds none.
+        ValueError: the path is no checkpoint or a damaged one, or none of those that "latest" finds is whole.
     """
     if resume_from_checkpoint is None:
         return None
     if resume_from_checkpoint == "latest":
-        return on_main_process(accelerator, lambda: _latest(Path(output_dir)))
+        found = on_main_process(accelerator, lambda: _latest(Path(output_dir)))
+        if found is None:
+            accelerator.print(f"{output_dir} holds no checkpoint yet: the run begins anew")
+        return found
     return on_main_process(accelerator, lambda: _verified(Path(resume_from_checkpoint)))
 
 
-def _latest(output_dir: Path) -> Path:
+def _latest(output_dir: Path) -> Path | None:
     damaged = []
     for path in reversed(found_checkpoints(output_dir)):
         try:
@@ -335,18 +342,36 @@ def _latest(output_dir: Path) -> Path:
         except ValueError as error:
             damaged.append(str(error))
             warnings.warn(f"checkpoint {path} is skipped: {error}", stacklevel=3)
-    problem = f" is whole: {' '.join(damaged)}" if damaged else "."
-    raise ValueError(f"`resume_from_checkpoint` is 'latest', but no checkpoint in {output_dir}{problem}")
+    if damaged:
+        raise ValueError(
+            f"`resume_from_checkpoint` is 'latest', but no checkpoint in {output_dir} is whole: {' '.join(damaged)}"
+        )
+    return None
 
 
 def _verified(checkpoint: Path) -> Path:
     if _CHECKPOINT.fullmatch(checkpoint.name) is None or not checkpoint.is_dir():
-        raise ValueError(f"`resume_from_checkpoint` must be a folder named checkpoint-<step>, got {checkpoint}.")
+        there = [path for folder in (checkpoint, checkpoint.parent) for path in found_checkpoints(folder)]
+        hint = f": there are {listed(there)}" if there else ""
+        raise ValueError(
+            f"`resume_from_checkpoint` must be 'latest' or a folder named checkpoint-<step>, got {checkpoint}{hint}."
+        )
     verify(checkpoint)
     step = read_json(checkpoint / STATE).get("step")
     if checkpoint.name != f"checkpoint-{step}":
         raise ValueError(f"{checkpoint} holds the state after step {step}: it was renamed or mixed up.")
     return checkpoint
+
+
+def _refuse_other_data(checkpoint: Path, found: dict[str, Any] | None, expected: dict[str, Any] | None) -> None:
+    """`_refuse_changes` of the data of `identity_of`, in words: two fingerprints say nothing."""
+    if found == expected or None in (found, expected):
+        return
+    before, now = found["num_images"], expected["num_images"]
+    change = "files, sizes, columns or classes are others"
+    if before != now and None not in (before, now):
+        change = f"{counted(abs(now - before), 'image')} {'more' if now > before else 'fewer'}"
+    raise ValueError(f"the data set is not what it was when the run of {checkpoint} began: {change}.")
 
 
 def _refuse_changes(what: str, found: dict, expected: dict) -> None:

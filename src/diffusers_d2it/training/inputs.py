@@ -5,12 +5,13 @@ Shapes:
     B batch, h w sides of the grain map in regions
 """
 
-from pathlib import Path
+from typing import Any
 
 import torch
 
 from ..data.images import check_resolution
-from ..data.latent_cache import describe_vae
+from ..data.latent_cache import LatentCache, describe_vae
+from ..data.loaders import ImageDataset, ImageStream
 from ..files.folders import digest
 from ..grains import grain_map_from_entropy
 from ..models.autoencoder_kl_dynamic import DynamicAutoencoderKL
@@ -22,21 +23,29 @@ def load_autoencoder(vae: str, resolution: int) -> DynamicAutoencoderKL:
     Raises:
         ValueError: there is none, or `resolution`, the side of the images in pixels, does not suit its regions.
     """
-    folder = Path(vae)
-    if folder.is_dir() and not (folder / "config.json").is_file():
-        hint = f": did you mean {folder / 'vae'}?" if (folder / "vae" / "config.json").is_file() else "."
-        raise ValueError(f"`vae` {vae} holds no config.json{hint}")
-    if not folder.exists() and vae.count("/") != 1:
-        raise ValueError(f"`vae` must be a folder or a name of the Hub, user/name, got {vae}.")
-    loaded = DynamicAutoencoderKL.from_pretrained(vae).requires_grad_(False).eval()
+    try:
+        loaded = DynamicAutoencoderKL.from_pretrained(vae).requires_grad_(False).eval()
+    except (OSError, ValueError) as error:
+        raise ValueError(f"`vae` {vae}: {error}") from error
     check_resolution(resolution, loaded.region_size)
     return loaded
 
 
-def identity_of(data_fingerprint: str, vae: DynamicAutoencoderKL) -> dict[str, str]:
-    """What a run of the second stage must find again when it is resumed: the same data, codes and thresholds."""
-    autoencoder = {**describe_vae(vae), "thresholds": [vae.config.calibration, vae.config.grain_ratios]}
-    return {"data": data_fingerprint, "autoencoder": digest(autoencoder)}
+def identity_of(
+    data: LatentCache | ImageDataset | ImageStream, vae: DynamicAutoencoderKL | None = None
+) -> dict[str, Any]:
+    """What a run must find again when it is resumed: the same data; in the second stage the same codes and thresholds.
+
+    Args:
+        data: what it learns from.
+        vae: the autoencoder of the second stage.
+    """
+    num_images = None if isinstance(data, ImageStream) else len(data)
+    identity = {"data": {"num_images": num_images, "fingerprint": data.fingerprint}}
+    if vae is None:
+        return identity
+    thresholds = [vae.config.calibration, vae.config.grain_ratios]
+    return identity | {"autoencoder": digest({**describe_vae(vae), "thresholds": thresholds})}
 
 
 def draw_fine_ratio(ratios: list[float] | None, generator: torch.Generator) -> float | None:

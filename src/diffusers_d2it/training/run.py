@@ -52,7 +52,7 @@ def make_accelerator(
         report_to: a tracker known to accelerate; None or "none" for none.
 
     Raises:
-        ValueError: `output_dir` holds something that the run is not asked to continue, or another run is working
+        ValueError: `output_dir` holds something else than a run that is to be continued, or another run is working
             there; or the package of `report_to` is missing or broken.
     """
     report_to = None if report_to == "none" else report_to
@@ -95,9 +95,12 @@ def _own_precision() -> str:
 
 
 def _check_output_dir(folder: Path, resume_from_checkpoint: str | None) -> None:
-    held = [name for name in names_in(folder) if name not in ("logs", BAD_IMAGES)]
-    if held and resume_from_checkpoint is None:
-        remedy = "`resume_from_checkpoint` 'latest' continues it" if found_checkpoints(folder) else "remove it"
+    has_checkpoints = bool(found_checkpoints(folder))
+    begins = resume_from_checkpoint is None or (resume_from_checkpoint == "latest" and not has_checkpoints)
+    # What a run that ended before its first checkpoint has left is in nobody's way
+    held = [name for name in names_in(folder) if name not in ("logs", "samples", BAD_IMAGES)]
+    if held and begins:
+        remedy = "`resume_from_checkpoint` 'latest' continues it" if has_checkpoints else "remove it"
         raise ValueError(f"`output_dir` {folder} must be empty, it holds {listed(held)}: pass another, or {remedy}.")
 
 

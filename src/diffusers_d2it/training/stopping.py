@@ -4,8 +4,9 @@
 import ctypes
 import os
 import signal
-import sys
+import threading
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,11 @@ import torch
 from accelerate import Accelerator
 
 
-# Ctrl-C, what cluster schedulers and containers send before they kill, and what Slurm can send some time before that
-_EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
-if hasattr(signal, "SIGUSR1"):
-    _EXIT_CODES[signal.SIGUSR1] = 143
-
+# Ctrl-C; the closing of a terminal; what cluster schedulers and containers send before they kill; and what some
+# schedulers send a while before that. Windows does not have all of them.
+_NAMES = {"SIGINT": 130, "SIGHUP": 129, "SIGTERM": 143, "SIGUSR1": 143, "SIGUSR2": 143, "SIGXCPU": 143}
+_EXIT_CODES = {getattr(signal, name): code for name, code in _NAMES.items() if hasattr(signal, name)}
+_STDERR = 2  # the file: `sys.stderr` may be anything, and be what the signal interrupted
 
 _PR_SET_PDEATHSIG = 1  # of Linux: send this process a signal when its parent dies
 
@@ -27,7 +28,9 @@ class _Interrupted(BaseException):
 
 
 class StopSignals:
-    """Notes SIGTERM, SIGINT and SIGUSR1 while a training loop runs.
+    """Notes the signals that ask to stop while a training loop runs.
+
+    One that is ignored, as SIGHUP under nohup, stays so; in a side thread Python lets none be noted.
 
         stop = StopSignals(accelerator)
         ...                             # an update
@@ -43,16 +46,22 @@ class StopSignals:
         self.accelerator = accelerator
         self._signal = 0
         self._may_interrupt = False
-        self._handlers = {number: signal.signal(number, self._note) for number in _EXIT_CODES}
+        self._handlers = {}
+        if threading.current_thread() is threading.main_thread():
+            noted = [number for number in _EXIT_CODES if signal.getsignal(number) != signal.SIG_IGN]
+            self._handlers = {number: signal.signal(number, self._note) for number in noted}
         _follow_launcher()
 
     def close(self) -> None:
         """Let the signals do again what they did before."""
         for number, handler in self._handlers.items():
-            signal.signal(number, handler)
+            signal.signal(number, handler or signal.SIG_DFL)  # None: it was not set from Python
 
     def exit_code(self) -> int:
-        """143 or 130 if any process was asked to stop, as a shell reports SIGTERM and SIGINT; else 0. All call it."""
+        """128 plus its number, as a shell reports a signal, if any process was asked to stop; else 0. All call it.
+
+        Signals that announce a SIGTERM count as one.
+        """
         code = _EXIT_CODES.get(self._signal, 0)
         if self.accelerator.num_processes == 1:
             return code
@@ -73,7 +82,8 @@ class StopSignals:
         if not self._signal:
             self._signal = number
             text = f"\n{signal.Signals(number).name}: the update is finished and saved, then the run ends.\n"
-            os.write(sys.stderr.fileno(), text.encode())  # print may be what was interrupted
+            with suppress(OSError):  # it may be closed, as that of a terminal that is gone
+                os.write(_STDERR, text.encode())
         if self._may_interrupt:
             self._may_interrupt = False
             raise _Interrupted
