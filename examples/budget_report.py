@@ -4,7 +4,7 @@ r"""One checkpoint, many budgets: quality and cost at several shares of fine reg
     python examples/budget_report.py --checkpoint runs/d2it/pipeline --train_data_dir photos \
         --features inception --num_images 1000 --fine_ratios 0 0.25 0.5 0.75 1 --output_dir budget
 
-Writes budget.json (all figures with their protocols), budget.md (a table) and budget.png (a plot). At every ratio the
+Writes budget.json (all numbers with their protocols), budget.md (a table) and budget.png (a plot). At every ratio the
 grain model draws maps that have it exactly; labels and noise stay the same. Seconds are medians over batches of the
 ratios in turns, so a machine that is busy with other things slows all of them alike.
 """
@@ -213,6 +213,7 @@ def main(args: argparse.Namespace) -> None:
             f" {args.guidance_scale:g}, seed {args.seed}, {args.dtype} on {machine['device']}."
             f" Compared with {args.num_reference_images} images of {data.description}."
         )
+        print(table, end="")  # before anything is saved, which may fail
         data_file, table_file, plot_file = (folder / name for name in FILES)
         protocol = report.describe() | {"machine": machine}
         save_report(data_file, {"protocol": protocol, "ratios": rows, "real_images": report.real})
@@ -220,7 +221,6 @@ def main(args: argparse.Namespace) -> None:
             staged.write_text(f"{caption}\n\n{table}", encoding="utf-8")
         with durable_file(plot_file) as staged:
             plot_budget(rows, staged)
-        print(table, end="")
         if report.bad_images.summary():
             print(report.bad_images.summary())
         print(f"{args.output_dir}: {', '.join(FILES)}")

@@ -11,7 +11,7 @@ ImageNet at 256x256 with four latent channels takes 42 KB an image, 54 GB in 313
 
 import argparse
 
-from command_line import begin, make_parser, output_folder, positive
+from command_line import begin, make_parser, next_command, output_folder, positive
 from flags import add_class_arguments, add_data_arguments, image_arguments
 
 
@@ -50,6 +50,7 @@ from accelerate.utils import InitProcessGroupKwargs
 
 from diffusers_d2it.data import LatentCachePlan, describe_vae, encode_shards, load_images, write_latent_cache
 from diffusers_d2it.training import load_autoencoder
+from diffusers_d2it.words import counted
 
 
 def main(args: argparse.Namespace) -> None:
@@ -85,10 +86,12 @@ def main(args: argparse.Namespace) -> None:
     bad_images = write_latent_cache(args.output_dir, plan, accelerator, encode)
     if accelerator.is_main_process:
         print(
-            f"{args.output_dir}: {plan.num_rows - len(bad_images)} images in {plan.num_shards} shards, written by"
-            f" {accelerator.num_processes} processes; {len(bad_images)} unusable images left out"
-            + (", named in bad_images.json of their shards" if bad_images else "")
+            f"{args.output_dir}: {counted(plan.num_rows - len(bad_images), 'image')} in"
+            f" {counted(plan.num_shards, 'shard')}, written by {counted(accelerator.num_processes, 'process')}"
         )
+        if bad_images:
+            print(f"{counted(len(bad_images), 'image')} left out, with the reasons in bad_images.json of the shards")
+        print(next_command("train_grain.py", latent_cache=args.output_dir, vae=args.vae, resolution=args.resolution))
 
 
 if __name__ == "__main__":

@@ -27,6 +27,8 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
     if (args.vae is None) == (args.output is None) or (args.output is None) != (args.region_size is None):
         parser.error("pass either --vae, or --region_size with --output")
+    if args.vae is not None and not os.path.isfile(os.path.join(args.vae, "config.json")):
+        parser.error(f"--vae {args.vae} must be the folder of an autoencoder, with its config.json")
     return args
 
 
@@ -42,6 +44,7 @@ from diffusers_d2it import DynamicAutoencoderKL
 from diffusers_d2it.data import BadImages, load_images
 from diffusers_d2it.files import save_folder, write_json_durably
 from diffusers_d2it.training import count_entropy
+from diffusers_d2it.words import counted
 
 
 def main(args: argparse.Namespace) -> None:
@@ -60,16 +63,17 @@ def main(args: argparse.Namespace) -> None:
     if bad_images.summary():
         print(bad_images.summary())
     config = calibration.to_config(source.describe(args.resolution))
-    if vae is not None:
-        vae.register_to_config(calibration=config)
-        path = Path(args.vae) / "config.json"
-        save_folder(args.vae, vae.save_config)  # which replaces this file, and keeps the others
-    else:
-        path = Path(args.output)
-        write_json_durably(path, config)
+    path = Path(args.output) if vae is None else Path(args.vae) / "config.json"
     median = config["quantiles"][len(config["quantiles"]) // 2]
-    counted = f"{config['num_regions']} regions of {config['num_images']} images"
-    print(f"{path}: {counted}, counted by {accelerator.num_processes} processes, median {median} nats")
+    regions, images = counted(config["num_regions"], "region"), counted(config["num_images"], "image")
+    by = counted(accelerator.num_processes, "process")
+    print(f"{regions} of {images}, counted by {by}, median {median} nats")  # before it is saved, which may fail
+    if vae is None:
+        write_json_durably(path, config)
+    else:
+        vae.register_to_config(calibration=config)
+        save_folder(args.vae, vae.save_config)  # which replaces this file, and keeps the others
+    print(f"{path}: the thresholds")
 
 
 if __name__ == "__main__":

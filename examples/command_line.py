@@ -21,9 +21,11 @@ import difflib
 import math
 import os
 import re
+import shlex
 import sys
 import tempfile
 import traceback
+import warnings
 from collections.abc import Callable
 from types import TracebackType
 
@@ -122,6 +124,7 @@ def begin(parse_args: Callable[[], argparse.Namespace]) -> argparse.Namespace:
     """
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show ends no run
+    warnings.filterwarnings("ignore", "This DataLoader will create")  # --dataloader_num_workers is the user's choice
     args = parse_args()
 
     def say(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
@@ -136,6 +139,15 @@ def begin(parse_args: Callable[[], argparse.Namespace]) -> argparse.Namespace:
 
     sys.excepthook = say
     return args
+
+
+def next_command(script: str, rest: str = " ...", **flags: object) -> str:
+    """The last line of a script: the command that comes after it; `rest` stands for flags that the user chooses.
+
+    A flag of None is left out.
+    """
+    given = [shlex.join([f"--{name}", str(value)]) for name, value in flags.items() if value is not None]
+    return f"next: python {os.path.join(os.path.dirname(sys.argv[0]), script)} {' '.join(given)}{rest}"
 
 
 def in_flags(message: str, args: argparse.Namespace) -> str:

@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
-"""Compare the figures of two files of evaluate.py, if they were measured alike.
+"""Compare the metrics of two files of evaluate.py, if they were measured alike.
 
     python examples/compare.py baseline.json ours.json
     python examples/compare.py steps-50.json steps-250.json --varying samples.num_inference_steps

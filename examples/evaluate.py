@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
-r"""Measure samples or an autoencoder, and write the figures with the protocol they were measured by.
+r"""Measure samples or an autoencoder, and write the metrics with the protocol they were measured by.
 
     python examples/evaluate.py --samples samples --reference imagenet --split validation --resolution 256 \
         --metrics fid sfid is precision recall --output results.json
@@ -102,6 +102,7 @@ from diffusers_d2it.evaluation import (
     save_results,
     save_statistics,
 )
+from diffusers_d2it.words import counted
 
 
 def load_autoencoder(path: str) -> DynamicAutoencoderKL:
@@ -136,7 +137,9 @@ def main(args: argparse.Namespace) -> None:
 
     if args.save_statistics:
         save_statistics(args.save_statistics, reference, features, **reading)
-        accelerator.print(f"{args.save_statistics}: {features.name}, {len(reference)} images of {reference.name}")
+        accelerator.print(
+            f"{args.save_statistics}: {features.name}, {counted(len(reference), 'image')} of {reference.name}"
+        )
         return
     results = []
     if args.reconstruction is not None:
@@ -153,11 +156,11 @@ def main(args: argparse.Namespace) -> None:
         results += pairs
 
     if accelerator.is_main_process:
-        save_results(args.output, results)
-        for result in results:
+        for result in results:  # before they are saved, which may fail
             deviation = "" if result.deviation is None else f" +- {result.deviation:.6g}"
             print(f"{result.metric:>24}  {result.value:.6g}{deviation}")
-        print(f"{args.output}: {len(results)} figures with their protocol")
+        save_results(args.output, results)
+        print(f"{args.output}: {counted(len(results), 'metric')} with the protocol")
 
 
 if __name__ == "__main__":

@@ -182,7 +182,7 @@ def add_report_arguments(parser: argparse.ArgumentParser) -> None:
     add_data_arguments(parser)
     add_class_arguments(parser)
     parser.set_defaults(resolution=None)  # that of the checkpoint
-    group = parser.add_argument_group("figures")
+    group = parser.add_argument_group("metrics")
     group.add_argument(
         "--features",
         default="inception",
@@ -228,6 +228,11 @@ def image_arguments(args: argparse.Namespace) -> dict[str, Any]:
         "labelled": "label_column" in args and not args.unconditional,
     }
     return arguments | {name: getattr(args, name, None) for name in ("label_column", "num_classes", "id2label")}
+
+
+def where(args: argparse.Namespace) -> dict[str, str | None]:
+    """The flags that say where the images are, for `next_command`."""
+    return {"train_data_dir": args.train_data_dir, "dataset_name": args.dataset_name}
 
 
 def hub_arguments(args: argparse.Namespace) -> dict[str, Any]:

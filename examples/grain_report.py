@@ -111,8 +111,8 @@ def report_text(rows: Sequence[dict], real: Sequence[dict], diagnostics: dict) -
     metrics = [result["metric"] for result in real]
     cells = [["map", *metrics, "fine share", "coherence", "map of the image", "by chance"]]
     for row in rows:
-        figures = (row["fine_share"], row["coherence"], row["agreement"]["accuracy"], row["agreement"]["chance"])
-        cells.append([row["map"], *in_words(row["results"]), *(f"{value:.3f}" for value in figures)])
+        numbers = (row["fine_share"], row["coherence"], row["agreement"]["accuracy"], row["agreement"]["chance"])
+        cells.append([row["map"], *in_words(row["results"]), *(f"{value:.3f}" for value in numbers)])
     cells.append(["real images", *in_words(real), *[""] * 4])
 
     share, coherence = diagnostics["fine_ratio_error"], diagnostics["coherence"]
@@ -146,8 +146,8 @@ def main(args: argparse.Namespace) -> None:
     diagnostics = grain_diagnostics(drawing, data.images, maps)
     if accelerator.is_main_process:
         found = {"table_5": rows, "real_images": report.real, "diagnostics": diagnostics}
+        print(report_text(rows, report.real, diagnostics))  # before it is saved, which may fail
         save_report(args.output, {"protocol": report.describe(), **found})
-        print(report_text(rows, report.real, diagnostics))
         if report.bad_images.summary():
             print(report.bad_images.summary())
         print(f"{args.output}: all of it, with the protocol")

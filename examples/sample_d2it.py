@@ -19,7 +19,7 @@ how they were drawn. What is promised:
 
 import argparse
 
-from command_line import begin, make_parser, natural, output_folder, positive, share, weight
+from command_line import begin, make_parser, natural, next_command, output_folder, positive, share, weight
 from flags import SAMPLERS
 
 
@@ -89,6 +89,7 @@ from diffusers_d2it.sampling import (
     describe_checkpoint,
     describe_scheduler,
 )
+from diffusers_d2it.words import counted
 
 
 def load_pipeline(args: argparse.Namespace, device: torch.device) -> tuple[D2iTPipeline, str]:
@@ -201,7 +202,9 @@ def main(args: argparse.Namespace) -> None:
         sampling["grain_maps"]["reference_data"] = true_maps.describe()
 
     with SampleFolder(args.output_dir, plan, sampling, size, args.format, accelerator, args.checkpoint) as samples:
-        accelerator.print(f"{args.output_dir}: {samples.num_missing} of {plan.num_images} images are to be drawn")
+        accelerator.print(
+            f"{args.output_dir}: {samples.num_missing} of {counted(plan.num_images, 'image')} to be drawn"
+        )
         for batch in tqdm(samples.batches, desc="batches", disable=not accelerator.is_main_process):
             output = pipe(
                 plan.labels(batch),
@@ -214,7 +217,9 @@ def main(args: argparse.Namespace) -> None:
             samples.write(batch, output.images, fine_share(output.grain_maps, pipe.transformer.config.num_grains))
         protocol = samples.finish()
     share = protocol["mean_fine_share"]
-    accelerator.print(f"{args.output_dir}: {plan.num_images} images, mean fine share of their grain maps {share:.3f}")
+    images = counted(plan.num_images, "image")
+    accelerator.print(f"{args.output_dir}: {images}, mean fine share of their grain maps {share:.3f}")
+    accelerator.print(next_command("evaluate.py", samples=args.output_dir))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ a complete D2iTPipeline.
 
 import argparse
 
-from command_line import begin, positive, weight
+from command_line import begin, next_command, positive, weight
 from flags import OBJECTIVES, check_second_stage, second_stage_parser
 
 
@@ -244,7 +244,7 @@ def main(args: argparse.Namespace) -> None:
         pipe.register_modules(transformer=checkpoints.averaged_model())
         folder = os.path.join(args.output_dir, "pipeline")
         pipe.save_pretrained(folder)
-        print(f"{folder}: the pipeline after {run.step} steps")
+        print(f"{folder}: the pipeline after step {run.step}")
         if bad_images.summary():
             print(bad_images.summary())
     accelerator.wait_for_everyone()
@@ -259,6 +259,7 @@ def main(args: argparse.Namespace) -> None:
             sample_image=run.sample_path,
             built_on=(args.vae, args.grain),
         )
+        print(next_command("demo.py", rest="", checkpoint=folder))
 
 
 if __name__ == "__main__":

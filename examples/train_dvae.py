@@ -13,8 +13,8 @@ reconstructions last.
 
 import argparse
 
-from command_line import begin, natural, positive, weight
-from flags import image_arguments, training_parser
+from command_line import begin, natural, next_command, positive, weight
+from flags import image_arguments, training_parser, where
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -165,7 +165,7 @@ def validate(vae: DynamicAutoencoderKL, pixels: torch.Tensor, path: str) -> dict
 def measure_scale(vae: DynamicAutoencoderKL, batches: Iterable[torch.Tensor], seed: int) -> None:
     """Measure the scale of the latents into the configuration."""
     generator = torch.Generator(vae.device).manual_seed(seed)
-    latents = measure_latents(vae, tqdm(batches, desc="latents"), generator)
+    latents = measure_latents(vae, batches, generator)
     vae.register_to_config(shift_factor=latents["shift_factor"], scaling_factor=latents["scaling_factor"])
     print(json.dumps(latents, indent=2))
 
@@ -176,8 +176,8 @@ def score(
     features: FeatureExtractor | None,
     args: argparse.Namespace,
 ) -> dict[str, dict]:
-    """Figures of reconstructions with their protocol, for the model card."""
-    scores = reconstruction_scores(vae, tqdm(batches, desc="reconstructions"), features=features)
+    """Metrics of reconstructions with their protocol, for the model card."""
+    scores = reconstruction_scores(vae, batches, features=features)
     protocol = (
         f"mode of the posterior at the default fine ratio (fine share {scores['fine_share']:.3f}), the averaged"
         f" weights, {scores['num_images']} of the training images, {args.resolution}x{args.resolution}, in 8 bits"
@@ -309,12 +309,14 @@ def main(args: argparse.Namespace) -> None:
         vae = checkpoints.averaged_model()
         limit = args.calibration_images
         measured = partial(first_batches, source, args.resolution, args.train_batch_size, limit, bad_images)
+        num_batches = -(-min(limit, source.num_rows or limit) // args.train_batch_size)
         if not args.freeze_fine_path:
-            measure_scale(vae, measured(), args.seed)
+            measure_scale(vae, tqdm(measured(), "latents", num_batches), args.seed)
         folder = os.path.join(args.output_dir, "vae")
         vae.save_pretrained(folder)
-        print(f"{folder}: the autoencoder after {run.step} steps")
-        figures = score(vae, measured(), features, args)
+        print(f"{folder}: the autoencoder after step {run.step}")
+        metrics = score(vae, tqdm(measured(), "reconstructions", num_batches), features, args)
+        print(json.dumps(metrics, indent=2))
         if bad_images.summary():
             print(bad_images.summary())
     accelerator.wait_for_everyone()
@@ -328,8 +330,9 @@ def main(args: argparse.Namespace) -> None:
             train_data=source.describe(args.resolution),
             sample_image=run.sample_path,
             sample_caption="Training images, their reconstructions, and their grain maps: red is fine, blue coarse.",
-            figures=figures,
+            figures=metrics,
         )
+        print(next_command("cache_latents.py", vae=folder, resolution=args.resolution, **where(args)))
 
 
 if __name__ == "__main__":

@@ -11,8 +11,8 @@ train_d2it.py reads.
 
 import argparse
 
-from command_line import begin, share
-from flags import check_second_stage, second_stage_parser
+from command_line import begin, next_command, share
+from flags import check_second_stage, second_stage_parser, where
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -150,7 +150,7 @@ def main(args: argparse.Namespace) -> None:
         grain_model = checkpoints.averaged_model()
         grain_model.save_pretrained(os.path.join(args.output_dir, "grain_model"))
         save_folder(os.path.join(args.output_dir, "grain_scheduler"), scheduler.save_pretrained)
-        print(f"{args.output_dir}: grain_model and grain_scheduler after {run.step} steps")
+        print(f"{args.output_dir}: grain_model and grain_scheduler after step {run.step}")
         if bad_images.summary():
             print(bad_images.summary())
     accelerator.wait_for_everyone()
@@ -166,6 +166,8 @@ def main(args: argparse.Namespace) -> None:
             sample_caption="Maps drawn by the model: red is fine.",
             subfolder="grain_model",
         )
+        cache = {"latent_cache": args.latent_cache} if args.latent_cache else where(args)
+        print(next_command("train_d2it.py", grain=args.output_dir, vae=args.vae, resolution=args.resolution, **cache))
 
 
 if __name__ == "__main__":

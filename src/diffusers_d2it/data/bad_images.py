@@ -7,6 +7,8 @@ import multiprocessing
 import os
 from pathlib import Path
 
+from ..words import counted
+
 
 logger = logging.getLogger(__name__)
 
@@ -85,7 +87,7 @@ class BadImages:
         if found:
             shown = "; ".join(f"{name!r}: {reason}" for name, reason in list(found.items())[:_MAX_SHOWN])
             more = f"; all in {self.path}" if len(found) > _MAX_SHOWN else f" ({self.path})"
-            sentences.append(f"{len(found)} of the images could not be used: {shown}{more}.")
+            sentences.append(f"{counted(len(found), 'image')} could not be used: {shown}{more}.")
         num_read, num_enlarged = self._counts
         if num_enlarged:
             sentences.append(

@@ -253,7 +253,7 @@ class DynamicAutoencoderKL(StrictModelMixin, AutoencoderMixin, ConfigMixin):
         if grain_map is None:
             grain_map = grain_map_from_entropy(entropy, self.thresholds(fine_ratio))
         elif fine_ratio is not None:
-            raise ValueError("`grain_map` and `fine_ratio` exclude each other: pass one of them.")
+            raise ValueError("`grain_map` and `fine_ratio` are mutually exclusive: pass one of them.")
         else:
             check_grain_map(grain_map, self.num_grains)
             if grain_map.shape != entropy.shape:

@@ -118,7 +118,7 @@ def check_inputs(
     if grain_map is None and not can_draw:
         raise ValueError("`grain_map` is required: this pipeline has no grain model.")
     if fine_ratio is not None and grain_map is not None and not (isinstance(grain_map, str) and grain_map == "random"):
-        raise ValueError("`fine_ratio` and a given `grain_map`, other than 'random', exclude each other.")
+        raise ValueError("`fine_ratio` and a given `grain_map`, other than 'random', are mutually exclusive.")
     if isinstance(grain_map, (torch.Tensor, np.ndarray)):
         if grain_map.dtype not in (torch.int64, np.int64):
             raise ValueError(f"`grain_map` must be int64, got {grain_map.dtype}.")

@@ -7,6 +7,7 @@ from itertools import islice
 import torch
 from accelerate import Accelerator
 from tqdm.auto import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from ..data.bad_images import BadImages
 from ..data.images import to_pixels
@@ -46,10 +47,13 @@ def count_entropy(
     images = usable_images(share, resolution, bad_images)
     if max_images is not None:
         images = islice(images, max(0, -(-(max_images - accelerator.process_index) // accelerator.num_processes)))
-    progress = tqdm(images, desc="entropy", disable=not accelerator.is_main_process)
+    known = [number for number in (max_images, source.num_rows) if number is not None]
+    length = -(-min(known) // accelerator.num_processes) if known else None
+    progress = tqdm(images, desc="entropy", total=length, disable=not accelerator.is_main_process)
     pixels = (to_pixels(image, resolution) for _, image in progress)
-    while batch := list(islice(pixels, _COUNTED_AT_ONCE)):
-        calibration.update(torch.stack(batch))
+    with logging_redirect_tqdm():  # images that cannot be used are named on lines of their own
+        while batch := list(islice(pixels, _COUNTED_AT_ONCE)):
+            calibration.update(torch.stack(batch))
     counted = torch.cat([calibration.counts, torch.tensor([calibration.num_images])]).to(accelerator.device)
     counted = accelerator.reduce(counted, "sum").cpu()
     if not counted[-1]:

@@ -19,6 +19,7 @@ from accelerate.utils import (
 )
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from ..data.bad_images import BAD_IMAGES
 from ..data.loaders import StreamLoader, batches_from, step_generator
@@ -175,11 +176,13 @@ class Run:
         """
         index = self.step * self.accelerator.gradient_accumulation_steps
         batches = batches_from(self.accelerator, loader, index, self.overfit_batches)
-        while self.step < self.max_train_steps:
-            batch = next(batches)
-            yield batch, step_generator(self.accelerator, self.seed, index)
-            index += 1
+        with logging_redirect_tqdm():  # no line of a log is written into the bar
+            while self.step < self.max_train_steps:
+                batch = next(batches)
+                yield batch, step_generator(self.accelerator, self.seed, index)
+                index += 1
         self._stop.close()
+        self._progress.close()
         if self.overfit_batches:
             self.accelerator.print(compare_ends(self._losses, self.max_train_steps))
 
