@@ -81,7 +81,7 @@ def test_two_processes_give_the_values_of_one(folders, by_one, tmp_path):
     with pytest.raises(ValueError, match="reference.npz.* statistics"):
         evaluated(tmp_path / "pairs.json", *statistics, "--metrics", "psnr")
     assert "reference.npz: small_network, 30 images of reference" in result.stdout
-    assert result.stdout.count("figures with their protocol") == 2  # not by both processes
+    assert result.stdout.count(" with the protocol") == 2  # not by both processes
     assert all(f"process {i}: only here" in result.stdout for i in (0, 1))
 
 

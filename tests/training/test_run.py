@@ -96,7 +96,7 @@ def test_a_folder_with_anything_in_it_is_refused_with_the_way_out(tmp_path):
 )
 def test_what_a_run_left_before_its_first_checkpoint_is_in_nobodys_way(left, begins, resume, tmp_path):
     for name in left:
-        (tmp_path / name).mkdir()
+        (tmp_path / name).write_text("left") if "." in name else (tmp_path / name).mkdir()
     if begins:
         make_accelerator(tmp_path, resume_from_checkpoint=resume).output_lock.close()
     else:
