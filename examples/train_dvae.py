@@ -130,7 +130,7 @@ def region_size(args: argparse.Namespace) -> int:
     else:
         config = DynamicAutoencoderKL.load_config(args.init_from)
     with torch.device("meta"):  # takes no memory
-        return DynamicAutoencoderKL.from_config(config).region_size
+        return DynamicAutoencoderKL.from_config({**config, "calibration": None}).region_size
 
 
 def make_model(args: argparse.Namespace, calibration: dict) -> DynamicAutoencoderKL:

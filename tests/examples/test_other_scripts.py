@@ -2,7 +2,6 @@
 """The scripts of examples/ that do not train, and the recipes of those that do."""
 
 import json
-import re
 import shlex
 import shutil
 import sys
@@ -32,7 +31,7 @@ def test_calibration_is_the_same_streamed_and_by_two_processes(folder, dvae, tmp
     two = ["calibrate_dvae.py", *source, *to_file, tmp_path / "two.json"]
     result = run(*two, launch=TWO_PROCESSES, ACCELERATE_USE_CPU="true")
     assert "2 processes" in result.stdout and "photos: 9 images" in result.stdout
-    assert re.search(r"\b1 of .*images", result.stdout)
+    assert "1 image could not be used" in result.stdout
     lists = sorted(path.name for path in tmp_path.glob("*.jsonl"))
     assert lists == ["one.json.bad_images.jsonl", "two.json.bad_images.jsonl"]
     one, two = (json.loads((tmp_path / name).read_text()) for name in ("one.json", "two.json"))

@@ -151,7 +151,7 @@ def test_a_stream_of_tars_trains_and_resumes(tmp_path, capsys):
     weights = ["--perceptual_weight", 0, "--gan_weight", 0]
     call_train("train_dvae.py", tmp_path / "dvae", 2, *data, "--preset", "dvae-tiny", *weights)
     printed = capsys.readouterr().out
-    assert "tars: a stream" in printed and "2 of " in printed
+    assert "tars: a stream" in printed and "2 images could not" in printed
     arguments = [*data, "--vae", tmp_path / "dvae" / "vae", "--preset", "grain-tiny"]
     call_train("train_grain.py", tmp_path / "whole", STEPS, *arguments)
     call_train("train_grain.py", tmp_path / "parts", 2, *arguments)
