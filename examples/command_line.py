@@ -128,8 +128,10 @@ def begin(parse_args: Callable[[], argparse.Namespace]) -> argparse.Namespace:
     args = parse_args()
 
     def say(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        is_mistake = issubclass(kind, _MISTAKES)
-        if os.environ.get(TRACEBACK) or not issubclass(kind, (*_MISTAKES, KeyboardInterrupt)):
+        # Before `main`, packages are imported: of one that is broken the traceback says which it is
+        runs = any(frame.f_code.co_name == "main" for frame, _ in traceback.walk_tb(trace))
+        is_mistake = issubclass(kind, _MISTAKES if runs else ImportError)
+        if os.environ.get(TRACEBACK) or not (is_mistake or issubclass(kind, KeyboardInterrupt)):
             traceback.print_exception(kind, error, trace)
         if issubclass(kind, KeyboardInterrupt):
             sys.exit(130)

@@ -142,7 +142,8 @@ def test_lists_of_the_flags_are_those_of_the_library():
 )
 @pytest.mark.parametrize("shows_all", [False, True])
 def test_what_goes_wrong_later_is_the_last_line(error, status, shows_all):
-    code = f"import argparse, command_line as c; c.begin(lambda: argparse.Namespace(vae='none')); raise {error}"
+    code = f"import argparse, command_line\ndef main(args):\n    raise {error}\n"
+    code += "main(command_line.begin(lambda: argparse.Namespace(vae='none')))"
     environment = os.environ | {"PYTHONPATH": str(EXAMPLES)} | ({"D2IT_TRACEBACK": "1"} if shows_all else {})
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
     said = done.stderr.splitlines()
