@@ -156,4 +156,5 @@ def in_flags(message: str, args: argparse.Namespace) -> str:
     """A message of the library on one line, in which arguments that are flags of the script are written as such."""
     line = "".join(char if char.isprintable() else f"\\x{ord(char):02x}" for char in " ".join(message.split()))
     line = line.replace("`labelled=False`", "--unconditional").replace("`streaming=False`", "no --streaming")
-    return re.sub(r"`(\w+)`", lambda match: f"--{match[1]}" if match[1] in args else match[0], line)
+    names = {name.removeprefix("train_"): name for name in vars(args)} | {name: name for name in vars(args)}
+    return re.sub(r"`(\w+)`", lambda match: f"--{names[match[1]]}" if match[1] in names else match[0], line)

@@ -36,16 +36,16 @@ def parse_args() -> argparse.Namespace:
 if __name__ == "__main__":
     ARGS = begin(parse_args)  # before torch is imported, which takes seconds
 
-import json
 
 import torch
 
 from diffusers_d2it.conversion import convert_autoencoder_kl, save_converted
+from diffusers_d2it.files import read_json
 
 
 def main(args: argparse.Namespace) -> None:
     torch.manual_seed(args.seed)
-    calibration = None if args.calibration is None else json.loads(args.calibration.read_text(encoding="utf-8"))
+    calibration = None if args.calibration is None else read_json(args.calibration)
     model, report = convert_autoencoder_kl(args.source, calibration=calibration)
     print(report)
     save_converted(model, report, args.output)

@@ -70,6 +70,7 @@ def validate(model: D2iTGrainModel, scheduler, class_labels: torch.Tensor | None
 def main(args: argparse.Namespace) -> None:
     accelerator = start(args)
     checkpoint = find_checkpoint(accelerator, args.output_dir, args.resume_from_checkpoint)
+    config = load_preset(args.preset, D2iTGrainModel)
 
     # 1. Data
     vae = load_autoencoder(args.vae, args.resolution)
@@ -79,7 +80,6 @@ def main(args: argparse.Namespace) -> None:
     loader = loader_of(args, accelerator, data)
 
     # 2. Model, optimizer, average
-    config = load_preset(args.preset, D2iTGrainModel)
     config.update(num_grains=vae.num_grains, num_classes=num_classes, sample_size=args.resolution // vae.region_size)
     grain_model = D2iTGrainModel(**config)
     if args.gradient_checkpointing:

@@ -4,6 +4,8 @@
 import json
 import os
 import re
+import shutil
+from pathlib import Path
 
 import datasets
 import huggingface_hub
@@ -13,7 +15,9 @@ import pyarrow.parquet
 import pytest
 from image_files import encode, photo, write_folder, write_tar
 
+from diffusers_d2it.data.bad_images import BadImages
 from diffusers_d2it.data.images import decode_image
+from diffusers_d2it.data.loaders import usable_images
 from diffusers_d2it.data.source import load_images
 
 
@@ -329,3 +333,16 @@ def test_fingerprint_follows_the_data_not_the_place(photos_folder, tmp_path, str
     assert fingerprint(moved) == first
     (moved / "sky" / "1.png").rename(moved / "earth" / "1.png")
     assert fingerprint(moved) != first
+
+
+@pytest.mark.parametrize("lies_in_class", [True, False])
+def test_files_that_cannot_be_used_end_nothing(tmp_path, lies_in_class):
+    folder = tmp_path / "photos" / "cat" if lies_in_class else tmp_path / "photos"
+    write_folder(folder, {f"{i}.png": encode(photo(i)) for i in range(2)})
+    (folder / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    shutil.copy(folder / "0.png", os.fsencode(folder) + b"/caf\xe9.png")
+    source = load_images(tmp_path / "photos")
+    assert source.num_rows == 3 and r"caf\udce9.png" in str(source) and source.fingerprint
+    bad_images = BadImages(tmp_path / "bad_images.jsonl")
+    used = list(usable_images(source.rows(), 32, bad_images))
+    assert len(used) == 2 and [Path(name).name for name in bad_images.found()] == ["gone.png"]

@@ -21,6 +21,7 @@ from accelerate import Accelerator
 from accelerate.utils import send_to_device
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
+from ..words import counted
 from .bad_images import BadImages
 from .images import UnusableImageError, check_size, decode_image, to_pixels
 from .source import ImageSource, Row
@@ -253,8 +254,8 @@ def make_loader(
         return StreamLoader(dataset, batch_size, num_workers, accelerator.device)
     if len(dataset) < batch_size * accelerator.num_processes:
         raise ValueError(
-            f"`batch_size` {batch_size} on {accelerator.num_processes} processes needs more than the {len(dataset)}"
-            " images of the data set."
+            f"`batch_size` {batch_size} on {counted(accelerator.num_processes, 'process')} needs more than the"
+            f" {counted(len(dataset), 'image')} of the data set."
         )
     return DataLoader(
         dataset,

@@ -79,7 +79,7 @@ class ImageSource:
         digest = hashlib.sha256()
         for file in self.files:
             # The address of a file on the Hub holds its revision
-            known = file if "://" in file else [os.path.relpath(file, self._root), os.path.getsize(file)]
+            known = file if "://" in file else [os.path.relpath(file, self._root), _size(file)]
             digest.update(json.dumps(known).encode())
         columns = [self.image_column, self.label_column, self.num_classes, self.id2label]
         digest.update(json.dumps([self.num_rows, self.streaming, self.shuffle_seed, *columns]).encode())
@@ -296,6 +296,8 @@ def _load(
     if config_name is not None:
         raise ValueError(f"`config_name` {config_name!r} belongs to a data set on the Hub, and {path} is a folder.")
     files, hidden = list_files(path)
+    foreign = [file for file in files if not _is_text(file)]
+    files = [file for file in files if _is_text(file)]
     kind = folder_kind(path, files)
     if kind == "images":
         images, tables = (list(filter(of_kind, files)) for of_kind in (is_image, is_metadata))
@@ -318,9 +320,22 @@ def _load(
         known = {file for names in splits.values() for file in names}
         unused = [file for file in files if file not in known]
     unused += hidden
+    if foreign:
+        names = listed(map(os.path.basename, foreign), _MAX_SHOWN)
+        remarks.append(f"{counted(len(foreign), 'file')} not used, as the name is no UTF-8: {names}")
     if unused:
         remarks.append(f"{counted(len(unused), 'file')} not used: {listed(map(os.path.basename, unused), _MAX_SHOWN)}")
     return dataset, used, split, remarks
+
+
+def _is_text(name: str) -> bool:
+    """Whether the bytes of a name are UTF-8, as tables need it."""
+    return not any("\ud800" <= char <= "\udfff" for char in name)
+
+
+def _size(file: str) -> int | None:
+    """Bytes of a file; None if it cannot be used, which is found and noted when it is read."""
+    return os.path.getsize(file) if os.path.isfile(file) else None
 
 
 def _builder_of(path: str, config_name: str | None) -> tuple[str, dict[str, Any]]:

@@ -73,7 +73,8 @@ def check_source(name: str | os.PathLike, subfolder: str | None, variant: str | 
     refuse_lost_path(text, "pretrained_model_name_or_path")
     inside = sorted({str(path.parent) for kind in _OF_MODELS for path in Path(text).glob(f"*/{kind}")})
     if subfolder is None and inside and not any(Path(text, kind).is_file() for kind in _OF_MODELS):
-        raise ValueError(f"{shown(text)} itself holds no model or pipeline: there is {listed(inside)}.")
+        missing = " and ".join(str(Path(text, kind)) for kind in _OF_MODELS)
+        raise ValueError(f"{missing} are missing: did you mean {listed(inside)}?")
     if not os.path.isdir(text):
         try:
             validate_repo_id(text)
