@@ -12,6 +12,7 @@
 Two grains see 32 px images, 8x8 latents and 4x4 maps; three grains 64 px images, 16x16 latents and 4x4 maps.
 """
 
+import signal
 from functools import cache
 
 import pytest
@@ -24,6 +25,8 @@ from diffusers_d2it.entropy import EntropyCalibration
 
 
 torch.set_num_threads(1)  # components are tiny: more threads only wait for one another
+# Under nohup it is ignored, in every process that a test starts too, and what is ignored is not handled by a run
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 _ID2LABEL = {id: f"class {id}, synonym {id}" for id in range(10)}
 
