@@ -48,7 +48,9 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         "--split", help="of a data set, or of a folder with sub-folders train, val, ...; default: train"
     )
     parser.add_argument("--image_column", help="of a data set; default: the only one that holds images")
-    parser.add_argument("--metrics", nargs="+", choices=[*METRICS, *PAIR_METRICS], default=[], metavar="METRIC")
+    parser.add_argument(
+        "--metrics", nargs="+", choices=list(dict.fromkeys(METRICS + PAIR_METRICS)), default=[], metavar="METRIC"
+    )
     parser.add_argument(
         "--features",
         default="inception",
