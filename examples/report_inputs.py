@@ -120,9 +120,8 @@ def prepare(args: argparse.Namespace, bad_images: Path) -> ReportInputs:
     accelerator.print(source)
     data = draw_labelled_images(source, pipe, *numbers, noted, args.resolution, args.seed)
     args.num_images, args.num_reference_images = len(data.images), len(data.reference)
-    if None in numbers and args.num_images + args.num_reference_images < 6000:
-        counts = f"--num_images {args.num_images} --num_reference_images {args.num_reference_images}"
-        accelerator.print(f"as many images as there are: {counts}")
+    if None in numbers:
+        accelerator.print(f"{args.num_images} images a row, compared with {args.num_reference_images} others")
     how = ("num_inference_steps", "guidance_scale", "grain_num_inference_steps", "batch_size", "seed")
     drawing = Drawing(pipe, data.labels, **{name: getattr(args, name) for name in how}, accelerator=accelerator)
     reading = {"batch_size": args.batch_size, "accelerator": accelerator, "seed": args.seed}

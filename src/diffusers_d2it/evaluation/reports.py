@@ -182,15 +182,17 @@ def draw_labelled_images(
     check_resolution(resolution, pipe.vae.region_size)
     classes = None if pipe.transformer.config.num_classes is None else _known_classes(source, pipe)
     asked = num_images, num_reference_images
-    num_images, num_reference_images = (one or default for one, default in zip(asked, _NUM_IMAGES))
+    num_images, num_reference_images = (default if one is None else one for one, default in zip(asked, _NUM_IMAGES))
     needed = num_images + num_reference_images
     images, labels = [], []
     for row, image in islice(usable_images(source.shuffled(seed).rows(), resolution, bad_images), needed):
         images.append(to_uint8(to_pixels(image, resolution)))
         labels.append(row.label)
     if len(images) < needed and None in asked:
-        num_images = asked[0] or (len(images) // 6 if asked[1] is None else len(images) - asked[1])
-        num_reference_images = asked[1] or len(images) - num_images
+        if asked[0] is None:
+            num_images = len(images) // 6 if asked[1] is None else len(images) - asked[1]
+        if asked[1] is None:
+            num_reference_images = len(images) - num_images
     if num_images < 1 or num_reference_images < 2 or len(images) < num_images + num_reference_images:
         raise ValueError(
             f"{source.name} has {len(images)} images that can be used: `num_images` {num_images} and"

@@ -51,7 +51,9 @@ class ClassConditionalPipeline(StrictPipeline):
             ValueError: a name is unknown (close ones are listed) or belongs to several classes, or the pipeline has no
                 names.
         """
-        return _label_ids([label] if isinstance(label, str) else label, self.id2label)
+        ids_of_name = _ids_of_names(self.id2label or {})
+        labels = [label] if isinstance(label, str) else label
+        return [_label_id(one, self.id2label, ids_of_name) for one in labels]
 
     def prepare_labels(
         self, class_labels: int | str | list[int | str] | None, num_images_per_prompt: int
@@ -145,10 +147,11 @@ def class_ids(
     if not labels:
         raise ValueError(f"`class_labels` are required: this model is class-conditional, got {class_labels!r}.")
     ids = []
+    ids_of_name = _ids_of_names(id2label or {}) if any(isinstance(label, str) for label in labels) else {}
     for label in labels:
         if isinstance(label, str):
-            if not _is_number(label) or any(composed(label) in _names(name) for name in (id2label or {}).values()):
-                ids += _label_ids([label], id2label)
+            if not _is_number(label) or composed(label) in ids_of_name:
+                ids.append(_label_id(label, id2label, ids_of_name))
                 continue
             label = int(label)
         if isinstance(label, bool) or not isinstance(label, (int, np.integer)):
@@ -178,38 +181,40 @@ def class_of(label: int, name: str, id2label: dict[int, str] | None, num_classes
     known = id2label or {id: str(id) for id in range(num_classes)}
     if label in known and (name == str(label) or {*_names(name)} & {*_names(known[label])}):
         return label
+    ids_of_name = _ids_of_names(known)
     for one in _names(name):
         try:
-            return _label_ids([one], known)[0]
+            return _label_id(one, known, ids_of_name)
         except ValueError:  # unknown, or of several classes
             continue
     number = int(name) if _is_number(name) else label if id2label is None else None
     return number if number in known else None
 
 
-def _label_ids(labels: list[str], id2label: dict[int, str] | None) -> list[int]:
-    if id2label is None:
-        raise ValueError(f"`class_labels` {labels!r}: this pipeline has no `id2label`, pass ids.")
-    whole: dict[str, list[int]] = {}  # before parts of longer names: "maillot" is not "maillot, tank suit"
+def _ids_of_names(id2label: dict[int, str]) -> dict[str, list[int]]:
+    """The ids of every name, whole or part: "maillot" is the class called so before "maillot, tank suit"."""
+    whole: dict[str, list[int]] = {}
     parts: dict[str, list[int]] = {}
     for id, names in id2label.items():
         whole.setdefault(composed(names), []).append(id)
         for name in {*_names(names)}:
             parts.setdefault(name, []).append(id)
-    ids = []
-    for name in labels:
-        found = whole.get(composed(name)) or parts.get(composed(name), [])
-        if not found:
-            close = close_to(name, parts) or sorted(parts)[:3]
-            raise ValueError(
-                f"`class_labels`: unknown class name {name!r}. Close names: {', '.join(map(repr, close))}."
-            )
-        if len(found) > 1:
-            raise ValueError(
-                f"`class_labels`: class name {name!r} belongs to several classes, {found}: pass one of these ids."
-            )
-        ids += found
-    return ids
+    return parts | whole
+
+
+def _label_id(label: str, id2label: dict[int, str] | None, ids_of_name: dict[str, list[int]]) -> int:
+    """The only class of a name; `ids_of_name` are `_ids_of_names(id2label)`."""
+    if id2label is None:
+        raise ValueError(f"`class_labels` {label!r}: this pipeline has no `id2label`, pass ids.")
+    found = ids_of_name.get(composed(label), [])
+    if not found:
+        close = close_to(label, ids_of_name) or sorted(ids_of_name)[:3]
+        raise ValueError(f"`class_labels`: unknown class name {label!r}. Close names: {', '.join(map(repr, close))}.")
+    if len(found) > 1:
+        raise ValueError(
+            f"`class_labels`: class name {label!r} belongs to several classes, {found}: pass one of these ids."
+        )
+    return found[0]
 
 
 def _names(names: str) -> list[str]:
