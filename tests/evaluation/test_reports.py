@@ -167,9 +167,9 @@ def test_a_small_set_makes_a_small_report_unless_numbers_are_asked_for(folder, p
     assert (len(data.images), len(data.reference)) == drawn
 
 
-@pytest.mark.parametrize("asked", [(4, 3), (6, None), (None, 6), (5, None)])
+@pytest.mark.parametrize("asked", [(4, 3), (6, None), (None, 6), (5, None), (0, 3), (0, None), (None, 0)])
 def test_a_set_too_small_for_what_is_asked_for(folder, pipe, asked):
-    refused("6 images .*`num_images`", load, folder, pipe, *asked)
+    refused("photos .*`num_images`", load, folder, pipe, *asked)
 
 
 # ---- Classes ----
