@@ -23,10 +23,17 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     start = group.add_mutually_exclusive_group()
     start.add_argument("--preset", default="dvae-f8f16", help="a preset, or a JSON file with a model's configuration")
     start.add_argument("--init_from", help="folder of a DynamicAutoencoderKL, such as convert_autoencoder_kl.py's")
-    group.add_argument(
+    frozen = group.add_mutually_exclusive_group()
+    frozen.add_argument(
         "--freeze_fine_path",
         action="store_true",
         help="with --init_from: train only the coarser grains; fine codes, decoder and latent scale stay",
+    )
+    frozen.add_argument(
+        "--freeze_encoder",
+        action="store_true",
+        help="with --init_from: train only the decoder; maps, latents and their scale stay, and with them latent"
+        " caches and what was trained on them",
     )
     group.add_argument("--kl_weight", type=weight, default=1e-6, help="weight of the KL term per pixel value")
     group.add_argument("--perceptual_weight", type=weight, default=1.0, help="of the perceptual loss; 0 goes without")
@@ -53,8 +60,9 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--fid_model", help="score rFID with 'inception' or a vision model of transformers")
     parser.set_defaults(fine_ratio=[0.0, 1.0])
     args = parser.parse_args(arguments)
-    if args.freeze_fine_path and args.init_from is None:
-        parser.error("--freeze_fine_path keeps what --init_from brings: pass both")
+    for flag in ("freeze_fine_path", "freeze_encoder"):
+        if getattr(args, flag) and args.init_from is None:
+            parser.error(f"--{flag} keeps what --init_from brings: pass both")
     if args.mixed_precision == "fp16" and args.gan_weight > 0:
         parser.error("--mixed_precision fp16 cannot scale two losses: pass bf16, or --gan_weight 0")
     if args.freeze_fine_path and args.gan_weight > 0:
@@ -145,6 +153,8 @@ def make_model(args: argparse.Namespace, calibration: dict) -> DynamicAutoencode
     vae.register_to_config(sample_size=args.resolution, calibration=calibration)
     if args.freeze_fine_path:
         vae.freeze_fine_path()
+    if args.freeze_encoder:
+        vae.encoder.requires_grad_(False)
     return vae
 
 
@@ -209,9 +219,11 @@ def main(args: argparse.Namespace) -> None:
     source = load_images(**image_arguments(args)).shuffled(args.seed)  # the first images are then a fair sample
     accelerator.print(source)
     bad_images = BadImages(os.path.join(args.output_dir, "bad_images.jsonl"))
-    if checkpoint is not None:  # they have been counted
-        calibration = DynamicAutoencoderKL.load_config(checkpoint / "model").get("calibration")
-    else:
+    calibration = None
+    if checkpoint is not None or args.freeze_encoder:  # they have been counted
+        start_of_run = args.init_from if checkpoint is None else checkpoint / "model"
+        calibration = DynamicAutoencoderKL.load_config(start_of_run).get("calibration")
+    if calibration is None:
         counted = count_entropy(
             accelerator, source, args.resolution, region_size(args), bad_images, args.calibration_images
         )
@@ -310,7 +322,7 @@ def main(args: argparse.Namespace) -> None:
         limit = args.calibration_images
         measured = partial(first_batches, source, args.resolution, args.train_batch_size, limit, bad_images)
         num_batches = -(-min(limit, source.num_rows or limit) // args.train_batch_size)
-        if not args.freeze_fine_path:
+        if not (args.freeze_fine_path or args.freeze_encoder):
             measure_scale(vae, tqdm(measured(), "latents", num_batches), args.seed)
         folder = os.path.join(args.output_dir, "vae")
         vae.save_pretrained(folder)

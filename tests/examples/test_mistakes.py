@@ -34,6 +34,7 @@ FLAGS = [
     ("train_grain.py", "@no/where.txt", ["no/where.txt"]),
     ("train_grain.py", "@recipe.txt", ["--resolutoin", "--resolution"]),
     ("train_dvae.py", f"{SOURCE} --output_dir o --max_train_steps 2 --freeze_fine_path", ["--freeze_fine_path"]),
+    ("train_dvae.py", f"{SOURCE} --output_dir o --max_train_steps 2 --freeze_encoder", ["--freeze_encoder"]),
     ("cache_latents.py", "--vae v --output_dir o --train_data_dir", ["--train_data_dir"]),
     ("calibrate_dvae.py", SOURCE, ["--vae", "--output"]),
     ("sample_d2it.py", "--output_dir o --num_images 1 --scheduler unipd", ["--scheduler", "unipd", *list_samplers()]),

@@ -91,6 +91,19 @@ def test_frozen_fine_path_keeps_codes_decoder_and_scale(dvae, dvae_arguments, tm
     assert "rFID with features of" in (tmp_path / "run" / "vae" / "README.md").read_text()
 
 
+def test_frozen_encoder_keeps_all_that_a_latent_cache_rests_on(dvae, dvae_arguments, tmp_path):
+    start = DynamicAutoencoderKL.from_pretrained(dvae / "vae")
+    arguments = [*dvae_arguments, "--init_from", dvae / "vae", "--freeze_encoder", "--gan_start_step", 0]
+    call_train("train_dvae.py", tmp_path / "run", 2, *arguments, "--calibration_images", 2, "--ema_decay", 0.5)
+    vae = DynamicAutoencoderKL.from_pretrained(tmp_path / "run" / "vae")
+    assert vae.config.calibration == start.config.calibration  # of all images, not of two
+    assert vae.config.scaling_factor == start.config.scaling_factor
+    assert vae.config.shift_factor == start.config.shift_factor
+    assert same_weights(vae.encoder, start.encoder)
+    changed = {name for name, value in vae.state_dict().items() if not torch.equal(value, start.state_dict()[name])}
+    assert changed >= {"decoder.conv_in.weight", "decoder.conv_out.weight"}
+
+
 # ---- Stage 2 ----
 
 
