@@ -48,7 +48,8 @@ def host_traffic(
     device = pipe.transformer.device
     watch = _watch_meta if device.type == "meta" else _watch_cuda
     found, of_scheduler = [], []
-    scheduler_step = pipe.scheduler.step
+    kind = type(pipe.scheduler)  # of which each call makes a copy of its own
+    scheduler_step = kind.step
 
     @functools.wraps(scheduler_step)  # its signature is asked for
     def step(*arguments, **keywords):
@@ -69,7 +70,7 @@ def host_traffic(
             raise _LoopIsOver
         return {}
 
-    with patch.object(pipe.scheduler, "step", step), ExitStack() as stack:
+    with patch.object(kind, "step", step), ExitStack() as stack:
         try:
             _call(pipe, grain_map, num_inference_steps, on_step_end, **options)
         except _LoopIsOver:  # what follows, decoding to images, has to wait

@@ -5,6 +5,8 @@ import numpy as np
 import PIL.Image
 import torch
 
+from .pixels import unit_to_uint8
+
 
 _FINE = np.array([214, 39, 40], dtype=np.float32)
 _COARSE = np.array([31, 119, 180], dtype=np.float32)
@@ -12,12 +14,15 @@ _OPACITY = 0.5
 
 
 def visualize_grain_map(
-    image: PIL.Image.Image, grain_map: torch.Tensor | np.ndarray, num_grains: int | None = None
+    image: PIL.Image.Image | np.ndarray | torch.Tensor,
+    grain_map: torch.Tensor | np.ndarray,
+    num_grains: int | None = None,
 ) -> PIL.Image.Image:
     """Lay a grain map over its image: red regions are fine, blue ones coarse, as in Fig. 3 of arXiv:2504.09454.
 
     Args:
-        image: the picture, H x W pixels.
+        image: the picture, H x W pixels, of any `output_type` of a pipeline but latents: PIL, array (H, W, 3) or
+            tensor (3, H, W), in [0, 1] or uint8.
         grain_map: (h, w), or (1, h, w), integers, 0 = coarsest; H and W are multiples of h and w.
         num_grains: k; with three or more the colours between blue and red follow the grain. None: as many as the map
             shows, at least two.
@@ -26,9 +31,10 @@ def visualize_grain_map(
         An RGB picture of the size of `image`.
 
     Raises:
-        ValueError: the map has another number of dimensions, holds no integers or other grains than 0 ... k - 1, or
-            does not divide the picture.
+        ValueError: the image is none of these, the map has another number of dimensions, holds no integers or other
+            grains than 0 ... k - 1, or does not divide the picture.
     """
+    image = _picture(image)
     grains = np.asarray(grain_map.cpu() if isinstance(grain_map, torch.Tensor) else grain_map)
     if grains.ndim == 3 and len(grains) == 1:
         grains = grains[0]
@@ -48,3 +54,17 @@ def visualize_grain_map(
     colours = colours.repeat(image.height // rows, axis=0).repeat(image.width // columns, axis=1)
     blended = (1 - _OPACITY) * np.asarray(image.convert("RGB"), dtype=np.float32) + _OPACITY * colours
     return PIL.Image.fromarray(blended.round().astype(np.uint8))
+
+
+def _picture(image: PIL.Image.Image | np.ndarray | torch.Tensor) -> PIL.Image.Image:
+    if isinstance(image, PIL.Image.Image):
+        return image
+    pixels = torch.from_numpy(image).movedim(-1, -3) if isinstance(image, np.ndarray) and image.ndim > 2 else image
+    if not isinstance(pixels, torch.Tensor) or pixels.shape[:-2] not in ((3,), (1, 3)):
+        raise ValueError(
+            "`image` must be a picture, PIL, array (H, W, 3) or tensor (3, H, W), got"
+            f" {type(image).__name__} {tuple(getattr(image, 'shape', ()))}; latents are decoded by `decode_latents`."
+        )
+    if pixels.is_floating_point():
+        pixels = unit_to_uint8(pixels.float().clamp(0, 1))
+    return PIL.Image.fromarray(pixels.reshape(pixels.shape[-3:]).movedim(0, -1).numpy(force=True))

@@ -2,6 +2,7 @@
 """From an image file to the pixels that a model reads: every image is decoded right, or refused with the reason."""
 
 import io
+import os
 import warnings
 
 import numpy as np
@@ -11,11 +12,15 @@ import PIL.ImageOps
 import torch
 
 from ..pixels import from_uint8
+from ..words import printable
 
 
 MAX_IMAGE_PIXELS = 100_000_000  # 300 MB as RGB; a file of a few kB can announce any number
 # Pillow opens more, and some of it by starting other programs (EPS)
 _FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP")
+
+
+ImageInput = str | os.PathLike | PIL.Image.Image | np.ndarray | torch.Tensor | list
 
 
 class UnusableImageError(ValueError):
@@ -124,7 +129,61 @@ def _decode(file: io.IOBase) -> PIL.Image.Image:
         image.load()
         if image.format in ("JPEG", "MPO") and _is_cut_off(file, image):
             raise UnusableImageError("image file is truncated: its end is missing")
-        return _to_rgb(PIL.ImageOps.exif_transpose(image), image.format)
+        return upright_rgb(image)
+
+
+def image_to_pixels(image: ImageInput) -> torch.Tensor:
+    """An image, or several of one size, at their own size as training would read them: (B, 3, H, W) in [-1, 1].
+
+    Args:
+        image: a path, a PIL image, an array ([B,] H, W[, 3]) or a tensor ([B,] 3, H, W), or a list of these. Floating-
+            point values lie in [0, 1], others have 8 or 16 bits.
+
+    Raises:
+        ValueError: it is none of these, values lie outside, a file cannot be used, or images differ in size.
+    """
+    if isinstance(image, (list, tuple)):
+        images = [image_to_pixels(one) for one in image]
+        sizes = sorted({tuple(one.shape[-2:]) for one in images})
+        if len(sizes) != 1:
+            raise ValueError(f"`image` must be images of one size, got a list of the sizes {sizes}.")
+        return torch.cat(images)
+    if isinstance(image, (str, os.PathLike)):
+        try:
+            image = decode_image({"path": os.path.expanduser(image)})
+        except UnusableImageError as error:
+            raise ValueError(f"`image` {printable(image)}: {error}") from None
+    if isinstance(image, torch.Tensor) and image.ndim in (3, 4) and image.shape[-3] == 3:
+        image = (image.float() if image.is_floating_point() else image).movedim(-3, -1).numpy(force=True)
+    if isinstance(image, np.ndarray) and image.dtype in (np.uint8, np.uint16):
+        if image.ndim == 4:
+            return image_to_pixels(list(image))
+        image = PIL.Image.fromarray(image)
+    if isinstance(image, PIL.Image.Image):
+        try:
+            return from_uint8(torch.from_numpy(np.array(upright_rgb(image)))).permute(2, 0, 1)[None]
+        except UnusableImageError as error:
+            raise ValueError(f"`image`: {error}") from None
+    is_array = isinstance(image, np.ndarray) and image.dtype.kind == "f"
+    if not is_array or image.ndim not in (3, 4) or image.shape[-1] != 3:
+        raise ValueError(
+            "`image` must be paths, PIL images, an array (B, H, W, 3) or a tensor (B, 3, H, W), floating-point in"
+            f" [0, 1] or of 8 or 16 bits, got {type(image).__name__} {getattr(image, 'dtype', '')}"
+            f" {tuple(getattr(image, 'shape', ()))}."
+        )
+    if not (image.min() >= 0 and image.max() <= 1):  # written so that NaN fails it
+        raise ValueError(f"`image` must lie in [0, 1], got {image.min():.4g} to {image.max():.4g}.")
+    pixels = torch.from_numpy(2 * image.astype(np.float32) - 1).movedim(-1, -3)
+    return pixels if pixels.ndim == 4 else pixels[None]
+
+
+def upright_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
+    """RGB of an open image as `decode_image` makes it of its file: upright, transparency on white, 16 bits scaled.
+
+    Raises:
+        UnusableImageError: its values have no defined range.
+    """
+    return _to_rgb(PIL.ImageOps.exif_transpose(image), image.format)
 
 
 def _to_rgb(image: PIL.Image.Image, format: str | None) -> PIL.Image.Image:

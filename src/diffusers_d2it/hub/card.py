@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import ConfigMixin, DiffusionPipeline
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.utils import validate_repo_id
 
@@ -177,7 +177,9 @@ def _facts(model: Any, kind: str, repo_id: str | None, options: dict[str, str | 
     arguments = [f'"{repo_id or "."}"', *(f'{key}="{value}"' for key, value in options.items() if value is not None)]
     facts["location"] = ", ".join(arguments)
     facts["comment"] = "" if repo_id else "  # in the folder of this file"
-    facts["parts"] = {name: _describe(part) for name, part in parts.items() if part is not None}
+    facts["parts"] = {
+        name: _describe(part) for name, part in parts.items() if isinstance(part, ConfigMixin | torch.nn.Module)
+    }
     if kind == "pipeline":
         facts["side"] = model.transformer.config.sample_size * vae.downsample_factor
         first = min(id2label) if id2label else 0

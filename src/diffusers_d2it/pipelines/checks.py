@@ -95,9 +95,30 @@ SAMPLING_LIMITS = {
 }
 
 
+def as_grain_map(
+    grain_map: torch.Tensor | np.ndarray | list | MapName | None, num_grains: int
+) -> torch.Tensor | MapName | None:
+    """A map in numbers as int64: whole numbers of any kind stay, of a mask of bool True is the finest grain.
+
+    Raises:
+        ValueError: it holds other things, or rows of different lengths.
+    """
+    if grain_map is None or isinstance(grain_map, str):
+        return grain_map
+    try:
+        values = grain_map if isinstance(grain_map, torch.Tensor) else torch.from_numpy(np.array(grain_map))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"`grain_map` must be whole numbers of shape (h, w) or (B, h, w): {error}") from None
+    if values.dtype == torch.bool:
+        return values.long() * (num_grains - 1)
+    if values.is_complex() or not torch.equal(whole := values.long(), values):
+        raise ValueError(f"`grain_map` must hold whole numbers, or bool, got {values.dtype} {shown(values)}.")
+    return whole
+
+
 def check_inputs(
     batch_size: int,
-    grain_map: torch.Tensor | np.ndarray | MapName | None,
+    grain_map: torch.Tensor | MapName | None,
     fine_ratio: float | None,
     generator: torch.Generator | list[torch.Generator] | None,
     latents: torch.Tensor | None,
@@ -106,8 +127,8 @@ def check_inputs(
 ) -> None:
     """Raise a ValueError that names the first argument of `__call__` that contradicts another or the model.
 
-    A map is int64 of shape (h, w), (1, h, w) or (B, h, w) with grains of the model, or a name; None has it drawn,
-    where the pipeline `can_draw` it. Starting noise is finite, float32, and of a shape that the model reads.
+    A map has the shape (h, w), (1, h, w) or (B, h, w) and grains of the model, or is a name; None has it drawn, where
+    the pipeline `can_draw` it. Starting noise is finite, floating-point, and of a shape that the model reads.
     """
     generators = generator if isinstance(generator, list) else [generator] * batch_size
     if len(generators) != batch_size or not all(isinstance(g, torch.Generator | None) for g in generators):
@@ -119,10 +140,7 @@ def check_inputs(
         raise ValueError("`grain_map` is required: this pipeline has no grain model.")
     if fine_ratio is not None and grain_map is not None and not (isinstance(grain_map, str) and grain_map == "random"):
         raise ValueError("`fine_ratio` and a given `grain_map`, other than 'random', are mutually exclusive.")
-    if isinstance(grain_map, (torch.Tensor, np.ndarray)):
-        if grain_map.dtype not in (torch.int64, np.int64):
-            raise ValueError(f"`grain_map` must be int64, got {grain_map.dtype}.")
-        grain_map = torch.as_tensor(grain_map)
+    if isinstance(grain_map, torch.Tensor):
         if grain_map.ndim not in (2, 3) or (grain_map.ndim == 3 and len(grain_map) not in (1, batch_size)):
             raise ValueError(
                 f"`grain_map` must have shape (h, w), (1, h, w) or ({batch_size}, h, w), got {tuple(grain_map.shape)}."
@@ -130,8 +148,8 @@ def check_inputs(
         check_grain_map(grain_map if grain_map.ndim == 3 else grain_map[None], transformer.config.num_grains)
     if latents is not None:
         channels, cells = transformer.config.in_channels, transformer.patch_size
-        if latents.dtype != torch.float32:
-            raise ValueError(f"`latents` must be float32, got {latents.dtype}.")
+        if not latents.is_floating_point():
+            raise ValueError(f"`latents` must be floating-point, got {latents.dtype}.")
         fitting = (batch_size, channels, *(side - side % cells for side in latents.shape[2:]))
         if latents.ndim != 4 or latents.shape != fitting:
             raise ValueError(
@@ -143,7 +161,7 @@ def check_inputs(
 
 
 def map_size(
-    grain_map: torch.Tensor | np.ndarray | MapName | None,
+    grain_map: torch.Tensor | MapName | None,
     latents: torch.Tensor | None,
     height: int | None,
     width: int | None,
@@ -170,9 +188,15 @@ def map_size(
                 f"`height` and `width` must be multiples of the region size {region}, got {sides[0]} and {sides[1]}."
             )
         sizes["height and width"] = tuple(side // region for side in sides)
-    if not sizes:
-        return (transformer.config.sample_size // cells,) * 2
+    trained = (transformer.config.sample_size // cells,) * 2
     if len(set(sizes.values())) > 1:
         described = ", ".join(f"{name} {size[0]}x{size[1]}" for name, size in sizes.items())
         raise ValueError(f"arguments ask for maps of different sizes: {described} regions.")
-    return next(iter(sizes.values()))
+    size = next(iter(sizes.values()), trained)
+    if size != trained and not {"height and width"} & {*sizes}:
+        logger.warning(
+            "`%s` of %dx%d, a cell for each region, asks for an image of %dx%d pixels; the model was trained on %dx%d"
+            " regions.",
+            *(next(iter(sizes)), *size, *(region * side for side in size), *trained),
+        )
+    return size

@@ -10,6 +10,7 @@ import torch
 
 from ..words import close_to, composed
 from .base import StrictPipeline
+from .calls import plain
 
 
 class ClassConditionalPipeline(StrictPipeline):
@@ -23,8 +24,8 @@ class ClassConditionalPipeline(StrictPipeline):
 
     @classmethod
     def check_settings(cls, settings: Mapping[str, Any]) -> None:
-        """As of `StrictPipeline`; an interval of guidance must not end before it begins either."""
-        super().check_settings(settings)
+        """As of `StrictPipeline`, but for labels (see `prepare_labels`); an interval must not end before it begins."""
+        super().check_settings({name: value for name, value in settings.items() if name != "class_labels"})
         start, stop = settings.get("guidance_interval", (0, 1))
         if start > stop:
             raise ValueError(f"`guidance_interval` must be (start, stop) with start <= stop, got ({start}, {stop}).")
@@ -141,9 +142,12 @@ def class_ids(
         if class_labels is not None:
             raise ValueError(f"`class_labels` {class_labels!r} were given to an unconditional model.")
         return None
+    class_labels = plain(class_labels)
     if isinstance(class_labels, (np.ndarray, torch.Tensor)):
         class_labels = class_labels.reshape(-1).tolist()
-    labels = [class_labels] if isinstance(class_labels, (int, np.integer, str)) else class_labels
+    labels = [class_labels] if isinstance(class_labels, (int, float, str)) else class_labels
+    if labels and len(labels) == 1 and isinstance(labels[0], list):
+        [labels] = labels
     if not labels:
         raise ValueError(f"`class_labels` are required: this model is class-conditional, got {class_labels!r}.")
     ids = []
@@ -154,7 +158,9 @@ def class_ids(
                 ids.append(_label_id(label, id2label, ids_of_name))
                 continue
             label = int(label)
-        if isinstance(label, bool) or not isinstance(label, (int, np.integer)):
+        if isinstance(label, float) and label.is_integer():
+            label = int(label)  # a column of a table with a missing value holds floats
+        if isinstance(label, bool) or not isinstance(label, int):
             raise ValueError(f"`class_labels` must be ids or names, got {label!r} of type {type(label).__name__}.")
         known = range(num_classes) if id2label is None else sorted(id2label)
         if label not in known:

@@ -1,12 +1,13 @@
 # Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
 """Every way to a grain map: the grain model (sec. 3.2.2, arXiv:2504.09454), chance (Table 5), an image's entropy."""
 
-import numpy as np
-import PIL.Image
+import copy
+
 import torch
 from diffusers.schedulers import KarrasDiffusionSchedulers
 from diffusers.utils.torch_utils import randn_tensor
 
+from ..data.images import ImageInput, image_to_pixels
 from ..grains import grain_map_from_entropy
 from ..models.autoencoder_kl_dynamic import DynamicAutoencoderKL
 from ..models.transformer_d2it_grain import D2iTGrainModel
@@ -54,7 +55,8 @@ def sample_grain_map(
     guided = num_classes is not None and guidance_scale != 1.0
     null_ids = torch.full_like(class_ids, num_classes) if guided else None
 
-    scheduler.set_timesteps(num_inference_steps, device="cpu")  # as in TiedScheduler
+    scheduler = copy.deepcopy(scheduler)  # as in TiedScheduler
+    scheduler.set_timesteps(num_inference_steps, device="cpu")
     step_kwargs = step_generator_kwargs(scheduler, generator)
     state = randn_tensor((batch_size, num_grains, *size), generator=generator, device=device, dtype=torch.float32)
     state = state * scheduler.init_noise_sigma  # (B, k, h, w)
@@ -100,26 +102,7 @@ def random_grain_map(
 
 @torch.no_grad()
 def grain_map_of_image(
-    vae: DynamicAutoencoderKL,
-    image: PIL.Image.Image | list[PIL.Image.Image] | np.ndarray | torch.Tensor,
-    fine_ratio: float | None,
-    device: torch.device,
+    vae: DynamicAutoencoderKL, image: ImageInput, fine_ratio: float | None, device: torch.device
 ) -> torch.Tensor:
     """The grain maps of images by their entropy, (B, h, w) int64; see `D2iTPipeline.grain_map_from_image`."""
-    if isinstance(image, PIL.Image.Image):
-        image = [image]
-    if isinstance(image, (list, tuple)) and image and all(isinstance(one, PIL.Image.Image) for one in image):
-        if len({one.size for one in image}) > 1:
-            raise ValueError(f"`image` must be images of one size, got {sorted({one.size for one in image})}.")
-        image = np.stack([np.asarray(one.convert("RGB"), dtype=np.float32) / 255 for one in image])
-    if isinstance(image, np.ndarray) and image.ndim in (3, 4):
-        image = torch.from_numpy(image).movedim(-1, -3)
-    if not isinstance(image, torch.Tensor) or image.ndim not in (3, 4) or not image.is_floating_point():
-        raise ValueError(
-            "`image` must be PIL images, a floating-point array (B, H, W, 3) or tensor (B, 3, H, W) in [0, 1], got"
-            f" {type(image).__name__} {getattr(image, 'dtype', '')} {tuple(getattr(image, 'shape', ()))}."
-        )
-    if not (image.amin() >= 0 and image.amax() <= 1):  # written so that NaN fails it
-        raise ValueError(f"`image` must lie in [0, 1], got {image.amin():.4g} to {image.amax():.4g}.")
-    pixels = 2 * (image if image.ndim == 4 else image[None]).to(device) - 1
-    return grain_map_from_entropy(vae.region_entropy(pixels), vae.thresholds(fine_ratio))
+    return grain_map_from_entropy(vae.region_entropy(image_to_pixels(image).to(device)), vae.thresholds(fine_ratio))

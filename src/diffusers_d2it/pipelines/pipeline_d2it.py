@@ -23,9 +23,10 @@ from ..models.autoencoder_kl_dynamic import DynamicAutoencoderKL
 from ..models.transformer_d2it_content import D2iTContentModel
 from ..models.transformer_d2it_grain import D2iTGrainModel
 from ..visualization import visualize_grain_map
-from .checks import SAMPLING_LIMITS, MapName, check_components, check_inputs, map_size
+from .calls import one_call
+from .checks import SAMPLING_LIMITS, MapName, as_grain_map, check_components, check_inputs, map_size
 from .class_conditional import ClassConditionalPipeline
-from .grain_maps import grain_map_of_image, random_grain_map, sample_grain_map
+from .grain_maps import ImageInput, grain_map_of_image, random_grain_map, sample_grain_map
 from .tied_scheduler import TiedScheduler
 
 
@@ -99,22 +100,23 @@ class D2iTPipeline(ClassConditionalPipeline):
     @torch.no_grad()
     def grain_map_from_image(
         self,
-        image: PIL.Image.Image | list[PIL.Image.Image] | np.ndarray | torch.Tensor,
+        image: ImageInput,
         fine_ratio: float | None = None,
     ) -> torch.Tensor:
         """The grain maps of images, by their entropy: what Dynamic Grained Coding does in the first stage.
 
         Args:
-            image: a PIL image or a list of them, an array (B, H, W, 3) or tensor (B, 3, H, W) in [0, 1]. Sides are
-                multiples of S: nothing is resized.
+            image: an image, or a list of images of one size: a path, a PIL image, an array ([B,] H, W, 3) or tensor
+                ([B,] 3, H, W), in [0, 1] or of 8 or 16 bits. It is read as in training: upright, transparency on
+                white, ... Sides are multiples of S: nothing is resized.
             fine_ratio: share of fine regions over the calibration set; None for the autoencoder's default.
 
         Returns:
             (B, h, w) int64.
 
         Raises:
-            ValueError: sides are not multiples of S, values lie outside [0, 1], the ratio lies outside [0, 1] or the
-                autoencoder has not been calibrated.
+            ValueError: there is no such image, sides are not multiples of S, values lie outside [0, 1], the ratio
+                lies outside [0, 1] or the autoencoder has not been calibrated.
         """
         return grain_map_of_image(self.vae, image, fine_ratio, self._execution_device)
 
@@ -169,7 +171,7 @@ class D2iTPipeline(ClassConditionalPipeline):
             sides = (side * self.transformer.patch_size for side in size)
             shape = (batch_size, self.transformer.config.in_channels, *sides)
             return randn_tensor(shape, generator=generator, device=self._execution_device, dtype=torch.float32)
-        return latents.to(self._execution_device)
+        return latents.to(self._execution_device, torch.float32)
 
     def _prepare_guided(self, layout: GrainLayout, class_ids: torch.Tensor) -> tuple[GrainLayout, torch.Tensor]:
         """Layout and labels of a batch twice: for the passes with a label and those without."""
@@ -206,6 +208,7 @@ class D2iTPipeline(ClassConditionalPipeline):
             prediction = torch.cat([noise, prediction[:, channels:]], dim=1)
         return prediction.clone()  # a CUDA graph writes its next output to the same place
 
+    @one_call
     @torch.no_grad()
     def __call__(
         self,
@@ -214,7 +217,7 @@ class D2iTPipeline(ClassConditionalPipeline):
         num_inference_steps: int = 50,
         guidance_scale: float = 4.0,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
-        grain_map: torch.Tensor | np.ndarray | MapName | None = None,
+        grain_map: torch.Tensor | np.ndarray | list | MapName | None = None,
         fine_ratio: float | None = None,
         grain_num_inference_steps: int = 10,
         grain_guidance_scale: float = 1.0,
@@ -238,8 +241,9 @@ class D2iTPipeline(ClassConditionalPipeline):
                 unconditional model has none.
             guidance_interval: first and last share of the steps that are guided, 0 = first step (noise), 1 = last.
                 Steps outside take one pass instead of two.
-            grain_map: the map, int64 (h, w), (1, h, w) or (B, h, w), 0 = coarsest; or "coarse", "fine", "random". None
-                lets the grain model draw it. Its size decides the size of the image.
+            grain_map: the map, whole numbers (h, w), (1, h, w) or (B, h, w), 0 = coarsest, or a mask of bool, True =
+                finest; or "coarse", "fine", "random". None lets the grain model draw it. Its size, a cell a region,
+                decides the size of the image; one that is not that of training is told in the log.
             fine_ratio: share of regions in the finest grain, in [0, 1], met in every image to the nearest region: the
                 grain model is asked for it and its map trimmed. For "random" it is the probability of a fine region.
             grain_num_inference_steps: steps of the grain model. With 10 of them 98.8 % of the regions of the bundled
@@ -262,6 +266,7 @@ class D2iTPipeline(ClassConditionalPipeline):
         self.check_settings(locals())
         ids, batch_size = self.prepare_labels(class_labels, num_images_per_prompt)  # (B,)
         can_draw = self.grain_model is not None
+        grain_map = as_grain_map(grain_map, self.transformer.config.num_grains)
         check_inputs(batch_size, grain_map, fine_ratio, generator, latents, self.transformer, can_draw)
         size = map_size(grain_map, latents, height, width, self.vae, self.transformer)
         self._guidance_scale, self._interrupt, self._cached_pass = guidance_scale, False, None
@@ -293,7 +298,8 @@ class D2iTPipeline(ClassConditionalPipeline):
                 latents = steps.step(prediction.to(latents.dtype), t, latents)
                 if callback_on_step_end is not None:
                     tensors = {name: latents for name in callback_on_step_end_tensor_inputs}
-                    latents = layout.tie(callback_on_step_end(self, i, t, tensors).get("latents", latents))
+                    changed = callback_on_step_end(self, i, t, tensors) or {}  # one that only looks returns nothing
+                    latents = layout.tie(changed.get("latents", latents))
                 progress_bar.update()
 
         # 5. Decode

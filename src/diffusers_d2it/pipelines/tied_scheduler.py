@@ -1,6 +1,7 @@
 # Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
 """A diffusers scheduler that keeps the codes of a grain map tied: the only way the pipeline takes a step."""
 
+import copy
 import inspect
 
 import numpy as np
@@ -28,7 +29,7 @@ class TiedScheduler:
     back at every step. What the network reads lies on the device from the start. So no step waits for the device.
 
     Args:
-        scheduler: the scheduler; its timesteps are set here.
+        scheduler: the scheduler, of which a copy takes the steps: other calls may be under way with it.
         layout: of the grain map.
         num_inference_steps: number of steps.
         device: where the latents are.
@@ -43,7 +44,7 @@ class TiedScheduler:
         device: torch.device | str = "cpu",
         generator: torch.Generator | list[torch.Generator] | None = None,
     ):
-        self.scheduler = scheduler
+        self.scheduler = scheduler = copy.deepcopy(scheduler)
         self.layout = layout
         self._edm = _EDMPreconditioning(scheduler) if isinstance(scheduler, EDMEulerScheduler) else None
         scheduler.set_timesteps(num_inference_steps, device="cpu")

@@ -1,0 +1,52 @@
+# Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
+"""How a pipeline is called: with numbers as people have them, and by several threads at once."""
+
+import threading
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+from weakref import WeakKeyDictionary, WeakSet
+
+
+_guard = threading.Lock()
+_turns: WeakKeyDictionary = WeakKeyDictionary()  # a lock for each denoiser, whichever pipelines it is in
+_running: WeakSet = WeakSet()  # denoisers of the calls that have their turn
+
+
+def one_call(call: Callable) -> Callable:
+    """Make a method the `__call__` of a pipeline: its arguments are `plain`, and calls on one denoiser take turns.
+
+    A call keeps its state in the pipeline, where callbacks change it, and in the caches of its denoiser, which
+    pipelines may share. So a second thread waits, and gets what it would get alone.
+
+    Raises:
+        ValueError: a callback calls the pipeline that it is a callback of, or one with the same denoiser.
+    """
+
+    @wraps(call)
+    def waiting(self, *args, **kwargs):
+        model = getattr(self.transformer, "_orig_mod", self.transformer)  # without the wrapper of torch.compile
+        with _guard:
+            turn = _turns.setdefault(model, threading.RLock())
+        with turn:
+            if model in _running:
+                raise ValueError(f"`callback_on_step_end` calls a {type(self).__name__} while its model is in a call.")
+            _running.add(model)
+            try:
+                return call(self, *map(plain, args), **{name: plain(value) for name, value in kwargs.items()})
+            finally:
+                _running.discard(model)
+
+    return waiting
+
+
+def plain(value: Any) -> Any:
+    """Numbers of numpy and torch as those of Python, and what holds a row of them as a list; all else as it is.
+
+    Rows are ranges, and arrays, tensors and columns of tables of one dimension.
+    """
+    if hasattr(value, "tolist") and getattr(value, "ndim", None) in (0, 1):
+        return value.tolist()
+    if isinstance(value, (list, tuple, range)):
+        return [plain(one) for one in value]
+    return value
