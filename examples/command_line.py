@@ -35,6 +35,13 @@ TRACEBACK = "D2IT_TRACEBACK"
 _MISTAKES = (ValueError, OSError, ImportError, FloatingPointError)
 
 
+_HOME = re.compile(r"^(--\w+=)?(~[^/]*)(?=/|$)")  # where the shell does not see it: --flag=~/x, and in files of flags
+
+
+def _home(match: re.Match) -> str:
+    return (match[1] or "") + os.path.expanduser(match[2])
+
+
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
     def _get_help_string(self, action: argparse.Action) -> str:
         if action.default in (None, False, []) or "default:" in action.help:
@@ -47,18 +54,36 @@ class Parser(argparse.ArgumentParser):
 
     def parse_args(self, args=None, namespace=None):
         """As of `argparse`; a flag that does not exist comes before one that is missing."""
+        words = []
         for word in sys.argv[1:] if args is None else args:
+            words += self._read(word[1:]) if word.startswith("@") else [word]
+        words = [_HOME.sub(_home, word) for word in words]
+        for word in words:
             self._check(word)
-        return super().parse_args(args, namespace)
-
-    def convert_arg_line_to_args(self, arg_line: str) -> list[str]:
-        """The word of a line of a file of flags."""
-        self._check(arg_line)
-        return [arg_line]
+        return super().parse_args(words, namespace)
 
     def error(self, message: str) -> None:
         """End the script with `error: <message>`."""
         self.exit(2, f"error: {message}\n")
+
+    def _read(self, path: str) -> list[str]:
+        """The words of a file of flags; files that it names lie beside it, unless they are where one stands."""
+        path = os.path.expanduser(path)
+        try:
+            with open(path, encoding="utf-8-sig") as file:  # some editors begin with a mark of the encoding
+                lines = [line.strip() for line in file.read().splitlines()]
+        except (OSError, UnicodeDecodeError) as error:
+            self.error(f"@{path} cannot be read: {getattr(error, 'strerror', None) or 'it is no text in UTF-8'}")
+        words = []
+        for line in lines:
+            if line and not line.startswith("#"):  # a word, or a flag with what belongs to it
+                words += shlex.split(line, comments=True) if re.match(r"--\w+\s", line) else [line]
+        for i, word in enumerate(words):
+            flag, equals, value = word.rpartition("=")
+            beside = os.path.normpath(os.path.join(os.path.dirname(path), value))
+            if value.endswith((".json", ".txt")) and not os.path.exists(value) and os.path.exists(beside):
+                words[i] = flag + equals + beside
+        return words
 
     def _check(self, word: str) -> None:
         name, known = word.partition("=")[0], list(self._option_string_actions)
@@ -71,13 +96,13 @@ class Parser(argparse.ArgumentParser):
 def make_parser(description: str) -> Parser:
     """A parser that also reads flags from files: `train_d2it.py @examples/configs/imagenet-256/content-xl.txt`.
 
-    A line of such a file is one word of the command; flags behind the file override it.
+    A line of such a file is one word of the command, or a flag with its values, or a comment behind #; flags behind
+    the file override it.
     """
     return Parser(
         description=description,
-        epilog="A word @file reads flags from a file, one word a line: see examples/configs.",
+        epilog="A word @file reads flags from a file, one a line: see examples/configs.",
         formatter_class=_HelpFormatter,
-        fromfile_prefix_chars="@",
     )
 
 

@@ -43,6 +43,16 @@ def test_results_come_back_from_a_file(tmp_path):
     assert os.listdir(tmp_path) == ["results.json"]
 
 
+def test_results_are_json_for_every_reader(tmp_path):
+    def refuse(name):
+        raise AssertionError(f"{name} is no JSON")
+
+    saved = [Result("psnr", float("inf"), {"images": 1}, deviation=float("inf")), Result("is", -float("inf"), {})]
+    save_results(tmp_path / "results.json", saved)
+    json.loads((tmp_path / "results.json").read_text(), parse_constant=refuse)
+    assert [result.value for result in load_results(tmp_path / "results.json")] == [float("inf"), -float("inf")]
+
+
 def test_unlike_protocols_are_refused_and_every_field_is_named():
     a = result()
     b = result(4.0, samples__seed=1, reference__digest="987", rank_deficient=True, samples__guidance_scale=1.5)

@@ -43,8 +43,10 @@ class Result:
 
 
 def save_results(path: str | os.PathLike, results: Sequence[Result]) -> None:
-    """Write results into a JSON file, whole or not at all."""
-    write_json_durably(Path(path), {"results": [asdict(result) for result in results]})
+    """Write results into a JSON file, whole or not at all; an infinite value, which JSON does not have, as "inf"."""
+    rows = [asdict(result) for result in results]
+    rows = [row if math.isfinite(row["value"]) else row | {"value": str(row["value"])} for row in rows]
+    write_json_durably(Path(path), {"results": _finite(rows)})
 
 
 def save_report(path: str | os.PathLike, report: dict) -> None:
@@ -68,8 +70,8 @@ def load_results(path: str | os.PathLike) -> list[Result]:
     """
     stored = read_json(Path(path)).get("results")
     try:
-        return [Result(**one) for one in stored]
-    except TypeError as error:
+        return [Result(**one | {"value": float(one["value"])}) for one in stored]
+    except (TypeError, KeyError, ValueError) as error:
         raise ValueError(f'{path} holds no results: {{"results": [...]}} with metric, value, protocol.') from error
 
 

@@ -353,9 +353,9 @@ def durable_file(path: Path) -> Iterator[Path]:
 
 
 def write_json_durably(path: Path, values: dict) -> None:
-    """Write values into a JSON file by way of a `durable_file`."""
+    """Write values into a JSON file by way of a `durable_file`; a ValueError for numbers that JSON does not have."""
     with durable_file(path) as staged:
-        staged.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        staged.write_text(json.dumps(values, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def fsync_folder(folder: Path) -> None:
