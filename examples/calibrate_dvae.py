@@ -11,9 +11,10 @@ be used are listed in a file beside the result, `<result>.bad_images.jsonl`.
 """
 
 import argparse
+import os
 
-from command_line import begin, make_parser, output_file, positive
-from flags import add_data_arguments, image_arguments
+from command_line import begin, make_parser, next_command, output_file, output_folder, positive
+from flags import add_data_arguments, image_arguments, where
 
 
 def parse_args() -> argparse.Namespace:
@@ -29,13 +30,17 @@ def parse_args() -> argparse.Namespace:
         parser.error("pass either --vae, or --region_size with --output")
     if args.vae is not None and not os.path.isfile(os.path.join(args.vae, "config.json")):
         parser.error(f"--vae {args.vae} must be the folder of an autoencoder, with its config.json")
+    if args.vae is not None:
+        try:
+            output_folder(args.vae)
+        except argparse.ArgumentTypeError as error:
+            parser.error(f"--vae {error}")
     return args
 
 
 if __name__ == "__main__":
     ARGS = begin(parse_args)  # before torch is imported, which takes seconds
 
-import os
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -74,6 +79,8 @@ def main(args: argparse.Namespace) -> None:
         vae.register_to_config(calibration=config)
         save_folder(args.vae, vae.save_config)  # which replaces this file, and keeps the others
     print(f"{path}: the thresholds")
+    if vae is not None:
+        print(next_command("cache_latents.py", vae=args.vae, resolution=args.resolution, **where(args)))
 
 
 if __name__ == "__main__":

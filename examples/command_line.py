@@ -136,8 +136,10 @@ def output_folder(text: str) -> str:
     """The type of a flag that names a folder to be written to at the end: it is made, and tried, at the start."""
     try:
         os.makedirs(text, exist_ok=True)
-        with tempfile.TemporaryFile(dir=text):
-            return text
+        with tempfile.TemporaryFile(dir=text) as file:
+            file.write(bytes(4096))  # which a full disk refuses
+            file.flush()
+        return text
     except OSError as error:
         raise argparse.ArgumentTypeError(f"{text} cannot be written to: {error}") from None
 

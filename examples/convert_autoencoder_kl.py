@@ -12,7 +12,7 @@ import argparse
 import os
 from pathlib import Path
 
-from command_line import begin, make_parser, natural, output_folder
+from command_line import begin, make_parser, natural, next_command, output_folder
 
 
 def parse_args() -> argparse.Namespace:
@@ -50,6 +50,7 @@ def main(args: argparse.Namespace) -> None:
     print(report)
     save_converted(model, report, args.output)
     print(f"{args.output}: {model.num_parameters() / 1e6:.1f}M parameters")
+    print(next_command("train_dvae.py", init_from=args.output))
 
 
 if __name__ == "__main__":

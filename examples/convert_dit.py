@@ -13,7 +13,7 @@ import argparse
 import os
 from pathlib import Path
 
-from command_line import begin, make_parser, natural, number, output_folder, positive
+from command_line import begin, make_parser, natural, next_command, number, output_folder, positive
 
 
 def parse_args() -> argparse.Namespace:
@@ -61,6 +61,7 @@ def main(args: argparse.Namespace) -> None:
     print(report)
     save_converted(model, report, args.output)
     print(f"{args.output}: {model.num_parameters() / 1e6:.1f}M parameters")
+    print(next_command("train_d2it.py", init_from=args.output))
 
 
 if __name__ == "__main__":

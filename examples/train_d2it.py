@@ -86,8 +86,20 @@ from diffusers_d2it.training import (
 from set_up import checkpoints_of, loader_of, publish_result, run_of, schedule_of, second_stage_data, start
 
 
-def make_model(args: argparse.Namespace, vae: DynamicAutoencoderKL, num_classes: int | None) -> D2iTContentModel:
-    """The content model of the flags, for the latents of `vae`: new, or started from --init_from."""
+def load_start(args: argparse.Namespace) -> dict | D2iTContentModel:
+    """What the flags start from: the configuration of --preset, or the model of --init_from."""
+    if args.init_from is None:
+        return load_preset(args.preset, D2iTContentModel)
+    return D2iTContentModel.from_pretrained(args.init_from)
+
+
+def make_model(
+    args: argparse.Namespace,
+    begun: dict | D2iTContentModel,
+    vae: DynamicAutoencoderKL,
+    num_classes: int | None,
+) -> D2iTContentModel:
+    """The content model for the latents of `vae`, new or `begun` as --init_from has it."""
     sizes = {
         "num_grains": vae.num_grains,
         "num_classes": num_classes,
@@ -96,16 +108,15 @@ def make_model(args: argparse.Namespace, vae: DynamicAutoencoderKL, num_classes:
         "sample_size": args.resolution // vae.downsample_factor,
     }
     if args.init_from is None:
-        return D2iTContentModel(**(load_preset(args.preset, D2iTContentModel) | sizes))
-    model = D2iTContentModel.from_pretrained(args.init_from)
-    wrong = {key: (model.config[key], value) for key, value in sizes.items() if model.config[key] != value}
+        return D2iTContentModel(**(begun | sizes))
+    wrong = {key: (begun.config[key], value) for key, value in sizes.items() if begun.config[key] != value}
     wrong.pop("sample_size", None)  # positions are computed for any
-    if model.out_channels == sizes["out_channels"]:
+    if begun.out_channels == sizes["out_channels"]:
         wrong.pop("out_channels", None)
     if wrong:
         raise ValueError(f"--init_from {args.init_from} does not fit; (found, needed) differ in {wrong}.")
-    model.register_to_config(sample_size=sizes["sample_size"])
-    return model
+    begun.register_to_config(sample_size=sizes["sample_size"])
+    return begun
 
 
 def content_losses(
@@ -144,6 +155,7 @@ def validate(pipe: D2iTPipeline, class_labels: list[int] | None, seed: int, path
 def main(args: argparse.Namespace) -> None:
     accelerator = start(args)
     checkpoint = find_checkpoint(accelerator, args.output_dir, args.resume_from_checkpoint)
+    begun = load_start(args)  # before the data, which may take minutes
 
     # 1. Data
     vae = load_autoencoder(args.vae, args.resolution).to(accelerator.device)
@@ -154,7 +166,7 @@ def main(args: argparse.Namespace) -> None:
 
     # 2. Model, optimizer, average
     objective = make_objective(args.objective, args.snr_gamma, args.learn_sigma)
-    transformer = make_model(args, vae, num_classes)
+    transformer = make_model(args, begun, vae, num_classes)
     transformer.set_residual_dtype(getattr(torch, args.residual_dtype))
     if args.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()

@@ -2,6 +2,7 @@
 """A person's mistake is answered in one line, which names flag, value and remedy, and before torch is imported."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -72,6 +73,18 @@ OUTPUTS = [
 ]
 
 
+@pytest.fixture(scope="module")
+def full_disk(tmp_path_factory):
+    """A folder on a disk without a free byte."""
+    folder = tmp_path_factory.mktemp("disk")
+    mount = ["mount", "-t", "tmpfs", "-o", "size=4k", "tmpfs", folder]
+    if not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("no disk can be mounted here")
+    (folder / "x").write_bytes(bytes(4096))
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
 @pytest.fixture
 def answer(tmp_path, monkeypatch, capsys):
     """`answer(script, flags)`: exit status and stderr of the flags, in a folder with a recipe and a file."""
@@ -102,6 +115,36 @@ def test_what_cannot_be_written_at_the_end_is_told_at_the_start(script, flags, p
     status, said = answer(script, flags.format(place))
     assert status == 2 and said.startswith("error: ") and said.count("\n") == 1, said
     assert "--output" in said or "--save_statistics" in said
+
+
+@pytest.mark.parametrize("script, flags", OUTPUTS)
+def test_a_full_disk_is_told_at_the_start(script, flags, full_disk, answer):
+    status, said = answer(
+        script, flags.format(full_disk / "x.json" if flags.endswith(("--output {}", "_statistics {}")) else full_disk)
+    )
+    assert status == 2 and said.startswith("error: ") and said.count("\n") == 1 and "No space" in said, said
+
+
+@pytest.mark.skipif(os.geteuid() == 0 and not shutil.which("setpriv"), reason="root may write anywhere")
+def test_thresholds_for_an_autoencoder_that_cannot_be_written_are_refused_at_the_start(tmp_path):
+    vae = tmp_path / "vae"
+    vae.mkdir()
+    (vae / "config.json").write_text("{}")
+    vae.chmod(0o555)
+    command = [
+        sys.executable,
+        EXAMPLES / "calibrate_dvae.py",
+        "--train_data_dir",
+        "p",
+        "--resolution",
+        "8",
+        "--vae",
+        vae,
+    ]
+    if os.geteuid() == 0:
+        command = ["setpriv", "--bounding-set=-all", "--inh-caps=-all", *command]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and done.stderr.startswith("error: --vae ") and str(vae) in done.stderr, done.stderr
 
 
 def test_the_folder_of_results_is_made_at_the_start(tmp_path):

@@ -64,7 +64,7 @@ def test_a_smoke_test_compares_the_first_and_the_last_updates(step, falls, capsy
         assert len(seen) == 2
 
     if not falls:
-        with pytest.raises(RuntimeError, match="1.0000.*2.*1.0000"):
+        with pytest.raises(ValueError, match="1.0000.*2.*1.0000"):
             train()
         return
     train()

@@ -172,7 +172,7 @@ class Run:
         """The batches that are left, each with the generator of everything random in it.
 
         Raises:
-            RuntimeError: at the end of a smoke test: the loss has not fallen.
+            ValueError: at the end of a smoke test: the loss has not fallen.
         """
         index = self.step * self.accelerator.gradient_accumulation_steps
         batches = batches_from(self.accelerator, loader, index, self.overfit_batches)
@@ -247,7 +247,7 @@ def compare_ends(losses: dict[int, float], max_train_steps: int) -> str:
         max_train_steps: length of the run.
 
     Raises:
-        RuntimeError: the loss has not fallen.
+        ValueError: the loss has not fallen.
     """
     length = max(1, round(_SMOKE_SHARE * max_train_steps))
     first = [loss for step, loss in losses.items() if step <= length]
@@ -257,5 +257,7 @@ def compare_ends(losses: dict[int, float], max_train_steps: int) -> str:
     before, after = sum(first) / len(first), sum(last) / len(last)
     text = f"smoke test: loss {before:.4f} in the first {len(first)} updates, {after:.4f} in the last"
     if not after < before:
-        raise RuntimeError(f"{text}: it has not fallen on batches that repeat, something does not learn.")
+        raise ValueError(
+            f"`overfit_batches` {text}: it has not fallen on batches that repeat, something does not learn."
+        )
     return text
