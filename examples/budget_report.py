@@ -105,14 +105,14 @@ def budget(
         title="samples at fine ratio {}",
         protocol={"grain_map": "predicted"} | dict(protocol or {}),
         costs=True,
-        figures=lambda output: {"fine_share": fine_share(output.grain_maps, num_grains)},
+        averaged=lambda output: {"fine_share": fine_share(output.grain_maps, num_grains)},
         progress=progress,
     )
     return [
         {
             "fine_ratio": ratio,
             "results": row.results,
-            "fine_share": row.cost["figures"]["fine_share"],
+            "fine_share": row.cost["averaged"]["fine_share"],
             "backbone_tokens": round(row.cost["tokens"]["backbone"]),
             "fine_tokens": row.cost["tokens"]["refine"],
             "gmac_per_forward": row.cost["macs_per_forward"] / 1e9,

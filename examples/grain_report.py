@@ -46,7 +46,7 @@ from diffusers_d2it.evaluation import (
     grain_diagnostics,
     map_accuracy,
     save_report,
-    spatial_coherence,
+    spatial_autocorrelation,
 )
 from diffusers_d2it.grains import fine_share
 from report_inputs import in_words, markdown_table, prepare
@@ -69,8 +69,9 @@ def table_5(
         protocol, progress: of `compare`.
 
     Returns:
-        For each row: "map", its name; "results" of `evaluate`; "fine_share" and "coherence" of its maps; "agreement",
-        `map_accuracy` of the maps by entropy of the images that came out against the maps they were drawn with.
+        For each row: "map", its name; "results" of `evaluate`; "fine_share" and "autocorrelation" of its maps;
+        "agreement", `map_accuracy` of the maps by entropy of the images that came out against those they were drawn
+        with.
 
     Raises:
         ValueError: from `compare`.
@@ -93,7 +94,7 @@ def table_5(
             "map": row.name,
             "results": row.results,
             "fine_share": fine_share(maps[row.name], num_grains).mean().item(),
-            "coherence": spatial_coherence(maps[row.name], num_grains)["coherence"],
+            "autocorrelation": spatial_autocorrelation(maps[row.name], num_grains)["autocorrelation"],
             "agreement": map_accuracy(drawing.true_maps(row.images), maps[row.name], num_grains),
         }
         for row in rows
@@ -109,13 +110,13 @@ def report_text(rows: Sequence[dict], real: Sequence[dict], diagnostics: dict) -
         diagnostics: of `grain_diagnostics`.
     """
     metrics = [result["metric"] for result in real]
-    cells = [["map", *metrics, "fine share", "coherence", "map of the image", "by chance"]]
+    cells = [["map", *metrics, "fine share", "autocorrelation", "map of the image", "by chance"]]
     for row in rows:
-        numbers = (row["fine_share"], row["coherence"], row["agreement"]["accuracy"], row["agreement"]["chance"])
+        numbers = (row["fine_share"], row["autocorrelation"], row["agreement"]["accuracy"], row["agreement"]["chance"])
         cells.append([row["map"], *in_words(row["results"]), *(f"{value:.3f}" for value in numbers)])
     cells.append(["real images", *in_words(real), *[""] * 4])
 
-    share, coherence = diagnostics["fine_ratio_error"], diagnostics["coherence"]
+    share, of_maps = diagnostics["fine_ratio_error"], diagnostics["autocorrelation"]
     accuracy, errors = diagnostics["grain_model_accuracy"], diagnostics["error_by_grain"]
     lines = [
         "",
@@ -124,7 +125,7 @@ def report_text(rows: Sequence[dict], real: Sequence[dict], diagnostics: dict) -
         f" {share['fine_share_real']:.3f} +- {share['std_real']:.3f}, Wasserstein distance {share['wasserstein']:.3f}",
         f"predicted maps against true ones of the same class: accuracy {diagnostics['map_accuracy']['accuracy']:.3f},"
         f" chance {diagnostics['map_accuracy']['chance']:.3f}",
-        f"coherence: predicted {coherence['predicted']['coherence']:.3f}, true {coherence['true']['coherence']:.3f}",
+        "autocorrelation: " + ", ".join(f"{of} {one['autocorrelation']:.3f}" for of, one in of_maps.items()),
         "accuracy of the grain model on noised true maps: "
         + ", ".join(f"t={t} {one['accuracy']:.3f} (chance {one['chance']:.3f})" for t, one in accuracy.items()),
         "denoising error by grain, coarsest first: "

@@ -38,7 +38,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--scheduler",
         choices=[*SAMPLERS, "ddpm"],
-        help="a fast sampler, or ancestral sampling (DiT's figures: 250 steps of it); default: that of the checkpoint",
+        help="a fast sampler, or ancestral sampling (of DiT's 250 steps); default: that of the checkpoint",
     )
     parser.add_argument("--num_inference_steps", type=positive, default=50, help="denoising steps")
     parser.add_argument("--guidance_scale", type=weight, help="classifier-free guidance, 1 is without; default: 4")

@@ -342,7 +342,7 @@ def main(args: argparse.Namespace) -> None:
             train_data=source.describe(args.resolution),
             sample_image=run.sample_path,
             sample_caption="Training images, their reconstructions, and their grain maps: red is fine, blue coarse.",
-            figures=metrics,
+            metrics=metrics,
         )
         print(next_command("cache_latents.py", vae=folder, resolution=args.resolution, **where(args)))
 

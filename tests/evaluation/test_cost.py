@@ -132,7 +132,7 @@ def test_cost_of_calls_by_hand():
     ]
     assert cost_of(calls) == {
         "tokens": {"backbone": 16, "refine": 700 / 13},
-        "figures": {"share": 7 / 13},
+        "averaged": {"share": 7 / 13},
         "seconds_per_image": 2,
         "seconds_per_step": 0.5,
     }

@@ -11,7 +11,7 @@ from metric_inputs import refused
 from photographs import load_photographs
 
 from diffusers_d2it import D2iTPipeline, bundled_checkpoint
-from diffusers_d2it.evaluation import Drawing, denoising_error_by_grain, grain_diagnostics, spatial_coherence
+from diffusers_d2it.evaluation import Drawing, denoising_error_by_grain, grain_diagnostics, spatial_autocorrelation
 from diffusers_d2it.evaluation.drawing import ENCODING, NOISE
 from diffusers_d2it.evaluation.grain_maps import (
     fine_ratio_error,
@@ -73,34 +73,39 @@ def test_equal_maps_are_one_and_independent_ones_are_chance(num_grains):
     assert found["above_chance"] == pytest.approx(0, abs=0.02)
 
 
-def test_coherence_by_hand():
+def test_autocorrelation_by_hand():
     # Pairs of HALF: both horizontal ones equal, no vertical one. Of six pairs of its regions two are equal.
-    assert spatial_coherence(maps(HALF), 2) == pytest.approx({"agreement": 1 / 2, "chance": 1 / 3, "coherence": 1 / 4})
-    found = spatial_coherence(maps(CHEQUERED), 2)
-    assert found == pytest.approx({"agreement": 0, "chance": 1 / 3, "coherence": -1 / 2})
+    assert spatial_autocorrelation(maps(HALF), 2) == pytest.approx(
+        {"agreement": 1 / 2, "chance": 1 / 3, "autocorrelation": 1 / 4}
+    )
+    found = spatial_autocorrelation(maps(CHEQUERED), 2)
+    assert found == pytest.approx({"agreement": 0, "chance": 1 / 3, "autocorrelation": -1 / 2})
     wide = maps([[0, 0, 0, 1, 1, 1]])  # one row: 4 of 5 pairs
-    assert [spatial_coherence(one, 2)["agreement"] for one in (wide, wide.transpose(1, 2))] == [0.8, 0.8]
+    assert [spatial_autocorrelation(one, 2)["agreement"] for one in (wide, wide.transpose(1, 2))] == [0.8, 0.8]
     # 01 / 12 / 20: a flattened map would pair the end of a row with the beginning of the next, 1 = 1 and 2 = 2
-    assert spatial_coherence(maps([[0, 1], [1, 2], [2, 0]]), 3)["agreement"] == 0
+    assert spatial_autocorrelation(maps([[0, 1], [1, 2], [2, 0]]), 3)["agreement"] == 0
 
 
 def test_constant_maps_weigh_nothing_beside_others_and_are_coherent_alone():
-    alone, beside = spatial_coherence(maps(HALF), 2), spatial_coherence(maps(HALF, FINE, COARSE), 2)
-    assert beside["coherence"] == pytest.approx(alone["coherence"]) and beside["agreement"] > alone["agreement"]
-    assert spatial_coherence(maps(FINE, COARSE), 2) == {"agreement": 1, "chance": 1, "coherence": 1}
+    alone, beside = spatial_autocorrelation(maps(HALF), 2), spatial_autocorrelation(maps(HALF, FINE, COARSE), 2)
+    assert (
+        beside["autocorrelation"] == pytest.approx(alone["autocorrelation"])
+        and beside["agreement"] > alone["agreement"]
+    )
+    assert spatial_autocorrelation(maps(FINE, COARSE), 2) == {"agreement": 1, "chance": 1, "autocorrelation": 1}
 
 
 @pytest.mark.parametrize("num_grains", [2, 3, 4])
 @pytest.mark.parametrize("fine_ratio", [0.1, 0.5, 0.9])
 def test_independent_regions_are_not_coherent(num_grains, fine_ratio):
-    found = spatial_coherence(random_maps((400, 8, 8), num_grains, fine_ratio), num_grains)
-    assert found["coherence"] == pytest.approx(0, abs=0.02)
+    found = spatial_autocorrelation(random_maps((400, 8, 8), num_grains, fine_ratio), num_grains)
+    assert found["autocorrelation"] == pytest.approx(0, abs=0.02)
 
 
 @pytest.mark.parametrize("symmetry", [lambda m: m.flip(1), lambda m: m.flip(2), lambda m: m.transpose(1, 2)])
-def test_coherence_has_the_symmetries_of_the_square(symmetry):
+def test_autocorrelation_has_the_symmetries_of_the_square(symmetry):
     many = random_maps((20, 6, 6), 3, 0.3).repeat_interleave(2, dim=1)[:, :6]
-    assert spatial_coherence(symmetry(many), 3) == pytest.approx(spatial_coherence(many, 3), rel=1e-12)
+    assert spatial_autocorrelation(symmetry(many), 3) == pytest.approx(spatial_autocorrelation(many, 3), rel=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -112,8 +117,8 @@ def test_coherence_has_the_symmetries_of_the_square(symmetry):
         (lambda: map_accuracy(maps(HALF), maps(HALF, FINE), 2), r"\(1, 2, 2\) and \(2, 2, 2\)"),
         (lambda: map_accuracy(maps(HALF), 2 * maps(HALF), 2), "`true`"),
         (lambda: map_accuracy("fine", maps(HALF), 2), "`predicted`.* str"),
-        (lambda: spatial_coherence(maps([[1]]), 2), "`maps`.*got one"),
-        (lambda: spatial_coherence(-maps(HALF), 2), "`maps`"),
+        (lambda: spatial_autocorrelation(maps([[1]]), 2), "`maps`.*got one"),
+        (lambda: spatial_autocorrelation(-maps(HALF), 2), "`maps`"),
     ],
 )
 def test_maps_that_are_wrong_are_named(call, message):
@@ -226,7 +231,7 @@ def test_all_diagnostics_with_three_grains_and_in_half_precision(make_pipeline, 
     found = grain_diagnostics(drawing, images, maps, timesteps=(250, 999))
     predicted, real = ((maps[name] == 2).double().mean().item() for name in ("predicted", "true"))
     assert found["fine_ratio_error"]["error"] == pytest.approx(predicted - real)
-    assert found["coherence"]["predicted"] == spatial_coherence(maps["predicted"], 3)
+    assert found["autocorrelation"]["predicted"] == spatial_autocorrelation(maps["predicted"], 3)
     errors = found["error_by_grain"]
     assert list(errors["denoising"]) == list(found["grain_model_accuracy"]) == ["250", "999"]
     exact = drawing_of(make_pipeline(num_grains=3))

@@ -62,7 +62,7 @@ def maps() -> torch.Tensor:
 def rows(drawing, evaluator, maps) -> list[Row]:
     arguments = {"given": {"grain_map": maps}, "0.3": {"fine_ratio": 0.3}, "1": {"fine_ratio": 1.0}}
     options = {"title": "drawn at {}", "protocol": {"checkpoint": "tiny"}, "costs": True}
-    options["figures"] = lambda output: {"share": fine_share(output.grain_maps, 2)}
+    options["averaged"] = lambda output: {"share": fine_share(output.grain_maps, 2)}
     return compare(drawing, arguments, evaluator, SHAPE, **options)
 
 
@@ -100,7 +100,7 @@ def test_costs_follow_the_budget(rows, maps):
         {"backbone": 16, "refine": 20},  # 0.3 of 16 regions, to the nearest one
         {"backbone": 16, "refine": 64},
     ]
-    assert [cost["figures"]["share"] for cost in costs] == [maps.double().mean().item(), 5 / 16, 1]
+    assert [cost["averaged"]["share"] for cost in costs] == [maps.double().mean().item(), 5 / 16, 1]
     assert costs[1]["macs_per_forward"] < costs[2]["macs_per_forward"]
     assert all(cost[seconds] > 0 for cost in costs for seconds in ("seconds_per_step", "seconds_per_image"))
 

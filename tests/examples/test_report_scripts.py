@@ -66,7 +66,7 @@ def test_report_holds_table_5_with_protocols_and_the_diagnostics_and_is_printed(
     assert results[0][0].protocol["reference"]["num_images"] == 4
     assert report["real_images"][0]["metric"] == "fd_small_network"
     assert [row["fine_share"] for row in rows][3:] == [0, 1]
-    assert [row["coherence"] for row in rows][3:] == [1, 1]
+    assert [row["autocorrelation"] for row in rows][3:] == [1, 1]
     assert all(0 < row["agreement"]["accuracy"] <= 1 for row in rows)
     assert report["protocol"]["checkpoint"] == samples["checkpoint"] and report["protocol"]["seed"] == 0
     assert set(report["diagnostics"]["error_by_grain"]["denoising"]) == {"250", "500", "750", "999"}

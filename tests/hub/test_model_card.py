@@ -12,7 +12,7 @@ from markdown_it import MarkdownIt
 from diffusers_d2it import make_model_card
 
 
-SECTIONS = ["What is in it", "Classes", "Training data and its terms", "Commands", "Figures", "Limits", "Licence"]
+SECTIONS = ["What is in it", "Classes", "Training data and its terms", "Commands", "Metrics", "Limits", "Licence"]
 
 
 EVIL = [
@@ -42,7 +42,7 @@ def test_strings_from_outside_show_as_they_are_and_do_nothing(make_pipeline, evi
         train_data=evil,
         train_data_terms=evil,
         commands=[evil],
-        figures={evil: {"value": evil, "protocol": evil, "dataset": evil}},
+        metrics={evil: {"value": evil, "protocol": evil, "dataset": evil}},
         sample_image="samples.png",
         sample_caption=evil,
         limits=[evil],
@@ -71,7 +71,7 @@ def test_strings_from_outside_show_as_they_are_and_do_nothing(make_pipeline, evi
     tables = [token.type for token in tokens]
     assert tables.count("table_open") == 2 and tables.count("th_open") == 5 + 3
     text = "".join(token.content for token in inline if token.type in ("text", "text_special", "code_inline"))
-    assert text.count(seen) >= 5, "shown literally: data, terms, figure, caption, limit"
+    assert text.count(seen) >= 5, "shown literally: data, terms, metric, caption, limit"
 
 
 def test_class_names_make_no_links(make_pipeline):
@@ -111,20 +111,20 @@ def test_card_names_what_nobody_has_said(make_pipeline, make_vae):
         card = make_model_card(model, repo_id="user/tiny", license=None)
         assert not {"license", "model-index", "datasets"} & metadata(str(card)).keys()
         said = {section.split("\n")[0]: section for section in card.text.split("## ")[1:]}
-        for section in ("Training data and its terms", "Commands", "Figures", "Limits", "Licence"):
+        for section in ("Training data and its terms", "Commands", "Metrics", "Limits", "Licence"):
             assert re.search(r"\b[Nn]ot? |\bno ", said[section]), f"{section} says that something is not known"
     assert "pipeline_tag" not in metadata(str(card)) and "class-conditional" not in metadata(str(card))["tags"]
 
 
 def test_figures_get_into_the_metadata_with_a_protocol_only(make_pipeline):
     protocol = "50,000 samples, 250 steps, guidance 1.5 against /home/somebody/stats/reference.npz"
-    figures = {
+    metrics = {
         "FID": {"value": 12.5, "protocol": protocol, "dataset": "ImageNet validation"},
         "PSNR, dB": 23.63,
         "sFID": {"value": 7},
         "rFID, /home/somebody/inception": {"value": 3, "protocol": "as above"},
     }
-    card = make_model_card(make_pipeline(), repo_id="user/tiny", license=None, figures=figures)
+    card = make_model_card(make_pipeline(), repo_id="user/tiny", license=None, metrics=metrics)
     result, other = metadata(str(card))["model-index"][0]["results"]
     assert other["metrics"][0]["name"] == "rFID, inception" and "somebody" not in str(card)
     assert result["dataset"]["name"] == "ImageNet validation"
@@ -163,8 +163,8 @@ def test_commands_are_exact_but_for_paths_secrets_and_escapes(make_vae, written,
         ({"sample_image": "/home/somebody/x.png"}, ["`sample_image`", "/home/somebody/x.png"]),
         ({"subfolder": '"), evil("'}, ["`subfolder`", "evil"]),
         ({"datasets": ["not a name"]}, ["not a name"]),
-        ({"figures": {"FID": float("nan")}}, ["`figures['FID']`", "nan"]),
-        ({"figures": {"FID": {"score": 3}}}, ["`figures['FID']`", "'score': 3"]),
+        ({"metrics": {"FID": float("nan")}}, ["`metrics['FID']`", "nan"]),
+        ({"metrics": {"FID": {"score": 3}}}, ["`metrics['FID']`", "'score': 3"]),
     ],
 )
 def test_arguments_of_a_card_are_checked(make_vae, arguments, named):

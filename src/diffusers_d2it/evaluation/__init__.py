@@ -1,12 +1,12 @@
 # Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
-"""Figures of samples, reconstructions and grain maps, each with the protocol that it was measured by."""
+"""Metrics of samples, reconstructions and grain maps, each with the protocol that it was measured by."""
 
 from .cost import AdaptiveDenoiser, BudgetArgument, ForwardMeter, adaptive, describe_machine
 from .drawing import MAP_SOURCES, Drawing
 from .evaluate import METRICS, Evaluator, compute_exactly, evaluate, open_reference, save_statistics
 from .features import FeatureExtractor, ModuleFeatures, load_features
 from .frechet import frechet_distance
-from .grain_maps import denoising_error_by_grain, grain_diagnostics, map_accuracy, spatial_coherence
+from .grain_maps import denoising_error_by_grain, grain_diagnostics, map_accuracy, spatial_autocorrelation
 from .images import ImageSet, open_images
 from .reconstruction import (
     PAIR_METRICS,
@@ -65,5 +65,5 @@ __all__ = [
     "save_report",
     "save_results",
     "save_statistics",
-    "spatial_coherence",
+    "spatial_autocorrelation",
 ]

@@ -173,7 +173,7 @@ class TimedCall:
     seconds: float  # of the whole call
     step_seconds: list[float]  # of its denoising steps
     tokens: dict[str, float]  # of an image by stage, mean over its images
-    figures: dict[str, float] = field(default_factory=dict)  # what else was found of its images, means
+    averaged: dict[str, float] = field(default_factory=dict)  # what else was found of its images, means
 
 
 def cost_of(calls: Sequence[TimedCall]) -> dict[str, Any]:
@@ -182,7 +182,7 @@ def cost_of(calls: Sequence[TimedCall]) -> dict[str, Any]:
     The last batch may be smaller than the others, and an image of it dearer: its time does not count.
 
     Returns:
-        "tokens" by stage; "figures"; "seconds_per_image", of the whole call; "seconds_per_step", both passes if
+        "tokens" by stage; "averaged"; "seconds_per_image", of the whole call; "seconds_per_step", both passes if
         guided: None with a single step.
     """
     num_images = sum(call.num_images for call in calls)
@@ -196,7 +196,7 @@ def cost_of(calls: Sequence[TimedCall]) -> dict[str, Any]:
 
     return {
         "tokens": mean("tokens"),
-        "figures": mean("figures"),
+        "averaged": mean("averaged"),
         "seconds_per_image": statistics.median(call.seconds for call in timed) / full,
         "seconds_per_step": statistics.median(steps) / full if steps else None,
     }

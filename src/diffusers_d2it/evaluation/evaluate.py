@@ -272,7 +272,7 @@ def versions(features: FeatureExtractor | None = None) -> dict[str, str]:
 
 
 def compute_exactly() -> None:
-    """Keep convolutions in float32 on a GPU, and their order the same: figures must not depend on the batch size."""
+    """Keep convolutions in float32 on a GPU, and their order the same: results must not depend on the batch size."""
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cudnn.deterministic = True
 

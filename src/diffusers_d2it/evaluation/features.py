@@ -2,7 +2,7 @@
 """Features in which sets of images are compared, of networks of others.
 
 Features are those of Inception, of DINOv2 and other ViTs, or of any module. They take images as they lie on disk,
-uint8, and do the rest themselves: how they resize and normalise is part of the protocol of a figure.
+uint8, and do the rest themselves: how they resize and normalise is part of the protocol of a metric.
 
 Shapes:
     B images, H W their sides in pixels, D features, K classes
@@ -54,7 +54,7 @@ class FeatureExtractor(nn.Module, ABC):
     def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
         """Features of uint8 images (B, 3, H, W), others are a ValueError: (B, D) of "pool", "spatial", "logits"."""
         check_uint8(images)
-        # TensorFloat-32, which cuDNN uses unasked, would give each GPU and each batch size figures of its own
+        # TensorFloat-32, which cuDNN uses unasked, would give each GPU and each batch size results of its own
         cudnn = torch.backends.cudnn
         exact = cudnn.flags(cudnn.enabled, cudnn.benchmark, deterministic=cudnn.deterministic, allow_tf32=False)
         with exact, torch.autocast(images.device.type, enabled=False):

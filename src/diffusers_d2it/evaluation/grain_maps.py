@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
-"""How good grain maps are, and what a checkpoint does with them: shares, coherence, agreement, errors by grain.
+"""How good grain maps are, and what a checkpoint does with them: shares, autocorrelation, agreement, errors by grain.
 
 Maps are int64 tensors (N, h, w), 0 the coarsest of `num_grains` grains. A ValueError names the argument that is none.
 
@@ -84,7 +84,7 @@ def map_accuracy(predicted: torch.Tensor, true: torch.Tensor, num_grains: int) -
     return {"accuracy": accuracy, "chance": chance, "above_chance": _above(accuracy, chance)}
 
 
-def spatial_coherence(maps: torch.Tensor, num_grains: int) -> dict[str, float]:
+def spatial_autocorrelation(maps: torch.Tensor, num_grains: int) -> dict[str, float]:
     """How often neighbouring regions have the same grain, beside chance.
 
     Chance is the same map with its regions in a random order: only where regions stand counts, and not how many of
@@ -93,9 +93,9 @@ def spatial_coherence(maps: torch.Tensor, num_grains: int) -> dict[str, float]:
     Returns:
         "agreement", the share of pairs of neighbours, to the right and below, with one grain; "chance", the same for
         two regions of a map drawn without replacement, n_g (n_g - 1) / (n (n - 1)) summed over the grains, mean over
-        the maps; "coherence", (agreement - chance) / (1 - chance): 0 for independent regions, near 1 for few large
-        patches, negative where equal grains avoid one another. Constant maps weigh nothing; if all are constant, the
-        coherence is 1 by convention.
+        the maps; "autocorrelation", (agreement - chance) / (1 - chance): 0 for independent regions, near 1 for few
+        large patches, negative where equal grains avoid one another. Constant maps weigh nothing; if all are constant,
+        the autocorrelation is 1 by convention.
 
     Raises:
         ValueError: the maps are of a single region.
@@ -109,8 +109,12 @@ def spatial_coherence(maps: torch.Tensor, num_grains: int) -> dict[str, float]:
     agreement = torch.cat([right, below]).double().mean().item()
     counts = torch.stack([(maps == grain).sum(dim=(1, 2)) for grain in range(num_grains)]).double()  # (k, N)
     chance = (counts * (counts - 1)).sum(dim=0).mean().item() / (num_regions * (num_regions - 1))
-    coherence = _above(agreement, chance)
-    return {"agreement": agreement, "chance": chance, "coherence": 1.0 if math.isnan(coherence) else coherence}
+    autocorrelation = _above(agreement, chance)
+    return {
+        "agreement": agreement,
+        "chance": chance,
+        "autocorrelation": 1.0 if math.isnan(autocorrelation) else autocorrelation,
+    }
 
 
 def _above(value: float, chance: float) -> float:
@@ -136,7 +140,7 @@ def grain_diagnostics(
 
     Returns:
         What the functions of these names return: "fine_ratio_error" of predicted against true maps; "map_accuracy" of
-        each predicted map against the true one of its class at its place; "coherence" of both;
+        each predicted map against the true one of its class at its place; "autocorrelation" of both;
         "grain_model_accuracy"; "error_by_grain": "denoising" and "reconstruction_psnr_db".
 
     Raises:
@@ -146,7 +150,7 @@ def grain_diagnostics(
     return {
         "fine_ratio_error": fine_ratio_error(maps["predicted"], maps["true"], num_grains),
         "map_accuracy": map_accuracy(maps["predicted"], maps["true"], num_grains),
-        "coherence": {name: spatial_coherence(maps[name], num_grains) for name in ("predicted", "true")},
+        "autocorrelation": {name: spatial_autocorrelation(maps[name], num_grains) for name in ("predicted", "true")},
         "grain_model_accuracy": grain_model_accuracy(drawing, maps["true"], timesteps),
         "error_by_grain": {
             "denoising": denoising_error_by_grain(drawing, images, maps["true"], timesteps),
@@ -188,7 +192,7 @@ def denoising_error_by_grain(
 ) -> dict[str, list[float]]:
     """Mean squared error of what the content model predicts, noise for instance, on the cells of each grain.
 
-    Without the weights of Eq. 11: the figures that training logs as "mse_grain_<i>", of given timesteps.
+    Without the weights of Eq. 11: what training logs as "mse_grain_<i>", of given timesteps.
 
     Args:
         drawing, images, timesteps: of `grain_diagnostics`.

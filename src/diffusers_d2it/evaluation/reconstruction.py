@@ -40,7 +40,7 @@ _SETTINGS = {
 
 
 def check_torchmetrics() -> None:
-    """Raise a ValueError if torchmetrics is missing or broken: figures are asked for after a long training."""
+    """Raise a ValueError if torchmetrics is missing or broken: metrics are asked for after a long training."""
     import_optional("torchmetrics", "scoring reconstructions", extra="metrics")
 
 

@@ -57,7 +57,7 @@ def compare(
     title: str = "samples, {}",
     protocol: Mapping[str, Any] | None = None,
     costs: bool = False,
-    figures: Callable[[Any], dict[str, torch.Tensor]] | None = None,
+    averaged: Callable[[Any], dict[str, torch.Tensor]] | None = None,
     progress: bool = False,
 ) -> list[Row]:
     """How good images are, and what they cost, by arguments of the pipeline; labels and noise are those of all rows.
@@ -72,7 +72,7 @@ def compare(
         title: what protocols call the images of a row, with its name for {}.
         protocol: what else they say of the samples beside the arguments of the row; of a tensor they say its name.
         costs: whether cost is measured. Seconds of several processes are those of processes that work side by side.
-        figures: what else is averaged with the costs, (B,) by names, from an output of the pipeline.
+        averaged: what else is averaged with the costs, (B,) by names, from an output of the pipeline.
         progress: show a bar.
 
     Raises:
@@ -84,7 +84,7 @@ def compare(
         drawn = []
         for name, arguments in rows.items():
             if costs:
-                samples, call = _timed_call(drawing, images, size, arguments, figures)
+                samples, call = _timed_call(drawing, images, size, arguments, averaged)
                 calls[name].append(call)
             else:
                 samples = unit_to_uint8(drawing.call(images, size, **arguments).images).cpu()
@@ -117,7 +117,7 @@ def _timed_call(
     images: slice,
     size: tuple[int, int],
     arguments: Mapping[str, Any],
-    figures: Callable[[Any], dict[str, torch.Tensor]] | None,
+    averaged: Callable[[Any], dict[str, torch.Tensor]] | None,
 ) -> tuple[torch.Tensor, TimedCall]:
     """Images of a batch on the CPU, and what they cost."""
     start = time.perf_counter()
@@ -125,7 +125,7 @@ def _timed_call(
         output = drawing.call(images, size, **arguments)
         samples = unit_to_uint8(output.images).cpu()  # which waits for the device
     seconds = time.perf_counter() - start
-    found = {} if figures is None else {name: one.double().mean().item() for name, one in figures(output).items()}
+    found = {} if averaged is None else {name: one.double().mean().item() for name, one in averaged(output).items()}
     return samples, TimedCall(len(samples), seconds, meter.step_seconds(), meter.tokens, found)
 
 

@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
-"""Figures with the protocol they were measured by, in files, and what may be compared with what."""
+"""Numbers with the protocol they were measured by, in files, and what may be compared with what."""
 
 import json
 import math
@@ -21,7 +21,7 @@ _MISSING = "not stated"
 
 @dataclass(frozen=True)
 class Result:
-    """A figure and its protocol.
+    """A number and its protocol.
 
     Raises:
         ValueError: the value is NaN, or the protocol holds what JSON does not.

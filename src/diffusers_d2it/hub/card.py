@@ -1,7 +1,7 @@
 # Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
 """Model cards: what a README.md on the Hub says about a pipeline or a single model. Their text stands in card.md.
 
-A card says what the models themselves and its caller know, and names what nobody has said: no licence, no figure and
+A card says what the models themselves and its caller know, and names what nobody has said: no licence, no number and
 no origin of the data is made up. Every string that comes from outside (class names, data sets, commands) is escaped:
 it is shown, and never becomes Markdown, HTML, YAML or an escape sequence of a terminal.
 """
@@ -43,7 +43,7 @@ def make_model_card(
     train_data_terms: str | None = None,
     datasets: list[str] | None = None,
     commands: list[str] | None = None,
-    figures: dict[str, dict | float | str] | None = None,
+    metrics: dict[str, dict | float | str] | None = None,
     sample_image: str | None = None,
     sample_caption: str | None = None,
     train_steps: int | None = None,
@@ -70,7 +70,7 @@ def make_model_card(
         train_data_terms: their terms of use in words.
         datasets: names of the training data on the Hub, for the metadata.
         commands: the exact commands of the training, each of one or several lines.
-        figures: {name: {"value": number, "protocol": how it was measured, "dataset": on what}}. Only figures with a
+        metrics: {name: {"value": number, "protocol": how it was measured, "dataset": on what}}. Only metrics with a
             protocol get into the metadata; a bare number, or one without a protocol, is shown as such.
         sample_image: name of an image in the repository, such as "samples.png".
         sample_caption: what it shows; None for samples above their grain maps.
@@ -81,7 +81,7 @@ def make_model_card(
         variant: variant of the weights, such as "fp16".
 
     Raises:
-        ValueError: an argument is of the wrong kind, `license` or a name is not one that the Hub accepts, a figure is
+        ValueError: an argument is of the wrong kind, `license` or a name is not one that the Hub accepts, a metric is
             not finite.
     """
     model, kind = _unwrap(pipe_or_model)
@@ -92,15 +92,15 @@ def make_model_card(
     for name, value in (("sample_image", sample_image), ("subfolder", subfolder), ("variant", variant)):
         if value is not None and not re.fullmatch(r"\w[\w.-]*", value, re.ASCII):
             raise ValueError(f"`{name}` must be a plain name of letters, digits, '_', '-' and '.', got {value!r}.")
-    figures = {name: _check_figure(name, figure) for name, figure in (figures or {}).items()}
+    metrics = {name: _check_metric(name, metric) for name, metric in (metrics or {}).items()}
     return ModelCard.from_template(
-        _metadata(model, kind, repo_id, license, datasets, figures),
+        _metadata(model, kind, repo_id, license, datasets, metrics),
         template_path=str(_TEMPLATE),
         **_facts(model, kind, repo_id, {"subfolder": subfolder, "variant": variant}),
         train_data=train_data,
         train_data_terms=train_data_terms,
         commands=shell_block(commands or []),
-        figures=figures,
+        metrics=metrics,
         sample_image=sample_image,
         sample_caption=sample_caption,
         train_steps=train_steps,
@@ -150,11 +150,11 @@ def _num_classes(model: Any, kind: str) -> int | None:
 
 
 def _metadata(
-    model: Any, kind: str, repo_id: str | None, license: str | None, datasets: list[str] | None, figures: dict
+    model: Any, kind: str, repo_id: str | None, license: str | None, datasets: list[str] | None, metrics: dict
 ) -> ModelCardData:
-    """For the Hub; of the figures those that say how they were measured."""
+    """For the Hub; of the metrics those that say how they were measured."""
     task = "unconditional-image-generation" if kind == "pipeline" else None
-    results = [_eval_result(name, figure, task or "other") for name, figure in figures.items() if figure["protocol"]]
+    results = [_eval_result(name, metric, task or "other") for name, metric in metrics.items() if metric["protocol"]]
     return ModelCardData(
         license=license,
         library_name="diffusers",
@@ -213,31 +213,31 @@ def _describe(part: Any) -> dict[str, str]:
     return words | {"dtype": str(part.dtype).removeprefix("torch.")}
 
 
-def _check_figure(name: str, figure: dict | float | str) -> dict:
-    """A figure as {"value", "protocol", "dataset"}."""
-    figure = dict(figure) if isinstance(figure, dict) else {"value": figure}
-    unknown = figure.keys() - {"value", "protocol", "dataset"}
-    value = figure.get("value")
+def _check_metric(name: str, metric: dict | float | str) -> dict:
+    """A metric as {"value", "protocol", "dataset"}."""
+    metric = dict(metric) if isinstance(metric, dict) else {"value": metric}
+    unknown = metric.keys() - {"value", "protocol", "dataset"}
+    value = metric.get("value")
     value = value.item() if hasattr(value, "item") else value  # numbers of numpy and torch
     if unknown or isinstance(value, bool) or not isinstance(value, (int, float, str)):
         raise ValueError(
-            f"`figures[{name!r}]` must be a number or {{'value': number, 'protocol': words, 'dataset': words}}, got"
-            f" {shown(figure)}."
+            f"`metrics[{name!r}]` must be a number or {{'value': number, 'protocol': words, 'dataset': words}}, got"
+            f" {shown(metric)}."
         )
     if not isinstance(value, str) and not math.isfinite(value):
-        raise ValueError(f"`figures[{name!r}]` must be finite, got {value}.")
-    return {"protocol": None, "dataset": None} | figure | {"value": value}
+        raise ValueError(f"`metrics[{name!r}]` must be finite, got {value}.")
+    return {"protocol": None, "dataset": None} | metric | {"value": value}
 
 
-def _eval_result(name: str, figure: dict, task: str) -> EvalResult:
-    said = {key: without_paths(printable(figure[key] or "not stated")) for key in ("dataset", "protocol")}
+def _eval_result(name: str, metric: dict, task: str) -> EvalResult:
+    said = {key: without_paths(printable(metric[key] or "not stated")) for key in ("dataset", "protocol")}
     return EvalResult(
         task_type=task,
         dataset_type=said["dataset"],
         dataset_name=said["dataset"],
-        metric_type=re.sub(r"[^a-z0-9]+", "-", without_paths(name.lower())).strip("-") or "figure",
+        metric_type=re.sub(r"[^a-z0-9]+", "-", without_paths(name.lower())).strip("-") or "metric",
         metric_name=without_paths(printable(name)),
-        metric_value=printable(figure["value"]) if isinstance(figure["value"], str) else figure["value"],
+        metric_value=printable(metric["value"]) if isinstance(metric["value"], str) else metric["value"],
         metric_args={"protocol": said["protocol"]},
     )
 

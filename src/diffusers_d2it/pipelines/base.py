@@ -224,7 +224,7 @@ class StrictPipeline(WithoutOrigin, DiffusionPipeline):
             safe_serialization: True; pickled weights are not pushed.
             variant: variant of the weights, such as "fp16", named in their files.
             subfolder: folder of the repository to push to; a card belongs to the top, so none is pushed then.
-            model_card: from `make_model_card`, which takes the licence, data and figures that a pipeline cannot know.
+            model_card: from `make_model_card`, which takes the licence, data and metrics that a pipeline cannot know.
                 None keeps the card that the repository has, and writes one if it has none.
             sample_image: a PNG that is pushed as samples.png and shown in a card that is written here.
             folder: where the pipeline has been saved; None saves it to a temporary one.
