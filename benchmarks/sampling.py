@@ -75,7 +75,7 @@ def time_calls(bench: Bench, pipes: dict[str, DiffusionPipeline], form: Form) ->
     """Whole calls: of every pipeline in the fewer steps, of D2iT in the more steps too."""
 
     def call(pipe: DiffusionPipeline, num_steps: int) -> object:
-        options = {"fine_ratio": FINE_RATIO} if isinstance(pipe, D2iTPipeline) else {}
+        options = {"fine_ratio": FINE_RATIO, "guidance_interval": (0.0, 1.0)} if isinstance(pipe, D2iTPipeline) else {}
         labels = list(range(form.batch_size))
         return pipe(labels, num_inference_steps=num_steps, guidance_scale=4.0, **options)
 

@@ -16,8 +16,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--output", type=output_file, default="demo.png", help="where to write the picture")
     parser.add_argument("--checkpoint", help="folder or Hub name of a pipeline; default: the bundled one")
     parser.add_argument("--class_labels", nargs="+", help="class names; default: all that the checkpoint knows")
-    parser.add_argument("--num_inference_steps", type=positive, default=50, help="denoising steps")
-    parser.add_argument("--guidance_scale", type=weight, default=4.0, help="classifier-free guidance")
+    parser.add_argument("--num_inference_steps", type=positive, default=20, help="denoising steps")
+    parser.add_argument("--guidance_scale", type=weight, default=5.0, help="classifier-free guidance")
     parser.add_argument("--seed", type=natural, default=0, help="another seed draws other images")
     return parser.parse_args()
 

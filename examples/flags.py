@@ -203,7 +203,7 @@ def add_report_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group = parser.add_argument_group("sampling")
     group.add_argument("--scheduler", choices=SAMPLERS, help="a fast sampler; default: that of the checkpoint")
-    group.add_argument("--num_inference_steps", type=positive, default=50, help="denoising steps")
+    group.add_argument("--num_inference_steps", type=positive, default=20, help="denoising steps")
     group.add_argument("--guidance_scale", type=weight, default=1.0, help="classifier-free guidance; 1 is without")
     group.add_argument("--grain_num_inference_steps", type=positive, default=10, help="steps of the grain model")
     group.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of the models")

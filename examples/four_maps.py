@@ -27,7 +27,7 @@ if __name__ == "__main__":
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from diffusers_d2it import D2iTPipeline, bundled_checkpoint, load_sampler, visualize_grain_map
+from diffusers_d2it import D2iTPipeline, bundled_checkpoint, visualize_grain_map
 
 
 SIDE = 192  # pixels of a picture; the samples of the bundled checkpoint have 64
@@ -43,7 +43,6 @@ def painted_map(rows: int, columns: int) -> torch.Tensor:
 
 def main(args: argparse.Namespace) -> None:
     pipe = D2iTPipeline.from_pretrained(args.checkpoint or bundled_checkpoint())
-    pipe.scheduler = load_sampler("unipc", pipe.scheduler)
     regions = pipe.transformer.config.sample_size // pipe.transformer.patch_size
     maps = {
         'grain_map="coarse"': {"grain_map": "coarse"},
@@ -56,7 +55,7 @@ def main(args: argparse.Namespace) -> None:
     blank = Image.new("RGB", (SIDE // regions * regions,) * 2, "white")
     for i, (name, arguments) in enumerate(maps.items()):
         generator = torch.Generator().manual_seed(args.seed)
-        output = pipe(args.class_label, num_inference_steps=20, generator=generator, **arguments)
+        output = pipe(args.class_label, generator=generator, **arguments)
         left = i * (SIDE + GAP)
         pen.text((left + 2, 2), name, fill="black", font=font)
         grain_map = visualize_grain_map(blank, output.grain_maps[0]).resize((SIDE, SIDE), Image.Resampling.NEAREST)

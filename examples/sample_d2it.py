@@ -40,8 +40,8 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         choices=[*SAMPLERS, "ddpm"],
         help="a fast sampler, or ancestral sampling (of DiT's 250 steps); default: that of the checkpoint",
     )
-    parser.add_argument("--num_inference_steps", type=positive, default=50, help="denoising steps")
-    parser.add_argument("--guidance_scale", type=weight, help="classifier-free guidance, 1 is without; default: 4")
+    parser.add_argument("--num_inference_steps", type=positive, default=20, help="denoising steps")
+    parser.add_argument("--guidance_scale", type=weight, help="classifier-free guidance, 1 is without; default: 5")
     parser.add_argument(
         "--guidance_interval",
         type=float,
@@ -69,6 +69,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
 if __name__ == "__main__":
     ARGS = begin(parse_args)  # before torch is imported, which takes seconds
 
+import inspect
 import os
 from dataclasses import replace
 from datetime import timedelta
@@ -106,7 +107,8 @@ def load_pipeline(args: argparse.Namespace, device: torch.device) -> tuple[D2iTP
 
 def ancestral_sampler(pipe: D2iTPipeline) -> DDPMScheduler:
     """DDPM's sampler on the noise schedule of the checkpoint, with the variance of a model that predicts one."""
-    if "beta_schedule" not in pipe.scheduler.config:
+    config = pipe.scheduler.config
+    if "beta_schedule" not in config or config.get("prediction_type") == "flow_prediction":
         raise ValueError("--scheduler ddpm needs a model of diffusion, and this checkpoint is one of flow matching.")
     learned = pipe.transformer.out_channels > pipe.transformer.config.in_channels
     settings = {"variance_type": "learned_range" if learned else "fixed_small", "clip_sample": False}
@@ -147,8 +149,15 @@ def find_classes(args: argparse.Namespace, pipe: D2iTPipeline) -> tuple[int, ...
 
 def pipeline_settings(args: argparse.Namespace) -> dict:
     """What every call of the pipeline is given."""
-    defaults = {"guidance_scale": 4.0, "guidance_interval": (0.0, 1.0), "guidance_power": None}
-    defaults |= {"grain_num_inference_steps": 10, "grain_guidance_scale": 1.0}
+    names = [
+        "guidance_scale",
+        "guidance_interval",
+        "guidance_power",
+        "grain_num_inference_steps",
+        "grain_guidance_scale",
+    ]
+    call = inspect.signature(D2iTPipeline.__call__).parameters
+    defaults = {name: call[name].default for name in names}
     given = {name: value for name in defaults if (value := getattr(args, name)) is not None}
     settings = {"num_inference_steps": args.num_inference_steps, "fine_ratio": args.fine_ratio} | defaults | given
     D2iTPipeline.check_settings(settings)

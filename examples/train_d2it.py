@@ -65,6 +65,7 @@ from diffusers_d2it import (
     DynamicAutoencoderKL,
     GrainLayout,
     load_preset,
+    load_sampler,
     visualize_grain_map,
 )
 from diffusers_d2it.data import BadImages, read_codes
@@ -146,7 +147,7 @@ def validate(pipe: D2iTPipeline, class_labels: list[int] | None, seed: int, path
     """Draw samples of some classes above their grain maps."""
     generator = torch.Generator(pipe.device).manual_seed(seed)
     count = 1 if class_labels else 8
-    output = pipe(class_labels, num_images_per_prompt=count, num_inference_steps=25, generator=generator)
+    output = pipe(class_labels, num_images_per_prompt=count, generator=generator)
     maps = [visualize_grain_map(image, grain_map) for image, grain_map in zip(output.images, output.grain_maps)]
     os.makedirs(os.path.dirname(path), exist_ok=True)
     make_image_grid(output.images + maps, rows=2, cols=len(maps)).save(path)
@@ -201,7 +202,7 @@ def main(args: argparse.Namespace) -> None:
         vae=vae,
         grain_model=D2iTGrainModel.from_pretrained(args.grain, subfolder="grain_model").to(accelerator.device),
         transformer=transformer,
-        scheduler=objective.sampling_scheduler(),
+        scheduler=load_sampler("unipc", objective.sampling_scheduler()),
         grain_scheduler=DDIMScheduler.from_pretrained(args.grain, subfolder="grain_scheduler"),
         id2label=data.id2label,
     )

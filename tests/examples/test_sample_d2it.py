@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import DDPMScheduler
+from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from PIL import Image
 from script_runs import TWO_PROCESSES, call, in_two_processes, run
 
@@ -167,7 +167,7 @@ def test_a_moved_checkpoint_goes_on_and_another_is_refused(checkpoint, drawn, ma
     pipe.save_pretrained(tmp_path / "trained")
     with pytest.raises(ValueError, match=' sampling.checkpoint.weights_sha256.transformer "[^;]*$'):
         draw(tmp_path / "trained", tmp_path / "set")
-    differ = "sampling.num_inference_steps 2, not 3; sampling.guidance.scale 4.0, not 1.5"
+    differ = "sampling.num_inference_steps 2, not 3; sampling.guidance.scale 5.0, not 1.5"
     with pytest.raises(ValueError, match=differ):
         draw(checkpoint, tmp_path / "set", num_inference_steps=3, guidance_scale=1.5)
     assert pngs(tmp_path / "set") == before == pngs(drawn[0])
@@ -222,7 +222,7 @@ def test_a_fast_sampler_and_half_precision(checkpoint, drawn, tmp_path):
     scheduler = load_sampler("unipc", D2iTPipeline.from_pretrained(checkpoint).scheduler)
     assert sampling["scheduler"]["class"] == "UniPCMultistepScheduler"
     assert sampling["scheduler"]["config"]["solver_order"] == scheduler.config.solver_order
-    assert sampling["guidance"] == {"scale": 4.0, "interval": [0.2, 0.8], "power": None}
+    assert sampling["guidance"] == {"scale": 5.0, "interval": [0.2, 0.8], "power": None}
     assert sampling["dtype"] == "bfloat16"
     assert sampling["checkpoint"] == drawn[1]["sampling"]["checkpoint"]
     assert np.abs(pixels(tmp_path) - pixels(drawn[0])).max() > 1
@@ -238,6 +238,15 @@ def test_ancestral_sampling_draws_with_the_variance_of_the_model(
     scheduler = protocol["sampling"]["scheduler"]
     assert (scheduler["class"], scheduler["config"]["variance_type"]) == ("DDPMScheduler", variance)
     assert scheduler["config"]["beta_end"] == 2e-2
+
+
+@pytest.mark.parametrize("sampler", [None, "unipc", "dpmsolver++"])
+def test_ancestral_sampling_of_a_flow_is_refused(make_pipeline, sampler, tmp_path):
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    scheduler = scheduler if sampler is None else load_sampler(sampler, scheduler)
+    make_pipeline(scheduler=scheduler).save_pretrained(tmp_path / "checkpoint")
+    with pytest.raises(ValueError, match="--scheduler ddpm"):
+        draw(tmp_path / "checkpoint", tmp_path / "set", scheduler="ddpm")
 
 
 def test_an_unconditional_model_with_a_scheduler_that_draws_noise(make_pipeline, tmp_path):

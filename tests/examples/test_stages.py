@@ -147,7 +147,7 @@ def test_unconditional_training_with_three_grains_from_images(folder, tmp_path, 
     assert not torch.equal(*(weights["projector.0.weight"] for weights in saved))
     pipe = D2iTPipeline.from_pretrained(tmp_path / "d2it" / "pipeline")
     assert pipe.transformer.config.num_classes is None and pipe.transformer.config.num_grains == 3
-    assert type(pipe.scheduler).__name__ == "FlowMatchEulerDiscreteScheduler"
+    assert type(pipe.scheduler).__name__ == "UniPCMultistepScheduler" and pipe.scheduler.config.use_flow_sigmas
     assert len(pipe(num_inference_steps=2).images) == 1
     picture = tmp_path / "demo.png"
     call("demo.py", "--checkpoint", tmp_path / "d2it" / "pipeline", "--output", picture, "--num_inference_steps", 2)

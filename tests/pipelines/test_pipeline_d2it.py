@@ -16,7 +16,8 @@ LEARNED = DDPMScheduler(beta_start=1e-4, beta_end=2e-2, variance_type="learned_r
 
 
 def call(pipe: D2iTPipeline, *args, seed: int = 0, **kwargs):
-    defaults = {"num_inference_steps": 3, "grain_num_inference_steps": 3, "output_type": "pt"}
+    defaults = {"num_inference_steps": 3, "grain_num_inference_steps": 3, "guidance_interval": (0.0, 1.0)}
+    defaults["output_type"] = "pt"
     return pipe(*args, generator=torch.Generator().manual_seed(seed), **(defaults | kwargs))
 
 
@@ -74,11 +75,11 @@ def test_output_types_show_the_same_image(make_pipeline):
 def test_images_per_prompt_repeat_each_label(make_pipeline):
     pipe = make_pipeline()
     generators = [torch.Generator().manual_seed(i) for i in range(4)]
-    images = pipe(
-        [1, 2], 2, num_inference_steps=3, grain_num_inference_steps=3, generator=generators, output_type="pt"
-    ).images
+    settings = {"num_inference_steps": 3, "grain_num_inference_steps": 3, "output_type": "pt"}
+    images = pipe([1, 2], 2, generator=generators, **settings).images
     for i, label in enumerate([1, 1, 2, 2]):
-        torch.testing.assert_close(images[i], call(pipe, label, seed=i).images[0], atol=1e-5, rtol=0)
+        alone = pipe(label, generator=torch.Generator().manual_seed(i), **settings).images[0]
+        torch.testing.assert_close(images[i], alone, atol=1e-5, rtol=0)
 
 
 def test_unconditional_model_needs_no_label(make_pipeline):

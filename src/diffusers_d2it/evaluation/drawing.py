@@ -42,7 +42,7 @@ class Drawing:
 
     pipe: D2iTPipeline
     labels: torch.Tensor | None = None  # classes (N,) int64 of the images; None for an unconditional model
-    num_inference_steps: int = 50
+    num_inference_steps: int = 20
     guidance_scale: float = 1.0  # 1 is without, as in Table 5
     grain_num_inference_steps: int = 10
     batch_size: int = 32  # images in a forward pass, in measurements without sampling too
@@ -104,6 +104,7 @@ class Drawing:
             num_images_per_prompt=num_images if self.labels is None else 1,
             num_inference_steps=self.num_inference_steps,
             guidance_scale=self.guidance_scale,
+            guidance_interval=(0.0, 1.0),
             grain_num_inference_steps=self.grain_num_inference_steps,
             generator=self.generators(_SOLVER, images),
             latents=randn_tensor(shape, generator=self.generators(_LATENTS, images)),
