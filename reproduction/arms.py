@@ -13,6 +13,7 @@ class Arm:
     fine_ratio: float = 0.5  # share of fine regions over the data set; 1 is a plain VAE, 0 one of the largest factor
     refine_share: float = 1 / 6  # of the layers; 0 leaves RefineNet out
     grain_weights: tuple[float, float] = (0.25, 1.0)  # of a coarse and a fine cell in the loss: Eq. 11
+    objective: str = "epsilon"  # what is predicted
     tied_noise: bool = True  # a coarse code has one draw of noise; or its cells are noised and predicted on their own
 
 
@@ -28,6 +29,8 @@ ARMS = {
     "ratio-1": Arm(fine_ratio=1.0),
     "equal-weights": Arm(grain_weights=(1.0, 1.0)),
     "independent-noise": Arm(tied_noise=False),
+    "dit-velocity": Arm(fine_ratio=1.0, refine_share=0, grain_weights=(1.0, 1.0), objective="v_prediction"),
+    "d2it-velocity": Arm(objective="v_prediction"),
 }
 
 

@@ -19,7 +19,7 @@ from unittest.mock import patch
 import torch
 from arms import ARMS
 from classifier import Classifier, accuracy, class_targets, load_split, trained_classifier
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, UniPCMultistepScheduler
 from study import Study, write_json
 from train_arm import independent_cells
 
@@ -39,6 +39,11 @@ from diffusers_d2it.pixels import from_uint8, to_uint8
 
 
 BATCH = 50
+
+
+def sampler_of(arm: str) -> UniPCMultistepScheduler:
+    """UniPC for what an arm predicts."""
+    return load_sampler("unipc", make_objective(ARMS[arm].objective, None, False).sampling_scheduler())
 
 
 class Scorer:
@@ -157,7 +162,7 @@ class Scorer:
             vae=self.study.vae,
             grain_model=D2iTGrainModel.from_pretrained(grain, subfolder="grain_model"),
             transformer=D2iTContentModel.from_pretrained(folder, subfolder="model_ema"),
-            scheduler=load_sampler("unipc", make_objective("epsilon", None, False).sampling_scheduler()),
+            scheduler=sampler_of("d2it"),
             grain_scheduler=DDIMScheduler.from_pretrained(grain, subfolder="grain_scheduler"),
         )
         pipe.set_progress_bar_config(disable=True)
@@ -178,7 +183,8 @@ class Scorer:
         """Mean squared error of the loaded model's prediction on the cells of each grain, on validation images.
 
         The maps are those of the images at the arm's fine ratio, the noise is tied and the same for all arms: arms of
-        one ratio can be compared, those of different ratios cannot, nor those that were not trained on tied noise.
+        one ratio can be compared, those of different ratios cannot, nor those that were not trained on tied noise or
+        that predict something else.
         """
         images, labels = self.validation
         maps = self.true_maps(images, ARMS[arm].fine_ratio)
@@ -192,7 +198,7 @@ class Scorer:
         if not file.exists():
             folder = self.study.train(arm, seed) / f"checkpoint-{steps}"
             transformer = D2iTContentModel.from_pretrained(folder, subfolder="model_ema").to(self.study.device)
-            self.pipeline.register_modules(transformer=transformer)
+            self.pipeline.register_modules(transformer=transformer, scheduler=sampler_of(arm))
             maps = self.maps(source, ARMS[arm].fine_ratio, seed)
             with nullcontext() if ARMS[arm].tied_noise else untied_sampling():
                 images = self.drawing(seed).images(maps)

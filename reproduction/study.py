@@ -162,7 +162,7 @@ class Study:
     def _flags(self, arm: str, seed: int, steps: int, folder: Path) -> list:
         ablated, config = ARMS[arm], self.work_dir / f"{arm}.json"
         flags = ["--grain", self.grain_folder(0.5), "--preset", config, "--max_train_steps", steps]
-        flags += ["--output_dir", folder, "--fine_ratio", ablated.fine_ratio]
+        flags += ["--output_dir", folder, "--fine_ratio", ablated.fine_ratio, "--objective", ablated.objective]
         flags += ["--without_refine_net"] if ablated.refine_share == 0 else []
         flags += [] if ablated.tied_noise else ["--independent_noise"]
         return flags + ["--grain_weights", *ablated.grain_weights, *self._training_flags(folder, seed)]

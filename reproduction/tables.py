@@ -4,9 +4,9 @@
     python reproduction/tables.py --data tiny-imagenet-20 --work_dir runs/reproduction
     python reproduction/tables.py table_3 --data tiny-imagenet-20 --work_dir runs/reproduction
 
-table_3: from DiT to D2iT, one part after the other. All arms have the same width, layers, batches and noise. DiT is
-the Multi-grained Net alone on latents of which every region is fine: the autoencoder is the same for all, so what
-differs is the grain of its latents.
+table_3: from DiT to D2iT, one part after the other, and both ends again with velocity predicted instead of noise. All
+arms have the same width, layers, batches and noise. DiT is the Multi-grained Net alone on latents of which every
+region is fine: the autoencoder is the same for all, so what differs is the grain of its latents.
 
 table_4: how many of the layers should be RefineNet's. The number of layers stays; of twelve in the paper none, two
 (one to five) or four (one to two) are RefineNet's.
@@ -31,12 +31,16 @@ TABLES = {
             Row("+ DVAE and router", "router", paper=29.10),
             Row("+ grain loss", "grain-loss", paper=27.62),
             Row("+ RefineNet (D2iT)", "d2it", paper=22.11),
+            Row("DiT, velocity", "dit-velocity", "fine"),
+            Row("D2iT, velocity", "d2it-velocity"),
         ],
         [
             Claim("DVAE and router improve on DiT", "+ DVAE and router", "DiT"),
             Claim("the grain loss improves on that", "+ grain loss", "+ DVAE and router"),
             Claim("RefineNet improves on that", "+ RefineNet (D2iT)", "+ grain loss"),
             Claim("D2iT improves on DiT", "+ RefineNet (D2iT)", "DiT"),
+            Claim("D2iT improves on DiT, both with velocity", "D2iT, velocity", "DiT, velocity"),
+            Claim("velocity improves on noise, in D2iT", "D2iT, velocity", "+ RefineNet (D2iT)"),
         ],
     ),
     "table_4": (
