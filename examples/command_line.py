@@ -35,6 +35,7 @@ TRACEBACK = "D2IT_TRACEBACK"
 _MISTAKES = (ValueError, OSError, ImportError, FloatingPointError)
 
 
+_PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 _HOME = re.compile(r"^(--\w+=)?(~[^/]*)(?=/|$)")  # where the shell does not see it: --flag=~/x, and in files of flags
 
 
@@ -76,14 +77,25 @@ class Parser(argparse.ArgumentParser):
             self.error(f"@{path} cannot be read: {getattr(error, 'strerror', None) or 'it is no text in UTF-8'}")
         words = []
         for line in lines:
-            if line and not line.startswith("#"):  # a word, or a flag with what belongs to it
-                words += shlex.split(line, comments=True) if re.match(r"--\w+\s", line) else [line]
+            line = re.sub(r"(^|\s+)#.*$", "", line).removesuffix("\\").rstrip()
+            if re.match(r"--\w+\s", line):  # a flag with what belongs to it
+                words += self._split(line)
+            elif line:
+                words.append(line)
         for i, word in enumerate(words):
             flag, equals, value = word.rpartition("=")
             beside = os.path.normpath(os.path.join(os.path.dirname(path), value))
             if value.endswith((".json", ".txt")) and not os.path.exists(value) and os.path.exists(beside):
                 words[i] = flag + equals + beside
         return words
+
+    def _split(self, line: str) -> list[str]:
+        """The words of a line, in quotes where they hold spaces."""
+        try:
+            return shlex.split(line)
+        except ValueError as error:  # an apostrophe may stand in a path
+            words = line.split()
+            return words if len(words) == 2 else self.error(f"{line} in a file of flags: {error}")
 
     def _check(self, word: str) -> None:
         name, known = word.partition("=")[0], list(self._option_string_actions)
@@ -130,6 +142,13 @@ def output_file(text: str) -> str:
         raise argparse.ArgumentTypeError(f"{text} is a folder: name a file")
     output_folder(os.path.dirname(text) or ".")
     return text
+
+
+def picture_file(text: str) -> str:
+    """`output_file` for a picture, whose ending says how it is written."""
+    if os.path.splitext(text)[1].lower() not in _PICTURES:
+        raise argparse.ArgumentTypeError(f"{text} must end in {', '.join(_PICTURES)}")
+    return output_file(text)
 
 
 def output_folder(text: str) -> str:

@@ -8,12 +8,12 @@ Red regions are fine (four codes), blue ones coarse (one code).
 
 import argparse
 
-from command_line import begin, make_parser, natural, output_file, positive, weight
+from command_line import begin, make_parser, natural, picture_file, positive, weight
 
 
 def parse_args() -> argparse.Namespace:
     parser = make_parser(__doc__)
-    parser.add_argument("--output", type=output_file, default="demo.png", help="where to write the picture")
+    parser.add_argument("--output", type=picture_file, default="demo.png", help="where to write the picture")
     parser.add_argument("--checkpoint", help="folder or Hub name of a pipeline; default: the bundled one")
     parser.add_argument("--class_labels", nargs="+", help="class names; default: all that the checkpoint knows")
     parser.add_argument("--num_inference_steps", type=positive, default=20, help="denoising steps")

@@ -9,12 +9,12 @@ and painted by hand. The noise is the same in all four.
 
 import argparse
 
-from command_line import begin, make_parser, natural, output_file
+from command_line import begin, make_parser, natural, picture_file
 
 
 def parse_args() -> argparse.Namespace:
     parser = make_parser(__doc__)
-    parser.add_argument("--output", type=output_file, default="four_maps.png", help="where to write the picture")
+    parser.add_argument("--output", type=picture_file, default="four_maps.png", help="where to write the picture")
     parser.add_argument("--checkpoint", help="folder or Hub name of a pipeline; default: the bundled one")
     parser.add_argument("--class_label", default="monarch", help="name of the class")
     parser.add_argument("--seed", type=natural, default=3, help="another seed draws another image")

@@ -53,6 +53,18 @@ def check_values(
             raise ValueError(f"`{inside}{name}` must be {expected}, got {shown(values[name])}.")
 
 
+def plain(value: Any) -> Any:
+    """Numbers of numpy and torch as those of Python, and what holds a row of them as a list; all else as it is.
+
+    Rows are ranges, and arrays, tensors and columns of tables of one dimension.
+    """
+    if hasattr(value, "tolist") and getattr(value, "ndim", None) in (0, 1):
+        return value.tolist()
+    if isinstance(value, (list, tuple, range)):
+        return [plain(one) for one in value]
+    return value
+
+
 def check_keys(values: Mapping[str, Any], known: Collection[str], inside: str = "") -> None:
     """Raise a ValueError that names a key that is not known and its value."""
     for key in values:

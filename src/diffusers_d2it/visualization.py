@@ -5,7 +5,8 @@ import numpy as np
 import PIL.Image
 import torch
 
-from .pixels import unit_to_uint8
+from .limits import plain
+from .pixels import unit_to_uint8, upright_rgb
 
 
 _FINE = np.array([214, 39, 40], dtype=np.float32)
@@ -23,7 +24,7 @@ def visualize_grain_map(
     Args:
         image: the picture, H x W pixels, of any `output_type` of a pipeline but latents: PIL, array (H, W, 3) or
             tensor (3, H, W), in [0, 1] or uint8.
-        grain_map: (h, w), or (1, h, w), integers, 0 = coarsest; H and W are multiples of h and w.
+        grain_map: (h, w), or (1, h, w), whole numbers, 0 = coarsest, or bool; H and W are multiples of h and w.
         num_grains: k; with three or more the colours between blue and red follow the grain. None: as many as the map
             shows, at least two.
 
@@ -35,16 +36,20 @@ def visualize_grain_map(
             grains than 0 ... k - 1, or does not divide the picture.
     """
     image = _picture(image)
-    grains = np.asarray(grain_map.cpu() if isinstance(grain_map, torch.Tensor) else grain_map)
+    grains = grain_map.cpu().float().numpy() if isinstance(grain_map, torch.Tensor) else np.asarray(grain_map)
     if grains.ndim == 3 and len(grains) == 1:
         grains = grains[0]
-    if grains.ndim != 2 or not np.issubdtype(grains.dtype, np.integer):
+    if grains.ndim != 2 or grains.dtype.kind not in "biuf" or (grains % 1).any():
         raise ValueError(f"`grain_map` must be integers of shape (h, w), got {grains.dtype} of shape {grains.shape}.")
+    grains = grains.astype(np.int64)
     rows, columns = grains.shape
     if image.height % rows or image.width % columns:
         raise ValueError(
             f"`grain_map` of {rows}x{columns} regions does not divide an image of {image.height}x{image.width} pixels."
         )
+    num_grains = plain(num_grains)
+    if not isinstance(num_grains, int | None) or num_grains in (0, 1):
+        raise ValueError(f"`num_grains` must be a whole number, at least 2, got {num_grains!r}.")
     if num_grains is None:
         num_grains = max(2, int(grains.max()) + 1)
     if grains.min() < 0 or grains.max() >= num_grains:
@@ -52,13 +57,13 @@ def visualize_grain_map(
     fineness = grains / (num_grains - 1)
     colours = _COARSE + (_FINE - _COARSE) * fineness[..., None]
     colours = colours.repeat(image.height // rows, axis=0).repeat(image.width // columns, axis=1)
-    blended = (1 - _OPACITY) * np.asarray(image.convert("RGB"), dtype=np.float32) + _OPACITY * colours
+    blended = (1 - _OPACITY) * np.asarray(image, dtype=np.float32) + _OPACITY * colours
     return PIL.Image.fromarray(blended.round().astype(np.uint8))
 
 
 def _picture(image: PIL.Image.Image | np.ndarray | torch.Tensor) -> PIL.Image.Image:
     if isinstance(image, PIL.Image.Image):
-        return image
+        return upright_rgb(image)
     pixels = torch.from_numpy(image).movedim(-1, -3) if isinstance(image, np.ndarray) and image.ndim > 2 else image
     if not isinstance(pixels, torch.Tensor) or pixels.shape[:-2] not in ((3,), (1, 3)):
         raise ValueError(

@@ -38,8 +38,9 @@ def recipe(tmp_path, monkeypatch):
         "\n".join(f"  {line}\t" for line in LINES),
         "--max_train_steps 7\n--learning_rate   0.5\n--preset 'my grain.json'",
         "--max_train_steps 7  # enough\n--learning_rate=0.5\n--preset\nmy grain.json",
+        "--max_train_steps 7 \\\n--learning_rate 0.5 \\\n--preset 'my grain.json'",
     ],
-    ids=["plain", "Windows", "mark of the encoding", "comments", "spaces", "flags with values", "mixed"],
+    ids=["plain", "Windows", "mark of the encoding", "comments", "spaces", "flags with values", "mixed", "a command"],
 )
 def test_a_recipe_is_read_whoever_wrote_it(recipe, data):
     args = recipe(data)
@@ -50,6 +51,14 @@ def test_a_recipe_is_read_whoever_wrote_it(recipe, data):
 def test_a_file_where_one_stands_comes_before_one_beside_the_recipe(recipe):
     Path("my grain.json").write_text("{}")
     assert recipe("--max_train_steps=7\n--preset=my grain.json").preset == "my grain.json"
+
+
+@pytest.mark.parametrize("path", ["set#1", "o'neil/photos"])
+def test_signs_in_a_path_belong_to_it(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    script = load_script("train_grain.py")
+    Path("flags.txt").write_text(f"--max_train_steps 7\n--vae {path}")
+    assert script.parse_args([*REQUIRED, "@flags.txt"]).vae == path
 
 
 def test_what_is_no_file_stays_as_it_is_written(recipe):

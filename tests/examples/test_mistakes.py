@@ -54,13 +54,16 @@ FLAGS = [
     ("convert_autoencoder_kl.py", "--source no/where --output o", ["--source", "no/where"]),
     ("compare.py", "a.json", ["b"]),
     ("demo.py", "--class_label cat --num_inference_step x", ["--num_inference_steps", "x"]),
+    ("demo.py", "--output picture", ["--output", "picture", ".png"]),
+    ("four_maps.py", "--output a/b.jpgg", ["--output", "b.jpgg", ".png"]),
     ("four_maps.py", "--sed 3", ["--sed", "--seed"]),
     ("photo_crops.py", "--output_dir o --crop -1", ["--crops", "-1"]),
 ]
 # What is written at the end and cannot be: the folder's place is taken by a file, and one that nobody can write to
 OUTPUTS = [
-    ("demo.py", "--output {}"),
-    ("four_maps.py", "--output {}"),
+    ("demo.py", "--output {}.png"),
+    ("four_maps.py", "--output {}.png"),
+    ("reconstruct.py", "--images i --output {}.png"),
     ("evaluate.py", "--samples s --metrics is --output {}"),
     ("evaluate.py", "--reference r --save_statistics {}"),
     ("grain_report.py", f"{SOURCE} --output {{}}"),
@@ -120,7 +123,10 @@ def test_what_cannot_be_written_at_the_end_is_told_at_the_start(script, flags, p
 @pytest.mark.parametrize("script, flags", OUTPUTS)
 def test_a_full_disk_is_told_at_the_start(script, flags, full_disk, answer):
     status, said = answer(
-        script, flags.format(full_disk / "x.json" if flags.endswith(("--output {}", "_statistics {}")) else full_disk)
+        script,
+        flags.format(
+            full_disk / "x.json" if flags.endswith(("--output {}", "--output {}.png", "_statistics {}")) else full_disk
+        ),
     )
     assert status == 2 and said.startswith("error: ") and said.count("\n") == 1 and "No space" in said, said
 

@@ -52,6 +52,7 @@ def test_demo_draws_the_bundled_checkpoint(tmp_path):
 
 RECIPES = sorted(path.relative_to(EXAMPLES.parent).as_posix() for path in (EXAMPLES / "configs").rglob("*.txt"))
 SCRIPTS = {"dvae": ("train_dvae.py", 4), "grain": ("train_grain.py", 6), "content": ("train_d2it.py", 8)}
+SCRIPTS["decoder"] = SCRIPTS["dvae"]
 LAUNCHES = {
     "one-gpu.yaml": (DistributedType.NO, 1, 1),
     "eight-gpus.yaml": (DistributedType.MULTI_GPU, 1, 8),
@@ -62,11 +63,11 @@ LAUNCHES = {
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_flags_of_a_recipe_are_known_and_its_model_exists(recipe, monkeypatch):
-    monkeypatch.chdir(EXAMPLES.parent)  # presets in files are named from there
+    monkeypatch.chdir(EXAMPLES.parent)
     script, num_required = SCRIPTS[Path(recipe).stem.split("-")[0]]
     required = "--dataset_name user/photos --output_dir out --vae vae --grain grain".split()[:num_required]
-    if "from-dit" in recipe and script != "train_grain.py":
-        required += ["--init_from", "start"]
+    starts = Path(recipe).stem == "decoder" or ("from-dit" in recipe and script != "train_grain.py")
+    required += ["--init_from", "start"] if starts else []
     args = load_script(script).parse_args([f"@{recipe}", *required])
     load_preset(args.preset)
     assert args.mixed_precision in ("bf16", "auto")

@@ -103,6 +103,9 @@ def test_a_callback_cannot_call_its_own_pipeline_and_nothing_stays_locked(make_p
         pd.Series([3.0]),
         pd.Series(["class 3"]),
         np.array(["class 3"]),
+        pd.Index([3]),
+        {3: "three"}.keys(),
+        (id for id in [3]),
     ],
     ids=lambda labels: f"{type(labels).__name__} {labels}".replace("\n", " "),
 )
@@ -111,7 +114,25 @@ def test_labels_of_every_kind(make_pipeline, labels):
     assert torch.equal(call(pipe, labels).images, call(pipe, [3]).images)
 
 
-@pytest.mark.parametrize("labels", [[], [[]], [[1, 2], [3]], 1.5, float("nan"), True, [None], pd.Series([1, None])])
+@pytest.mark.parametrize(
+    "labels",
+    [
+        [],
+        [[]],
+        [[1, 2], [3]],
+        1.5,
+        float("nan"),
+        True,
+        [None],
+        pd.Series([1, None]),
+        b"cat",
+        {3},
+        {3: "three"},
+        torch.eye(3),
+        object(),
+    ],
+    ids=repr,
+)
 def test_what_is_no_label(make_pipeline, labels):
     with pytest.raises(ValueError, match="`class_labels`"):
         call(make_pipeline(), labels)
@@ -145,6 +166,9 @@ def test_a_callback_that_returns_nothing_only_looks(make_pipeline):
     output = call(pipe, 1, callback_on_step_end=lambda pipe, step, t, tensors: seen.append(step))
     assert seen == [0, 1, 2]
     assert torch.equal(output.images, call(pipe, 1).images)
+    for wrong in ([], torch.zeros(1, 4, 8, 8), "latents"):
+        with pytest.raises(ValueError, match="`callback_on_step_end`"):
+            call(pipe, 1, callback_on_step_end=lambda *args, wrong=wrong: wrong)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
@@ -274,7 +298,11 @@ def test_arrays_and_tensors_of_every_depth(make_pipeline, photos):
     array = levels.permute(0, 2, 3, 1).numpy()
     for image in (levels, array, list(levels), list(array), array / 255, levels / 255, (levels / 255).double()):
         assert torch.equal(pipe.grain_map_from_image(image, fine_ratio=0.5), expected)
+    deep, alpha = array.astype(np.uint16) * 257, np.full_like(array[..., :1], 255)
+    for image in (deep, list(deep), torch.from_numpy(deep).movedim(-1, 1), np.concatenate([array, alpha], -1)):
+        assert torch.equal(pipe.grain_map_from_image(image, fine_ratio=torch.tensor(0.5)), expected)
     grey = array[..., 0]
+    assert torch.equal(pipe.grain_map_from_image(array[..., :1]), pipe.grain_map_from_image(list(grey)))
     assert torch.equal(pipe.grain_map_from_image(list(grey)), pipe.grain_map_from_image(np.stack([grey] * 3, -1)))
     assert torch.equal(
         pipe.grain_map_from_image(list(grey.astype(np.uint16) * 257)), pipe.grain_map_from_image(list(grey))
@@ -293,3 +321,25 @@ def test_a_map_is_drawn_on_any_output(make_pipeline, output_type):
     for wrong in (latents[0], latents, "photo.png", None, np.zeros((4, 4))):
         with pytest.raises(ValueError, match="`image`"):
             visualize_grain_map(wrong, output.grain_maps[0])
+
+
+def test_a_map_is_drawn_on_a_picture_as_it_is_seen(photos, tmp_path, make_pipeline):
+    [photo] = make_pipeline().image_processor.postprocess(photos[1:2], output_type="pil")
+    for name, make in FILES.items():
+        seen = decode_image({"path": str(make(photo, tmp_path / name))})
+        with PIL.Image.open(tmp_path / name) as opened:
+            drawn = visualize_grain_map(opened, np.array(ROWS))
+        assert np.array_equal(np.asarray(drawn), np.asarray(visualize_grain_map(seen, np.array(ROWS)))), name
+
+
+@pytest.mark.parametrize("dtype", [bool, float, np.uint8, torch.bool, torch.bfloat16, torch.int32])
+def test_maps_of_every_kind_are_drawn(dtype):
+    image, expected = PIL.Image.new("RGB", (8, 8)), visualize_grain_map(PIL.Image.new("RGB", (8, 8)), np.array(ROWS))
+    grain_map = torch.tensor(ROWS).to(dtype) if isinstance(dtype, torch.dtype) else np.array(ROWS, dtype)
+    assert np.array_equal(np.asarray(visualize_grain_map(image, grain_map, np.int64(2))), np.asarray(expected))
+    for wrong in (np.array(ROWS) / 2, np.full((4, 4), np.nan), np.array([["fine"]])):
+        with pytest.raises(ValueError, match="`grain_map`"):
+            visualize_grain_map(image, wrong)
+    for wrong in (1, 0, "2", 2.5):
+        with pytest.raises(ValueError, match="`num_grains`"):
+            visualize_grain_map(image, grain_map, wrong)

@@ -11,7 +11,7 @@ import PIL.ImageFile
 import PIL.ImageOps
 import torch
 
-from ..pixels import from_uint8
+from ..pixels import UnusableImageError, from_uint8, to_rgb, upright_rgb
 from ..words import printable
 
 
@@ -21,10 +21,6 @@ _FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF
 
 
 ImageInput = str | os.PathLike | PIL.Image.Image | np.ndarray | torch.Tensor | list
-
-
-class UnusableImageError(ValueError):
-    """An image cannot be used; the message is the reason, without the name of the image."""
 
 
 def image_endings() -> set[str]:
@@ -84,7 +80,7 @@ def to_pixels(image: PIL.Image.Image, resolution: int, flip: bool = False) -> to
         UnusableImageError: from `check_size`.
     """
     check_size(image.size, resolution)
-    image = _to_rgb(image, image.format)
+    image = to_rgb(image, image.format)
     if image.size != (resolution, resolution):
         image = PIL.ImageOps.fit(image, (resolution, resolution), PIL.Image.Resampling.BICUBIC)
     if flip:
@@ -153,12 +149,14 @@ def image_to_pixels(image: ImageInput) -> torch.Tensor:
             image = decode_image({"path": os.path.expanduser(image)})
         except UnusableImageError as error:
             raise ValueError(f"`image` {printable(image)}: {error}") from None
-    if isinstance(image, torch.Tensor) and image.ndim in (3, 4) and image.shape[-3] == 3:
+    if isinstance(image, torch.Tensor) and image.ndim in (3, 4) and image.shape[-3] in (1, 3, 4):
         image = (image.float() if image.is_floating_point() else image).movedim(-3, -1).numpy(force=True)
-    if isinstance(image, np.ndarray) and image.dtype in (np.uint8, np.uint16):
+    if isinstance(image, np.ndarray) and image.dtype in (np.uint8, np.uint16) and image.ndim > 1:
         if image.ndim == 4:
             return image_to_pixels(list(image))
-        image = PIL.Image.fromarray(image)
+        if image.ndim == 3 and image.dtype == np.uint16:  # Pillow knows 16 bits of grey alone
+            image = ((image.astype(np.int64) + 128) // 257).astype(np.uint8)
+        image = PIL.Image.fromarray(image[..., 0] if image.ndim == 3 and image.shape[-1] == 1 else image)
     if isinstance(image, PIL.Image.Image):
         try:
             return from_uint8(torch.from_numpy(np.array(upright_rgb(image)))).permute(2, 0, 1)[None]
@@ -175,32 +173,6 @@ def image_to_pixels(image: ImageInput) -> torch.Tensor:
         raise ValueError(f"`image` must lie in [0, 1], got {image.min():.4g} to {image.max():.4g}.")
     pixels = torch.from_numpy(2 * image.astype(np.float32) - 1).movedim(-1, -3)
     return pixels if pixels.ndim == 4 else pixels[None]
-
-
-def upright_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
-    """RGB of an open image as `decode_image` makes it of its file: upright, transparency on white, 16 bits scaled.
-
-    Raises:
-        UnusableImageError: its values have no defined range.
-    """
-    return _to_rgb(PIL.ImageOps.exif_transpose(image), image.format)
-
-
-def _to_rgb(image: PIL.Image.Image, format: str | None) -> PIL.Image.Image:
-    """RGB of any image, transparency on white; the image itself if it is plain RGB."""
-    if image.mode.startswith("I;16") or (image.mode == "I" and format in ("PNG", "PPM")):
-        # These formats end at 16 bits. Pillow's own conversion clips: all but the darkest would be white.
-        values = np.asarray(image).astype(np.int64)
-        grey = ((values + 128) // 257).astype(np.uint8)
-        if "transparency" in image.info:
-            grey[values == image.info["transparency"]] = 255
-        image = PIL.Image.fromarray(grey)
-    if image.mode in ("I", "F") or image.mode.startswith("I;"):
-        raise UnusableImageError(f"its values have no defined range (mode {image.mode!r}): 8 or 16 bits are expected")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        return PIL.Image.alpha_composite(PIL.Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image.convert("RGB") if image.mode != "RGB" else image
 
 
 def _is_cut_off(file: io.IOBase, image: PIL.Image.Image) -> bool:

@@ -18,6 +18,7 @@ from torch import nn
 
 from ..entropy import NUM_BINS, SIGMA, region_entropy, thresholds_for_ratios
 from ..grains import GrainLayout, check_fine_ratio, check_grain_map, code_weights, grain_map_from_entropy
+from ..limits import plain
 from .configs import check_autoencoder
 from .hierarchical_encoder import HierarchicalEncoder
 from .strict import StrictModelMixin
@@ -212,6 +213,7 @@ class DynamicAutoencoderKL(StrictModelMixin, AutoencoderMixin, ConfigMixin):
         """
         ratios = self.grain_ratios
         if fine_ratio is not None:
+            fine_ratio = plain(fine_ratio)
             check_fine_ratio(fine_ratio)
             coarse = ratios[:-1] if sum(ratios[:-1]) > 0 else [1.0] * (self.num_grains - 1)
             ratios = [(1 - fine_ratio) * share / sum(coarse) for share in coarse] + [fine_ratio]

@@ -4,8 +4,9 @@
 import threading
 from collections.abc import Callable
 from functools import wraps
-from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
+
+from ..limits import plain
 
 
 _guard = threading.Lock()
@@ -38,15 +39,3 @@ def one_call(call: Callable) -> Callable:
                 _running.discard(model)
 
     return waiting
-
-
-def plain(value: Any) -> Any:
-    """Numbers of numpy and torch as those of Python, and what holds a row of them as a list; all else as it is.
-
-    Rows are ranges, and arrays, tensors and columns of tables of one dimension.
-    """
-    if hasattr(value, "tolist") and getattr(value, "ndim", None) in (0, 1):
-        return value.tolist()
-    if isinstance(value, (list, tuple, range)):
-        return [plain(one) for one in value]
-    return value

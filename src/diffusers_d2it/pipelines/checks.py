@@ -160,6 +160,22 @@ def check_inputs(
             raise ValueError("`latents` hold values that are not finite.")
 
 
+def changed_by(returned: dict[str, torch.Tensor] | None, latents: torch.Tensor) -> torch.Tensor:
+    """The latents after a callback, which returns them in a dictionary, or nothing if it only looks.
+
+    Raises:
+        ValueError: it returned something else.
+    """
+    if returned is None:
+        return latents
+    if not isinstance(returned, dict):
+        raise ValueError(
+            f"`callback_on_step_end` must return a dictionary such as {{'latents': tensor}}, or nothing, got"
+            f" {type(returned).__name__}."
+        )
+    return returned.get("latents", latents)
+
+
 def map_size(
     grain_map: torch.Tensor | MapName | None,
     latents: torch.Tensor | None,

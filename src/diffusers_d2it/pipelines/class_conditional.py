@@ -2,15 +2,19 @@
 """What every class-conditional pipeline has: labels as people write them, the schedule of guidance, decoding."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 import torch
 
-from ..words import close_to, composed
+from ..limits import plain
+from ..words import close_to, composed, shown
 from .base import StrictPipeline
-from .calls import plain
+
+
+# Labels in these have no order, or no meaning
+_NO_ROW = (str, bytes, bytearray, Mapping, set, frozenset, np.ndarray, torch.Tensor)
 
 
 class ClassConditionalPipeline(StrictPipeline):
@@ -143,13 +147,17 @@ def class_ids(
             raise ValueError(f"`class_labels` {class_labels!r} were given to an unconditional model.")
         return None
     class_labels = plain(class_labels)
-    if isinstance(class_labels, (np.ndarray, torch.Tensor)):
-        class_labels = class_labels.reshape(-1).tolist()
+    if isinstance(class_labels, (np.ndarray, torch.Tensor)) and class_labels.ndim == 2 and class_labels.shape[1] == 1:
+        class_labels = class_labels[:, 0].tolist()
+    elif isinstance(class_labels, Iterable) and not isinstance(class_labels, _NO_ROW):
+        class_labels = list(class_labels)
     labels = [class_labels] if isinstance(class_labels, (int, float, str)) else class_labels
-    if labels and len(labels) == 1 and isinstance(labels[0], list):
-        [labels] = labels
-    if not labels:
+    if labels is None or labels == []:
         raise ValueError(f"`class_labels` are required: this model is class-conditional, got {class_labels!r}.")
+    if isinstance(labels, list) and len(labels) == 1 and isinstance(labels[0], list):
+        [labels] = labels
+    if not isinstance(labels, list) or not labels:
+        raise ValueError(f"`class_labels` must be an id, a name, or a row of them, got {shown(class_labels)}.")
     ids = []
     ids_of_name = _ids_of_names(id2label or {}) if any(isinstance(label, str) for label in labels) else {}
     for label in labels:

@@ -19,12 +19,13 @@ from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 
 from ..grains import GrainLayout
+from ..limits import plain
 from ..models.autoencoder_kl_dynamic import DynamicAutoencoderKL
 from ..models.transformer_d2it_content import D2iTContentModel
 from ..models.transformer_d2it_grain import D2iTGrainModel
 from ..visualization import visualize_grain_map
 from .calls import one_call
-from .checks import SAMPLING_LIMITS, MapName, as_grain_map, check_components, check_inputs, map_size
+from .checks import SAMPLING_LIMITS, MapName, as_grain_map, changed_by, check_components, check_inputs, map_size
 from .class_conditional import ClassConditionalPipeline
 from .grain_maps import ImageInput, grain_map_of_image, random_grain_map, sample_grain_map
 from .tied_scheduler import TiedScheduler
@@ -118,7 +119,7 @@ class D2iTPipeline(ClassConditionalPipeline):
             ValueError: there is no such image, sides are not multiples of S, values lie outside [0, 1], the ratio
                 lies outside [0, 1] or the autoencoder has not been calibrated.
         """
-        return grain_map_of_image(self.vae, image, fine_ratio, self._execution_device)
+        return grain_map_of_image(self.vae, image, plain(fine_ratio), self._execution_device)
 
     visualize_grain_map = staticmethod(visualize_grain_map)
 
@@ -299,8 +300,7 @@ class D2iTPipeline(ClassConditionalPipeline):
                 latents = steps.step(prediction.to(latents.dtype), t, latents)
                 if callback_on_step_end is not None:
                     tensors = {name: latents for name in callback_on_step_end_tensor_inputs}
-                    changed = callback_on_step_end(self, i, t, tensors) or {}  # one that only looks returns nothing
-                    latents = layout.tie(changed.get("latents", latents))
+                    latents = layout.tie(changed_by(callback_on_step_end(self, i, t, tensors), latents))
                 progress_bar.update()
 
         # 5. Decode

@@ -1,0 +1,70 @@
+# Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
+"""A photograph at several budgets: its grain maps, and what an autoencoder gives back under each.
+
+    python examples/reconstruct.py --images cat.jpg coffee.png --output budgets.png
+
+Red regions are fine (four codes), blue ones coarse (one code). Photographs are resized and cropped as in training.
+"""
+
+import argparse
+
+from command_line import begin, make_parser, picture_file, share
+
+
+def parse_args() -> argparse.Namespace:
+    parser = make_parser(__doc__)
+    parser.add_argument("--images", nargs="+", required=True, metavar="FILE", help="photographs, a row of each")
+    parser.add_argument("--output", type=picture_file, default="budgets.png", help="where to write the picture")
+    parser.add_argument("--checkpoint", help="folder or Hub name of a pipeline; default: the bundled imagenette-128")
+    parser.add_argument("--fine_ratios", type=share, nargs="+", default=[0.0, 0.3, 0.6, 1.0], help="a column of each")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    ARGS = begin(parse_args)  # before torch is imported, which takes seconds
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+from diffusers_d2it import D2iTPipeline, bundled_checkpoint, visualize_grain_map
+from diffusers_d2it.data import decode_image, to_pixels
+from diffusers_d2it.pixels import to_uint8
+from diffusers_d2it.words import counted
+
+
+LABEL = 20  # pixels of the line above the columns
+GAP = 4
+
+
+@torch.no_grad()
+def main(args: argparse.Namespace) -> None:
+    pipe = D2iTPipeline.from_pretrained(args.checkpoint or bundled_checkpoint("imagenette-128"))
+    vae, side = pipe.vae, pipe.vae.config.sample_size
+    names = ["photograph", *(f"{name} {ratio:g}" for ratio in args.fine_ratios for name in ("map,", "fine ratio"))]
+    step = side + GAP
+    sheet = Image.new("RGB", (len(names) * step - GAP, LABEL + len(args.images) * step - GAP), "white")
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=13)
+    for column, name in enumerate(names):
+        pen.text((column * step + 2, 2), name, fill="black", font=font)
+    for row, path in enumerate(args.images):
+        pixels = to_pixels(decode_image({"path": path}), side)
+        shown = [as_image(pixels)]
+        for ratio in args.fine_ratios:
+            encoded = vae.encode(pixels[None], fine_ratio=ratio)
+            reconstruction = vae.decode(encoded.latent_dist.mode()).sample[0]
+            shown += [visualize_grain_map(shown[0], encoded.grain_map), as_image(reconstruction)]
+        for column, picture in enumerate(shown):
+            sheet.paste(picture, (column * step, LABEL + row * step))
+    sheet.save(args.output)
+    print(
+        f"{args.output}: {counted(len(args.images), 'photograph')} at {counted(len(args.fine_ratios), 'fine ratio')}"
+    )
+
+
+def as_image(pixels: torch.Tensor) -> Image.Image:
+    """Pixels (3, H, W) in [-1, 1] as a picture."""
+    return Image.fromarray(to_uint8(pixels).permute(1, 2, 0).numpy())
+
+
+if __name__ == "__main__":
+    main(ARGS)
