@@ -138,8 +138,8 @@ weight, share = number(float, 0), number(float, 0, 1)
 
 def output_file(text: str) -> str:
     """The type of a flag that names a file to be written at the end: its folder is made, and tried, at the start."""
-    if os.path.isdir(text):
-        raise argparse.ArgumentTypeError(f"{text} is a folder: name a file")
+    if os.path.exists(text) and not os.path.isfile(text):
+        raise argparse.ArgumentTypeError(f"{text} is no regular file: name a new file, or one to be replaced")
     output_folder(os.path.dirname(text) or ".")
     return text
 

@@ -2,6 +2,7 @@
 """Labels never vanish, the images named are read and no others, and numbers of classes are those of the user."""
 
 import json
+import os
 from decimal import Decimal
 
 import datasets
@@ -11,7 +12,7 @@ import pyarrow.parquet
 import pytest
 from image_files import encode, photo, write_folder, write_tar
 
-from diffusers_d2it.data import load_images
+from diffusers_d2it.data import BadImages, load_images, usable_images
 
 
 NAMES = ["sea", "earth", "sea", "sky"]
@@ -287,3 +288,67 @@ def test_splits_of_tables(tmp_path, names, split, read, said):
         pyarrow.parquet.write_table(pyarrow.table({"image": [IMAGES[i]], "label": [i]}), tmp_path / name)
     source = load_images(tmp_path, split=split)
     assert sorted(row.label for row in source.rows()) == read and said in str(source)
+
+
+# ---- As people write them ----
+
+
+METADATA = {
+    "blank after the comma": "file_name, label\n0.png, sea\n1.png, sky",
+    "blank behind a name": "file_name,label\n0.png,sea \n1.png,sky",
+    "Windows paths": "file_name,label\nb\\0.png,sea\nb\\1.png,sky",
+    "mark of the encoding": "\ufefffile_name,label\n0.png,sea\n1.png,sky",
+}
+
+
+@pytest.mark.parametrize("kind", METADATA)
+def test_metadata_as_people_and_their_programs_write_them(tmp_path, kind):
+    folder = "b/" if kind == "Windows paths" else ""
+    write_folder(tmp_path, dict(zip([f"{folder}0.png", f"{folder}1.png"], IMAGES)))
+    (tmp_path / "metadata.csv").write_text(METADATA[kind], encoding="utf-8")
+    source = load_images(tmp_path)
+    assert source.id2label == {0: "sea", 1: "sky"} and "not used: missing" not in str(source)
+    assert [row.label for row in source.rows()] == [0, 1]
+
+
+def test_an_image_that_is_named_twice_is_said(tmp_path):
+    write_folder(tmp_path, pictures("0.png", "1.png"))
+    (tmp_path / "metadata.csv").write_text("file_name,label\n0.png,sea\n1.png,sky\n0.png,sky")
+    assert any("1 row" in remark for remark in load_images(tmp_path).remarks)
+
+
+def test_metadata_with_other_separators_name_their_columns(tmp_path):
+    write_folder(tmp_path, pictures("0.png"))
+    (tmp_path / "metadata.csv").write_text("file_name;label\n0.png;sea")
+    with pytest.raises(ValueError, match="metadata.csv.*file_name.*'file_name;label'"):
+        load_images(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "names", [("train2017", "val2017"), ("training_set", "test_set"), ("Train-Images", "eval_data")]
+)
+def test_folders_that_look_like_splits_are_said(tmp_path, names):
+    write_folder(tmp_path, pictures(*(f"{name}/{i}.png" for i, name in enumerate(names))))
+    assert any(all(name in remark for name in names) for remark in load_images(tmp_path).remarks)
+
+
+def test_folders_in_an_archive_are_said(tmp_path):
+    write_tar(tmp_path / "photos.tar", {"photos/cat/0": {"png": IMAGES[0]}, "photos/dog/1": {"png": IMAGES[1]}})
+    source = load_images(tmp_path / "photos.tar")
+    assert source.id2label is None and any("photos/cat" in remark for remark in source.remarks)
+
+
+@pytest.mark.parametrize("rows", [[{"cls": b"cat"}, {"cls": b"dog"}], [{"cls": b"0"}, {}]], ids=["text", "missing"])
+def test_what_an_archive_must_hold_is_said(tmp_path, rows):
+    write_tar(tmp_path / "photos.tar", {str(i): {"png": IMAGES[i], **row} for i, row in enumerate(rows)})
+    with pytest.raises(ValueError, match=r"photos.tar.*\.cls"):
+        load_images(tmp_path / "photos.tar")
+
+
+def test_a_pipe_among_the_images_is_listed_and_not_waited_for(tmp_path):
+    write_folder(tmp_path, pictures("0.png"))
+    os.mkfifo(tmp_path / "1.png")
+    bad = BadImages(tmp_path / "bad.jsonl")
+    source = load_images(tmp_path)
+    assert len([one for one in usable_images(source.rows(), 32, bad)]) == 1
+    assert "1.png" in bad.path.read_text()

@@ -54,6 +54,7 @@ FLAGS = [
     ("convert_autoencoder_kl.py", "--source no/where --output o", ["--source", "no/where"]),
     ("compare.py", "a.json", ["b"]),
     ("demo.py", "--class_label cat --num_inference_step x", ["--num_inference_steps", "x"]),
+    ("calibrate_dvae.py", f"{SOURCE} --region_size 8 --output /dev/null", ["--output", "/dev/null"]),
     ("demo.py", "--output picture", ["--output", "picture", ".png"]),
     ("four_maps.py", "--output a/b.jpgg", ["--output", "b.jpgg", ".png"]),
     ("four_maps.py", "--sed 3", ["--sed", "--seed"]),

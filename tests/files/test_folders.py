@@ -217,3 +217,12 @@ def test_a_manifest_that_names_what_lies_outside_is_refused(tmp_path, name, entr
         with pytest.raises(ValueError, match=re.escape(repr(name))):
             call(tmp_path / "model")
     assert (tmp_path / "x").read_text() == "mine"
+
+
+def test_what_is_no_file_is_not_replaced_by_one(tmp_path):
+    os.mkfifo(tmp_path / "pipe.json")
+    (tmp_path / "folder.json").mkdir()
+    for path in (tmp_path / "pipe.json", tmp_path / "folder.json"):
+        with pytest.raises(OSError, match=path.name):
+            write_json_durably(path, {})
+    assert (tmp_path / "pipe.json").is_fifo() and (tmp_path / "folder.json").is_dir()

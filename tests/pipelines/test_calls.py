@@ -67,6 +67,16 @@ def test_threads_get_what_they_would_get_alone(make_pipeline, scheduler, pipes_o
         assert torch.equal(found.grain_maps, expected.grain_maps)
 
 
+def test_a_cast_in_another_thread_waits_for_the_end_of_a_call(make_pipeline):
+    pipe, begun = make_pipeline(), threading.Event()
+    expected = call(pipe, 1).images
+    thread = threading.Thread(target=lambda: (begun.wait(), pipe.to(torch.bfloat16)))
+    thread.start()
+    images = call(pipe, 1, callback_on_step_end=lambda *args: (begun.set(), thread.join(0.1), None)[-1]).images
+    thread.join()
+    assert torch.equal(images, expected) and pipe.dtype == torch.bfloat16
+
+
 def test_a_callback_cannot_call_its_own_pipeline_and_nothing_stays_locked(make_pipeline):
     pipe = make_pipeline()
     expected = call(pipe, 1).images

@@ -47,6 +47,12 @@ def test_everything_of_a_run_comes_back(make_grain_model, tmp_path):
     assert not list(tmp_path.rglob("*.bin")) + list(tmp_path.rglob("*.p*k*l*"))
 
 
+def test_a_checkpoint_is_found_by_its_name_alone(make_grain_model, tmp_path):
+    make_run(tmp_path, make_grain_model()).checkpoints.save(1)
+    for name in ("checkpoint-1", tmp_path / "checkpoint-1"):
+        assert find_checkpoint(Accelerator(cpu=True), tmp_path, name) == tmp_path / "checkpoint-1"
+
+
 def test_an_optimizer_that_has_not_begun_is_saved_and_resumed_as_one(make_grain_model, tmp_path):
     make_run(tmp_path, make_grain_model()).checkpoints.save(1)
     other = make_run(tmp_path, make_grain_model(seed=5))

@@ -25,6 +25,7 @@ _METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 _SPLITS = {"train": "train", "training": "train"}
 _SPLITS |= dict.fromkeys(("validation", "valid", "val", "dev"), "validation")
 _SPLITS |= dict.fromkeys(("test", "testing", "eval", "evaluation"), "test")
+_AFTER_SPLIT = re.compile(r"[\W_]*(\d{4}|data|images?|set|split)$")  # train2017, training_set, val-images
 # A folder called so, with no other beside it, keeps the images together and is no class
 _CONTAINERS = {"data", "image", "images", "img", "imgs", "jpeg", "jpg", "photo", "photos", "pictures", "png"}
 
@@ -212,7 +213,10 @@ def _read_metadata(tables: list[str], paths: list[str]) -> tuple[Any, list[str],
     for file in tables:
         try:
             table = readers.get(os.path.splitext(file)[1], parquet.read_table)(file)
-            names = table["file_name"].to_pylist()
+            table = table.rename_columns([column.strip() for column in table.column_names])
+            if "file_name" not in table.column_names:
+                raise ValueError(f"no column is called file_name: it has {listed(map(repr, table.column_names))}")
+            names = ["" if name is None else str(name) for name in table["file_name"].to_pylist()]
             for i, field in enumerate(table.schema):
                 if pyarrow.types.is_dictionary(field.type):  # which datasets does not take
                     table = table.set_column(i, field.name, table[i].cast(field.type.value_type))
@@ -220,15 +224,26 @@ def _read_metadata(tables: list[str], paths: list[str]) -> tuple[Any, list[str],
                     table = table.set_column(i, field.name, table[i].cast(pyarrow.large_string()))
         except Exception as error:
             raise ValueError(f"{file} cannot be read: {type(error).__name__}: {error}") from error
-        names = [os.path.normpath(os.path.join(os.path.dirname(file), name or "")) for name in names]
-        names = [on_disk.get(composed(name), name) for name in names]
+        names = [_find(os.path.dirname(file), name, on_disk) for name in names]
         kept = [i for i, name in enumerate(names) if composed(name) in on_disk or not os.path.isfile(name)]
         parts.append(table.take(kept))
         found += [names[i] for i in kept]
     table = pyarrow.concat_tables(parts, promote_options="permissive")
     unnamed = len({*paths} - {*found})
     remarks = [f"{counted(unnamed, 'image')} not used: missing in the metadata"] if unnamed else []
+    twice = len(found) - len({*found})
+    if twice:
+        remarks.append(f"{counted(twice, 'row')} of the metadata name an image again")
     return datasets.Dataset(datasets.table.InMemoryTable(table)), found, remarks
+
+
+def _find(folder: str, name: str, on_disk: dict[str, str]) -> str:
+    """The image that a table in a folder names: as it stands, or with the separators of Windows."""
+    for written in (name, name.replace("\\", "/")):
+        path = os.path.normpath(os.path.join(folder, written))
+        if composed(path) in on_disk:
+            return on_disk[composed(path)]
+    return os.path.normpath(os.path.join(folder, name))
 
 
 def _classes(root: str, paths: list[str], asked: bool) -> tuple[list[str] | None, list[str]]:
@@ -258,7 +273,7 @@ def _classes(root: str, paths: list[str], asked: bool) -> tuple[list[str] | None
     empty = sorted(folders - names)
     if empty:
         raise ValueError(f"class folder {os.path.join(root, empty[0])} holds no image: expected one in every class.")
-    splits = sort_names({name for name in names if name.lower() in _SPLITS})
+    splits = sort_names({name for name in names if _AFTER_SPLIT.sub("", name.lower()) in _SPLITS})
     remarks = (
         [f"classes are called like splits: {listed(splits)} (`split` and `labelled` settle it)"] if splits else []
     )

@@ -3,6 +3,7 @@
 
 import io
 import os
+import stat
 import warnings
 
 import numpy as np
@@ -103,6 +104,8 @@ def _open(encoded: dict) -> io.IOBase:
         with fsspec.open(path, "rb") as file:
             return io.BytesIO(file.read())
     try:
+        if not stat.S_ISREG(os.stat(path).st_mode):  # to open a pipe would wait for ever
+            raise UnusableImageError("it is no regular file")
         return open(path, "rb")
     except FileNotFoundError:
         raise UnusableImageError("there is no such file") from None

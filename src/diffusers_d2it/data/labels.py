@@ -96,7 +96,7 @@ def read_label(value: Any) -> int | str | None:
         ValueError: it is a number that is not whole, or something else.
     """
     if isinstance(value, str):
-        return composed(value) if value.strip() else None
+        return composed(value.strip()) or None
     if value is None or value != value:
         return None
     try:
@@ -136,7 +136,7 @@ def read_classes(
     if id2label is not None:
         names = _read_names(id2label)
     elif hasattr(feature, "names"):
-        names = dict(enumerate(map(composed, feature.names)))
+        names = {label: composed(name.strip()) for label, name in enumerate(feature.names)}
     if streaming:
         labels = _declared_labels(column, names, num_classes, of_names)
     else:
@@ -193,7 +193,7 @@ def _occurring_labels(dataset: Any, column: str) -> list[Any]:
 def _read_names(id2label: dict[int, str] | str | os.PathLike) -> dict[int, str]:
     try:
         named = id2label if isinstance(id2label, dict) else json.loads(Path(id2label).read_text(encoding="utf-8-sig"))
-        names = {int(key): composed(name) if isinstance(name, str) else name for key, name in named.items()}
+        names = {int(key): composed(name.strip()) if isinstance(name, str) else name for key, name in named.items()}
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"`id2label` {shown(id2label)}: {error}; {_EXPECTED_NAMES}.") from error
     if not names or not all(isinstance(name, str) for name in names.values()):

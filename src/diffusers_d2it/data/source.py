@@ -34,6 +34,7 @@ from .labels import find_image_column, find_label_column, label_columns, look_up
 
 _SHUFFLE_BUFFER = 1000  # rows of a stream, still encoded, among which the next one is drawn
 _MAX_SHOWN = 10  # names in one line
+_LOOKED_AT = 100  # rows of an archive
 _BUILDERS = {".parquet": "parquet", ".tar": "webdataset"}
 _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
 
@@ -262,6 +263,10 @@ def load_images(
         elif others:
             likely = [column for column in others if hasattr(features[column], "names")] or others
             remarks.append(f"`label_column` could be {listed(likely).replace(', ', ' or ')}")
+        elif "__key__" in columns and not streaming:
+            folders = sorted({os.path.dirname(key) for key in dataset[:_LOOKED_AT]["__key__"]} - {""})
+            if folders:
+                remarks.append(f"folders in the archive are not used as classes, such as {folders[0]}: extract it")
     given = [name for name, value in of_classes.items() if value is not None]
     if given and found is None:
         reason = f"none of the columns {list(features)} is called as labels are" if labelled else "`labelled` is False"
@@ -356,6 +361,9 @@ def _load_with_datasets(
 ) -> tuple[Any, list[str], str | None, list[str]]:
     import datasets
 
+    hint = ""
+    if builder == _BUILDERS[".tar"]:
+        hint = ". Every image of a WebDataset has files of the same endings, and a .cls holds a whole number"
     try:
         # Unlike load_dataset a builder resolves the revision once, and tells the files
         builder = datasets.load_dataset_builder(builder, **config)
@@ -368,7 +376,7 @@ def _load_with_datasets(
             builder.download_and_prepare()
             dataset = builder.as_dataset(split=chosen)
     except Exception as error:  # of the network, the Hub, datasets, pyarrow, ...
-        raise ValueError(f"{path} cannot be read: {type(error).__name__}: {error}") from error
+        raise ValueError(f"{path} cannot be read: {type(error).__name__}: {error}{hint}") from error
     read = list(files) if chosen == "all" else re.split(r"\[[^]]*\]|\+", chosen)
     is_all = split is None and list(files) == ["train"]  # and perhaps nobody called it so
     remarks = [] if is_all or not files else [f"split {chosen} of {', '.join(files)}"]

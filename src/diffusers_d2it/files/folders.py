@@ -338,8 +338,10 @@ def durable_file(path: Path) -> Iterator[Path]:
     """A path aside to write a file to, which is then forced to the disk and put at `path`.
 
     Raises:
-        OSError: the disk is full or failed. What was at `path` is still there.
+        OSError: the disk is full or failed, or there is something else than a file. What was at `path` is still there.
     """
+    if path.exists() and not path.is_file():
+        raise OSError(f"{path} is no regular file, and would be replaced by one.")
     sweep(path.parent, f"{path.name}-")
     with staging_folder(path) as staging:
         staged = staging / path.name

@@ -6,12 +6,20 @@ from collections.abc import Callable
 from functools import wraps
 from weakref import WeakKeyDictionary, WeakSet
 
+import torch
+
 from ..limits import plain
 
 
 _guard = threading.Lock()
 _turns: WeakKeyDictionary = WeakKeyDictionary()  # a lock for each denoiser, whichever pipelines it is in
 _running: WeakSet = WeakSet()  # denoisers of the calls that have their turn
+
+
+def turn_of(model: torch.nn.Module) -> threading.RLock:
+    """What to hold while a denoiser is in a call, or is changed; the same with and without torch.compile's wrapper."""
+    with _guard:
+        return _turns.setdefault(getattr(model, "_orig_mod", model), threading.RLock())
 
 
 def one_call(call: Callable) -> Callable:
@@ -26,10 +34,8 @@ def one_call(call: Callable) -> Callable:
 
     @wraps(call)
     def waiting(self, *args, **kwargs):
-        model = getattr(self.transformer, "_orig_mod", self.transformer)  # without the wrapper of torch.compile
-        with _guard:
-            turn = _turns.setdefault(model, threading.RLock())
-        with turn:
+        model = getattr(self.transformer, "_orig_mod", self.transformer)
+        with turn_of(model):
             if model in _running:
                 raise ValueError(f"`callback_on_step_end` calls a {type(self).__name__} while its model is in a call.")
             _running.add(model)

@@ -11,6 +11,7 @@ import torch
 from ..limits import plain
 from ..words import close_to, composed, shown
 from .base import StrictPipeline
+from .calls import turn_of
 
 
 # Labels in these have no order, or no meaning
@@ -33,6 +34,11 @@ class ClassConditionalPipeline(StrictPipeline):
         start, stop = settings.get("guidance_interval", (0, 1))
         if start > stop:
             raise ValueError(f"`guidance_interval` must be (start, stop) with start <= stop, got ({start}, {stop}).")
+
+    def to(self, *args, **kwargs):
+        """As of diffusers; a call that is under way in another thread ends first."""
+        with turn_of(self.transformer):
+            return super().to(*args, **kwargs)
 
     @property
     def id2label(self) -> dict[int, str] | None:

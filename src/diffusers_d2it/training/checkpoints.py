@@ -331,7 +331,10 @@ def find_checkpoint(
         if found is None:
             accelerator.print(f"{output_dir} holds no checkpoint yet: the run begins anew")
         return found
-    return on_main_process(accelerator, lambda: _verified(Path(resume_from_checkpoint)))
+    path = Path(resume_from_checkpoint)
+    if not path.exists() and Path(output_dir, path).is_dir():  # the name alone, as in the scripts of diffusers
+        path = Path(output_dir, path)
+    return on_main_process(accelerator, lambda: _verified(path))
 
 
 def _latest(output_dir: Path) -> Path | None:
