@@ -28,6 +28,7 @@ import traceback
 import warnings
 from collections.abc import Callable
 from types import TracebackType
+from typing import Any, TextIO
 
 
 TRACEBACK = "D2IT_TRACEBACK"
@@ -163,13 +164,38 @@ def output_folder(text: str) -> str:
         raise argparse.ArgumentTypeError(f"{text} cannot be written to: {error}") from None
 
 
+class _Lasting:
+    """A stream that nobody may be reading any more (`| head`, a terminal that was closed): that ends no run either."""
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        return self._try(self._stream.write, text) or 0
+
+    def flush(self) -> None:
+        self._try(self._stream.flush)
+
+    def _try(self, function: Callable, *arguments: str) -> int | None:
+        try:
+            return function(*arguments)
+        except OSError:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self._stream.fileno())  # where what is still in the buffer goes, too
+            os.close(nowhere)
+
+
 def begin(parse_args: Callable[[], argparse.Namespace]) -> argparse.Namespace:
     """The flags of a script. What goes wrong from here on is said in one line, with the exit status 2.
 
     The traceback is shown as well if the environment variable D2IT_TRACEBACK is set.
     """
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show ends no run
+    for name in ("stdout", "stderr"):
+        getattr(sys, name).reconfigure(errors="backslashreplace")  # a name that the terminal cannot show ends no run
+        setattr(sys, name, _Lasting(getattr(sys, name)))
     warnings.filterwarnings("ignore", "This DataLoader will create")  # --dataloader_num_workers is the user's choice
     args = parse_args()
 

@@ -352,3 +352,16 @@ def test_a_pipe_among_the_images_is_listed_and_not_waited_for(tmp_path):
     source = load_images(tmp_path)
     assert len([one for one in usable_images(source.rows(), 32, bad)]) == 1
     assert "1.png" in bad.path.read_text()
+
+
+def test_a_table_in_another_encoding_is_named(tmp_path):
+    write_folder(tmp_path, pictures("0.png"))
+    (tmp_path / "metadata.csv").write_bytes("file_name,label\n0.png,caf\u00e9".encode("latin-1"))
+    with pytest.raises(ValueError, match="metadata.csv.*UTF-8"):
+        load_images(tmp_path)
+
+
+def test_ids_that_make_a_huge_table_are_said(tmp_path):
+    in_parquet(tmp_path, pyarrow.array([100_234, 100_236, 100_234, 100_236]), "label")
+    assert any("100,237" in remark for remark in load_images(tmp_path).remarks)
+    assert not load_images(tmp_path, num_classes=200_000).remarks

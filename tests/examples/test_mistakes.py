@@ -226,3 +226,17 @@ def test_a_name_that_the_terminal_cannot_show_ends_nothing(encoding):
     environment = os.environ | {"PYTHONPATH": str(EXAMPLES), "PYTHONIOENCODING": encoding}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, timeout=60)
     assert done.returncode == 0 and done.stdout.startswith(b"caf") and b"\\udce9" in done.stdout
+
+
+@pytest.mark.parametrize("closed", [["stdout"], ["stderr"], ["stdout", "stderr"]])
+def test_readers_who_leave_end_no_run(closed, tmp_path):
+    code = "from command_line import begin; import sys; from tqdm import trange; begin(lambda: None)\n"
+    code += "for i in trange(2000): print('a line of text', i); print(i, file=sys.stderr, flush=True)\n"
+    code += "open('result', 'w').write('saved')"
+    read, write = os.pipe()
+    os.close(read)
+    streams = {name: write if name in closed else subprocess.DEVNULL for name in ("stdout", "stderr")}
+    environment = os.environ | {"PYTHONPATH": str(EXAMPLES)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, cwd=tmp_path, timeout=60, **streams)
+    os.close(write)
+    assert done.returncode == 0 and (tmp_path / "result").read_text() == "saved"

@@ -54,7 +54,7 @@ def list_files(root: str) -> tuple[list[str], list[str]]:
 
 
 def _is_hidden(name: str) -> bool:
-    return name.startswith((".", "__"))
+    return name.startswith((".", "__", "@"))  # @eaDir: what a storage of the network keeps for itself
 
 
 def folder_kind(root: str, files: list[str]) -> str:
@@ -213,6 +213,8 @@ def _read_metadata(tables: list[str], paths: list[str]) -> tuple[Any, list[str],
     for file in tables:
         try:
             table = readers.get(os.path.splitext(file)[1], parquet.read_table)(file)
+            if file.endswith(".csv") and any(map(pyarrow.types.is_binary, table.schema.types)):
+                raise ValueError("it is not in UTF-8")
             table = table.rename_columns([column.strip() for column in table.column_names])
             if "file_name" not in table.column_names:
                 raise ValueError(f"no column is called file_name: it has {listed(map(repr, table.column_names))}")

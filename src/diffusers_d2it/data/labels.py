@@ -44,7 +44,8 @@ def find_image_column(features: dict, wanted: str | None) -> str:
     for kind in ("image", "file", "bytes"):
         columns = [column for column in features if kinds[column] == kind]
         if len(columns) > 1:
-            raise ValueError(f"several columns hold images: {columns}. Pass `image_column`.")
+            dots = " In a WebDataset a name ends at its first dot." if "__key__" in features else ""
+            raise ValueError(f"several columns hold images: {columns}. Pass `image_column`.{dots}")
         if columns:
             return columns[0]
     raise ValueError(f"no column holds images, found {dict(features)}. Pass `image_column`.")

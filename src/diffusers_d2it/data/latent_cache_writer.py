@@ -96,6 +96,7 @@ def encode_shards(
         full = [batch.tensors for batch in encoded if batch.tensors]
         tensors = {name: torch.cat([one[name] for one in full]) for name in (full[0] if full else ())}
         yield shard, EncodedRows(tensors, [image for batch in encoded for image in batch.bad_images])
+    next(decoded, None)  # which ends the bar
 
 
 class _DecodedRows(Dataset):

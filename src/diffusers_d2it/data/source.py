@@ -35,6 +35,7 @@ from .labels import find_image_column, find_label_column, label_columns, look_up
 _SHUFFLE_BUFFER = 1000  # rows of a stream, still encoded, among which the next one is drawn
 _MAX_SHOWN = 10  # names in one line
 _LOOKED_AT = 100  # rows of an archive
+_MANY_CLASSES = 1000
 _BUILDERS = {".parquet": "parquet", ".tar": "webdataset"}
 _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
 
@@ -254,6 +255,8 @@ def load_images(
                 dataset, found, streaming=streaming, num_classes=num_classes, id2label=id2label
             )
             columns.append(found if found in features else found.split(".")[0])
+            if of_classes["num_classes"] is None and num_classes > max(_MANY_CLASSES, 10 * len(names)):
+                remarks.append(f"ids up to {max(names):,} make a table of {num_classes:,} classes for {len(names)}")
             unused = [column for column in label_columns(features) if column != found]
             if unused and label_column is None:
                 remarks.append(f"labels are {found}, not {listed(unused)} (`label_column`)")

@@ -26,7 +26,7 @@ def one_call(call: Callable) -> Callable:
     """Make a method the `__call__` of a pipeline: its arguments are `plain`, and calls on one denoiser take turns.
 
     A call keeps its state in the pipeline, where callbacks change it, and in the caches of its denoiser, which
-    pipelines may share. So a second thread waits, and gets what it would get alone.
+    pipelines may share. So a second thread waits, and gets what it would get alone; a callback must not wait for it.
 
     Raises:
         ValueError: a callback calls the pipeline that it is a callback of, or one with the same denoiser.

@@ -5,6 +5,7 @@ Shapes:
     B batch, h w sides of the grain map in regions
 """
 
+import os
 from typing import Any
 
 import torch
@@ -26,7 +27,9 @@ def load_autoencoder(vae: str, resolution: int) -> DynamicAutoencoderKL:
     try:
         loaded = DynamicAutoencoderKL.from_pretrained(vae).requires_grad_(False).eval()
     except (OSError, ValueError) as error:
-        raise ValueError(f"`vae` {vae}: {error}") from error
+        inside = os.path.join(vae, "vae")
+        hint = f" It is a pipeline: did you mean {inside}?" if os.path.isfile(f"{vae}/model_index.json") else ""
+        raise ValueError(f"`vae` {vae}: {error}{hint}") from error
     check_resolution(resolution, loaded.region_size)
     return loaded
 
