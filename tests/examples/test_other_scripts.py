@@ -7,6 +7,7 @@ import shutil
 import sys
 from pathlib import Path
 
+import numpy as np
 import PIL.Image
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
@@ -16,6 +17,7 @@ from script_runs import EXAMPLES, TWO_PROCESSES, call, load_script, run
 from diffusers_d2it import DynamicAutoencoderKL, load_preset
 from diffusers_d2it.data.images import to_pixels
 from diffusers_d2it.entropy import EntropyCalibration
+from diffusers_d2it.pixels import to_uint8
 
 
 def test_calibration_is_the_same_streamed_and_by_two_processes(folder, dvae, tmp_path, capsys):
@@ -46,6 +48,17 @@ def test_calibration_is_the_same_streamed_and_by_two_processes(folder, dvae, tmp
 def test_demo_draws_the_bundled_checkpoint(tmp_path):
     call("demo.py", "--output", tmp_path / "demo.png", "--class_labels", "lion", "lemon", "--num_inference_steps", "3")
     assert PIL.Image.open(tmp_path / "demo.png").size[0] > 0
+
+
+def test_photographs_at_several_budgets(tmp_path, load_photos):
+    paths = [tmp_path / f"{i}.png" for i in range(2)]
+    for path, photo in zip(paths, load_photos(160)):
+        PIL.Image.fromarray(to_uint8(photo).permute(1, 2, 0).numpy()).save(path)
+    call("reconstruct.py", "--images", *paths, "--output", tmp_path / "budgets.png", "--fine_ratios", "0", "1")
+    sheet = np.asarray(PIL.Image.open(tmp_path / "budgets.png"), dtype=float)
+    assert sheet.shape[1] // 128 == 5 and sheet.shape[0] // 128 == 2
+    photo, coarse, fine = (sheet[20:148, 132 * column : 132 * column + 128] for column in (0, 2, 4))
+    assert np.abs(fine - photo).mean() < np.abs(coarse - photo).mean() < 40
 
 
 # ---- Recipes ----
