@@ -15,8 +15,8 @@ from diffusers_d2it import D2iTPipeline
 
 
 VALUES = [
-    "x", -1, 0, math.nan, math.inf, -math.inf, [], {}, [[]], object(), 10**9, 2.5, True, [1, "x"], torch.zeros(3),
-    b"x", (None,), np.float32("nan"),
+    "x", -1, 0, math.nan, math.inf, -math.inf, [], {}, [[]], object(), 10**9, 2.5, True, [1, "x"],
+    b"x", (None,), np.float32("nan"), torch.full((3,), 0.5),
 ]  # fmt: skip
 
 # What these arguments may well be: those that are left must be refused

@@ -93,7 +93,7 @@ def sample(pipe, batch_size: int = 2, **kwargs) -> torch.Tensor:
         num_inference_steps=STEPS,
         generator=generator,
         output_type="latent",
-        **kwargs,
+        **({"guidance_interval": (0.0, 1.0)} | kwargs),
     ).images
     check_tied(latents, grain_map)
     return latents
