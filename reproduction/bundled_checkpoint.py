@@ -63,6 +63,7 @@ TRAINED_ON = {  # and updates of the content model
 LIMITS = (
     "A demonstration of the method, trained on two CPU cores: many shapes are wrong, and its numbers say nothing about"
     " what D²iT reaches at scale.",
+    "The commands are the recipe; where the training of these weights deviated from it stands in its files.",
     "Photographs of ImageNet carry its biases; people may appear in the background.",
     "Not for any decision about anything.",
 )
