@@ -209,6 +209,7 @@ def main(args: argparse.Namespace) -> None:
     if args.grain_source == "true":
         true_maps = ReferenceMaps(args.reference_data, pipe, plan, size[0], settings.pop("fine_ratio"))
         sampling["grain_maps"]["reference_data"] = true_maps.describe()
+        accelerator.print(true_maps.source)
 
     with SampleFolder(args.output_dir, plan, sampling, size, args.format, accelerator, args.checkpoint) as samples:
         accelerator.print(

@@ -325,11 +325,26 @@ def test_metadata_with_other_separators_name_their_columns(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "names", [("train2017", "val2017"), ("training_set", "test_set"), ("Train-Images", "eval_data")]
+    "names",
+    [
+        ("train2017", "val2017"),
+        ("training_set", "test_set"),
+        ("Train-Images", "eval_data"),
+        ("part_0", "part_1"),
+        ("Shard-01", "Shard-02"),
+        ("000", "001"),
+    ],
 )
-def test_folders_that_look_like_splits_are_said(tmp_path, names):
+def test_folders_that_look_like_something_else_are_said(tmp_path, names):
     write_folder(tmp_path, pictures(*(f"{name}/{i}.png" for i, name in enumerate(names))))
     assert any(all(name in remark for name in names) for remark in load_images(tmp_path).remarks)
+
+
+def test_names_that_differ_in_capitals_alone_are_said(tmp_path):
+    write_folder(tmp_path, pictures("0.png", "1.png", "2.png"))
+    (tmp_path / "metadata.csv").write_text("file_name,label\n0.png,cat\n1.png,Cat\n2.png,dog")
+    (remark,) = load_images(tmp_path).remarks
+    assert all(name in remark for name in ("cat", "Cat")) and "dog" not in remark
 
 
 def test_folders_in_an_archive_are_said(tmp_path):

@@ -4,6 +4,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import sys
 from collections import Counter
@@ -282,6 +283,22 @@ def test_flags_that_make_no_sense_are_refused_and_nothing_is_written(checkpoint,
     with pytest.raises(ValueError, match=re.escape(message)):
         draw(checkpoint, tmp_path / "set", **changed)
     assert not list((tmp_path / "set").iterdir())
+
+
+def test_photographs_that_cannot_be_used_are_left_out(checkpoint, folder, tmp_path, caplog):
+    photos, true = tmp_path / "photos", {"grain_source": "true", "num_images": 6, "class_labels": ["coffee"]}
+    shutil.copytree(folder, photos)
+    for name in ("0.png", "zz.png"):  # before and after the only one that can be used
+        (photos / "coffee" / name).write_bytes(b"no image")
+    draw(checkpoint, tmp_path / "set", **true, reference_data=photos)
+    draw(checkpoint, tmp_path / "whole", **true, reference_data=folder)
+    for name in (f"{i:06}.png" for i in range(6)):
+        assert (tmp_path / "set" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert {"0.png", "zz.png"} & {Path(record.args[0]).name for record in caplog.records if record.args}
+    (usable,) = (folder / "coffee").iterdir()
+    (photos / "coffee" / usable.name).write_bytes(b"")
+    with pytest.raises(ValueError, match=r"coffee.*\.png"):
+        draw(checkpoint, tmp_path / "none", **true, reference_data=photos)
 
 
 def test_photographs_that_do_not_fit_are_refused(checkpoint, folder, make_pipeline, tmp_path):

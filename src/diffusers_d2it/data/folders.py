@@ -26,6 +26,8 @@ _SPLITS = {"train": "train", "training": "train"}
 _SPLITS |= dict.fromkeys(("validation", "valid", "val", "dev"), "validation")
 _SPLITS |= dict.fromkeys(("test", "testing", "eval", "evaluation"), "test")
 _AFTER_SPLIT = re.compile(r"[\W_]*(\d{4}|data|images?|set|split)$")  # train2017, training_set, val-images
+# part_0, shard-01, 000: a piece of a set that was too large for one folder
+_PART = re.compile(r"(part|shard|chunk|batch|volume)[\W_]*\d+|0\d{2,}")
 # A folder called so, with no other beside it, keeps the images together and is no class
 _CONTAINERS = {"data", "image", "images", "img", "imgs", "jpeg", "jpg", "photo", "photos", "pictures", "png"}
 
@@ -279,6 +281,9 @@ def _classes(root: str, paths: list[str], asked: bool) -> tuple[list[str] | None
     remarks = (
         [f"classes are called like splits: {listed(splits)} (`split` and `labelled` settle it)"] if splits else []
     )
+    parts = sort_names(name for name in names if _PART.fullmatch(name.lower()))
+    if parts:
+        remarks.append(f"classes are called like parts of a set: {listed(parts)} (`labelled` settles it)")
     return [composed(place[0]) for place in places], remarks
 
 

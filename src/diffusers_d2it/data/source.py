@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -261,6 +262,10 @@ def load_images(
             if unused and label_column is None:
                 remarks.append(f"labels are {found}, not {listed(unused)} (`label_column`)")
             shifted = [label for label, name in names.items() if name.isdecimal() and int(name) != label]
+            alike = Counter(name.casefold() for name in names.values())
+            twins = [name for name in names.values() if alike[name.casefold()] > 1]
+            if twins:
+                remarks.append(f"names differ in capitals alone, and are classes each: {listed(twins, _MAX_SHOWN)}")
             if shifted:
                 remarks.append(f"names are no ids: {names[shifted[0]]!r} has the id {shifted[0]}")
         elif others:

@@ -1,6 +1,7 @@
 # Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
 """True grain maps for a set of samples: each takes that of a real photograph of its class."""
 
+import logging
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -8,12 +9,14 @@ import torch
 from diffusers import DiffusionPipeline
 
 from ..data.images import UnusableImageError, decode_image, to_pixels
-from ..data.source import ImageSource, Row, load_images
+from ..data.source import ImageSource, load_images
 from ..grains import grain_map_from_entropy
 from ..pipelines.class_conditional import class_of
-from ..words import listed
+from ..words import listed, printable
 from .sets import SamplePlan
 
+
+logger = logging.getLogger(__name__)
 
 _THREADS = 4  # that decode photographs
 
@@ -25,7 +28,8 @@ class ReferenceMaps:
         pipe(plan.labels(batch), grain_map=maps(batch), generator=plan.generators(batch))
 
     Image i takes the map of a photograph of its class, drawn with its own seed from all of them, so some photographs
-    are taken several times. Classes are matched by their names, or where they are only numbers by their ids.
+    are taken several times; for one that cannot be used, the next of its class. Classes are matched by their names,
+    or where they are only numbers by their ids.
 
     Args:
         path: folder of photographs by class, .parquet, WebDataset .tar or name on the Hub, as in training.
@@ -44,6 +48,7 @@ class ReferenceMaps:
     ):
         self.vae, self.plan, self.resolution = pipe.vae, plan, resolution
         self.thresholds = pipe.vae.thresholds(fine_ratio)
+        self.left_out: dict[str, str] = {}  # why photographs cannot be used
         self.source = load_images(path, labelled=plan.classes is not None)
         if plan.classes is None:
             self._rows = {None: range(self.source.num_rows)}
@@ -64,27 +69,32 @@ class ReferenceMaps:
         """The maps of a batch of images, (B, h, w) int64.
 
         Raises:
-            ValueError: a photograph is damaged or no image; it is named.
+            ValueError: no photograph of a class can be used; one of them is named.
         """
-        rows = []
-        for image in batch:
-            candidates = self._rows[self.plan.label(image)]
-            rows.append(self.source[candidates[self.plan.choice(image, len(candidates))]])
         with ThreadPoolExecutor(_THREADS) as pool:
-            pixels = torch.stack(list(pool.map(self._decode, rows)))
+            pixels = torch.stack(list(pool.map(self._photograph, batch)))
         return grain_map_from_entropy(self.vae.region_entropy(pixels.to(self.vae.device)), self.thresholds)
 
     def describe(self) -> dict[str, Any]:
         """The part of a protocol that says where the maps come from."""
-        rule = "image i: SeedSequence(seed, spawn_key=(2, i)).generate_state(1, uint64) modulo those of its class"
+        rule = (
+            "image i: SeedSequence(seed, spawn_key=(2, i)).generate_state(1, uint64) modulo those of its class, or the"
+            " next that can be used"
+        )
         photographs, fingerprint = self.source.describe(self.resolution), self.source.fingerprint
         return {"photographs": photographs, "fingerprint": fingerprint, "rule": rule}
 
-    def _decode(self, row: Row) -> torch.Tensor:
-        try:
-            return to_pixels(decode_image(row.encoded), self.resolution)
-        except UnusableImageError as error:
-            raise ValueError(f"{row.name} cannot be used: {error}.") from error
+    def _photograph(self, image: int) -> torch.Tensor:
+        candidates = self._rows[self.plan.label(image)]
+        first = self.plan.choice(image, len(candidates))
+        for row in map(self.source.__getitem__, (*candidates[first:], *candidates[:first])):
+            try:
+                return to_pixels(decode_image(row.encoded), self.resolution)
+            except UnusableImageError as error:
+                if row.name not in self.left_out:
+                    logger.warning("image %r is left out: %s", printable(row.name), error)
+                self.left_out[row.name] = str(error)
+        raise ValueError(f"no photograph of the class can be used: {row.name}: {self.left_out[row.name]}.")
 
 
 def classes_of_checkpoint(source: ImageSource, pipe: DiffusionPipeline) -> dict[int, int | None]:
