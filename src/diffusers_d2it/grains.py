@@ -11,11 +11,12 @@ Shapes:
 """
 
 import numbers
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from einops import repeat
+from torch.utils._pytree import tree_map_only
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -210,9 +211,11 @@ class GrainLayout:
                 " noise through `diffusers_d2it.tie(noise, grain_map)`, and the sample again after every step."
             )
 
-    def to(self, device: torch.device | str) -> "GrainLayout":
-        """The layout on another device."""
-        return _to(self, torch.device(device))
+    def to(self, device: torch.device | str | None = None, non_blocking: bool = False) -> "GrainLayout":
+        """The layout on another device, None for where it is."""
+        if device is None:
+            return self
+        return tree_map_only(torch.Tensor, lambda part: part.to(device, non_blocking=non_blocking), self)
 
     def _codes(self, latents: torch.Tensor, grain: int) -> torch.Tensor:
         """Latents as (B, C, h * 2^grain, side, w * 2^grain, side), `side` cells along a side of a code."""
@@ -239,11 +242,5 @@ def _layout_of(latents: torch.Tensor, grain_map: torch.Tensor) -> GrainLayout:
     return GrainLayout.from_grain_map(grain_map, cells.bit_length())
 
 
-def _to(value, device: torch.device):
-    if isinstance(value, torch.Tensor):
-        return value.to(device)
-    if isinstance(value, tuple):
-        return tuple(_to(one, device) for one in value)
-    if is_dataclass(value):
-        return replace(value, **{field.name: _to(getattr(value, field.name), device) for field in fields(value)})
-    return value
+# A tree of tensors to whatever walks arguments: torch.export, hooks, DataParallel
+torch.export.register_dataclass(GrainLayout)

@@ -56,6 +56,10 @@ class RefineLayout:
     rounded: bool  # whether some tokens stand nowhere, and a compiled graph must not rely on the sizes
 
 
+for _layout in (WindowGroup, RefineLayout):
+    torch.export.register_dataclass(_layout)
+
+
 def pack_levels(grain_map: torch.Tensor, num_grains: int, window_size: int, rounded: bool) -> tuple[RefineLayout, ...]:
     """The packed tokens of levels 1 ... k-1.
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 import diffusers
+import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
 from huggingface_hub import HfApi, ModelCard, hf_hub_download
 
@@ -66,6 +67,16 @@ class StrictPipeline(WithoutOrigin, DiffusionPipeline):
     def check_settings(cls, settings: Mapping[str, Any]) -> None:
         """Raise a ValueError unless these arguments of `__call__` are of their types and in their ranges."""
         check_values(settings, get_type_hints(cls.__call__), cls._limits, exact=False)
+
+    @property
+    def _execution_device(self) -> torch.device:
+        """As of diffusers, also where hooks offload some of the models and leave others where they are."""
+        models = [model for model in self.components.values() if isinstance(model, torch.nn.Module)]
+        for module in (module for model in models for module in model.modules()):
+            device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+            if device is not None:
+                return torch.device(device)
+        return super()._execution_device
 
     # -----------------------------------------------------------------------------------------------------------------
     # Loading
