@@ -49,6 +49,11 @@ class Count:
         problem = attempt(call).problem(*expected)
         self.tried(f"{what}: {problem}", silent=problem is not None)
 
+    def named(self, call: Callable[[], object], *expected: str, what: object = "") -> None:
+        """Count a call that must raise a ValueError with these words, or log a warning with them."""
+        problem = attempt(call).unnamed(*expected)
+        self.tried(f"{what}: {problem}", silent=problem is not None)
+
 
 @pytest.fixture(scope="session")
 def inputs(tmp_path_factory, make_pipeline):

@@ -189,11 +189,13 @@ def test_values_that_ask_for_too_much_together_are_refused(saved, fault):
         count.refused(load, file, next(iter(changes)), "parameters", what=(cls, changes))
 
 
-FOREIGN = [
-    ({"heads": 4}, "'heads'", "4"),
-    ({"self": 4}, "'self'", "4"),
-    ({"auto_map": {"AutoModel": "evil.Model"}}, "'auto_map'", "evil.Model"),
+UNKNOWN = [
+    ({"heads": 4}, "'heads'"),
+    ({"auto_map": {"AutoModel": "evil.Model"}, "dtype": "bfloat16"}, "'auto_map', 'dtype'"),
+    ({"self": 4}, "'self'"),
     ({"\x1b[31mred": 1}, r"'\x1b[31mred'"),
+]
+FOREIGN = [
     *(
         ({"_class_name": name}, "`_class_name`", repr(name))
         for name in ("UNet2DModel", "D2iTPipeline", None, ["os", "x"])
@@ -204,8 +206,18 @@ FOREIGN = [
 ]
 
 
-def test_keys_that_no_model_has_are_refused(saved, fault):
-    count = fault("config.json with a foreign key or class")
+def test_keys_that_no_model_has_are_named_and_not_used(saved, fault):
+    count = fault("config.json with an unknown key")
+    for cls in KINDS:
+        folder, _, original = saved[cls]
+        for changes, expected in UNKNOWN:
+            load = changed(saved, cls, changes)
+            count.named(load, str(folder / "config.json"), expected, what=(cls, changes))
+            assert same_weights(load(), original)
+
+
+def test_other_classes_and_hostile_keys_are_refused(saved, fault):
+    count = fault("config.json with a foreign class or hostile key")
     for cls in KINDS:
         for changes, *expected in FOREIGN:
             file = str(saved[cls][0] / "config.json")

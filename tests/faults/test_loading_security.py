@@ -194,8 +194,6 @@ def hostile_indices(index: dict) -> Iterator[tuple[str, dict]]:
     for key in ("vae", "transformer", "scheduler"):
         yield key, index | {key: [None, None]}
         yield key, {name: value for name, value in index.items() if name != key}
-    for key in ("safety_checker", "feature_extractor", "../vae", "id2labels"):
-        yield key, index | {key: ["planted_module", "Model"]}
     for value in (["planted_module", "Pipeline"], "StableDiffusionPipeline", "DiffusionPipeline", None, 3, ""):
         yield "_class_name", index | {"_class_name": value}
     yield "_ignore_files", index | {"_ignore_files": ["vae/config.json"]}
@@ -216,6 +214,12 @@ def test_an_index_cannot_name_other_components(pipeline, canary, planted, tmp_pa
         what = (key, changed.get(key))
         count.refused(load, str(pipeline / "model_index.json"), key, what=what)
         count.tried(what, silent=canary.exists() or "planted_module" in sys.modules)
+    for key in ("safety_checker", "feature_extractor", "../vae", "id2labels"):  # not used, and nothing is imported
+        (pipeline / key).mkdir(exist_ok=True)
+        (pipeline / key / "planted_module.py").write_bytes(planted["module"])
+        (pipeline / "model_index.json").write_text(json.dumps(index | {key: ["planted_module", "Model"]}))
+        count.named(load, str(pipeline / "model_index.json"), key, what=key)
+        count.tried(key, silent=canary.exists() or "planted_module" in sys.modules)
     (pipeline / "model_index.json").write_text(json.dumps(index))
     shutil.rmtree(pipeline / "vae")  # diffusers would look at the top of the folder instead
     count.refused(load, str(pipeline / "vae"), what="vae missing")

@@ -270,14 +270,14 @@ if fcntl is not None:
 def _commit_inside(staging: Path, folder: Path) -> None:
     """Replace the files of a folder by those of a sealed staging folder inside it."""
     new = _read_manifest(staging)["files"]
-    series = {_series(name) for name in new}
+    series = {series_of(name) for name in new}
     old = _read_manifest(folder)["files"] if is_sealed(folder) else {}
-    kept = {name: record for name, record in old.items() if name not in new and _series(name) not in series}
+    kept = {name: record for name, record in old.items() if name not in new and series_of(name) not in series}
     parents = {(folder / name).parent for name in new}
     around = [path for parent in sorted(parents) if parent.is_dir() for path in sorted(parent.iterdir())]
     others = {path.relative_to(folder).as_posix() for path in around if path.is_file()} - new.keys()
     # Of a sub-folder that was saved by itself before, the manifest does not hold any more
-    stale = sorted(name for name in others if _series(name) in series or name.endswith(f"/{MANIFEST}"))
+    stale = sorted(name for name in others if series_of(name) in series or name.endswith(f"/{MANIFEST}"))
     files = {"version": _VERSION, "files": {**kept, **new}}
     manifest = {**files, "pending": staging.name, "stale": stale}
     _write_manifest(folder, manifest)  # from here on the new files count
@@ -297,7 +297,7 @@ def _move_pending(staging: Path, folder: Path, manifest: dict) -> None:
     shutil.rmtree(staging, ignore_errors=True)
 
 
-def _series(name: str) -> object:
+def series_of(name: str) -> object:
     """Equal for files of one set of weights: whole, in shards, or the index of the shards; variants differ."""
     if ".safetensors" not in name:
         return name
@@ -375,22 +375,32 @@ def read_json(path: Path) -> dict:
     """Read a JSON file that holds an object.
 
     Raises:
-        ValueError: it is missing, is something else, or is larger than any that is written here.
+        MissingFileError: it is missing.
+        ValueError: it is something else, or larger than any that is written here.
     """
-    if not path.is_file():
-        raise ValueError(f"{path} is missing.")
+    check_is_file(path)
     if (num_bytes := path.stat().st_size) > MAX_JSON:
         raise ValueError(f"{path} has {num_bytes} bytes, at most {MAX_JSON} are read.")
     content = path.read_bytes()
     if (found := content.count(b"[") + content.count(b"{")) > _MAX_BRACKETS:
         raise ValueError(f"{path} holds {found} lists and objects, at most {_MAX_BRACKETS} are read.")
     try:
-        stored = json.loads(content.decode())
+        stored = json.loads(content.decode("utf-8-sig"))  # as editors of Windows write it
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
+        raise ValueError(f"{path} is no JSON: {error}") from error
     if not isinstance(stored, dict):
-        raise ValueError(f"{path} is damaged: it holds {type(stored).__name__}, not a JSON object.")
+        raise ValueError(f"{path} must hold a JSON object, got {type(stored).__name__}.")
     return stored
+
+
+class MissingFileError(OSError, ValueError):
+    """A file that is not there: an OSError, as diffusers raises, and a ValueError, as of all that cannot be loaded."""
+
+
+def check_is_file(path: Path) -> None:
+    """Raise a MissingFileError unless there is a file."""
+    if not path.is_file():
+        raise MissingFileError(f"{path} is missing.")
 
 
 def check_file(path: Path, *records: dict, contents: bool = True) -> None:
@@ -398,8 +408,7 @@ def check_file(path: Path, *records: dict, contents: bool = True) -> None:
 
     With `contents=False` the sizes alone are compared.
     """
-    if not path.is_file():
-        raise ValueError(f"{path} is missing.")
+    check_is_file(path)
     size = path.stat().st_size
     fitting = [record["sha256"] for record in records if record["bytes"] == size]
     if not fitting:

@@ -13,6 +13,7 @@ from huggingface_hub.errors import HFValidationError, RevisionResolutionError
 from huggingface_hub.utils import validate_repo_id
 
 from ..words import close_to, listed, printable, shown
+from .folders import read_json
 from .weights import weight_names
 
 
@@ -144,6 +145,10 @@ def without_origin(config: str) -> str:
 
 class WithoutOrigin:
     """A `ConfigMixin` that writes down nothing about where it was loaded from: a folder of this machine, mostly."""
+
+    @classmethod
+    def _dict_from_json_file(cls, json_file: str | os.PathLike) -> dict[str, Any]:
+        return read_json(Path(json_file))  # also as editors of Windows write it
 
     def to_json_string(self) -> str:
         """The configuration as it is saved."""

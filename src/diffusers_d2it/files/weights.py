@@ -6,14 +6,18 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from diffusers.utils import logging
 from safetensors import SafetensorError, safe_open
 
-from ..words import printable, shown, visible
-from .folders import MANIFEST, check_file, read_json, settle
+from ..words import counted, printable, shown, visible
+from .folders import MANIFEST, MissingFileError, check_file, check_is_file, read_json, series_of, settle
 
+
+logger = logging.get_logger(__name__)
 
 MAX_HEADER = 2**21  # bytes: 15,000 tensors; safetensors itself reads 100 MB
 
+_WAY_OUT = f"Copy or save all of it again, or remove {MANIFEST} to load what is there."
 _FLOATING = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 _HALVES = ("F16", "BF16")
 
@@ -36,13 +40,14 @@ def weight_files(folder: Path, variant: str | None = None, suffix: str = ".safet
     """The files of a model's weights: the index of shards, if it is there, and its shards, else the single file.
 
     Raises:
-        ValueError: there is neither, or the index is damaged, or names anything but such files beside it.
+        MissingFileError: there is neither.
+        ValueError: the index is damaged, or names anything but such files beside it.
     """
     single, index = (folder / name for name in weight_names(variant, suffix))
     if index.is_file():
         return [index, *sorted(set(read_index(index, suffix).values()))]
     if not single.is_file():
-        raise ValueError(f"{single} is missing, and so is {index.name}.")
+        raise MissingFileError(f"{single} is missing, and so is {index.name}.")
     return [single]
 
 
@@ -89,8 +94,7 @@ def read_header(file: Path) -> dict[str, Tensor]:
     Raises:
         ValueError: the file is missing, no safetensors file, cut off, or its header contradicts its size or itself.
     """
-    if not file.is_file():
-        raise ValueError(f"{file} is missing.")
+    check_is_file(file)
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
     if length > MAX_HEADER:
@@ -127,15 +131,15 @@ def check_fits(tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[int, 
     other = sorted(name for name in expected.keys() & tensors.keys() if tensors[name].shape != expected[name])
     problems = []
     if missing:
-        problems.append(f"{len(missing)} weights are missing, such as `{missing[0]}`")
+        problems.append(f"{counted(len(missing), 'tensor')} missing, such as `{missing[0]}`")
     if foreign:
-        problems.append(f"{len(foreign)} weights are foreign to the model, such as {shown(foreign[0])}")
+        problems.append(f"{counted(len(foreign), 'tensor')} unknown to the model, such as {shown(foreign[0])}")
     if other:
         file, _, shape = tensors[other[0]]
         found = f"{shown(shape)} in {file.name}, {expected[other[0]]} in the model"
-        problems.append(f"{len(other)} weights have another shape, such as `{other[0]}`: {found}")
+        problems.append(f"{counted(len(other), 'tensor')} of another shape, such as `{other[0]}`: {found}")
     if problems:
-        raise ValueError(f"{files}: {'; '.join(problems)}.")
+        raise ValueError(f"the weights of {files} do not fit it: {'; '.join(problems)}.")
 
 
 def check_finite(tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> None:
@@ -188,19 +192,32 @@ def sealed_files(folder: Path) -> dict[Path, list[dict]]:
 
 
 def check_sealed(files: Iterable[Path], records: Mapping[Path, list[dict]]) -> None:
-    """Raise a ValueError unless files are what manifests say of them, the records of `sealed_files`.
+    """Compare files with what manifests say of them, the records of `sealed_files`.
 
-    A file that no manifest lists may be any, unless weights beside it are listed: these are not of one save.
+    Weights must be those that were saved. A text that somebody has edited since, or a file that has come beside what
+    was saved, is named by a warning: what it holds is checked like that of any file.
+
+    Raises:
+        ValueError: a file is missing, or weights are others.
     """
-    weights = {file.parent: file for file in sorted(records) if file.suffix == ".safetensors"}
+    series = {(file.parent, series_of(file.name)) for file in records}
+    folders = {folder for folder, _ in series}
     for file in (file.absolute() for file in files):
         if file in records:
-            check_file(file, *reversed(records[file]))
-        elif file.parent in weights:
+            try:
+                check_file(file, *reversed(records[file]))
+            except MissingFileError:
+                raise
+            except ValueError as error:
+                if ".safetensors" in file.name:  # and the index of shards
+                    raise ValueError(f"{error} {_WAY_OUT}") from None
+                logger.warning("%s is not as it was saved: it is loaded as it stands.", file)
+        elif (file.parent, series_of(file.name)) in series and ".safetensors" in file.name:
             raise ValueError(
-                f"{file} is in no {MANIFEST}, as {visible(weights[file.parent].name)} is: it was not saved with the"
-                " rest. Remove the manifest to load it all the same."
+                f"{file} is in no {MANIFEST}, and would be read in place of the weights that are. {_WAY_OUT}"
             )
+        elif file.parent in folders and file.is_file():
+            logger.warning("%s is in no %s: it was not saved with the rest, and is loaded.", file, MANIFEST)
 
 
 def _lists(sealed: Path, folder: Path) -> bool:

@@ -3,13 +3,15 @@
 
 import inspect
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, get_type_hints
 
 import torch
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils import logging
 
 from ..files.folders import STAGING, read_json, save_folder
 from ..files.source import HUB_ARGUMENTS, WithoutOrigin, check_source, download_model, public_config, refuse_code
@@ -22,12 +24,15 @@ from ..files.weights import (
     sealed_files,
     weight_files,
 )
-from ..limits import check_keys, check_values
-from ..words import shown
+from ..limits import check_values
+from ..words import listed, shown
 from .configs import FURTHER_KEYS, LIMITS
 
 
+logger = logging.get_logger(__name__)
+
 CONFIG = "config.json"
+_NOT_SAVED = "it is not saved, as it could not be loaded again: "
 
 
 class StrictModelMixin(WithoutOrigin, ModelMixin):
@@ -110,11 +115,14 @@ class StrictModelMixin(WithoutOrigin, ModelMixin):
     def _read_config(cls, file: Path, kwargs: dict[str, Any]) -> dict[str, Any]:
         """The configuration that a file and the arguments make together, checked, with every key."""
         stored = read_json(file)
-        parameters = list(inspect.signature(cls.__init__).parameters.values())[1:]
-        defaults = {parameter.name: parameter.default for parameter in parameters}
+        defaults = {name: parameter.default for name, parameter in init_parameters(cls).items()}
         overrides = {key: value for key, value in kwargs.items() if key in defaults}
         source = str(file) if not overrides else f"{file} with the arguments {', '.join(sorted(overrides))}"
         public = public_config(stored)
+        unknown = sorted(map(shown, public.keys() - _known_keys(cls)))
+        if unknown:  # of a newer version, or of another tool
+            logger.warning("%s: %s is not used, as a %s has no such key.", file, listed(unknown), cls.__name__)
+        public = {key: value for key, value in public.items() if key in _known_keys(cls)}
         config = defaults | public | overrides
         known = [base.__name__ for base in cls.__mro__ if issubclass(base, StrictModelMixin)][:-1]
         try:
@@ -122,7 +130,6 @@ class StrictModelMixin(WithoutOrigin, ModelMixin):
                 raise ValueError(f"`_class_name` must be {' or '.join(known)}, got {shown(name)}.")
             if "_use_default_values" in stored:  # would make others of the keys not count
                 raise ValueError("`_use_default_values` must not be in a file.")
-            check_keys(public, defaults.keys() | FURTHER_KEYS.keys())
             check_values(public, FURTHER_KEYS, LIMITS)
             cls.check_config(config)
         except ValueError as error:
@@ -169,10 +176,13 @@ class StrictModelMixin(WithoutOrigin, ModelMixin):
         if not is_main_process:
             return
         self.check_config(self.config)
+        self._check_state()
         save = super().save_pretrained
 
         def write(path: str | os.PathLike) -> None:
-            save(path, save_function=save_function, variant=variant, max_shard_size=max_shard_size)
+            with saving(path, folder):
+                save(path, save_function=save_function, variant=variant, max_shard_size=max_shard_size)
+                self._check_folder(Path(path), variant, {})
 
         if any(part.startswith(STAGING) for part in folder.parts):
             write(folder)  # whoever saves there seals all of it
@@ -180,6 +190,31 @@ class StrictModelMixin(WithoutOrigin, ModelMixin):
             save_folder(folder, write)
         if push_to_hub:
             self.push_to_hub(**pushed)
+
+    def _check_state(self) -> None:
+        """Raise a ValueError if there is more in the model than its configuration tells."""
+        name = type(self).__name__
+        if getattr(self, "_hf_peft_config_loaded", False):
+            raise ValueError(
+                f"a {name} with adapters is not saved: `save_lora_adapter` saves them; for the model call"
+                " `unload_lora()` first, after `fuse_lora()` if they are to stay in its weights."
+            )
+        if any(getattr(module, "fused_projections", False) for module in self.modules()):
+            raise ValueError(f"a {name} with fused projections is not saved: call `unfuse_qkv_projections()` first.")
+        if any(weight.is_meta for weight in self.parameters()):
+            raise ValueError(
+                f"a {name} whose weights are offloaded by accelerate is not saved: remove its hooks first."
+            )
+
+    @staticmethod
+    def _get_init_keys(input_class: type) -> set[str]:
+        return {"self", *init_parameters(input_class)}
+
+    @classmethod
+    def extract_init_dict(cls, config_dict: Mapping[str, Any], **kwargs):
+        """As of diffusers, without keys that it would hand to the constructor although nobody knows them."""
+        known = {key: value for key, value in config_dict.items() if key.startswith("_") or key in _known_keys(cls)}
+        return super().extract_init_dict(known, **kwargs)
 
 
 class SafeAdapterMixin(PeftAdapterMixin):
@@ -197,6 +232,32 @@ class SafeAdapterMixin(PeftAdapterMixin):
         if name is not None and not str(name).endswith(".safetensors"):
             raise ValueError(f"`weight_name` must end with .safetensors, got {shown(name)}: others can hold code.")
         super().load_lora_adapter(pretrained_model_name_or_path_or_dict, *args, **kwargs | {"use_safetensors": True})
+
+
+def init_parameters(cls: type) -> dict[str, inspect.Parameter]:
+    """The arguments of a constructor, and where it takes any others by **kwargs those of its bases."""
+    found: dict[str, inspect.Parameter] = {}
+    for base in (base for base in cls.__mro__ if "__init__" in vars(base)):
+        _, *parameters = inspect.signature(base.__init__).parameters.values()
+        named = (one for one in parameters if one.kind not in (one.VAR_KEYWORD, one.VAR_POSITIONAL))
+        found = {one.name: one for one in named} | found
+        if not any(one.kind == one.VAR_KEYWORD for one in parameters):
+            break
+    return found
+
+
+def _known_keys(cls: type) -> set[str]:
+    return {*init_parameters(cls), *FURTHER_KEYS}
+
+
+@contextmanager
+def saving(staging: str | os.PathLike, folder: Path) -> Iterator[None]:
+    """While what was just saved aside is checked like what is loaded: a ValueError says so, and speaks of `folder`."""
+    try:
+        yield
+    except ValueError as error:
+        reason = str(error).replace(str(staging), str(folder)).removeprefix(_NOT_SAVED)
+        raise ValueError(f"{_NOT_SAVED}{reason}") from error
 
 
 def refuse_unsafe(safe_serialization: bool, use_flashpack: bool) -> None:

@@ -3,6 +3,7 @@
 
 import inspect
 import os
+import sys
 import tempfile
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any, get_type_hints
 import diffusers
 import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
+from diffusers.utils import logging
 from huggingface_hub import HfApi, ModelCard, hf_hub_download
 
 from ..files.folders import read_json, save_folder
@@ -18,11 +20,13 @@ from ..files.source import HUB_ARGUMENTS, WithoutOrigin, check_source, pin, publ
 from ..files.weights import check_sealed, sealed_files
 from ..hub.card import make_model_card
 from ..hub.push import CARD, PARTS, SAMPLES, check_png, make_repository, named_errors, upload, write_card
-from ..limits import check_keys, check_values
-from ..models.strict import refuse_unsafe
+from ..limits import check_values
+from ..models.strict import init_parameters, refuse_unsafe, saving
 from ..optional import naming_what_is_broken
-from ..words import shown
+from ..words import listed, shown
 
+
+logger = logging.get_logger(__name__)
 
 INDEX = "model_index.json"
 
@@ -133,8 +137,8 @@ class StrictPipeline(WithoutOrigin, DiffusionPipeline):
         records = sealed_files(folder)
         check_sealed([folder / INDEX], records)
         index = cls._read_index(folder / INDEX)
-        for name in (*cls._models, *cls._schedulers):
-            library, class_name = index.get(name) or (None, None)
+        for name in filter(init_parameters(cls).get, index):
+            library, class_name = index[name] if _is_component(index[name]) else (None, None)
             if library is None or name in given:
                 continue
             part = folder / name
@@ -142,6 +146,12 @@ class StrictPipeline(WithoutOrigin, DiffusionPipeline):
                 raise ValueError(f"{part} is missing: {folder / INDEX} says that it holds a {class_name}.")
             if (code := part / f"{library}.py").exists():
                 raise ValueError(f"{code} must not be there: no code is run.")
+            if library in sys.modules and library not in (
+                "diffusers",
+                "transformers",
+            ):  # where diffusers looks for these
+                for base in (diffusers.ModelMixin, SchedulerMixin):
+                    vars(sys.modules[library]).setdefault(base.__name__, base)
             if name in cls._schedulers:
                 check_sealed([part / "scheduler_config.json"], records)
                 _check_scheduler(part / "scheduler_config.json")
@@ -150,17 +160,23 @@ class StrictPipeline(WithoutOrigin, DiffusionPipeline):
     def _read_index(cls, file: Path) -> dict[str, Any]:
         """model_index.json, which names the components of this pipeline and nothing else. Nothing is imported."""
         index = read_json(file)
-        public = public_config(index)
-        known = [base.__name__ for base in cls.__mro__ if "_schedulers" in vars(base)]  # those with components
+        known = [
+            base.__name__ for base in cls.__mro__ if issubclass(base, StrictPipeline) and hasattr(base, "_models")
+        ]
         try:
             if index.get("_class_name") not in known:
                 raise ValueError(f"`_class_name` must be {' or '.join(known)}, got {shown(index.get('_class_name'))}.")
             if "_use_default_values" in index or "_ignore_files" in index:
                 raise ValueError("`_use_default_values` and `_ignore_files` must not be in a file.")
-            check_keys(public, {*cls._models, *cls._schedulers, "id2label"})
-            for name in (*cls._models, *cls._schedulers):
-                if not (name in cls._optional_components and index.get(name) in (None, [None, None])):
-                    _check_component(name, index.get(name), cls._models.get(name))
+            unknown = sorted(map(shown, public_config(index).keys() - init_parameters(cls).keys()))
+            if unknown:
+                logger.warning("%s: %s is not used, as a %s has no such part.", file, listed(unknown), cls.__name__)
+            for name, parameter in init_parameters(cls).items():
+                if index.get(name) in (None, [None, None]):
+                    if parameter.default is parameter.empty and name not in cls._optional_components:
+                        raise ValueError(f"`{name}` is missing.")
+                elif name in cls._models or name in cls._schedulers or _is_component(index[name]):
+                    _check_component(name, index[name], cls._models.get(name), name in cls._schedulers)
             _check_labels(index.get("id2label"))
         except ValueError as error:
             raise ValueError(f"{file}: {error}") from None
@@ -204,10 +220,26 @@ class StrictPipeline(WithoutOrigin, DiffusionPipeline):
         folder = Path(save_directory).absolute()
         pushed = kwargs | {"repo_id": kwargs.get("repo_id") or folder.name, "variant": variant, "folder": folder}
         inspect.signature(self.push_to_hub).bind(**pushed)
+        self._check_parts()
         save = super().save_pretrained
-        save_folder(folder, lambda path: save(path, variant=variant, max_shard_size=max_shard_size))
+
+        def write(path: str) -> None:
+            with saving(path, folder):
+                save(path, variant=variant, max_shard_size=max_shard_size)
+                self._check_folder(Path(path), ())
+
+        save_folder(folder, write)
         if push_to_hub:
             self.push_to_hub(**pushed)
+
+    def _check_parts(self) -> None:
+        """Raise a ValueError if a component is none, of another kind than this pipeline has."""
+        for name, model in self._models.items():
+            part = getattr(self, name)
+            if part is None and name in self._optional_components:
+                continue
+            if not isinstance(getattr(part, "_orig_mod", part), getattr(diffusers, model)):
+                raise ValueError(f"`{name}` must be a {model} to be saved, got {type(part).__name__}.")
 
     def push_to_hub(
         self,
@@ -274,18 +306,36 @@ class StrictPipeline(WithoutOrigin, DiffusionPipeline):
             return upload(folder, repo_id, subfolder, token=token, commit_message=message, create_pr=create_pr)
 
 
-def _check_component(name: str, value: Any, model: str | None) -> None:
-    """Raise a ValueError unless `value` is [library, class] of a model of this package, or None for a scheduler."""
-    if model is not None and value != ["diffusers_d2it", model]:
-        raise ValueError(f"`{name}` must be ['diffusers_d2it', '{model}'], got {shown(value)}.")
-    if model is None:
-        found = None
-        if isinstance(value, list) and len(value) == 2 and value[0] == "diffusers" and isinstance(value[1], str):
-            # The names of diffusers are looked up, not imported: getattr imports its own modules alone
-            if value[1].endswith("Scheduler") and value[1] in dir(diffusers.schedulers):
-                found = getattr(diffusers.schedulers, value[1])
-        if not (isinstance(found, type) and issubclass(found, SchedulerMixin)):
-            raise ValueError(f"`{name}` must be a scheduler of diffusers, got {shown(value)}.")
+def _is_component(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(isinstance(part, str | None) for part in value)
+
+
+def _check_component(name: str, value: Any, model: str | None, is_scheduler: bool) -> None:
+    """Raise a ValueError unless `value` is [library, class] of what a component may be. Nothing is imported.
+
+    It may be the model of this package that is expected, any scheduler of diffusers, or for a component that a
+    subclass of the pipeline adds a class of diffusers or transformers; and a class of these kinds of the user's own,
+    once its module has been imported.
+    """
+    if model is not None and value == ["diffusers_d2it", model]:
+        return
+    library, class_name = value if _is_component(value) else (None, None)
+    found = None
+    if is_scheduler and library == "diffusers" and str(class_name).endswith("Scheduler"):
+        if class_name in dir(diffusers.schedulers):  # names are looked up: getattr imports modules of diffusers alone
+            found = getattr(diffusers.schedulers, class_name)
+    elif library in ("diffusers", "transformers") and model is None and not is_scheduler:
+        return
+    elif library != "diffusers":
+        found = getattr(sys.modules.get(library), str(class_name), None)
+    kind = SchedulerMixin if is_scheduler else getattr(diffusers, model) if model else torch.nn.Module
+    if not (isinstance(found, type) and issubclass(found, kind)):
+        expected = (
+            "a scheduler of diffusers" if is_scheduler else f"['diffusers_d2it', '{model}']" if model else "known"
+        )
+        raise ValueError(
+            f"`{name}` must be {expected}, or a class of that kind whose module has been imported, got {shown(value)}."
+        )
 
 
 def _check_labels(id2label: Any) -> None:
