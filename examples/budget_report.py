@@ -54,6 +54,7 @@ from diffusers_d2it.evaluation import (
 from diffusers_d2it.files import durable_file
 from diffusers_d2it.grains import check_fine_ratio, fine_share
 from diffusers_d2it.optional import import_optional
+from diffusers_d2it.words import counted
 from report_inputs import in_words, markdown_table, prepare
 
 
@@ -148,7 +149,7 @@ def reconstruction_at(drawing: Drawing, images: torch.Tensor, fine_ratio: float)
 def budget_table(rows: Sequence[dict], real: Sequence[dict]) -> str:
     """The rows of `budget` as a Markdown table, under them the results of real images in the place of samples."""
     metrics = [result["metric"] for result in real]
-    cells = [["fine ratio", *metrics, "PSNR, dB", "tokens", "GMAC / forward", "s / image", "ms / step"]]
+    cells = [["fine ratio", *metrics, "PSNR, dB", "tokens", "GMAC / forward pass", "s / image", "ms / step"]]
     for row in rows:
         step = row["seconds_per_step"]
         cells.append(
@@ -180,7 +181,7 @@ def plot_budget(rows: Sequence[dict], path: str | Path) -> None:
     curves = {name: [row["results"][i]["value"] for row in rows] for i, name in enumerate(metrics)}
     curves["PSNR of reconstructions, dB"] = [row["reconstruction_psnr_db"] for row in rows]
     num_qualities = len(curves)
-    curves["GMAC of a forward, one image"] = [row["gmac_per_forward"] for row in rows]
+    curves["GMAC of a forward pass, one image"] = [row["gmac_per_forward"] for row in rows]
     curves["seconds of sampling, one image"] = [row["seconds_per_image"] for row in rows]
     figure = Figure(figsize=(6.4, 2.4 * -(-len(curves) // 2)), layout="constrained")
     panels = figure.subplots(-(-len(curves) // 2), 2, squeeze=False).flatten()
@@ -202,16 +203,17 @@ def main(args: argparse.Namespace) -> None:
     folder = Path(args.output_dir).absolute()
     report = prepare(args, folder / "bad_images.jsonl")
     accelerator, drawing, data = report.accelerator, report.drawing, report.data
-    accelerator.print(f"{data.description}: {len(data.images)} images to reconstruct, {len(data.reference)} others")
+    images, others = counted(len(data.images), "image"), counted(len(data.reference), "other")
+    accelerator.print(f"{data.description}: {images} to reconstruct, {others}")
 
     rows = budget(drawing, data.images, report.evaluator, args.fine_ratios, report.protocol, progress=True)
     if accelerator.is_main_process:
         machine = describe_machine(accelerator)
         table = budget_table(rows, report.real)
         caption = (
-            f"{args.num_images} samples at each ratio: {args.num_inference_steps} steps, guidance"
-            f" {args.guidance_scale:g}, seed {args.seed}, {args.dtype} on {machine['device']}."
-            f" Compared with {args.num_reference_images} images of {data.description}."
+            f"{counted(args.num_images, 'sample')} at each ratio: {counted(args.num_inference_steps, 'step')},"
+            f" guidance {args.guidance_scale:g}, seed {args.seed}, {args.dtype} on {machine['device']}."
+            f" Compared with {counted(args.num_reference_images, 'image')} of {data.description}."
         )
         print(table, end="")  # before anything is saved, which may fail
         data_file, table_file, plot_file = (folder / name for name in FILES)

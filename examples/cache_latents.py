@@ -34,7 +34,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--rows_per_shard", type=positive, default=4096, help="images of a file")
     args = parser.parse_args(arguments)
     if args.streaming:
-        parser.error("--streaming: processes that share the shards read the rows in any order, a stream has only one")
+        parser.error("--streaming: a cache is written from rows by their index, which a stream does not have")
     return args
 
 

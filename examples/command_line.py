@@ -18,6 +18,7 @@ A script reads its flags before it imports what takes seconds, torch above all:
 
 import argparse
 import difflib
+import logging
 import math
 import os
 import re
@@ -27,6 +28,7 @@ import tempfile
 import traceback
 import warnings
 from collections.abc import Callable
+from contextlib import ExitStack
 from types import TracebackType
 from typing import Any, TextIO
 
@@ -37,6 +39,7 @@ _MISTAKES = (ValueError, OSError, ImportError, FloatingPointError)
 
 
 _PICTURES = (".png", ".jpg", ".jpeg", ".webp")
+_until_the_end = ExitStack()
 _HOME = re.compile(r"^(--\w+=)?(~[^/]*)(?=/|$)")  # where the shell does not see it: --flag=~/x, and in files of flags
 
 
@@ -46,7 +49,7 @@ def _home(match: re.Match) -> str:
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
     def _get_help_string(self, action: argparse.Action) -> str:
-        if action.default in (None, False, []) or "default:" in action.help:
+        if action.default is None or action.default is False or action.default == [] or "default:" in action.help:
             return action.help  # the text says what happens without the flag
         return super()._get_help_string(action)
 
@@ -103,7 +106,7 @@ class Parser(argparse.ArgumentParser):
         if name.startswith("--") and not any(flag.startswith(name) for flag in known):
             close = difflib.get_close_matches(name, known, n=1)
             meant = f"did you mean {close[0]}?" if close else "--help lists those that there are"
-            self.error(f"{name} is no flag of {self.prog}: {meant}")
+            self.error(f"{name} is not a flag of {self.prog}: {meant}")
 
 
 def make_parser(description: str) -> Parser:
@@ -197,18 +200,28 @@ def begin(parse_args: Callable[[], argparse.Namespace]) -> argparse.Namespace:
         getattr(sys, name).reconfigure(errors="backslashreplace")  # a name that the terminal cannot show ends no run
         setattr(sys, name, _Lasting(getattr(sys, name)))
     warnings.filterwarnings("ignore", "This DataLoader will create")  # --dataloader_num_workers is the user's choice
+    warnings.formatwarning = lambda message, category, *where, **line: f"{category.__name__}: {message}"
+    logging.captureWarnings(True)
     args = parse_args()
+    from tqdm import tqdm
+    from tqdm.contrib.logging import logging_redirect_tqdm
+
+    _until_the_end.enter_context(logging_redirect_tqdm())  # no line of a log is written into a bar
+    errors = sys.stderr  # torch puts another stream in its place while several processes end
 
     def say(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         # Before `main`, packages are imported: of one that is broken the traceback says which it is
         runs = any(frame.f_code.co_name == "main" for frame, _ in traceback.walk_tb(trace))
         is_mistake = issubclass(kind, _MISTAKES if runs else ImportError)
+        for bar in list(tqdm._instances):
+            bar.close()  # so that its line ends
         if os.environ.get(TRACEBACK) or not (is_mistake or issubclass(kind, KeyboardInterrupt)):
-            traceback.print_exception(kind, error, trace)
+            traceback.print_exception(kind, error, trace, file=errors)
         if issubclass(kind, KeyboardInterrupt):
             sys.exit(130)
         if is_mistake:
-            print(f"error: {in_flags(str(error) or kind.__name__, args)} ({TRACEBACK}=1 shows where)", file=sys.stderr)
+            print(f"error: {in_flags(str(error) or kind.__name__, args)} ({TRACEBACK}=1 shows where)", file=errors)
+            errors.flush()
             sys.exit(2)
 
     sys.excepthook = say
@@ -218,15 +231,22 @@ def begin(parse_args: Callable[[], argparse.Namespace]) -> argparse.Namespace:
 def next_command(script: str, rest: str = " ...", **flags: object) -> str:
     """The last line of a script: the command that comes after it; `rest` stands for flags that the user chooses.
 
-    A flag of None is left out.
+    A flag of None or False is left out, one of True has no value.
     """
-    given = [shlex.join([f"--{name}", str(value)]) for name, value in flags.items() if value is not None]
-    return f"next: python {os.path.join(os.path.dirname(sys.argv[0]), script)} {' '.join(given)}{rest}"
+    given = [
+        f"--{name}" if value is True else shlex.join([f"--{name}", str(value)])
+        for name, value in flags.items()
+        if value not in (None, False)
+    ]
+    path = shlex.quote(os.path.join(os.path.dirname(sys.argv[0]), script))
+    return f"next: python {path} {' '.join(given)}{rest}"
 
 
 def in_flags(message: str, args: argparse.Namespace) -> str:
     """A message of the library on one line, in which arguments that are flags of the script are written as such."""
     line = "".join(char if char.isprintable() else f"\\x{ord(char):02x}" for char in " ".join(message.split()))
     line = line.replace("`labelled=False`", "--unconditional").replace("`streaming=False`", "no --streaming")
+    if "checkpoint" in vars(args):
+        line = line.replace("`pretrained_model_name_or_path`", "--checkpoint")
     names = {name.removeprefix("train_"): name for name in vars(args)} | {name: name for name in vars(args)}
     return re.sub(r"`(\w+)`", lambda match: f"--{names[match[1]]}" if match[1] in names else match[0], line)

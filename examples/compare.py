@@ -22,7 +22,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         nargs="+",
         default=[],
         metavar="FIELD",
-        help="dotted names of fields that may differ beside samples.checkpoint",
+        help="dotted names of fields that may differ besides samples.checkpoint",
     )
     return parser.parse_args(arguments)
 
@@ -53,7 +53,7 @@ def main(args: argparse.Namespace) -> None:
         try:
             difference = compare(a[metric], b[metric], ("samples.checkpoint", *args.varying))
         except ValueError as error:
-            refusals.append(str(error))
+            refusals.append(f"{args.a}, {args.b}: {error}")
         else:
             lines.append(f"{metric:>24}{a[metric].value:>14.6g}{b[metric].value:>14.6g}{difference:>14.6g}")
     if refusals:

@@ -27,7 +27,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--seed", type=natural, default=0, help="of what the AutoencoderKL does not have")
     args = parser.parse_args()
     if not args.source.is_dir():
-        parser.error(f"--source {args.source} is no folder; download it first.")
+        parser.error(f"--source {args.source} is not a folder; download it first.")
     if os.listdir(args.output):
         parser.error(f"--output {args.output} is not empty.")
     return args

@@ -29,6 +29,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from diffusers_d2it import D2iTPipeline, bundled_checkpoint, visualize_grain_map
+from diffusers_d2it.words import counted
 
 
 SIDE = 128  # pixels of a picture in the grid; the samples have 64
@@ -65,7 +66,7 @@ def main(args: argparse.Namespace) -> None:
     maps = [visualize_grain_map(image, grain_map) for image, grain_map in zip(output.images, output.grain_maps)]
     names = names or [f"sample {i + 1}" for i in range(len(maps))]
     draw_grid(names, output.images, maps).save(args.output)
-    print(f"{args.output}: {len(maps)} samples, each beside its grain map (red fine, blue coarse)")
+    print(f"{args.output}: {counted(len(maps), 'sample')}, each beside its grain map (red fine, blue coarse)")
 
 
 if __name__ == "__main__":

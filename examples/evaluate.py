@@ -138,10 +138,8 @@ def main(args: argparse.Namespace) -> None:
         raise ValueError(f"--reference {args.reference} holds statistics, expected images.")
 
     if args.save_statistics:
-        save_statistics(args.save_statistics, reference, features, **reading)
-        accelerator.print(
-            f"{args.save_statistics}: {features.name}, {counted(len(reference), 'image')} of {reference.name}"
-        )
+        number = save_statistics(args.save_statistics, reference, features, **reading)
+        accelerator.print(f"{args.save_statistics}: {features.name}, {counted(number, 'image')} of {reference.name}")
         return
     results = []
     if args.reconstruction is not None:
@@ -162,7 +160,7 @@ def main(args: argparse.Namespace) -> None:
             deviation = "" if result.deviation is None else f" +- {result.deviation:.6g}"
             print(f"{result.metric:>24}  {result.value:.6g}{deviation}")
         save_results(args.output, results)
-        print(f"{args.output}: {counted(len(results), 'metric')} with the protocol")
+        print(f"{args.output}: {counted(len(results), 'result')} with the protocol")
 
 
 if __name__ == "__main__":

@@ -85,7 +85,7 @@ def add_class_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--unconditional", action="store_true", help="ignore labels and class sub-folders")
     group.add_argument(
-        "--num_classes", type=positive, help="size of the label table; default: one more than the largest"
+        "--num_classes", type=positive, help="number of classes; default: one more than the largest label"
     )
     group.add_argument("--id2label", help="JSON file {id: name}; default: the names that the data set declares")
 
@@ -103,7 +103,7 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--lr_scheduler", choices=SCHEDULES, default=SCHEDULES[0], help="of the learning rate, as in diffusers"
     )
-    group.add_argument("--lr_warmup_steps", type=natural, default=0, help="updates until the learning rate is reached")
+    group.add_argument("--lr_warmup_steps", type=natural, default=0, help="updates of warm-up")
     group.add_argument("--max_grad_norm", type=weight, default=1.0, help="gradients are clipped to this norm")
     group.add_argument("--ema_decay", type=share, default=0.9999, help="decay of the weights' average (sec. 4.1)")
     group.add_argument(
@@ -230,9 +230,9 @@ def image_arguments(args: argparse.Namespace) -> dict[str, Any]:
     return arguments | {name: getattr(args, name, None) for name in ("label_column", "num_classes", "id2label")}
 
 
-def where(args: argparse.Namespace) -> dict[str, str | None]:
-    """The flags that say where the images are, for `next_command`."""
-    return {"train_data_dir": args.train_data_dir, "dataset_name": args.dataset_name}
+def where(args: argparse.Namespace) -> dict[str, Any]:
+    """The flags that say what the images and classes are, for `next_command`; a cache is made of no stream."""
+    return {name: getattr(args, name, None) for name in _OF_IMAGES if name != "streaming"}
 
 
 def hub_arguments(args: argparse.Namespace) -> dict[str, Any]:

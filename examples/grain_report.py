@@ -49,6 +49,7 @@ from diffusers_d2it.evaluation import (
     spatial_autocorrelation,
 )
 from diffusers_d2it.grains import fine_share
+from diffusers_d2it.words import counted
 from report_inputs import in_words, markdown_table, prepare
 
 
@@ -123,7 +124,7 @@ def report_text(rows: Sequence[dict], real: Sequence[dict], diagnostics: dict) -
         "map of the image: share of regions whose grain, by the entropy of the image, is that of the map asked for",
         f"fine share of an image: predicted {share['fine_share']:.3f} +- {share['std']:.3f}, true"
         f" {share['fine_share_real']:.3f} +- {share['std_real']:.3f}, Wasserstein distance {share['wasserstein']:.3f}",
-        f"predicted maps against true ones of the same class: accuracy {diagnostics['map_accuracy']['accuracy']:.3f},"
+        f"predicted maps against true ones: accuracy {diagnostics['map_accuracy']['accuracy']:.3f},"
         f" chance {diagnostics['map_accuracy']['chance']:.3f}",
         "autocorrelation: " + ", ".join(f"{of} {one['autocorrelation']:.3f}" for of, one in of_maps.items()),
         "accuracy of the grain model on noised true maps: "
@@ -139,7 +140,8 @@ def report_text(rows: Sequence[dict], real: Sequence[dict], diagnostics: dict) -
 def main(args: argparse.Namespace) -> None:
     report = prepare(args, Path(f"{os.path.normpath(args.output)}.bad_images.jsonl"))
     accelerator, drawing, data = report.accelerator, report.drawing, report.data
-    accelerator.print(f"{data.description}: {len(data.images)} images with their maps, {len(data.reference)} others")
+    images, others = counted(len(data.images), "image"), counted(len(data.reference), "other")
+    accelerator.print(f"{data.description}: {images} with their maps, {others}")
 
     true_maps = drawing.true_maps(data.images)
     maps = {source: drawing.maps(source, true_maps) for source in MAP_SOURCES}

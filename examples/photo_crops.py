@@ -9,7 +9,7 @@ photograph. It is no data set to learn anything about images from.
 
 import argparse
 
-from command_line import begin, make_parser, natural, positive
+from command_line import begin, make_parser, natural, next_command, positive
 
 
 def parse_args() -> argparse.Namespace:
@@ -56,7 +56,8 @@ def main(args: argparse.Namespace) -> None:
             crop = photograph.crop((left, top, left + side, top + side))
             crop = crop.resize((args.resolution, args.resolution), Image.Resampling.LANCZOS)
             crop.save(folder / f"{index:03d}.png")
-    print(f"{args.output_dir}: {args.crops} crops of each of {len(PHOTOGRAPHS)} photographs")
+    print(f"{args.output_dir}: {len(PHOTOGRAPHS)} folders of crops, one for each photograph")
+    print(next_command("train_dvae.py", train_data_dir=args.output_dir, resolution=args.resolution))
 
 
 if __name__ == "__main__":

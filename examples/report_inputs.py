@@ -16,16 +16,19 @@ from accelerate.utils import InitProcessGroupKwargs
 from diffusers_d2it import D2iTPipeline, bundled_checkpoint, load_sampler
 from diffusers_d2it.data import BadImages, load_images
 from diffusers_d2it.evaluation import (
+    METRIC_MINIMUM,
     Drawing,
     Evaluator,
     FeatureExtractor,
     ImageSet,
     LabelledImages,
+    check_outputs,
     compute_exactly,
     draw_labelled_images,
     load_features,
 )
 from diffusers_d2it.sampling import describe_checkpoint, describe_scheduler
+from diffusers_d2it.words import counted
 from flags import image_arguments
 
 
@@ -109,6 +112,8 @@ def prepare(args: argparse.Namespace, bad_images: Path) -> ReportInputs:
     accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=3))])
     pipe, protocol = load_checkpoint(args, accelerator)
     features = load_report_features(args, accelerator)
+    args.resolution = args.resolution or pipe.transformer.config.sample_size * pipe.vae.downsample_factor
+    check_outputs(args.metrics, features, features.widths((args.resolution, args.resolution)))
     if accelerator.is_main_process:
         bad_images.unlink(missing_ok=True)  # of an earlier report
     accelerator.wait_for_everyone()
@@ -118,10 +123,13 @@ def prepare(args: argparse.Namespace, bad_images: Path) -> ReportInputs:
         source = load_images(**image_arguments(args))
     numbers = args.num_images, args.num_reference_images
     accelerator.print(source)
-    data = draw_labelled_images(source, pipe, *numbers, noted, args.resolution, args.seed)
+    least = max(2, *(METRIC_MINIMUM[metric] for metric in args.metrics))
+    data = draw_labelled_images(source, pipe, *numbers, noted, args.resolution, args.seed, least)
     args.num_images, args.num_reference_images = len(data.images), len(data.reference)
     if None in numbers:
-        accelerator.print(f"{args.num_images} images a row, compared with {args.num_reference_images} others")
+        accelerator.print(
+            f"{counted(args.num_images, 'image')} a row, compared with {counted(args.num_reference_images, 'other')}"
+        )
     how = ("num_inference_steps", "guidance_scale", "grain_num_inference_steps", "batch_size", "seed")
     drawing = Drawing(pipe, data.labels, **{name: getattr(args, name) for name in how}, accelerator=accelerator)
     reading = {"batch_size": args.batch_size, "accelerator": accelerator, "seed": args.seed}

@@ -109,7 +109,7 @@ def ancestral_sampler(pipe: D2iTPipeline) -> DDPMScheduler:
     """DDPM's sampler on the noise schedule of the checkpoint, with the variance of a model that predicts one."""
     config = pipe.scheduler.config
     if "beta_schedule" not in config or config.get("prediction_type") == "flow_prediction":
-        raise ValueError("--scheduler ddpm needs a model of diffusion, and this checkpoint is one of flow matching.")
+        raise ValueError("--scheduler ddpm needs a diffusion model, and this checkpoint was trained by flow matching.")
     learned = pipe.transformer.out_channels > pipe.transformer.config.in_channels
     settings = {"variance_type": "learned_range" if learned else "fixed_small", "clip_sample": False}
     return DDPMScheduler.from_config(pipe.scheduler.config, timestep_spacing="trailing", **settings)

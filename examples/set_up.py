@@ -26,6 +26,7 @@ from diffusers_d2it.data import (
 )
 from diffusers_d2it.hub import check_push, publish
 from diffusers_d2it.training import Checkpoints, FiniteGate, Run, make_accelerator
+from diffusers_d2it.words import counted
 from flags import hub_arguments, image_arguments, run_arguments
 
 
@@ -62,8 +63,8 @@ def second_stage_data(
         process_index=accelerator.process_index,
         num_processes=accelerator.num_processes,
     )
-    classes = "no classes" if cache.id2label is None else f"{len(cache.id2label)} classes"
-    accelerator.print(f"latent cache of {cache.description}: {len(cache)} images, {classes}")
+    classes = "no classes" if cache.id2label is None else counted(len(cache.id2label), "class")
+    accelerator.print(f"latent cache of {cache.description}: {counted(len(cache), 'image')}, {classes}")
     return cache
 
 

@@ -90,7 +90,6 @@ import torch
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.training_utils import EMAModel
 from diffusers.utils import make_image_grid
-from tqdm.auto import tqdm
 
 from diffusers_d2it import DynamicAutoencoderKL, load_preset, visualize_grain_map
 from diffusers_d2it.data import BadImages, check_resolution, first_batches, load_images, make_dataset
@@ -100,6 +99,7 @@ from diffusers_d2it.training import (
     FiniteGate,
     PatchDiscriminator,
     PerceptualLoss,
+    bar_of,
     compile_blocks,
     count_entropy,
     draw_fine_ratio,
@@ -323,11 +323,11 @@ def main(args: argparse.Namespace) -> None:
         measured = partial(first_batches, source, args.resolution, args.train_batch_size, limit, bad_images)
         num_batches = -(-min(limit, source.num_rows or limit) // args.train_batch_size)
         if not (args.freeze_fine_path or args.freeze_encoder):
-            measure_scale(vae, tqdm(measured(), "latents", num_batches), args.seed)
+            measure_scale(vae, bar_of(measured(), "latents", num_batches), args.seed)
         folder = os.path.join(args.output_dir, "vae")
         vae.save_pretrained(folder)
         print(f"{folder}: the autoencoder after step {run.step}")
-        metrics = score(vae, tqdm(measured(), "reconstructions", num_batches), features, args)
+        metrics = score(vae, bar_of(measured(), "reconstructions", num_batches), features, args)
         print(json.dumps(metrics, indent=2))
         if bad_images.summary():
             print(bad_images.summary())

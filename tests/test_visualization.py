@@ -19,6 +19,14 @@ def grey(height: int, width: int) -> PIL.Image.Image:
     return PIL.Image.new("RGB", (width, height), (128, 128, 128))
 
 
+@pytest.mark.filterwarnings("error")
+def test_an_array_that_cannot_be_written_is_taken_without_a_warning(photo):
+    pixels = np.asarray(photo)
+    assert not pixels.flags.writeable
+    grain_map = torch.zeros(2, 2, dtype=torch.int64)
+    assert visualize_grain_map(pixels, grain_map).tobytes() == visualize_grain_map(photo, grain_map).tobytes()
+
+
 @pytest.fixture
 def photo(photos) -> PIL.Image.Image:
     return PIL.Image.fromarray(((photos[0].permute(1, 2, 0) + 1) * 127.5).round().byte().numpy())

@@ -132,7 +132,8 @@ def _check_pixels(pixels: torch.Tensor, region_size: int) -> None:
     height, width = pixels.shape[-2:]
     if height % region_size or width % region_size:
         raise ValueError(
-            f"the sides of `pixels` must be multiples of the region size {region_size}, got {height}x{width}."
+            f"height and width of images must be multiples of {region_size}, the side of a region, got {height} and"
+            f" {width}."
         )
     low, high = torch.aminmax(pixels)
     if not (low >= -1 and high <= 1):  # written so that NaN fails it

@@ -64,7 +64,7 @@ def visualize_grain_map(
 def _picture(image: PIL.Image.Image | np.ndarray | torch.Tensor) -> PIL.Image.Image:
     if isinstance(image, PIL.Image.Image):
         return upright_rgb(image)
-    pixels = torch.from_numpy(image).movedim(-1, -3) if isinstance(image, np.ndarray) and image.ndim > 2 else image
+    pixels = torch.tensor(image).movedim(-1, -3) if isinstance(image, np.ndarray) and image.ndim > 2 else image
     if not isinstance(pixels, torch.Tensor) or pixels.shape[:-2] not in ((3,), (1, 3)):
         raise ValueError(
             "`image` must be a picture, PIL, array (H, W, 3) or tensor (3, H, W), got"

@@ -3,7 +3,6 @@
 
 import json
 import multiprocessing
-import re
 
 import pytest
 
@@ -86,4 +85,4 @@ def test_a_line_that_was_cut_is_written_again(path, bad_images):
 def test_enlarged_images_are_counted(bad_images):
     for size in ((256, 256), (255, 400), (400, 128)):
         bad_images.count(size, 256)
-    assert re.match("2 .*3 ", bad_images.summary())
+    assert bad_images.summary().startswith("66.7%")

@@ -1,12 +1,14 @@
 # Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
 """Metrics of small sets of crops, in the features of a small network. Several processes: examples/test_evaluate.py."""
 
+import json
 import math
 import warnings
 
 import numpy as np
 import pytest
 import torch
+from image_files import encode, photo, write_folder
 from metric_inputs import crops, refused, small_network
 from torch import nn
 
@@ -15,6 +17,7 @@ from diffusers_d2it.evaluation import (
     ImageSet,
     ModuleFeatures,
     evaluate,
+    open_images,
     open_reference,
     save_statistics,
 )
@@ -229,6 +232,14 @@ def test_too_few_images_are_refused_and_how_many_are_needed_is_said(samples, ref
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         assert math.isfinite(scores(enough, enough, features, [metric]).popitem()[1].value)
+
+
+def test_statistics_tell_how_many_images_they_are_of(features, tmp_path):
+    write_folder(tmp_path / "photos", {f"{i}.png": encode(photo(i, 64)) for i in range(4)} | {"cut.png": b"<html>"})
+    images = open_images(tmp_path / "photos", 32)
+    assert save_statistics(tmp_path / "real.npz", images, features) == 4
+    with np.load(tmp_path / "real.npz") as found:
+        assert found["num_images"] == 4 == json.loads(str(found["protocol"]))["images"]["num_images"]
 
 
 def test_statistics_need_two_images_and_their_ending(features, tmp_path):

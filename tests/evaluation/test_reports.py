@@ -113,7 +113,7 @@ def test_a_number_of_images_that_does_not_fit(drawing, evaluator):
 
 
 def load(root: Path, pipe: D2iTPipeline, num_images: int = 3, others: int = 2, **options) -> LabelledImages:
-    ours = {name: options.pop(name) for name in ("resolution", "seed") if name in options}
+    ours = {name: options.pop(name) for name in ("resolution", "seed", "least") if name in options}
     source = load_images(root, **options)
     return draw_labelled_images(source, pipe, num_images, others, BadImages(root.parent / "bad.jsonl"), **ours)
 
@@ -160,11 +160,17 @@ def test_other_sizes_and_what_cannot_be_used(folder, pipe):
 
 @pytest.mark.parametrize(
     "asked, drawn",
-    [((None, None), (1, 5)), ((2, None), (2, 4)), ((None, 2), (4, 2)), ((3, 3), (3, 3)), ((1, 2), (1, 2))],
+    [((None, None), (2, 4)), ((2, None), (2, 4)), ((None, 2), (4, 2)), ((3, 3), (3, 3)), ((1, 2), (1, 2))],
 )
 def test_a_small_set_makes_a_small_report_unless_numbers_are_asked_for(folder, pipe, asked, drawn):
     data = load(folder, pipe, *asked)
     assert (len(data.images), len(data.reference)) == drawn
+
+
+def test_a_small_set_is_divided_as_metrics_need_it(folder, pipe):
+    data = load(folder, pipe, None, None, least=3)
+    assert (len(data.images), len(data.reference)) == (3, 3)
+    refused("photos .*6 images .* 8", load, folder, pipe, None, None, least=4)
 
 
 @pytest.mark.parametrize("asked", [(4, 3), (6, None), (None, 6), (5, None), (0, 3), (0, None), (None, 0)])

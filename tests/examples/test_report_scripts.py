@@ -92,7 +92,7 @@ def test_budget_is_a_file_a_table_and_a_plot(flags, tmp_path, capsys):
     assert picture.size[0] > 500 and len(picture.convert("RGB").getcolors(2**20)) > 10
     lines = capsys.readouterr().out.splitlines()
     lines = lines[lines.index(next(line for line in lines if line.startswith("| fine ratio"))) :]
-    assert lines[0].endswith("| PSNR, dB | tokens | GMAC / forward | s / image | ms / step |")
+    assert lines[0].endswith("| PSNR, dB | tokens | GMAC / forward pass | s / image | ms / step |")
     assert lines[3].startswith("| 0.25 | ") and " | 16 + 16 | " in lines[3]
     assert lines[7].startswith("| real images | ") and {line.count("|") for line in lines[:8]} == {9}
 

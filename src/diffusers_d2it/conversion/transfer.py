@@ -48,7 +48,7 @@ class ConversionReport:
         for title, words in {
             "weights of the source mapped": [f"{_modules([k])} -> {_modules(t)}" for k, t in self.mapped.items()],
             "weights of the source unused": [f"{_modules([key])}: {reason}" for key, reason in self.unused.items()],
-            "weights of the model initialised anew": [_modules([key]) for key in self.fresh],
+            "weights of the model that are newly initialised": [_modules([key]) for key in self.fresh],
         }.items():
             lines.append(f"{len(words)} {title}")
             counts = Counter(words).items()

@@ -90,8 +90,8 @@ class BadImages:
             sentences.append(f"{counted(len(found), 'image')} could not be used: {shown}{more}.")
         num_read, num_enlarged = self._counts
         if num_enlarged:
+            # A share, as those that were read several times count as often
             sentences.append(
-                f"{num_enlarged} of {num_read} images read by this process were smaller than the resolution and were"
-                " enlarged."
+                f"{num_enlarged / num_read:.1%} of the images were smaller than the resolution, and enlarged to it."
             )
         return "\n".join(sentences)

@@ -70,7 +70,7 @@ def check_size(size: tuple[int, int], resolution: int) -> None:
     """Raise an UnusableImageError if the shorter side is less than half the resolution: more blur than image."""
     if 2 * min(size) < resolution:
         raise UnusableImageError(
-            f"it is {size[0]}x{size[1]}, too small for {resolution}x{resolution}: half of it is the least"
+            f"it is {size[0]}x{size[1]}, too small for {resolution}x{resolution}: half of it is the minimum"
         )
 
 

@@ -142,7 +142,7 @@ class LatentCachePlan:
         if found != (_FORMAT, _VERSION):
             raise ValueError(
                 f"{path} must be of {_FORMAT!r}, version {_VERSION}, got {found[0]!r}, version {found[1]!r}: write the"
-                " cache anew, into another folder, by `accelerate launch examples/cache_latents.py`."
+                " cache again, into another folder, by `accelerate launch examples/cache_latents.py`."
             )
         if stored.keys() != {field.name for field in fields(cls)}:
             raise ValueError(f"{path} is damaged: it has the fields {sorted(stored)}.")

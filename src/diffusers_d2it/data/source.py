@@ -169,7 +169,7 @@ class ImageSource:
         if not isinstance(label, int) or not 0 <= label < self.num_classes:
             raise ValueError(
                 f"{name} has the label {label!r} in column {self.label_column!r}: expected 0 to"
-                f" {self.num_classes - 1}, as there are {self.num_classes} classes."
+                f" {self.num_classes - 1}, of {counted(self.num_classes, 'class')}."
             )
         return Row(name, encoded, label)
 

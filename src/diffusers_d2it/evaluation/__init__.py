@@ -3,7 +3,16 @@
 
 from .cost import AdaptiveDenoiser, BudgetArgument, ForwardMeter, adaptive, describe_machine
 from .drawing import MAP_SOURCES, Drawing
-from .evaluate import METRICS, Evaluator, compute_exactly, evaluate, open_reference, save_statistics
+from .evaluate import (
+    METRIC_MINIMUM,
+    METRICS,
+    Evaluator,
+    check_outputs,
+    compute_exactly,
+    evaluate,
+    open_reference,
+    save_statistics,
+)
 from .features import FeatureExtractor, ModuleFeatures, load_features
 from .frechet import frechet_distance
 from .grain_maps import denoising_error_by_grain, grain_diagnostics, map_accuracy, spatial_autocorrelation
@@ -25,6 +34,7 @@ from .vision_networks import VisionNetwork, load_lpips, load_vision_network
 __all__ = [
     "MAP_SOURCES",
     "METRICS",
+    "METRIC_MINIMUM",
     "PAIR_METRICS",
     "AdaptiveDenoiser",
     "BudgetArgument",
@@ -38,6 +48,7 @@ __all__ = [
     "Result",
     "Row",
     "VisionNetwork",
+    "check_outputs",
     "check_torchmetrics",
     "adaptive",
     "compare",

@@ -8,7 +8,7 @@ Shapes:
 import os
 import warnings
 import zipfile
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import import_module, metadata
 from pathlib import Path
@@ -18,7 +18,7 @@ from accelerate import Accelerator
 
 from ..files import gather, on_main_process, place_of
 from ..files.folders import file_sha256
-from ..words import differences, listed
+from ..words import counted, differences, listed
 from .features import FeatureExtractor
 from .frechet import frechet_distance
 from .images import ImageSet, hash_pixels, open_images, pixel_digest
@@ -56,6 +56,7 @@ _METRICS = {
     "top1": _Metric("imagenet", "scores", 1),
 }
 METRICS = tuple(_METRICS)
+METRIC_MINIMUM = {name: metric.least for name, metric in _METRICS.items()}  # images of a set
 
 
 def evaluate(
@@ -148,8 +149,8 @@ class Evaluator:
             name = result_name(name, self.features)
             if protocol.get("rank_deficient") and place_of(self.accelerator)[0] == 0:
                 warnings.warn(
-                    f"{name}: there are no more images than the {widths[metric.output]} features, so that a covariance"
-                    " lacks rank. The value is too high: compare it only with others of as many images.",
+                    f"{name}: there are no more images than the {widths[metric.output]} features, so the covariance is"
+                    " rank-deficient. The value is too high: compare it only with others of as many images.",
                     stacklevel=2,
                 )
             results.append(Result(name, value, protocol, deviation))
@@ -179,22 +180,18 @@ class Evaluator:
 
     def _check(self, samples: ImageSet, widths: dict[str, int]) -> None:
         """Raise a ValueError if samples and reference cannot be compared. What a file does not tell is not checked."""
+        check_outputs(self.metrics, self.features, widths)
         for name, metric in self.metrics.items():
-            if metric.output not in widths:
-                raise ValueError(
-                    f"the metric {name!r} needs {metric.output!r}, and the features {self.features.name!r} have only"
-                    f" {', '.join(map(repr, widths))}."
-                )
             is_read = metric.part == "rows" or (metric.part == "moments" and self.statistics is None)
             hint = " (`kid_subset_size`)" if name == "kid" else ""
             for images in [samples, self.images] if is_read else [samples]:
                 if len(images) < metric.least:
                     raise ValueError(
-                        f"the metric {name!r} needs at least {metric.least} images{hint}, got {len(images)} in"
-                        f" {images.name}."
+                        f"the metric {name!r} needs at least {counted(metric.least, 'image')}{hint}, got"
+                        f" {len(images)} in {images.name}."
                     )
         if self._size not in (None, samples.size):
-            ours, theirs = ("x".join(map(str, size)) for size in (samples.size, self._size))
+            ours, theirs = ("x".join(map(str, size[::-1])) for size in (samples.size, self._size))
             raise ValueError(
                 f"samples and reference must be of one size, got {ours} in {samples.name} and {theirs} in"
                 f" {self._name}; images of a data set are resized to a `resolution`."
@@ -252,6 +249,16 @@ def check_metrics(metrics: Sequence[str], known: Sequence[str]) -> None:
     """Raise a ValueError unless metrics are some of those known, each once."""
     if not metrics or len(set(metrics)) < len(metrics) or not set(metrics) <= set(known):
         raise ValueError(f"`metrics` must be some of {', '.join(known)}, each once, got {list(metrics)}.")
+
+
+def check_outputs(metrics: Iterable[str], features: FeatureExtractor, widths: dict[str, int]) -> None:
+    """Raise a ValueError unless features, of `FeatureExtractor.widths`, are what metrics are computed from."""
+    for name in metrics:
+        if _METRICS[name].output not in widths:
+            raise ValueError(
+                f"the metric {name!r} needs {_METRICS[name].output!r}, and the features {features.name!r} have only"
+                f" {', '.join(map(repr, widths))}."
+            )
 
 
 def result_name(metric: str, features: FeatureExtractor) -> str:
@@ -314,7 +321,7 @@ def read_images(
         hashes += hash_pixels(pixels)
         found = features(pixels.to(features.device))
         for output in rows:
-            check_features(found[output], indices)
+            check_features(found[output], indices, name=f"features {output}")
             kept[output].append(found[output].cpu())
         for output in moments:
             statistics.setdefault(output, FeatureStatistics(found[output].shape[1])).update(found[output], indices)
@@ -334,9 +341,11 @@ def read_images(
         if wrong.any():
             found = listed(wrong.nonzero().flatten().tolist(), most=8)
             raise ValueError(f"each of the {len(images)} images of {images.name} must be read once, {fault}: {found}.")
+    if moments and len(places) < 2:
+        raise ValueError(f"a covariance needs at least 2 images, got {len(places)} in {images.name}.")
     for part in others:
-        for output, counted in part[3].items():
-            first[3][output].merge(counted)
+        for output, found in part[3].items():
+            first[3][output].merge(found)
     digest = pixel_digest(len(places), sum(part[2] for part in parts))
     return ReadImages(
         places[order],
@@ -381,13 +390,16 @@ def save_statistics(
     batch_size: int = 64,
     accelerator: Accelerator | None = None,
     num_workers: int = 0,
-) -> None:
+) -> int:
     """Write the mean and covariance of reference images with their protocol, for FID and where it can be sFID.
 
     Args:
         path: ends in .npz; a file of this name is replaced.
         images: the reference.
         features, batch_size, accelerator, num_workers: of `evaluate`.
+
+    Returns:
+        How many images they are of.
 
     Raises:
         ValueError: there are fewer than two images, some cannot be used, features are not finite, or the name ends
@@ -400,7 +412,8 @@ def save_statistics(
     reading = {"batch_size": batch_size, "accelerator": accelerator, "num_workers": num_workers}
     read = read_images(images, features, moments=moments, **reading)
     protocol = {"features": features.describe(), "images": read.description, "versions": versions(features)}
-    on_main_process(accelerator, lambda: write_statistics(path, read.moments, len(images), protocol))
+    on_main_process(accelerator, lambda: write_statistics(path, read.moments, len(read.places), protocol))
+    return len(read.places)
 
 
 def _members(path: str | os.PathLike) -> list[str]:

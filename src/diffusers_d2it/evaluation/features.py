@@ -267,7 +267,7 @@ def _read_tensors(path: Path, url: str) -> io.BytesIO:
         weights = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(
-            f"{path} is no file of torch, or holds more than tensors: such a file can run code, and is not read."
+            f"{path} is not a PyTorch file, or holds more than tensors: such a file can run code, and is not read."
             f" Expected the weights of {url}."
         ) from error
     except Exception as error:  # cut off or overwritten: there is no end to what its bytes can raise

@@ -26,7 +26,7 @@ from ..data.source import ImageSource, load_images
 from ..pixels import check_uint8, to_uint8
 from ..sampling.npz import NpzImages
 from ..sampling.sets import PROTOCOL, SamplePlan, read_protocol
-from ..words import composed, listed, printable
+from ..words import composed, counted, listed, printable
 
 
 logger = logging.getLogger(__name__)
@@ -151,7 +151,7 @@ class ImageSet:
             return torch.stack([self[one] for one in range(*place.indices(len(self)))])
         image = self._read(place)
         if self.size is not None and tuple(image.shape[1:]) != self.size:
-            sizes = ("x".join(map(str, size)) for size in (image.shape[1:], self.size))
+            sizes = ("x".join(map(str, size)) for size in (image.shape[:0:-1], self.size[::-1]))
             raise UnusableImageError("it is {}, and the first one {}".format(*sizes))
         return image
 
@@ -214,7 +214,7 @@ class ImageSet:
         """Raise a ValueError if all images were left out; three are named."""
         if len(self.left_out) == len(self):
             found = "; ".join(f"{printable(name)}: {reason}" for name, reason in list(self.left_out.items())[:3])
-            raise ValueError(f"none of the {len(self)} images of {self.name} can be used: {found}.")
+            raise ValueError(f"none of the {counted(len(self), 'image')} of {self.name} can be used: {found}.")
 
     def _raise_unusable(self, start: int) -> None:
         """Raise a ValueError that names the images from `start` on that cannot be used."""
@@ -228,7 +228,9 @@ class ImageSet:
                 found.append("and perhaps more after them")
                 break
         number = min(len(found), _MAX_NAMED)
-        raise ValueError(f"{number} of the {len(self)} images of {self.name} cannot be used: {'; '.join(found)}.")
+        raise ValueError(
+            f"{number} of the {counted(len(self), 'image')} of {self.name} cannot be used: {'; '.join(found)}."
+        )
 
 
 class _Batches(Dataset):
@@ -405,7 +407,7 @@ def _read_protocol(folder: str, num_images: int) -> dict:
     announced = protocol["sampling"].get("num_images")
     if not protocol.get("complete") or announced != num_images:
         raise ValueError(
-            f"{Path(folder, PROTOCOL)} tells of {announced} images, {'all' if protocol.get('complete') else 'not all'}"
+            f"{Path(folder, PROTOCOL)} has {announced} images, {'all' if protocol.get('complete') else 'not all'}"
             f" of them drawn, found {num_images}: finish sampling first."
         )
     return {**protocol["sampling"], "environment": protocol["environment"]}

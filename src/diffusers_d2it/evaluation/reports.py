@@ -27,7 +27,7 @@ from ..files import gather, on_main_process
 from ..pipelines.pipeline_d2it import D2iTPipeline
 from ..pixels import to_uint8, unit_to_uint8
 from ..sampling.reference_maps import classes_of_checkpoint
-from ..words import listed
+from ..words import counted, listed
 from .cost import ForwardMeter, TimedCall, cost_of
 from .drawing import Drawing
 from .evaluate import Evaluator
@@ -161,6 +161,7 @@ def draw_labelled_images(
     bad_images: BadImages,
     resolution: int | None = None,
     seed: int = 0,
+    least: int = 2,
 ) -> LabelledImages:
     """Images of a data set for a report on a checkpoint.
 
@@ -173,6 +174,7 @@ def draw_labelled_images(
         bad_images: notes what cannot be used.
         resolution: R; None for that of the checkpoint.
         seed: fixes which images are taken, and their order.
+        least: images of a set that the metrics need.
 
     Raises:
         ValueError: the data set has too few images, other classes than the checkpoint, or none; or the resolution does
@@ -189,13 +191,18 @@ def draw_labelled_images(
         images.append(to_uint8(to_pixels(image, resolution)))
         labels.append(row.label)
     if len(images) < needed and None in asked:
+        if asked == (None, None) and len(images) < 2 * least:
+            raise ValueError(
+                f"{source.name} has {counted(len(images), 'image')} that can be used: a report of these metrics needs"
+                f" {2 * least}, half of them to be compared with. {bad_images.summary()}".rstrip()
+            )
         if asked[0] is None:
-            num_images = len(images) // 6 if asked[1] is None else len(images) - asked[1]
+            num_images = max(len(images) // 6, least) if asked[1] is None else len(images) - asked[1]
         if asked[1] is None:
             num_reference_images = len(images) - num_images
     if num_images < 1 or num_reference_images < 2 or len(images) < num_images + num_reference_images:
         raise ValueError(
-            f"{source.name} has {len(images)} images that can be used: `num_images` {num_images} and"
+            f"{source.name} has {counted(len(images), 'image')} that can be used: `num_images` {num_images} and"
             f" `num_reference_images` {num_reference_images} need {needed}. {bad_images.summary()}".rstrip()
         )
     images, reference = torch.stack(images).split([num_images, num_reference_images])

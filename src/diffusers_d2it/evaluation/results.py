@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..files import read_json, write_json_durably
-from ..words import differing, shorten
+from ..words import differing, listed, shorten
 
 
 # What stands in a protocol for the reader: names say little, versions and devices decide about last digits, and the
@@ -95,7 +95,9 @@ def compare(a: Result, b: Result, varying: Sequence[str] = ("samples.checkpoint"
     found = differences(a, b, varying)
     if found:
         fields = "; ".join(f"{name}: {_shown(one)} and {_shown(other)}" for name, (one, other) in found.items())
-        raise ValueError(f"{a.metric} and {b.metric} were not measured alike: {fields}.")
+        raise ValueError(
+            f"{listed(dict.fromkeys((a.metric, b.metric)))} of the two were not measured alike: {fields}."
+        )
     return b.value - a.value
 
 

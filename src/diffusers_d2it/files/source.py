@@ -108,7 +108,7 @@ def pin(name: str, arguments: dict[str, Any]) -> dict[str, Any]:
         revision = resolve_revision(name, revision=arguments.get("revision"), **found)
     except RevisionResolutionError as error:
         raise OSError(
-            f"{shown(name)} is no folder, and as a name on the Hub it is not known: {printable(error)}"
+            f"{shown(name)} is not a folder, and the Hub knows no repository of this name: {printable(error)}"
         ) from error
     # The SHA: as a string the object is the name of the branch
     return found | {"force_download": bool(arguments.get("force_download")), "revision": revision.resolved}

@@ -185,7 +185,7 @@ def check_push(
             f"`hub_model_id` must be user/name, of letters, digits, '-', '_' and '.', got {shown(hub_model_id)}."
         )
     if push_to_hub:
-        with named_errors(hub_model_id, "Nothing has been trained yet: put it right, or leave out `push_to_hub`."):
+        with named_errors(hub_model_id, "Nothing has been trained yet: correct it, or leave out `push_to_hub`."):
             if HfApi().whoami().get("auth", {}).get("accessToken", {}).get("role") == "read":
                 raise ValueError("the access token may only read: make one that may write")
             HfApi().auth_check(make_repository(hub_model_id, hub_private_repo, token=None), write=True)

@@ -284,7 +284,7 @@ def check_conditioning(
             raise ValueError("`class_labels` were given to an unconditional model (num_classes is None).")
     elif class_labels is None:
         raise ValueError(
-            f"`class_labels` are required by a model of {num_classes} classes; {num_classes} itself means no class."
+            f"`class_labels` are required by this model: 0 to {num_classes - 1}, or {num_classes} for no class."
         )
     else:
         if class_labels.shape != (batch_size,) or class_labels.dtype != torch.int64:

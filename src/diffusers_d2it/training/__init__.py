@@ -7,7 +7,7 @@ from .compiling import compile_blocks
 from .discriminator import PatchDiscriminator
 from .gate import FiniteGate
 from .inputs import draw_fine_ratio, draw_grain_map, drop_labels, identity_of, load_autoencoder
-from .measures import count_entropy, grain_signals, measure_latents
+from .measures import bar_of, count_entropy, grain_signals, measure_latents
 from .perceptual import PerceptualLoss
 from .run import Run, make_accelerator
 
@@ -16,6 +16,7 @@ __all__ = [
     "Alignment",
     "Checkpoints",
     "FiniteGate",
+    "bar_of",
     "PatchDiscriminator",
     "PerceptualLoss",
     "Run",

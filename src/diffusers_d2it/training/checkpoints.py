@@ -260,7 +260,7 @@ class Checkpoints:
     def _load_optimizer(self, optimizer: torch.optim.Optimizer, settings: list[dict], path: Path) -> None:
         groups = optimizer.param_groups
         if [{*stored, "params"} for stored in settings] != [set(group) for group in groups]:
-            raise ValueError(f"{path} has settings of other groups than this optimizer.")
+            raise ValueError(f"{path} has other parameter groups than this optimizer.")
         names = {weight: name for name, weight in self._trained.named_parameters()}
         weights = {names[weight]: weight for group in groups for weight in group["params"]}
         states: dict[str, dict[str, Tensor]] = {}
@@ -312,14 +312,14 @@ def _lay_out_like_weights(optimizer: torch.optim.Optimizer) -> None:
 def find_checkpoint(
     accelerator: Accelerator, output_dir: str | Path, resume_from_checkpoint: str | Path | None
 ) -> Path | None:
-    """The checkpoint that a run goes on from, verified; None if it starts anew. All processes call it.
+    """The checkpoint that a run goes on from, verified; None if it starts from scratch. All processes call it.
 
     Args:
         accelerator: the Accelerator.
         output_dir: the folder of the run.
         resume_from_checkpoint: path of a checkpoint, or "latest": that of the highest step in `output_dir` that is
-            whole; a warning names those that are not, and where there is none yet the run starts anew. None to start
-            anew.
+            whole; a warning names those that are not, and where there is none yet the run starts from
+            scratch, as with None.
 
     Raises:
         ValueError: the path is no checkpoint or a damaged one, or none of those that "latest" finds is whole.
@@ -329,7 +329,7 @@ def find_checkpoint(
     if resume_from_checkpoint == "latest":
         found = on_main_process(accelerator, lambda: _latest(Path(output_dir)))
         if found is None:
-            accelerator.print(f"{output_dir} holds no checkpoint yet: the run begins anew")
+            accelerator.print(f"{output_dir} holds no checkpoint yet: the run starts from scratch")
         return found
     path = Path(resume_from_checkpoint)
     if not path.exists() and Path(output_dir, path).is_dir():  # the name alone, as in the scripts of diffusers
@@ -386,7 +386,7 @@ def _refuse_changes(what: str, found: dict, expected: dict) -> None:
 def _load_weights(module: nn.Module, weights: dict[str, Tensor], source: Path) -> None:
     missing = sorted(module.state_dict().keys() - weights.keys())
     if missing:  # torch would leave them as they are
-        raise ValueError(f"{source} lacks {len(missing)} tensors, such as `{missing[0]}`.")
+        raise ValueError(f"{source} lacks {counted(len(missing), 'tensor')}, such as `{missing[0]}`.")
     try:
         set_model_state_dict(module, weights, options=_WHOLE)
     except RuntimeError as error:

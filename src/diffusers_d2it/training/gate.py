@@ -79,7 +79,7 @@ class FiniteGate:
         if self.num_skipped_steps > self.skip_nonfinite_steps:
             raise FloatingPointError(
                 f"{what}. The update was not made, no checkpoint was written after it, and"
-                f" {self.skip_nonfinite_steps} were left out before, as many as `skip_nonfinite_steps` allows."
+                f" {self.skip_nonfinite_steps} were left out before, which is all that `skip_nonfinite_steps` allows."
             )
         if self.accelerator.is_main_process:
             logger.warning("%s. Left out: %d of %d.", what, self.num_skipped_steps, self.skip_nonfinite_steps)

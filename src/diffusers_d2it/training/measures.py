@@ -1,8 +1,9 @@
 # Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
 """What is measured: over a data set the entropy of its regions and the scale of its latents, in a batch its grains."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from itertools import islice
+from typing import TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -17,6 +18,8 @@ from ..entropy import EntropyCalibration
 from ..grains import fine_share, grain_map_to_cells
 from ..models.autoencoder_kl_dynamic import DynamicAutoencoderKL
 
+
+T = TypeVar("T")
 
 _COUNTED_AT_ONCE = 32  # images
 
@@ -49,7 +52,7 @@ def count_entropy(
         images = islice(images, max(0, -(-(max_images - accelerator.process_index) // accelerator.num_processes)))
     known = [number for number in (max_images, source.num_rows) if number is not None]
     length = -(-min(known) // accelerator.num_processes) if known else None
-    progress = tqdm(images, desc="entropy", total=length, disable=not accelerator.is_main_process)
+    progress = bar_of(images, "entropy", length, disable=not accelerator.is_main_process)
     pixels = (to_pixels(image, resolution) for _, image in progress)
     with logging_redirect_tqdm():  # images that cannot be used are named on lines of their own
         while batch := list(islice(pixels, _COUNTED_AT_ONCE)):
@@ -61,6 +64,16 @@ def count_entropy(
     total = EntropyCalibration(region_size)
     total.merge(counted[:-1], int(counted[-1]))
     return total
+
+
+def bar_of(items: Iterable[T], description: str, most: int | None, disable: bool = False) -> Iterator[T]:
+    """Items under a bar of at most so many; where some cannot be used it ends all the same."""
+    with tqdm(desc=description, total=most, disable=disable) as bar:
+        for item in items:
+            yield item
+            bar.update()
+        bar.total = bar.n
+        bar.refresh()
 
 
 @torch.no_grad()

@@ -26,7 +26,7 @@ from ..data.loaders import StreamLoader, batches_from, step_generator
 from ..files import lock
 from ..files.folders import names_in
 from ..optional import import_optional
-from ..words import listed
+from ..words import counted, listed
 from .checkpoints import found_checkpoints, is_sharded
 from .stopping import StopSignals
 
@@ -255,9 +255,9 @@ def compare_ends(losses: dict[int, float], max_train_steps: int) -> str:
     if not (first and last):
         return "smoke test: resumed in the middle, nothing to compare"
     before, after = sum(first) / len(first), sum(last) / len(last)
-    text = f"smoke test: loss {before:.4f} in the first {len(first)} updates, {after:.4f} in the last"
-    if not after < before:
+    text = f"loss {before:.4f} in the first {counted(len(first), 'update')}, {after:.4f} in the last"
+    if max_train_steps > 1 and not after < before:
         raise ValueError(
-            f"`overfit_batches` {text}: it has not fallen on batches that repeat, something does not learn."
+            f"`overfit_batches`: {text}: it has not fallen on batches that repeat, so something does not learn."
         )
-    return text
+    return f"smoke test: {text}"
