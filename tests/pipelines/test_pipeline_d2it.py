@@ -346,8 +346,8 @@ def test_only_named_classes_can_be_asked_for(make_pipeline):
 def test_images_for_maps_are_checked(make_pipeline, photos):
     pipe, unit = make_pipeline(), (photos + 1) / 2
     for image, message in (
-        (PIL.Image.new("RGB", (60, 64)), "8.*64x60"),
-        (unit[..., :60], "8.*64x60"),
+        (PIL.Image.new("RGB", (60, 64)), "8.*64 and 60"),
+        (unit[..., :60], "8.*64 and 60"),
         (unit * 3, r"`image`.*\[0, 1\]"),
         (unit - 0.5, r"`image`.*\[0, 1\]"),
         (unit * float("nan"), r"`image`.*\[0, 1\].*nan"),

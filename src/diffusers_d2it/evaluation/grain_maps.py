@@ -18,7 +18,7 @@ from scipy.stats import wasserstein_distance
 
 from ..grains import check_grain_map, fine_share, tie
 from ..objectives import DiffusionObjective, FlowMatchingObjective
-from ..pipelines.checks import FLOW_MATCHING_SCHEDULERS
+from ..pipelines.checks import is_flow
 from ..pixels import from_uint8, to_uint8
 from .drawing import ENCODING, NOISE, Drawing
 
@@ -263,7 +263,7 @@ def _to_pixels(pipe, images: torch.Tensor) -> torch.Tensor:
 def _objective_of(scheduler) -> DiffusionObjective | FlowMatchingObjective:
     """The objective that a content model was trained with, from the scheduler it is sampled with."""
     prediction_type = scheduler.config.get("prediction_type")
-    if isinstance(scheduler, FLOW_MATCHING_SCHEDULERS) or prediction_type == "flow_prediction":
+    if is_flow(scheduler):
         return FlowMatchingObjective()
     if prediction_type not in ("epsilon", "v_prediction"):
         raise ValueError(

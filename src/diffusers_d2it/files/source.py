@@ -36,7 +36,7 @@ _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:[/:]")  # not the C:/ of a drive
 _VARIANT = re.compile(r"\w+(-\w+)*", re.ASCII)
 
 
-def refuse_code(arguments: dict[str, Any]) -> None:
+def refuse_code(arguments: Mapping[str, Any]) -> None:
     """Raise a ValueError for arguments of `from_pretrained` that run code, or read weights that can hold code."""
     for name, harmless in _HARMLESS.items():
         if name in arguments and arguments[name] not in harmless:

@@ -21,7 +21,7 @@ from ..grains import GrainLayout, check_fine_ratio, check_grain_map, code_weight
 from ..limits import plain
 from .configs import check_autoencoder
 from .hierarchical_encoder import HierarchicalEncoder
-from .strict import StrictModelMixin
+from .strict import SafeAdapterMixin, StrictModelMixin
 from .tiling import blend_tiles, tile_starts
 
 
@@ -58,7 +58,7 @@ class DynamicAutoencoderKLOutput(BaseOutput):
     entropy: torch.Tensor  # entropy of every region in nats, (B, H/S, W/S), float32
 
 
-class DynamicAutoencoderKL(StrictModelMixin, AutoencoderMixin, ConfigMixin):
+class DynamicAutoencoderKL(StrictModelMixin, AutoencoderMixin, SafeAdapterMixin, ConfigMixin):
     r"""Variational autoencoder that gives every region of an image as many codes as its entropy asks for.
 
     The trunk of the encoder is read at every factor of `downsample_factors`; Dynamic Grained Coding decides by the

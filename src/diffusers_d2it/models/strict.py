@@ -227,10 +227,7 @@ class SafeAdapterMixin(PeftAdapterMixin):
             ValueError: an argument would read pickled weights.
             OSError: there are no safetensors.
         """
-        refuse_code(kwargs)
-        name = kwargs.get("weight_name")
-        if name is not None and not str(name).endswith(".safetensors"):
-            raise ValueError(f"`weight_name` must end with .safetensors, got {shown(name)}: others can hold code.")
+        refuse_pickled_adapter(kwargs)
         super().load_lora_adapter(pretrained_model_name_or_path_or_dict, *args, **kwargs | {"use_safetensors": True})
 
 
@@ -258,6 +255,14 @@ def saving(staging: str | os.PathLike, folder: Path) -> Iterator[None]:
     except ValueError as error:
         reason = str(error).replace(str(staging), str(folder)).removeprefix(_NOT_SAVED)
         raise ValueError(f"{_NOT_SAVED}{reason}") from error
+
+
+def refuse_pickled_adapter(arguments: Mapping[str, Any]) -> None:
+    """Raise a ValueError for arguments that lead to adapters which can hold code."""
+    refuse_code(arguments)
+    name = arguments.get("weight_name")
+    if name is not None and not str(name).endswith(".safetensors"):
+        raise ValueError(f"`weight_name` must end with .safetensors, got {shown(name)}: others can hold code.")
 
 
 def refuse_unsafe(safe_serialization: bool, use_flashpack: bool) -> None:

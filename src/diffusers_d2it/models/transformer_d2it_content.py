@@ -8,6 +8,7 @@ Shapes:
 """
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.attention import AttentionMixin
 from diffusers.models.cache_utils import CacheMixin
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from diffusers.utils import apply_lora_scale
 from torch import nn
 
 from ..grains import GrainLayout
@@ -199,6 +201,7 @@ class D2iTContentModel(StrictModelMixin, AttentionMixin, CacheMixin, SafeAdapter
             )
         super().enable_cache(config)
 
+    @apply_lora_scale("attention_kwargs")
     def forward(
         self,
         hidden_states: torch.Tensor,
@@ -206,6 +209,7 @@ class D2iTContentModel(StrictModelMixin, AttentionMixin, CacheMixin, SafeAdapter
         grain_map: torch.Tensor | GrainLayout,
         class_labels: torch.Tensor | None = None,
         return_dict: bool = True,
+        attention_kwargs: dict[str, Any] | None = None,
     ) -> Transformer2DModelOutput | tuple:
         """Predict multi-grained noise, Eqs. 6-9.
 
@@ -215,6 +219,7 @@ class D2iTContentModel(StrictModelMixin, AttentionMixin, CacheMixin, SafeAdapter
             grain_map: (B, h, w) int64, 0 = coarsest, or what `prepare_grain_map` made of it.
             class_labels: (B,) int64, `num_classes` for no class; None for an unconditional model.
             return_dict: False returns a tuple.
+            attention_kwargs: {"scale": ...} weighs adapters in this pass.
 
         Returns:
             The noise (and the variance), tied, (B, O, h * R, w * R).

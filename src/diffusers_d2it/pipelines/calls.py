@@ -34,6 +34,8 @@ def one_call(call: Callable) -> Callable:
 
     @wraps(call)
     def waiting(self, *args, **kwargs):
+        if self.transformer is None:
+            raise ValueError("`transformer` is None: this pipeline only decodes, by `decode_latents`.")
         model = getattr(self.transformer, "_orig_mod", self.transformer)
         with turn_of(model):
             if model in _running:

@@ -5,7 +5,7 @@ from typing import Literal
 
 import numpy as np
 import torch
-from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler
+from diffusers import DDPMScheduler, SchedulerMixin
 from diffusers.schedulers import KarrasDiffusionSchedulers
 from diffusers.utils import logging
 
@@ -19,23 +19,76 @@ from .tied_scheduler import reads_variance
 
 logger = logging.get_logger(__name__)
 
-FLOW_MATCHING_SCHEDULERS = (FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler)
+# Those that end at the data under a perfect prediction: others of diffusers fail, or end in noise without a word
+_DIFFUSION = [kind.name for kind in KarrasDiffusionSchedulers]
+_DIFFUSION += ["DDIMParallelScheduler", "DDPMParallelScheduler", "SASolverScheduler"]
+_FLOW = ["FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler", "FlowMatchLCMScheduler"]
+_FLOW += ["LTXEulerAncestralRFScheduler", "FlowMapEulerDiscreteScheduler"]
+# These of diffusion take steps of flow matching too, with prediction_type "flow_prediction"
+_BOTH = ["UniPCMultistepScheduler", "DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler"]
+_BOTH += ["DEISMultistepScheduler", "SASolverScheduler"]
+
+
+def is_flow(scheduler: SchedulerMixin) -> bool:
+    """Whether a scheduler takes the steps of flow matching, not of diffusion."""
+    return _is_one_of(scheduler, _FLOW) or scheduler.config.get("prediction_type") == "flow_prediction"
+
+
+def check_scheduler(scheduler: SchedulerMixin, transformer: D2iTContentModel, of_flow: bool) -> None:
+    """Raise a ValueError unless a scheduler is known to work, and does what the model was trained for.
+
+    A class of the user's own that is built on none of diffusers' is taken as it is.
+
+    Args:
+        scheduler: the scheduler.
+        transformer: the model.
+        of_flow: whether the model was trained by flow matching.
+    """
+    name, config = type(scheduler).__name__, scheduler.config
+    of_diffusers = [base for base in type(scheduler).__mro__ if base.__module__.startswith("diffusers.schedulers.")]
+    known = _FLOW + _BOTH if of_flow else _DIFFUSION
+    if is_flow(scheduler) != of_flow:
+        kinds = ("flow matching", "diffusion") if of_flow else ("diffusion", "flow matching")
+        raise ValueError(
+            f"`scheduler` must be one of {kinds[0]}, as the model was trained, such as {known[0]}, got {name} of"
+            f" {kinds[1]}; `from_config(pipe.scheduler.config)` keeps the kind."
+        )
+    if any(base.__name__.endswith("Scheduler") for base in of_diffusers) and not _is_one_of(scheduler, known):
+        raise ValueError(f"`scheduler` must be one of {', '.join(known)}, got {name}.")
+    if not reads_variance(scheduler):
+        return
+    if not isinstance(scheduler, DDPMScheduler):
+        raise ValueError(
+            f"`scheduler` {name} with variance_type {config.variance_type!r} cuts predictions to three channels: make"
+            " it with variance_type=None."
+        )
+    if transformer.out_channels != 2 * transformer.config.in_channels:
+        raise ValueError(
+            f"`scheduler` has variance_type {config.variance_type!r}, and the transformer predicts no variance."
+        )
+
+
+def _is_one_of(scheduler: SchedulerMixin, names: list[str]) -> bool:
+    return any(base.__name__ in names for base in type(scheduler).__mro__)
 
 
 def check_components(
-    vae: DynamicAutoencoderKL,
+    vae: DynamicAutoencoderKL | None,
     grain_model: D2iTGrainModel | None,
-    transformer: D2iTContentModel,
+    transformer: D2iTContentModel | None,
     scheduler: KarrasDiffusionSchedulers,
     grain_scheduler: KarrasDiffusionSchedulers | None,
     id2label: dict[int, str] | None,
 ) -> None:
     """Raise a ValueError that names the two components that do not fit one another."""
-    content = transformer.config
-    pairs = [
-        ("transformer.in_channels", content.in_channels, "vae.latent_channels", vae.config.latent_channels),
-        ("transformer.num_grains", content.num_grains, "the grains of the vae", vae.num_grains),
-    ]
+    if transformer is None:
+        return
+    content, pairs = transformer.config, []
+    if vae is not None:
+        pairs += [
+            ("transformer.in_channels", content.in_channels, "vae.latent_channels", vae.config.latent_channels),
+            ("transformer.num_grains", content.num_grains, "the grains of the vae", vae.num_grains),
+        ]
     if grain_model is not None:
         grain = grain_model.config
         pairs += [
@@ -52,26 +105,11 @@ def check_components(
             "components do not fit: `grain_scheduler` needs prediction_type 'sample', got"
             f" {grain_scheduler.config.prediction_type!r}."
         )
-    config = scheduler.config
-    if not hasattr(scheduler, "init_noise_sigma") and not isinstance(scheduler, FLOW_MATCHING_SCHEDULERS):
-        raise ValueError(
-            "components do not fit: `scheduler` must be one of KarrasDiffusionSchedulers or of flow matching, got"
-            f" {type(scheduler).__name__}."
-        )
-    if config.get("clip_sample") or config.get("thresholding"):
+    check_scheduler(scheduler, transformer, is_flow(scheduler))
+    if scheduler.config.get("clip_sample") or scheduler.config.get("thresholding"):
         logger.warning(
             "`scheduler` limits samples to [-1, 1], which is meant for pixels and spoils latents: make it with"
             " clip_sample=False and thresholding=False."
-        )
-    if reads_variance(scheduler) and not isinstance(scheduler, DDPMScheduler):
-        raise ValueError(
-            f"components do not fit: `scheduler` {type(scheduler).__name__} with variance_type"
-            f" {config.variance_type!r} cuts predictions to three channels: make it with variance_type=None."
-        )
-    if reads_variance(scheduler) and transformer.out_channels != 2 * content.in_channels:
-        raise ValueError(
-            f"components do not fit: `scheduler` has variance_type {config.variance_type!r}, the transformer"
-            " predicts no variance."
         )
     beyond = [id for id in id2label or {} if id not in range(content.num_classes or 0)]
     if beyond:
@@ -92,6 +130,9 @@ SAMPLING_LIMITS = {
     "grain_guidance_scale": (-1e6, 1e6),
     "height": (1, 16_384),
     "width": (1, 16_384),
+    "timesteps": (0, 1_000_000),
+    "sigmas": (0, 1e6),
+    "eta": (0, 1),
 }
 
 
@@ -181,7 +222,7 @@ def map_size(
     latents: torch.Tensor | None,
     height: int | None,
     width: int | None,
-    vae: DynamicAutoencoderKL,
+    vae: DynamicAutoencoderKL | None,
     transformer: D2iTContentModel,
 ) -> tuple[int, int]:
     """Sides (h, w) of the grain map: from the map, the latents, the size asked for, or that of training.
@@ -189,9 +230,12 @@ def map_size(
     Raises:
         ValueError: they contradict one another, or the size is no multiple of a region.
     """
-    cells = transformer.patch_size
-    region = vae.region_size
-    sizes = {}
+    cells, sizes = transformer.patch_size, {}
+    if vae is None and (height, width) != (None, None):
+        raise ValueError(
+            "`height` and `width` need a `vae`, which makes pixels of cells: pass `latents` or a `grain_map`."
+        )
+    region = 0 if vae is None else vae.region_size
     if grain_map is not None and not isinstance(grain_map, str):
         sizes["grain_map"] = tuple(grain_map.shape[-2:])
     if latents is not None:
@@ -210,9 +254,9 @@ def map_size(
         raise ValueError(f"arguments ask for maps of different sizes: {described} regions.")
     size = next(iter(sizes.values()), trained)
     if size != trained and not {"height and width"} & {*sizes}:
+        pixels = "" if vae is None else f", an image of {size[0] * region}x{size[1] * region} pixels"
         logger.warning(
-            "`%s` of %dx%d, a cell for each region, asks for an image of %dx%d pixels; the model was trained on %dx%d"
-            " regions.",
-            *(next(iter(sizes)), *size, *(region * side for side in size), *trained),
+            "`%s` of %dx%d, a cell for each region%s; the model was trained on %dx%d regions.",
+            *(next(iter(sizes)), *size, pixels, *trained),
         )
     return size

@@ -3,6 +3,7 @@
 
 import math
 from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -12,13 +13,14 @@ from ..limits import plain
 from ..words import close_to, composed, shown
 from .base import StrictPipeline
 from .calls import turn_of
+from .lora import LoraPipelineMixin
 
 
 # Labels in these have no order, or no meaning
 _NO_ROW = (str, bytes, bytearray, Mapping, set, frozenset, np.ndarray, torch.Tensor)
 
 
-class ClassConditionalPipeline(StrictPipeline):
+class ClassConditionalPipeline(LoraPipelineMixin, StrictPipeline):
     """A pipeline of a denoiser with class labels, `transformer`, and of an autoencoder, `vae`.
 
     A subclass registers its components and `id2label`, and makes `image_processor`.
@@ -37,7 +39,7 @@ class ClassConditionalPipeline(StrictPipeline):
 
     def to(self, *args, **kwargs):
         """As of diffusers; a call that is under way in another thread ends first."""
-        with turn_of(self.transformer):
+        with nullcontext() if self.transformer is None else turn_of(self.transformer):
             return super().to(*args, **kwargs)
 
     @property
@@ -82,6 +84,26 @@ class ClassConditionalPipeline(StrictPipeline):
         return self._guidance_scale
 
     @property
+    def do_classifier_free_guidance(self) -> bool:
+        """Whether the running or last call is guided, in some of its steps at least."""
+        return self._guidance_scale != 1.0 and self.transformer.config.num_classes is not None
+
+    @property
+    def attention_kwargs(self) -> dict[str, Any] | None:
+        """What the running or last call was given for attention: {"scale": ...} weighs adapters."""
+        return self._attention_kwargs
+
+    @property
+    def labels(self) -> dict[str, int]:
+        """Ids of the classes by their names, each of several separated by commas; empty without names."""
+        return {name: ids[0] for name, ids in _ids_of_names(self.id2label or {}).items() if len(ids) == 1}
+
+    @property
+    def vae_scale_factor(self) -> int:
+        """Pixels along a side of a cell of the latents."""
+        return self.vae.downsample_factor
+
+    @property
     def num_timesteps(self) -> int:
         """Number of steps of the running or last call."""
         return self._num_timesteps
@@ -118,6 +140,8 @@ class ClassConditionalPipeline(StrictPipeline):
             raise ValueError("denoising ended in latents that are not finite: the model or the scheduler diverged.")
         if output_type == "latent":
             return latents
+        if self.vae is None:
+            raise ValueError(f"`output_type` must be 'latent' without a `vae`, got {output_type!r}.")
         pixels = self.vae.decode(self.vae.unscale_latents(latents).to(self.vae.dtype)).sample
         if not pixels.isfinite().all():
             raise ValueError(

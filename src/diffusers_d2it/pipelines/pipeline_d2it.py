@@ -25,7 +25,17 @@ from ..models.transformer_d2it_content import D2iTContentModel
 from ..models.transformer_d2it_grain import D2iTGrainModel
 from ..visualization import visualize_grain_map
 from .calls import one_call
-from .checks import SAMPLING_LIMITS, MapName, as_grain_map, changed_by, check_components, check_inputs, map_size
+from .checks import (
+    SAMPLING_LIMITS,
+    MapName,
+    as_grain_map,
+    changed_by,
+    check_components,
+    check_inputs,
+    check_scheduler,
+    is_flow,
+    map_size,
+)
 from .class_conditional import ClassConditionalPipeline
 from .grain_maps import ImageInput, grain_map_of_image, random_grain_map, sample_grain_map
 from .tied_scheduler import TiedScheduler
@@ -52,9 +62,9 @@ class D2iTPipeline(ClassConditionalPipeline):
     Dynamic VAE decodes them. The map can also be given, or asked to have a share of fine regions.
 
     Args:
-        vae: decoder of the latents; its thresholds also make maps from images.
+        vae: decoder of the latents; its thresholds also make maps from images. None if latents are all that is wanted.
         grain_model: draws grain maps; None if maps are always given.
-        transformer: the content model.
+        transformer: the content model; None if latents are only decoded.
         scheduler: any of `KarrasDiffusionSchedulers`, or of flow matching for a model trained with it.
         grain_scheduler: scheduler of the grain model, with prediction_type "sample".
         id2label: names of the classes by id, several names separated by commas. Only these ids can be asked for; None
@@ -67,14 +77,14 @@ class D2iTPipeline(ClassConditionalPipeline):
     model_cpu_offload_seq = "grain_model->transformer->vae"
     _models = {"vae": "DynamicAutoencoderKL", "grain_model": "D2iTGrainModel", "transformer": "D2iTContentModel"}
     _schedulers = ("scheduler", "grain_scheduler")
-    _optional_components = ["grain_model", "grain_scheduler"]
+    _optional_components = ["vae", "grain_model", "transformer", "grain_scheduler"]
     _limits = SAMPLING_LIMITS
 
     def __init__(
         self,
-        vae: DynamicAutoencoderKL,
+        vae: DynamicAutoencoderKL | None,
         grain_model: D2iTGrainModel | None,
-        transformer: D2iTContentModel,
+        transformer: D2iTContentModel | None,
         scheduler: KarrasDiffusionSchedulers,
         grain_scheduler: KarrasDiffusionSchedulers | None,
         id2label: dict[int, str] | dict[str, str] | None = None,
@@ -92,7 +102,8 @@ class D2iTPipeline(ClassConditionalPipeline):
             id2label = {str(key): id2label[key] for key in sorted(id2label, key=int)}
         self.register_to_config(id2label=id2label)
         check_components(vae, grain_model, transformer, scheduler, grain_scheduler, self.id2label)
-        self.image_processor = VaeImageProcessor(vae_scale_factor=vae.region_size, do_resize=False)
+        self._of_flow = is_flow(scheduler)
+        self.image_processor = VaeImageProcessor(do_resize=False)
 
     # -----------------------------------------------------------------------------------------------------------------
     # Grain maps
@@ -152,6 +163,8 @@ class D2iTPipeline(ClassConditionalPipeline):
         if not isinstance(grain_map, str):
             return torch.as_tensor(grain_map, device=device).expand(shape)
         if grain_map == "random":
+            if self.vae is None and fine_ratio is None:
+                raise ValueError("`fine_ratio` is required for a random map: without a `vae` there is no default.")
             ratio = self.vae.grain_ratios[-1] if fine_ratio is None else fine_ratio
             return random_grain_map(shape, num_grains, ratio, generator, device)
         return torch.full(shape, 0 if grain_map == "coarse" else num_grains - 1, device=device)
@@ -200,7 +213,8 @@ class D2iTPipeline(ClassConditionalPipeline):
             model_input = torch.cat([model_input, model_input])  # (2 * B, C, h * R, w * R)
         with self.transformer.cache_context("guided" if guided else "cond"):
             model_input = model_input.to(self.transformer.dtype)
-            prediction = self.transformer(model_input, timestep, layout, class_ids).sample
+            kwargs = {"attention_kwargs": self._attention_kwargs}
+            prediction = self.transformer(model_input, timestep, layout, class_ids, **kwargs).sample
         channels = self.transformer.config.in_channels
         if guided:
             prediction, null = prediction.chunk(2)
@@ -231,6 +245,10 @@ class D2iTPipeline(ClassConditionalPipeline):
         height: int | None = None,
         width: int | None = None,
         guidance_power: float | None = None,
+        timesteps: list[int] | None = None,
+        sigmas: list[float] | None = None,
+        eta: float | None = None,
+        attention_kwargs: dict | None = None,
     ) -> D2iTPipelineOutput | tuple:
         """Generate images and their grain maps.
 
@@ -260,18 +278,26 @@ class D2iTPipeline(ClassConditionalPipeline):
             callback_on_step_end_tensor_inputs: which tensors the callback receives.
             height, width: sides of the image in pixels, multiples of S; default: the size of training.
             guidance_power: exponent of MDT's power-cosine schedule of the scale; None keeps the scale constant.
+            timesteps, sigmas: steps of one's own, descending, in the place of `num_inference_steps`, for schedulers
+                that take them.
+            eta: share of fresh noise in a step, in [0, 1], for DDIM.
+            attention_kwargs: {"scale": ...} weighs adapters (LoRA) in this call.
 
         Raises:
             ValueError: an argument is out of range, unknown, or contradicts another or the model.
         """
         # 1. Arguments
         self.check_settings(locals())
+        if self.vae is None and output_type != "latent":
+            raise ValueError(f"`output_type` must be 'latent' without a `vae`, got {output_type!r}.")
+        check_scheduler(self.scheduler, self.transformer, self._of_flow)
         ids, batch_size = self.prepare_labels(class_labels, num_images_per_prompt)  # (B,)
         can_draw = self.grain_model is not None
         grain_map = as_grain_map(grain_map, self.transformer.config.num_grains)
         check_inputs(batch_size, grain_map, fine_ratio, generator, latents, self.transformer, can_draw)
         size = map_size(grain_map, latents, height, width, self.vae, self.transformer)
         self._guidance_scale, self._interrupt, self._cached_pass = guidance_scale, False, None
+        self._attention_kwargs = attention_kwargs
 
         # 2. Grain map
         grain_map = self.prepare_grain_map(
@@ -281,7 +307,8 @@ class D2iTPipeline(ClassConditionalPipeline):
 
         # 3. Noise with the grain of its region
         latents = self.prepare_latents(latents, batch_size, size, generator)
-        steps = TiedScheduler(self.scheduler, layout, num_inference_steps, latents.device, generator)
+        own = {"timesteps": timesteps, "sigmas": sigmas, "eta": eta}
+        steps = TiedScheduler(self.scheduler, layout, num_inference_steps, latents.device, generator, **own)
         latents = steps.prior(latents)  # (B, C, h * R, w * R)
 
         # 4. Denoise

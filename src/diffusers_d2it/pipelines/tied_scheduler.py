@@ -34,6 +34,11 @@ class TiedScheduler:
         num_inference_steps: number of steps.
         device: where the latents are.
         generator: for schedulers that draw noise.
+        timesteps, sigmas: steps of one's own instead of their number.
+        eta: for schedulers that take it.
+
+    Raises:
+        ValueError: the scheduler does not take steps of one's own, or `eta`.
     """
 
     def __init__(
@@ -43,11 +48,17 @@ class TiedScheduler:
         num_inference_steps: int,
         device: torch.device | str = "cpu",
         generator: torch.Generator | list[torch.Generator] | None = None,
+        *,
+        timesteps: list[int] | None = None,
+        sigmas: list[float] | None = None,
+        eta: float | None = None,
     ):
         self.scheduler = scheduler = copy.deepcopy(scheduler)
         self.layout = layout
         self._edm = _EDMPreconditioning(scheduler) if isinstance(scheduler, EDMEulerScheduler) else None
-        scheduler.set_timesteps(num_inference_steps, device="cpu")
+        own = {name: steps for name, steps in (("timesteps", timesteps), ("sigmas", sigmas)) if steps is not None}
+        _check_taken(scheduler.set_timesteps, own)
+        scheduler.set_timesteps(**own or {"num_inference_steps": num_inference_steps}, device="cpu")
         self.timesteps = scheduler.timesteps
         network_timesteps = self.timesteps if self._edm is None else self._edm.timesteps(self.timesteps)
         if network_timesteps.is_floating_point():
@@ -55,6 +66,9 @@ class TiedScheduler:
         self._on_device = dict(zip(map(float, self.timesteps), network_timesteps.to(device)))
         self._reads_variance = reads_variance(scheduler)
         self._step_kwargs = step_generator_kwargs(scheduler, generator)
+        if eta is not None:
+            _check_taken(scheduler.step, {"eta": eta})
+            self._step_kwargs["eta"] = eta
 
     def prior(self, noise: torch.Tensor) -> torch.Tensor:
         """The first sample, from standard normal noise (B, C, H, W)."""
@@ -78,6 +92,13 @@ class TiedScheduler:
             model_output = self._edm.model_output(model_output, t, latents)
         previous = self.scheduler.step(model_output, t, latents, return_dict=False, **self._step_kwargs)[0]
         return self.layout.tie(previous.to(latents.dtype))
+
+
+def _check_taken(method, arguments: dict) -> None:
+    """Raise a ValueError that names an argument which a method of a scheduler does not take."""
+    for name in arguments:
+        if name not in inspect.signature(method).parameters:
+            raise ValueError(f"`{name}` is not taken by `scheduler`, a {type(method.__self__).__name__}.")
 
 
 def step_generator_kwargs(scheduler, generator: torch.Generator | list[torch.Generator] | None) -> dict:

@@ -1,0 +1,28 @@
+# Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
+"""Adapters (LoRA) of a pipeline, as diffusers has them: load, save, weigh, fuse and unload, from safetensors only."""
+
+from typing import Any
+
+import torch
+from diffusers.loaders import SanaLoraLoaderMixin
+
+from ..models.strict import refuse_pickled_adapter
+
+
+class LoraPipelineMixin(SanaLoraLoaderMixin):
+    """Adapters of the component `transformer`: diffusers' own mixin for pipelines that have them nowhere else.
+
+    pipe.load_lora_weights("user/lora")
+    pipe.set_adapters("default_0", 0.7)
+    """
+
+    @classmethod
+    def lora_state_dict(cls, pretrained_model_name_or_path_or_dict: str | dict[str, torch.Tensor], **kwargs: Any):
+        """The weights of adapters, as of diffusers.
+
+        Raises:
+            ValueError: an argument would read pickled weights.
+            OSError: there are no safetensors.
+        """
+        refuse_pickled_adapter(kwargs)
+        return super().lora_state_dict(pretrained_model_name_or_path_or_dict, **kwargs | {"use_safetensors": True})
