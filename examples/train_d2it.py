@@ -20,7 +20,12 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--grain", required=True, help="output folder of train_grain.py")
     start = group.add_mutually_exclusive_group()
     start.add_argument("--preset", default="content-b", help="a preset, or a JSON file with a model's configuration")
-    start.add_argument("--init_from", help="folder of a D2iTContentModel to start from, such as convert_dit.py's")
+    start.add_argument(
+        "--init_from", help="folder of a D2iTContentModel or of a pipeline to start from; other classes begin anew"
+    )
+    group.add_argument(
+        "--lora_rank", type=positive, help="train adapters (LoRA) of --init_from instead of its weights"
+    )
     group.add_argument("--objective", choices=OBJECTIVES, default="epsilon", help="what is predicted")
     group.add_argument("--learn_sigma", action="store_true", help="predict the variance too, trained by the VLB")
     group.add_argument("--snr_gamma", type=weight, help="min-SNR weighting of the timesteps; 5 is usual")
@@ -42,6 +47,8 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--alignment_weight", type=weight, default=0.5, help="weight of the alignment loss")
     args = parser.parse_args(arguments)
     check_second_stage(parser, args)
+    if args.lora_rank is not None and args.init_from is None:
+        parser.error("--lora_rank needs --init_from, the model that gets the adapters")
     if args.alignment is not None and args.latent_cache is not None:
         parser.error("--alignment needs the images: pass --train_data_dir or --dataset_name, not --latent_cache")
     return args
@@ -75,6 +82,7 @@ from diffusers_d2it.objectives import DiffusionObjective, FlowMatchingObjective,
 from diffusers_d2it.training import (
     Alignment,
     FiniteGate,
+    add_adapters,
     compile_blocks,
     draw_grain_map,
     drop_labels,
@@ -82,6 +90,8 @@ from diffusers_d2it.training import (
     grain_signals,
     identity_of,
     load_autoencoder,
+    save_adapters,
+    trained_weights,
     use_ema,
 )
 from set_up import checkpoints_of, loader_of, publish_result, run_of, schedule_of, second_stage_data, start
@@ -91,7 +101,8 @@ def load_start(args: argparse.Namespace) -> dict | D2iTContentModel:
     """What the flags start from: the configuration of --preset, or the model of --init_from."""
     if args.init_from is None:
         return load_preset(args.preset, D2iTContentModel)
-    return D2iTContentModel.from_pretrained(args.init_from)
+    subfolder = "transformer" if os.path.isdir(os.path.join(args.init_from, "transformer")) else None
+    return D2iTContentModel.from_pretrained(args.init_from, subfolder=subfolder)
 
 
 def make_model(
@@ -112,11 +123,15 @@ def make_model(
         return D2iTContentModel(**(begun | sizes))
     wrong = {key: (begun.config[key], value) for key, value in sizes.items() if begun.config[key] != value}
     wrong.pop("sample_size", None)  # positions are computed for any
+    if args.lora_rank is None and begun.config.num_classes is not None and num_classes is not None:
+        wrong.pop("num_classes", None)  # other classes begin a new table of labels
     if begun.out_channels == sizes["out_channels"]:
         wrong.pop("out_channels", None)
     if wrong:
         raise ValueError(f"--init_from {args.init_from} does not fit; (found, needed) differ in {wrong}.")
     begun.register_to_config(sample_size=sizes["sample_size"])
+    if begun.config.num_classes != num_classes:
+        begun.start_new_classes(num_classes)
     return begun
 
 
@@ -168,6 +183,9 @@ def main(args: argparse.Namespace) -> None:
     # 2. Model, optimizer, average
     objective = make_objective(args.objective, args.snr_gamma, args.learn_sigma)
     transformer = make_model(args, begun, vae, num_classes)
+    identity = identity_of(data, vae)
+    if args.lora_rank is not None:
+        identity |= add_adapters(transformer, args.lora_rank)
     transformer.set_residual_dtype(getattr(torch, args.residual_dtype))
     if args.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
@@ -179,7 +197,7 @@ def main(args: argparse.Namespace) -> None:
         layer = args.alignment_layer or -(-len(transformer.transformer_blocks) // 3)
         alignment = Alignment(transformer, layer, network.token_width)
     optimizer = torch.optim.AdamW(
-        [*transformer.parameters(), *alignment.parameters()],
+        [*trained_weights(transformer), *alignment.parameters()],
         lr=args.learning_rate,
         weight_decay=args.weight_decay,
         fused=True,
@@ -190,9 +208,8 @@ def main(args: argparse.Namespace) -> None:
     if network is not None:
         alignment = accelerator.prepare(alignment)
     trained = [*transformer.parameters(), *alignment.parameters()]  # under FSDP others than before `prepare`
-    ema = EMAModel(transformer.parameters(), decay=args.ema_decay, foreach=True)
+    ema = EMAModel(trained_weights(transformer), decay=args.ema_decay, foreach=True)
     gate = FiniteGate(accelerator, args.skip_nonfinite_steps)
-    identity = identity_of(data, vae)
     checkpoints = checkpoints_of(
         args, accelerator, transformer, ema, {"optimizer": optimizer}, lr_scheduler, gate, identity, others
     )
@@ -234,7 +251,7 @@ def main(args: argparse.Namespace) -> None:
                 norm = accelerator.clip_grad_norm_(trained, args.max_grad_norm)
                 if gate.lets_through(norm):
                     optimizer.step()
-                    ema.step(transformer.parameters())
+                    ema.step(trained_weights(transformer))
                 optimizer.zero_grad()
                 lr_scheduler.step()
 
@@ -252,12 +269,16 @@ def main(args: argparse.Namespace) -> None:
                 labels = data.id2label and sorted(data.id2label)[:20]
                 run.interruptible(validate, pipe, labels, args.seed, run.sample_path)
 
-    # 4. The pipeline
+    # 4. The pipeline, or its adapters
+    folder = os.path.join(args.output_dir, "pipeline" if args.lora_rank is None else "lora")
     if accelerator.is_main_process:
-        pipe.register_modules(transformer=checkpoints.averaged_model())
-        folder = os.path.join(args.output_dir, "pipeline")
-        pipe.save_pretrained(folder)
-        print(f"{folder}: the pipeline after step {run.step}")
+        if args.lora_rank is None:
+            pipe.register_modules(transformer=checkpoints.averaged_model())
+            pipe.save_pretrained(folder)
+        else:
+            with use_ema(ema, transformer):
+                save_adapters(transformer, folder)
+        print(f"{folder}: the {os.path.basename(folder)} after step {run.step}")
         if bad_images.summary():
             print(bad_images.summary())
     accelerator.wait_for_everyone()
@@ -271,8 +292,12 @@ def main(args: argparse.Namespace) -> None:
             train_data=data.description,
             sample_image=run.sample_path,
             built_on=(args.vae, args.grain),
+            adapters_of=args.init_from if args.lora_rank is not None else None,
         )
-        print(next_command("demo.py", rest="", checkpoint=folder))
+        if args.lora_rank is None:
+            print(next_command("demo.py", rest="", checkpoint=folder))
+        else:
+            print(f"next: pipe.load_lora_weights({folder!r})")
 
 
 if __name__ == "__main__":

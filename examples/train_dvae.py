@@ -107,6 +107,7 @@ from diffusers_d2it.training import (
     grain_signals,
     identity_of,
     measure_latents,
+    trained_weights,
     use_ema,
 )
 from set_up import checkpoints_of, loader_of, publish_result, run_of, schedule_of, start
@@ -255,7 +256,7 @@ def main(args: argparse.Namespace) -> None:
     model, optimizer, loader, lr_scheduler, discriminator, critic_optimizer = accelerator.prepare(
         dvae_step, optimizer, loader, lr_scheduler, critic, critic_optimizer
     )
-    ema = EMAModel(vae.parameters(), decay=args.ema_decay, foreach=True)
+    ema = EMAModel(trained_weights(vae), decay=args.ema_decay, foreach=True)
     gate = FiniteGate(accelerator, args.skip_nonfinite_steps)
     optimizers = {"optimizer": optimizer, "discriminator_optimizer": critic_optimizer}
     others, identity = {"discriminator": critic}, identity_of(dataset)
@@ -287,7 +288,7 @@ def main(args: argparse.Namespace) -> None:
                 norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
                 if gate.lets_through(norm):
                     optimizer.step()
-                    ema.step(vae.parameters())
+                    ema.step(trained_weights(vae))
                 optimizer.zero_grad()
                 lr_scheduler.step()
 

@@ -51,6 +51,7 @@ from diffusers_d2it.training import (
     grain_signals,
     identity_of,
     load_autoencoder,
+    trained_weights,
     use_ema,
 )
 from set_up import checkpoints_of, loader_of, publish_result, run_of, schedule_of, second_stage_data, start
@@ -93,7 +94,7 @@ def main(args: argparse.Namespace) -> None:
     )
     lr_scheduler = schedule_of(args, optimizer)
     model, optimizer, loader, lr_scheduler = accelerator.prepare(grain_model, optimizer, loader, lr_scheduler)
-    ema = EMAModel(grain_model.parameters(), decay=args.ema_decay, foreach=True)
+    ema = EMAModel(trained_weights(grain_model), decay=args.ema_decay, foreach=True)
     gate = FiniteGate(accelerator, args.skip_nonfinite_steps)
     identity = identity_of(data, vae)
     checkpoints = checkpoints_of(
@@ -128,7 +129,7 @@ def main(args: argparse.Namespace) -> None:
                 norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
                 if gate.lets_through(norm):
                     optimizer.step()
-                    ema.step(grain_model.parameters())
+                    ema.step(trained_weights(grain_model))
                 optimizer.zero_grad()
                 lr_scheduler.step()
 

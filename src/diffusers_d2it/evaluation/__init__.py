@@ -13,7 +13,7 @@ from .evaluate import (
     open_reference,
     save_statistics,
 )
-from .features import FeatureExtractor, ModuleFeatures, load_features
+from .features import FeatureExtractor, ModuleFeatures, load_features, weights_digest
 from .frechet import frechet_distance
 from .grain_maps import denoising_error_by_grain, grain_diagnostics, map_accuracy, spatial_autocorrelation
 from .images import ImageSet, open_images
@@ -77,4 +77,5 @@ __all__ = [
     "save_results",
     "save_statistics",
     "spatial_autocorrelation",
+    "weights_digest",
 ]

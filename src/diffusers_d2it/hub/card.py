@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from diffusers import ConfigMixin, DiffusionPipeline
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from ..models.autoencoder_kl_dynamic import DynamicAutoencoderKL
@@ -51,6 +52,7 @@ def make_model_card(
     limits: list[str] | None = None,
     subfolder: str | None = None,
     variant: str | None = None,
+    adapters_of: str | None = None,
 ) -> ModelCard:
     """The card of a D2iTPipeline, DynamicAutoencoderKL, D2iTGrainModel or D2iTContentModel.
 
@@ -79,6 +81,7 @@ def make_model_card(
         limits: more sentences for the section of that name.
         subfolder: folder of the repository that holds the model, for a model that is not at the top.
         variant: variant of the weights, such as "fp16".
+        adapters_of: folder or name of the model whose adapters (LoRA) the repository holds, instead of a pipeline.
 
     Raises:
         ValueError: an argument is of the wrong kind, `license` or a name is not one that the Hub accepts, a metric is
@@ -94,9 +97,9 @@ def make_model_card(
             raise ValueError(f"`{name}` must be a plain name of letters, digits, '_', '-' and '.', got {value!r}.")
     metrics = {name: _check_metric(name, metric) for name, metric in (metrics or {}).items()}
     return ModelCard.from_template(
-        _metadata(model, kind, repo_id, license, datasets, metrics),
+        _metadata(model, kind, repo_id, license, datasets, metrics, adapters_of),
         template_path=str(_TEMPLATE),
-        **_facts(model, kind, repo_id, {"subfolder": subfolder, "variant": variant}),
+        **_facts(model, kind, repo_id, {"subfolder": subfolder, "variant": variant}, adapters_of),
         train_data=train_data,
         train_data_terms=train_data_terms,
         commands=shell_block(commands or []),
@@ -127,6 +130,19 @@ def check_license(license: str | None) -> None:
         )
 
 
+def is_name(name: str) -> bool:
+    """Whether a repository of the Hub may be called so."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
+
+
+def _is_on_hub(name: str) -> bool:
+    return is_name(name) and not os.path.exists(name)
+
+
 def _unwrap(model: Any) -> tuple[Any, str]:
     """The model or pipeline itself, without the wrapper of torch.compile, and which of the four it is."""
     model, kind = getattr(model, "_orig_mod", model), _kind(model)
@@ -150,23 +166,33 @@ def _num_classes(model: Any, kind: str) -> int | None:
 
 
 def _metadata(
-    model: Any, kind: str, repo_id: str | None, license: str | None, datasets: list[str] | None, metrics: dict
+    model: Any,
+    kind: str,
+    repo_id: str | None,
+    license: str | None,
+    datasets: list[str] | None,
+    metrics: dict,
+    adapters_of: str | None,
 ) -> ModelCardData:
     """For the Hub; of the metrics those that say how they were measured."""
     task = "unconditional-image-generation" if kind == "pipeline" else None
     results = [_eval_result(name, metric, task or "other") for name, metric in metrics.items() if metric["protocol"]]
+    adapted = [] if adapters_of is None else ["lora"]
     return ModelCardData(
+        base_model=adapters_of if adapters_of is not None and _is_on_hub(adapters_of) else None,
         license=license,
         library_name="diffusers",
         pipeline_tag=task,
-        tags=["d2it", "diffusers"] + ([] if _num_classes(model, kind) is None else ["class-conditional"]),
+        tags=["d2it", "diffusers", *adapted] + ([] if _num_classes(model, kind) is None else ["class-conditional"]),
         datasets=datasets or None,
         model_name=(repo_id or type(model).__name__) if results else None,
         eval_results=results or None,
     )
 
 
-def _facts(model: Any, kind: str, repo_id: str | None, options: dict[str, str | None]) -> dict[str, Any]:
+def _facts(
+    model: Any, kind: str, repo_id: str | None, options: dict[str, str | None], adapters_of: str | None
+) -> dict[str, Any]:
     """What the model says of itself and where it is loaded from, by the names of the template; and its functions."""
     parts = model.components if kind == "pipeline" else {"": model}
     vae = {"pipeline": getattr(model, "vae", None), "autoencoder": model}.get(kind)
@@ -180,6 +206,12 @@ def _facts(model: Any, kind: str, repo_id: str | None, options: dict[str, str | 
     facts["parts"] = {
         name: _describe(part) for name, part in parts.items() if isinstance(part, ConfigMixin | torch.nn.Module)
     }
+    facts["base"] = None
+    if adapters_of is not None:
+        facts["base"] = repr(adapters_of if _is_on_hub(adapters_of) else printable(Path(adapters_of).name))
+        trained = [weight for weight in model.transformer.parameters() if weight.requires_grad]
+        words = _describe(model.transformer) | {"type": "LoRA of D2iTContentModel"}
+        facts["parts"] = {"transformer": words | {"parameters": f"{sum(map(torch.numel, trained)):,}"}}
     if kind == "pipeline":
         facts["side"] = model.transformer.config.sample_size * vae.downsample_factor
         first = min(id2label) if id2label else 0

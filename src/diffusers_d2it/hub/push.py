@@ -17,13 +17,12 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, get_token
-from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from ..files.folders import MANIFEST, durable_file
 from ..files.source import without_origin
 from ..words import listed, printable, shown
-from .card import check_license, commands_of, make_model_card
+from .card import check_license, commands_of, is_name, make_model_card
 
 
 SAMPLES = "samples.png"
@@ -38,6 +37,7 @@ _PUSHED = (
     SAMPLES,
     "conversion.json",
 )
+_INDICES = ("config.json", "model_index.json")
 _NUM_NAMED = 50  # of the files that are left out
 PARTS: set[str] = set()  # sub-folders of a repository; each class of pipelines adds the names of its components
 
@@ -74,7 +74,7 @@ def push_folder(
             the folder.
     """
     folder = Path(folder)
-    if not any(name.endswith(("config.json", "model_index.json")) for name in files_to_push(folder)[0]):
+    if not any(name.endswith((*_INDICES, "lora_weights.safetensors")) for name in files_to_push(folder)[0]):
         raise ValueError(f"`folder` {str(folder)!r} holds no pipeline or model: nothing of it can be pushed.")
     with named_errors(repo_id, f"The files are kept in {str(folder)!r}."):
         repo_id = make_repository(repo_id, private, token)
@@ -125,7 +125,7 @@ def upload(folder: Path, repo_id: str, subfolder: str | None = None, **commit: A
     files = []
     for name in names:
         content = path = folder / name
-        if name.endswith(("config.json", "model_index.json")):  # the file stays as it is: its folder is sealed with it
+        if name.endswith(_INDICES):  # the file stays as it is: its folder is sealed with it
             content = without_origin(path.read_text(encoding="utf-8")).encode()
         files.append(CommitOperationAdd(f"{prefix}{name}", content))
     made = HfApi().create_commit(repo_id, files, **commit)
@@ -180,7 +180,7 @@ def check_push(
         raise ValueError("`push_to_hub` needs `hub_model_id`, the user/name of a repository.")
     if hub_private_repo and not push_to_hub:
         raise ValueError("`hub_private_repo` does nothing without `push_to_hub`.")
-    if hub_model_id is not None and not ("/" in hub_model_id and _is_name(hub_model_id)):
+    if hub_model_id is not None and not ("/" in hub_model_id and is_name(hub_model_id)):
         raise ValueError(
             f"`hub_model_id` must be user/name, of letters, digits, '-', '_' and '.', got {shown(hub_model_id)}."
         )
@@ -231,7 +231,7 @@ def publish(
     if sample_image is not None and not os.path.isfile(sample_image):
         warnings.warn(f"the model card shows no samples: there is no {str(sample_image)!r}", stacklevel=2)
         sample_image = None
-    is_on_hub = dataset_name is not None and _is_name(dataset_name) and not os.path.exists(dataset_name)
+    is_on_hub = dataset_name is not None and is_name(dataset_name) and not os.path.exists(dataset_name)
     model_card = make_model_card(
         pipe_or_model,
         repo_id=hub_model_id,
@@ -247,12 +247,3 @@ def publish(
     steps = "" if card.get("train_steps") is None else f" after {card['train_steps']} steps"
     message = f"Upload {type(pipe_or_model).__name__}{steps}"
     return push_folder(folder, hub_model_id, private=hub_private_repo, commit_message=message)
-
-
-def _is_name(name: str) -> bool:
-    """Whether a repository of the Hub may be called so."""
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return False
-    return True

@@ -19,6 +19,7 @@ from torch import nn
 FREQUENCY_SIZE = 256  # width of the sinusoidal embedding that precedes the timestep MLP, as in the original DiT
 
 
+_LABEL_STD = 0.02  # of a new table of labels
 _SHORT_SEQUENCE = 256  # tokens up to which attention written out trains faster on a CPU in half precision
 
 
@@ -222,6 +223,27 @@ class LabelEmbedder(nn.Embedding):
         super().__init__(num_classes + 1, dim)
 
 
+class ClassLabelsMixin:
+    """A model with `num_classes` in its configuration and a `label_embed`, which may learn other classes."""
+
+    def start_new_classes(self, num_classes: int) -> None:
+        """Begin a new table of labels; the row of "no class", and all other weights, stay.
+
+        Raises:
+            ValueError: `num_classes` is out of its range, or the model is unconditional.
+        """
+        if self.label_embed is None:
+            raise ValueError("an unconditional model has no `label_embed` to begin anew.")
+        self.check_config({**self.config, "num_classes": num_classes})
+        old = self.label_embed.weight
+        new = LabelEmbedder(num_classes, old.shape[1]).to(old.device, old.dtype)
+        with torch.no_grad():
+            nn.init.normal_(new.weight, std=_LABEL_STD)
+            new.weight[-1] = old[-1]
+        self.label_embed = new
+        self.register_to_config(num_classes=num_classes)
+
+
 def sincos_positions(size: tuple[int, int], tokens: torch.Tensor) -> torch.Tensor:
     """Fixed 2-D sine-cosine positions of DiT for a grid of tokens of any shape: (h * w, D), like `tokens` (B, N, D).
 
@@ -253,7 +275,7 @@ def init_dit_weights(module: nn.Module) -> None:
             nn.init.xavier_uniform_(child.weight)
             nn.init.zeros_(child.bias)
         elif isinstance(child, nn.Embedding):
-            nn.init.normal_(child.weight, std=0.02)
+            nn.init.normal_(child.weight, std=_LABEL_STD)
     for child in module.modules():
         if isinstance(child, TimestepEmbedding):
             nn.init.normal_(child.linear_1.weight, std=0.02)

@@ -65,7 +65,8 @@ class StrictModelMixin(WithoutOrigin, ModelMixin):
 
         Args:
             pretrained_model_name_or_path: a folder, or a name on the Hub, of which one commit is loaded.
-            **kwargs: as diffusers documents them; keys of the configuration replace those in the file.
+            **kwargs: as diffusers documents them; keys of the configuration replace those in the file. With
+                `ignore_mismatched_sizes` another `num_classes` begins a new table of labels, and nothing else.
 
         Raises:
             ValueError: an argument would read anything else than safetensors or run code; the name is a URL; a key of
@@ -74,6 +75,7 @@ class StrictModelMixin(WithoutOrigin, ModelMixin):
             OSError: the Hub does not have it or cannot be reached.
         """
         refuse_code(kwargs)
+        num_classes = kwargs.pop("num_classes", None) if kwargs.pop("ignore_mismatched_sizes", False) else None
         subfolder, variant = str(kwargs.pop("subfolder", None) or "") or None, kwargs.pop("variant", None)
         check_source(pretrained_model_name_or_path, subfolder, variant)
         if os.path.isdir(pretrained_model_name_or_path):
@@ -90,6 +92,9 @@ class StrictModelMixin(WithoutOrigin, ModelMixin):
             if info[kind]:
                 first = sorted(map(str, info[kind]))[0]
                 raise ValueError(f"{cls.__name__} in {folder}: {len(info[kind])} {kind}, such as {first}.")
+        if num_classes not in (None, model.config.get("num_classes")):
+            logger.warning("%s: a new `label_embed` of %d classes begins.", folder, num_classes)
+            model.start_new_classes(num_classes)
         return (model, info) if return_info else model
 
     @classmethod

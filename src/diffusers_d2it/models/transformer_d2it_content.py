@@ -23,6 +23,7 @@ from ..grains import GrainLayout
 from .configs import check_content_model
 from .layers import (
     FREQUENCY_SIZE,
+    ClassLabelsMixin,
     DiTBlock,
     FinalLayer,
     LabelEmbedder,
@@ -53,7 +54,7 @@ class GrainEmbedder(nn.Module):
         return F.embedding(grain_map.flatten(1), per_grain)
 
 
-class D2iTContentModel(StrictModelMixin, AttentionMixin, CacheMixin, SafeAdapterMixin, ConfigMixin):
+class D2iTContentModel(ClassLabelsMixin, StrictModelMixin, AttentionMixin, CacheMixin, SafeAdapterMixin, ConfigMixin):
     r"""Multi-grained Net, Router and RefineNet: rough noise for every region, corrected where the map is fine.
 
         layout = model.prepare_grain_map(grain_map)         # once per map

@@ -18,6 +18,7 @@ from torch import nn
 
 from .configs import check_grain_model
 from .layers import (
+    ClassLabelsMixin,
     DiTBlock,
     FinalLayer,
     LabelEmbedder,
@@ -38,7 +39,7 @@ class D2iTGrainModelOutput(BaseOutput):
     logits: torch.Tensor  # unnormalised log-probabilities g of Eq. 4 for the grain of each region, (B, k, h, w)
 
 
-class D2iTGrainModel(StrictModelMixin, AttentionMixin, CacheMixin, SafeAdapterMixin, ConfigMixin):
+class D2iTGrainModel(ClassLabelsMixin, StrictModelMixin, AttentionMixin, CacheMixin, SafeAdapterMixin, ConfigMixin):
     r"""A DiT with one token per region that predicts the clean grain map from a noised one.
 
     A single pass from noise to logits would make every region an independent coin, so the map is drawn by diffusion:

@@ -1,8 +1,9 @@
 # Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
 """What the training scripts share. Their loops, with the step, the gate and what saves and stops, stand in them."""
 
+from .adapters import add_adapters, save_adapters
 from .alignment import Alignment
-from .checkpoints import Checkpoints, find_checkpoint, found_checkpoints, use_ema
+from .checkpoints import Checkpoints, find_checkpoint, found_checkpoints, trained_weights, use_ema
 from .compiling import compile_blocks
 from .discriminator import PatchDiscriminator
 from .gate import FiniteGate
@@ -16,6 +17,7 @@ __all__ = [
     "Alignment",
     "Checkpoints",
     "FiniteGate",
+    "add_adapters",
     "bar_of",
     "PatchDiscriminator",
     "PerceptualLoss",
@@ -32,5 +34,7 @@ __all__ = [
     "load_autoencoder",
     "make_accelerator",
     "measure_latents",
+    "save_adapters",
+    "trained_weights",
     "use_ema",
 ]

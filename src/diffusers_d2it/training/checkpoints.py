@@ -3,6 +3,7 @@
 
 checkpoint-<step>/
     model, model_ema                    the model and its average, as diffusers folders
+    adapters, adapters_ema.safetensors  of a model with adapters these instead, without the model
     <other>.safetensors                 further trained modules
     <optimizer>.safetensors             moments, as <name of the weight>/<name of the moment>
     state.json                          step, flags, settings of optimizers, schedule, scale of float16
@@ -51,21 +52,27 @@ from .gate import FiniteGate
 
 
 STATE = "state.json"
+_ADAPTERS = ("adapters.safetensors", "adapters_ema.safetensors")
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # on the main process
+
+
+def trained_weights(model: nn.Module) -> list[nn.Parameter]:
+    """The weights of a model that are trained, of which an average is kept."""
+    return [weight for weight in model.parameters() if weight.requires_grad]
 
 
 @contextmanager
 def use_ema(ema: EMAModel, model: nn.Module) -> Iterator[None]:
     """Run a block with the averaged weights in the model, and the trained ones back afterwards."""
-    training = model.training
-    ema.store(model.parameters())
-    ema.copy_to(model.parameters())
+    training, weights = model.training, trained_weights(model)
+    ema.store(weights)
+    ema.copy_to(weights)
     model.eval()
     try:
         yield
     finally:
-        ema.restore(model.parameters())
+        ema.restore(weights)
         model.train(training)
 
 
@@ -81,7 +88,7 @@ class Checkpoints:
         accelerator: the Accelerator, after `prepare`.
         output_dir: the folder of the run.
         model: the trained model, unwrapped.
-        ema: its moving average, made after `prepare`: sharded as the weights are.
+        ema: average of its `trained_weights`, made after `prepare`: sharded as the weights are.
         optimizers: by the names of their files.
         lr_scheduler: the schedule of the first of them.
         gate: whose left-out updates are counted over the whole run.
@@ -91,7 +98,7 @@ class Checkpoints:
         total_limit: only so many checkpoints are kept, the newest; None for all.
 
     Raises:
-        ValueError: `total_limit` is less than 1.
+        ValueError: `total_limit` is less than 1, or a model with adapters is sharded.
     """
 
     def __init__(
@@ -110,6 +117,9 @@ class Checkpoints:
     ):
         if total_limit is not None and total_limit < 1:
             raise ValueError(f"`total_limit` must be at least 1, got {total_limit}.")
+        self.has_adapters = bool(getattr(model, "_hf_peft_config_loaded", False))
+        if self.has_adapters and is_sharded(model):
+            raise ValueError("adapters are not trained with FSDP: there is too little to shard.")
         self.accelerator = accelerator
         self.output_dir = Path(output_dir)
         self.model = model
@@ -165,8 +175,12 @@ class Checkpoints:
         process, is_main = self.accelerator.process_index, self.accelerator.is_main_process
         Path(folder, f"random_state_{process}.json").write_text(json.dumps(_random_state()), encoding="utf-8")
         # Gathered by all processes, written by the main one, a part at a time
-        self._write_model(folder / "model", self._as_model({}))
-        self._write_model(folder / "model_ema", self._as_model(self._averages()))
+        if self.has_adapters:
+            self._write_tensors(folder / _ADAPTERS[0], self._adapters())
+            self._write_tensors(folder / _ADAPTERS[1], self._averages())
+        else:
+            self._write_model(folder / "model", self._as_model({}))
+            self._write_model(folder / "model_ema", self._as_model(self._averages()))
         for name, module in self.others.items():
             self._write_tensors(folder / f"{name}.safetensors", get_model_state_dict(module, options=_WHOLE))
         for name, optimizer in self.optimizers.items():
@@ -188,8 +202,12 @@ class Checkpoints:
         model.load_state_dict(self.model.state_dict() | weights, assign=True)
         return model
 
+    def _adapters(self) -> dict[str, Tensor]:
+        """The weights that are trained, by their names."""
+        return {name: weight for name, weight in self.model.named_parameters() if weight.requires_grad}
+
     def _averages(self) -> dict[str, Tensor]:
-        return dict(zip((name for name, _ in self.model.named_parameters()), self.ema.shadow_params, strict=True))
+        return dict(zip(self._adapters(), self.ema.shadow_params, strict=True))
 
     def _write_tensors(self, path: Path, tensors: dict[str, Tensor]) -> None:
         if self.accelerator.is_main_process:
@@ -237,14 +255,19 @@ class Checkpoints:
         of_data = found.pop("data", None), expected.pop("data", None)
         _refuse_changes(f"{checkpoint} is of another run", found, expected)
         _refuse_other_data(checkpoint, *of_data)  # last: flags change it too
-        stored = type(self.model).from_pretrained(checkpoint / "model")
-        configs = (json.loads(model.to_json_string()) for model in (stored, self.model))  # no tuples in JSON
-        _refuse_changes(f"{checkpoint} holds another model", *map(public_config, configs))
+        if not self.has_adapters:
+            stored = type(self.model).from_pretrained(checkpoint / "model")
+            configs = (json.loads(model.to_json_string()) for model in (stored, self.model))  # no tuples in JSON
+            _refuse_changes(f"{checkpoint} holds another model", *map(public_config, configs))
         for name, optimizer in self.optimizers.items():  # first: to load it, torch takes a step of length 0
             self._load_optimizer(optimizer, state["optimizers"][name], checkpoint / f"{name}.safetensors")
-        _load_weights(self.model, stored.state_dict(), checkpoint / "model")
-        stored = type(self.model).from_pretrained(checkpoint / "model_ema")
-        _load_weights(self._as_model(self._averages()), stored.state_dict(), checkpoint / "model_ema")
+        if self.has_adapters:
+            for file, weights in zip(_ADAPTERS, (self._adapters(), self._averages())):
+                _copy_weights(weights, load_file(checkpoint / file), checkpoint / file)
+        else:
+            _load_weights(self.model, stored.state_dict(), checkpoint / "model")
+            stored = type(self.model).from_pretrained(checkpoint / "model_ema")
+            _load_weights(self._as_model(self._averages()), stored.state_dict(), checkpoint / "model_ema")
         self.ema.optimization_step = state["average_steps"]
         for name, module in self.others.items():
             path = checkpoint / f"{name}.safetensors"
@@ -391,6 +414,19 @@ def _load_weights(module: nn.Module, weights: dict[str, Tensor], source: Path) -
         set_model_state_dict(module, weights, options=_WHOLE)
     except RuntimeError as error:
         raise ValueError(f"{source} cannot be loaded: {printable(error)}") from error
+
+
+def _copy_weights(weights: dict[str, Tensor], stored: dict[str, Tensor], source: Path) -> None:
+    changed = {name for name in weights.keys() | stored.keys() if _shape(weights, name) != _shape(stored, name)}
+    if changed:
+        raise ValueError(f"{source} holds other adapters, such as `{min(changed)}`.")
+    with torch.no_grad():
+        for name, weight in weights.items():
+            weight.copy_(stored[name])
+
+
+def _shape(weights: dict[str, Tensor], name: str) -> torch.Size | None:
+    return weights[name].shape if name in weights else None
 
 
 def _random_state() -> dict[str, Any]:
