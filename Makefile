@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 SOURCES = src examples tests benchmarks reproduction setup.py
 
-.PHONY: demo test faults train-tiny style quality bench clean
+.PHONY: demo test extras faults train-tiny style quality bench clean
 
 # The environment with the versions of constraints.txt; made again when one of these files changes.
 $(VENV)/.installed: setup.py constraints.txt
@@ -49,6 +49,13 @@ style: $(VENV)/.installed
 quality: $(VENV)/.installed
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
+
+# Each extra of setup.py can be installed with the versions of constraints.txt: they are looked up, not installed
+EXTRAS = $(shell $(PYTHON) -c "import re; print(*re.findall(r'^    \"(\w+)\": \[', open('setup.py').read(), re.M))")
+extras: $(VENV)/.installed
+	@for extra in $(EXTRAS); do echo "$$extra"; \
+	    $(BIN)/python -m pip install --quiet --dry-run --ignore-installed --constraint constraints.txt ".[$$extra]" || exit 1; \
+	done
 
 # Every goal of docs/performance.md: reached, not reached, or not measured. DEVICE=cuda takes the real sizes.
 DEVICE ?= cpu
