@@ -2,6 +2,7 @@
 """What the training scripts make of the flags that they share."""
 
 import argparse
+import os
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from diffusers.training_utils import EMAModel
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader, Dataset
 
-from diffusers_d2it import DynamicAutoencoderKL
+from diffusers_d2it import DynamicAutoencoderKL, load_preset
 from diffusers_d2it.data import (
     BadImages,
     ImageDataset,
@@ -26,7 +27,7 @@ from diffusers_d2it.data import (
 )
 from diffusers_d2it.hub import check_push, publish
 from diffusers_d2it.training import Checkpoints, FiniteGate, Run, make_accelerator
-from diffusers_d2it.words import counted
+from diffusers_d2it.words import counted, differences
 from flags import hub_arguments, image_arguments, run_arguments
 
 
@@ -66,6 +67,41 @@ def second_stage_data(
     classes = "no classes" if cache.id2label is None else counted(len(cache.id2label), "class")
     accelerator.print(f"latent cache of {cache.description}: {counted(len(cache), 'image')}, {classes}")
     return cache
+
+
+def load_start(args: argparse.Namespace, cls: type[ModelMixin], part: str) -> dict | ModelMixin:
+    """What the flags start from: the configuration of --preset, or the model of --init_from, perhaps in a pipeline."""
+    if args.init_from is None:
+        return load_preset(args.preset, cls)
+    subfolder = part if os.path.isdir(os.path.join(args.init_from, part)) else None
+    return cls.from_pretrained(args.init_from, subfolder=subfolder)
+
+
+def make_model(
+    cls: type[ModelMixin], begun: dict | ModelMixin, sizes: dict[str, Any], other_classes: bool
+) -> ModelMixin:
+    """A model for the data, new or `begun` as --init_from has it.
+
+    Args:
+        cls: the model's class.
+        begun: of `load_start`.
+        sizes: keys of the configuration that the data decide; positions are computed for any `sample_size`.
+        other_classes: whether a model with classes may begin others.
+
+    Raises:
+        ValueError: the model of --init_from has other sizes.
+    """
+    if isinstance(begun, dict):
+        return cls(**(begun | sizes))
+    found = {key: getattr(begun, key, None) or begun.config[key] for key in sizes} | {"sample_size": None}
+    if other_classes and None not in (found["num_classes"], sizes["num_classes"]):
+        found["num_classes"] = sizes["num_classes"]
+    if changed := differences(found, sizes | {"sample_size": None}):
+        raise ValueError(f"--init_from does not fit the data: {'; '.join(changed)}.")
+    begun.register_to_config(sample_size=sizes["sample_size"])
+    if begun.config.num_classes != sizes["num_classes"]:
+        begun.start_new_classes(sizes["num_classes"])
+    return begun
 
 
 def loader_of(args: argparse.Namespace, accelerator: Accelerator, data: Dataset) -> DataLoader | StreamLoader:

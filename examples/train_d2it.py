@@ -69,9 +69,7 @@ from diffusers_d2it import (
     D2iTContentModel,
     D2iTGrainModel,
     D2iTPipeline,
-    DynamicAutoencoderKL,
     GrainLayout,
-    load_preset,
     load_sampler,
     visualize_grain_map,
 )
@@ -94,45 +92,17 @@ from diffusers_d2it.training import (
     trained_weights,
     use_ema,
 )
-from set_up import checkpoints_of, loader_of, publish_result, run_of, schedule_of, second_stage_data, start
-
-
-def load_start(args: argparse.Namespace) -> dict | D2iTContentModel:
-    """What the flags start from: the configuration of --preset, or the model of --init_from."""
-    if args.init_from is None:
-        return load_preset(args.preset, D2iTContentModel)
-    subfolder = "transformer" if os.path.isdir(os.path.join(args.init_from, "transformer")) else None
-    return D2iTContentModel.from_pretrained(args.init_from, subfolder=subfolder)
-
-
-def make_model(
-    args: argparse.Namespace,
-    begun: dict | D2iTContentModel,
-    vae: DynamicAutoencoderKL,
-    num_classes: int | None,
-) -> D2iTContentModel:
-    """The content model for the latents of `vae`, new or `begun` as --init_from has it."""
-    sizes = {
-        "num_grains": vae.num_grains,
-        "num_classes": num_classes,
-        "in_channels": vae.config.latent_channels,
-        "out_channels": (2 if args.learn_sigma else 1) * vae.config.latent_channels,
-        "sample_size": args.resolution // vae.downsample_factor,
-    }
-    if args.init_from is None:
-        return D2iTContentModel(**(begun | sizes))
-    wrong = {key: (begun.config[key], value) for key, value in sizes.items() if begun.config[key] != value}
-    wrong.pop("sample_size", None)  # positions are computed for any
-    if args.lora_rank is None and begun.config.num_classes is not None and num_classes is not None:
-        wrong.pop("num_classes", None)  # other classes begin a new table of labels
-    if begun.out_channels == sizes["out_channels"]:
-        wrong.pop("out_channels", None)
-    if wrong:
-        raise ValueError(f"--init_from {args.init_from} does not fit; (found, needed) differ in {wrong}.")
-    begun.register_to_config(sample_size=sizes["sample_size"])
-    if begun.config.num_classes != num_classes:
-        begun.start_new_classes(num_classes)
-    return begun
+from set_up import (
+    checkpoints_of,
+    load_start,
+    loader_of,
+    make_model,
+    publish_result,
+    run_of,
+    schedule_of,
+    second_stage_data,
+    start,
+)
 
 
 def content_losses(
@@ -171,7 +141,7 @@ def validate(pipe: D2iTPipeline, class_labels: list[int] | None, seed: int, path
 def main(args: argparse.Namespace) -> None:
     accelerator = start(args)
     checkpoint = find_checkpoint(accelerator, args.output_dir, args.resume_from_checkpoint)
-    begun = load_start(args)  # before the data, which may take minutes
+    begun = load_start(args, D2iTContentModel, "transformer")  # before the data, which may take minutes
 
     # 1. Data
     vae = load_autoencoder(args.vae, args.resolution).to(accelerator.device)
@@ -182,7 +152,14 @@ def main(args: argparse.Namespace) -> None:
 
     # 2. Model, optimizer, average
     objective = make_objective(args.objective, args.snr_gamma, args.learn_sigma)
-    transformer = make_model(args, begun, vae, num_classes)
+    sizes = {
+        "num_grains": vae.num_grains,
+        "num_classes": num_classes,
+        "in_channels": vae.config.latent_channels,
+        "out_channels": (2 if args.learn_sigma else 1) * vae.config.latent_channels,
+        "sample_size": args.resolution // vae.downsample_factor,
+    }
+    transformer = make_model(D2iTContentModel, begun, sizes, other_classes=args.lora_rank is None)
     identity = identity_of(data, vae)
     if args.lora_rank is not None:
         identity |= add_adapters(transformer, args.lora_rank)

@@ -18,7 +18,11 @@ from flags import check_second_stage, second_stage_parser, where
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = second_stage_parser(__doc__)
     group = parser.add_argument_group("grain model")
-    group.add_argument("--preset", default="grain-s", help="a preset, or a JSON file with a model's configuration")
+    start = group.add_mutually_exclusive_group()
+    start.add_argument("--preset", default="grain-s", help="a preset, or a JSON file with a model's configuration")
+    start.add_argument(
+        "--init_from", help="folder of a D2iTGrainModel or of a pipeline to start from; other classes begin anew"
+    )
     group.add_argument("--ratio_dropout", type=share, default=0.5, help="share of maps trained without their ratio")
     args = parser.parse_args(arguments)
     check_second_stage(parser, args)
@@ -37,7 +41,7 @@ from diffusers.training_utils import EMAModel
 from diffusers.utils import make_image_grid
 from PIL import Image
 
-from diffusers_d2it import D2iTGrainModel, load_preset, sample_grain_map, visualize_grain_map
+from diffusers_d2it import D2iTGrainModel, sample_grain_map, visualize_grain_map
 from diffusers_d2it.data import BadImages, read_entropy
 from diffusers_d2it.files import save_folder
 from diffusers_d2it.grains import fine_share
@@ -54,7 +58,17 @@ from diffusers_d2it.training import (
     trained_weights,
     use_ema,
 )
-from set_up import checkpoints_of, loader_of, publish_result, run_of, schedule_of, second_stage_data, start
+from set_up import (
+    checkpoints_of,
+    load_start,
+    loader_of,
+    make_model,
+    publish_result,
+    run_of,
+    schedule_of,
+    second_stage_data,
+    start,
+)
 
 
 @torch.no_grad()
@@ -71,7 +85,7 @@ def validate(model: D2iTGrainModel, scheduler, class_labels: torch.Tensor | None
 def main(args: argparse.Namespace) -> None:
     accelerator = start(args)
     checkpoint = find_checkpoint(accelerator, args.output_dir, args.resume_from_checkpoint)
-    config = load_preset(args.preset, D2iTGrainModel)
+    begun = load_start(args, D2iTGrainModel, "grain_model")
 
     # 1. Data
     vae = load_autoencoder(args.vae, args.resolution)
@@ -81,8 +95,12 @@ def main(args: argparse.Namespace) -> None:
     loader = loader_of(args, accelerator, data)
 
     # 2. Model, optimizer, average
-    config.update(num_grains=vae.num_grains, num_classes=num_classes, sample_size=args.resolution // vae.region_size)
-    grain_model = D2iTGrainModel(**config)
+    sizes = {
+        "num_grains": vae.num_grains,
+        "num_classes": num_classes,
+        "sample_size": args.resolution // vae.region_size,
+    }
+    grain_model = make_model(D2iTGrainModel, begun, sizes, other_classes=True)
     if args.gradient_checkpointing:
         grain_model.enable_gradient_checkpointing()
     if args.compile:

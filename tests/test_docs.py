@@ -36,3 +36,13 @@ def test_links_and_files_of_a_page_exist(page):
 def test_every_page_is_in_the_index():
     index = (ROOT / "docs" / "index.md").read_text()
     assert [page.name for page in ROOT.glob("docs/*.md") if page.name != "index.md" and page.name not in index] == []
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_recipes_for_users_of_diffusers_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "ecosystem.md").read_text(), re.S)
+    for block in blocks:
+        exec(block, names)
+    assert len(blocks) > 5 and names["image"].size == (64, 64)
