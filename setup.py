@@ -25,11 +25,13 @@ extras = {
     "lora": ["peft>=0.15"],
     "docs": ["mkdocs-material>=9.5", "mkdocstrings[python]>=0.26"],
     "quality": ["ruff>=0.9"],
-    # torchsde serves one scheduler, scikit-image brings photographs, peft LoRA, markdown-it-py reads model cards.
+    # einops is for benchmarks, torchsde serves one scheduler, scikit-image brings photographs, peft LoRA,
+    # markdown-it-py reads model cards.
     "test": [
         "pytest>=8",
         "pytest-xdist>=3.6",
         "scikit-image>=0.22",
+        "einops>=0.8",
         "torchsde>=0.2.6",
         "peft>=0.15",
         "markdown-it-py>=3",
@@ -59,7 +61,6 @@ setup(
         "safetensors>=0.4.5",
         "huggingface-hub>=0.27",
         "datasets>=3.0",
-        "einops>=0.8",
         "jinja2>=3.1",  # for model cards
         "scipy>=1.11",
         "numpy>=1.26",

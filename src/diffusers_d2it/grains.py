@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-from einops import repeat
 from torch.utils._pytree import tree_map_only
 
 
@@ -66,7 +65,7 @@ def check_grain_map(grain_map: torch.Tensor, num_grains: int, name: str = "grain
 
 def grain_map_to_cells(grain_map: torch.Tensor, cells: int) -> torch.Tensor:
     """Copy the grain of every region to its cells: (B, h, w) -> (B, h * cells, w * cells)."""
-    return repeat(grain_map, "b h w -> b (h p) (w q)", p=cells, q=cells)
+    return grain_map.repeat_interleave(cells, dim=1).repeat_interleave(cells, dim=2)
 
 
 def code_weights(grain_map: torch.Tensor, num_grains: int) -> torch.Tensor:

@@ -26,7 +26,6 @@ from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import nn
 
 from .layers import DiTBlock, FinalLayer, SelfAttention, TimestepEmbedder, attend, residual_stream, run_block
@@ -221,10 +220,10 @@ class WindowAttentionProcessor:
         lengths = [len(group.arrangement) * group.length for group in layout.groups]
         attended = []
         for group, *qkv in zip(layout.groups, query.split(lengths), key.split(lengths), value.split(lengths)):
-            q, k, v = (rearrange(x, "(w l) a d -> w a l d", l=group.length) for x in qkv)
+            q, k, v = (x.unflatten(0, (-1, group.length)).transpose(1, 2) for x in qkv)  # (W, A, L, D / A)
             bias = attn.relative_position_bias[group.relative_index]  # (P, L, L, A)
-            bias = rearrange(bias, "p i j a -> p a i j").index_select(0, group.arrangement)  # (W, A, L, L)
-            attended.append(rearrange(attend(q, k, v, bias), "w a l d -> (w l) (a d)"))
+            bias = bias.permute(0, 3, 1, 2).index_select(0, group.arrangement)  # (W, A, L, L)
+            attended.append(attend(q, k, v, bias).transpose(1, 2).flatten(2).flatten(0, 1))  # (W * L, D)
         return attn.to_out[0](torch.cat(attended).view_as(hidden_states))
 
 
@@ -332,9 +331,11 @@ class RefineNet(nn.Module):
 
 def patchify(image: torch.Tensor, patch_size: int) -> torch.Tensor:
     """(B, C, y * p, x * p) -> (B, y * x, C * p * p), a patch's values in the order of a convolution's weight."""
-    return rearrange(image, "b c (y p) (x q) -> b (y x) (c p q)", p=patch_size, q=patch_size)
+    cells = image.unflatten(3, (-1, patch_size)).unflatten(2, (-1, patch_size))  # (B, C, y, p, x, p)
+    return cells.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
 
 
 def unpatchify(patches: torch.Tensor, rows: int, patch_size: int) -> torch.Tensor:
     """(B, y * x, p * p * C) -> (B, C, y * p, x * p), a patch's values in the order of DiT's output layer."""
-    return rearrange(patches, "b (y x) (p q c) -> b c (y p) (x q)", y=rows, p=patch_size, q=patch_size)
+    cells = patches.unflatten(2, (patch_size, patch_size, -1)).unflatten(1, (rows, -1))  # (B, y, x, p, p, C)
+    return cells.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)

@@ -13,7 +13,6 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.attention import AttentionMixin
 from diffusers.models.cache_utils import CacheMixin
 from diffusers.utils import BaseOutput
-from einops import rearrange
 from torch import nn
 
 from .configs import check_grain_model
@@ -140,7 +139,7 @@ class D2iTGrainModel(ClassLabelsMixin, StrictModelMixin, AttentionMixin, CacheMi
         conditioning = F.silu(conditioning)
 
         # 2. One token per region
-        tokens = self.patch_embed(rearrange(hidden_states, "b k h w -> b (h w) k"))  # (B, h * w, D)
+        tokens = self.patch_embed(hidden_states.flatten(2).transpose(1, 2))  # (B, h * w, D)
         tokens = residual_stream(tokens)
         tokens = tokens + sincos_positions((height, width), tokens)
 
@@ -150,7 +149,7 @@ class D2iTGrainModel(ClassLabelsMixin, StrictModelMixin, AttentionMixin, CacheMi
 
         # 4. Logits of each grain
         logits = self.norm_out(tokens, conditioning)  # (B, h * w, k)
-        logits = rearrange(logits, "b (h w) k -> b k h w", h=height)
+        logits = logits.transpose(1, 2).unflatten(2, (height, width))  # (B, k, h, w)
 
         if not return_dict:
             return (logits,)
@@ -191,4 +190,4 @@ class D2iTGrainModel(ClassLabelsMixin, StrictModelMixin, AttentionMixin, CacheMi
     def state_from_grain_map(grain_map: torch.Tensor, num_grains: int) -> torch.Tensor:
         """The clean state of a map: (B, h, w) int64 -> (B, k, h, w) one-hot with -1 and +1, float32."""
         one_hot = F.one_hot(grain_map, num_grains).float()
-        return rearrange(2 * one_hot - 1, "b h w k -> b k h w")
+        return (2 * one_hot - 1).movedim(-1, 1)
