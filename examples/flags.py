@@ -237,7 +237,8 @@ def where(args: argparse.Namespace) -> dict[str, Any]:
 
 def hub_arguments(args: argparse.Namespace) -> dict[str, Any]:
     """What `check_push` and `publish` are given of the flags of `add_hub_arguments`."""
-    return {name: getattr(args, name) for name in ("push_to_hub", "hub_model_id", "hub_private_repo", "license")}
+    names = ("push_to_hub", "hub_model_id", "hub_private_repo", "license", "hub_remote_code")
+    return {name: getattr(args, name) for name in names if name in args}  # code is of pipelines only
 
 
 def run_arguments(args: argparse.Namespace, num_processes: int) -> dict[str, Any]:

@@ -38,6 +38,11 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         default="float32",
         help="of the residual stream under --mixed_precision: bfloat16 takes less memory and time, and rounds more",
     )
+    group.add_argument(
+        "--hub_remote_code",
+        action="store_true",
+        help="with --push_to_hub: also push code, to a branch that loads without this package",
+    )
     group = parser.add_argument_group("representation alignment (REPA)")
     group.add_argument(
         "--alignment",
@@ -49,6 +54,8 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     check_second_stage(parser, args)
     if args.lora_rank is not None and args.init_from is None:
         parser.error("--lora_rank needs --init_from, the model that gets the adapters")
+    if args.lora_rank is not None and args.hub_remote_code:
+        parser.error("--hub_remote_code pushes the code of a pipeline, and --lora_rank trains adapters alone")
     if args.alignment is not None and args.latent_cache is not None:
         parser.error("--alignment needs the images: pass --train_data_dir or --dataset_name, not --latent_cache")
     return args

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -32,12 +33,22 @@ class Uploads:
         roles: by token, what it may do; only "write" may.
         visibility: by repository, as whoever made it asked for it; None if it was left open.
         commits: (repository, revision, summary, files) in order; those of a pull request change no file.
+        branches: folders by (repository, branch), of those that were made beside main.
     """
 
     folder: Path
     roles: dict[str, str] = field(default_factory=lambda: {TOKEN: "write"})
     visibility: dict[str, str | None] = field(default_factory=dict)
     commits: list[tuple[str, str, str, list[str]]] = field(default_factory=list)
+    branches: dict[tuple[str, str], Path] = field(default_factory=dict)
+
+    def branch(self, name: str, revision: str | None) -> tuple[Path, str] | None:
+        """Contents and SHA of a branch, by its name or that SHA; None if there is none."""
+        for (repository, branch), folder in self.branches.items():
+            sha = hashlib.sha1(b"".join((folder / file).read_bytes() for file in files_of(folder))).hexdigest()
+            if repository == name and revision in (branch, sha):
+                return folder, sha
+        return None
 
 
 @dataclass
@@ -129,6 +140,8 @@ class _Handler(BaseHTTPRequestHandler):
         name, folder, _, rest = self.repository(path, "/api/models/")
         if name is None or self.role() != "write":
             return self.send_json({"error": "Forbidden"}, 403)
+        if rest.startswith("/branch/"):
+            return self.make_branch(name, folder, rest.removeprefix("/branch/"))
         if rest.startswith("/preupload/"):
             files = [file["path"] for file in json.loads(body)["files"]]
             modes = [{"path": path, "uploadMode": "regular", "shouldIgnore": False} for path in files]
@@ -148,14 +161,26 @@ class _Handler(BaseHTTPRequestHandler):
         self.server.uploads.visibility[name] = request.get("visibility")
         self.send_json(answer)
 
+    def make_branch(self, name: str, folder: Path, branch: str) -> None:
+        if (name, branch) in self.server.uploads.branches:
+            return self.send_json({"error": "Reference already exists"}, 409)
+        copied = self.server.uploads.folder / "branches" / branch / name
+        shutil.copytree(folder, copied)
+        self.server.uploads.branches[name, branch] = copied
+        self.send_json({})
+
     def commit(self, name: str, folder: Path, revision: str, body: bytes) -> None:
         header, *operations = (json.loads(line) for line in body.splitlines())
-        assert header["key"] == "header" and {operation["key"] for operation in operations} == {"file"}
-        files = {one["value"]["path"]: base64.b64decode(one["value"]["content"]) for one in operations}
+        assert header["key"] == "header" and {one["key"] for one in operations} <= {"file", "deletedFile"}
+        added = [one["value"] for one in operations if one["key"] == "file"]
+        files = {value["path"]: base64.b64decode(value["content"]) for value in added}
         self.server.uploads.commits.append((name, revision, header["value"]["summary"], sorted(files)))
-        for file, content in files.items() if revision == "main" else []:
+        for file, content in files.items() if revision != "refs/pr/1" else []:
             (folder / file).parent.mkdir(parents=True, exist_ok=True)
             (folder / file).write_bytes(content)
+        for one in operations:
+            if one["key"] == "deletedFile":
+                (folder / one["value"]["path"]).unlink()
         answer = {"commitUrl": f"{self.server.endpoint}/{name}/commit/{_SHA}", "commitOid": _SHA}
         if revision == "refs/pr/1":
             answer["pullRequestUrl"] = f"{self.server.endpoint}/{name}/discussions/1"
@@ -169,10 +194,12 @@ class _Handler(BaseHTTPRequestHandler):
         for name, folder in self.server.repositories.items():
             if f"{path}/".startswith(f"{prefix}{name}/"):
                 rest = path.removeprefix(f"{prefix}{name}")
-                if isinstance(folder, Path):
-                    return name, folder, _SHA, rest
-                revision = re.match(r"/(?:resolve|revision|tree)/([^/]+)", rest)
-                return name, *folder.commit(revision and revision[1]), rest
+                revision = re.match(r"/(?:resolve|revision|tree|preupload|commit)/([^/]+)", rest)
+                revision = revision and revision[1]
+                if not isinstance(folder, Path):
+                    return name, *folder.commit(revision), rest
+                branch = self.server.uploads and self.server.uploads.branch(name, revision)
+                return name, *(branch or (folder, _SHA)), rest
         return None, None, _SHA, ""
 
     def send_json(self, answer: dict | list, status: int = 200) -> None:

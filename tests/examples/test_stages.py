@@ -182,8 +182,10 @@ def test_learned_variance_velocity_and_min_snr_from_given_weights_pushed_to_a_hu
     with serve_hub(repositories, uploads) as endpoint:
         hub = {"HF_ENDPOINT": endpoint, "HF_TOKEN": TOKEN, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "0"}
         arguments += ["--push_to_hub", "--hub_model_id", "user/tiny", "--hub_private_repo", "--license", "cc0-1.0"]
+        arguments += ["--hub_remote_code"]
         train("train_d2it.py", tmp_path / "run", 1, *arguments, "--report_to", "tensorboard", **hub)
     assert uploads.visibility == {"user/tiny": "private"}
+    assert list(uploads.branches) == [("user/tiny", "remote-code")]
     pushed = repositories["user/tiny"]
     card = (pushed / "README.md").read_text()
     assert "license: cc0-1.0" in card and 'D2iTPipeline.from_pretrained("user/tiny")' in card

@@ -148,7 +148,7 @@ def test_arguments_that_lead_to_code_are_refused(pipeline, planted, canary, faul
     count = fault("argument of from_pretrained that leads to code or pickles")
     (pipeline / "pipeline.py").write_bytes(planted["module"])
     hostile = [("custom_pipeline", name) for name in (str(pipeline), "clip_guided_stable_diffusion")]
-    hostile += [(name, True) for name in ("trust_remote_code", "load_connected_pipeline", "use_onnx", "use_flashpack")]
+    hostile += [(name, True) for name in ("load_connected_pipeline", "use_onnx", "use_flashpack")]
     hostile += [("use_safetensors", False), ("custom_revision", "main"), ("provider", "CPUExecutionProvider")]
     for name, value in hostile:
         for how in ("pipeline", "model", "part"):
@@ -157,6 +157,24 @@ def test_arguments_that_lead_to_code_are_refused(pipeline, planted, canary, faul
             count.tried((how, name), silent=canary.exists())
         load = partial(D2iTPipeline.download, "user/repo", **{name: value})
         count.refused(load, f"`{name}`", repr(value), what=("download", name))
+
+
+def test_trust_runs_no_code_and_is_no_error_where_there_is_none(pipeline, planted, canary, fault):
+    count = fault("trust_remote_code=True for a pipeline with code")
+    (pipeline / "pipeline.py").write_bytes(planted["module"])  # nothing names it
+    trusting = {how: partial(load, trust_remote_code=True) for how, load in loaders(pipeline).items()}
+    del trusting["model of diffusers"]  # an AutoModel wants code if it is trusted
+    for how, load in trusting.items():
+        load()
+        count.tried(how, silent=canary.exists())
+    index = json.loads((pipeline / "model_index.json").read_text())
+    named = {"None.py": {}, "vae/diffusers_d2it.py": {}, "pipeline.py": {"_class_name": ["pipeline", "D2iTPipeline"]}}
+    for name, changed in named.items():
+        (pipeline / name).write_bytes(planted["module"])  # diffusers would run it
+        (pipeline / "model_index.json").write_text(json.dumps(index | changed))
+        count.refused(trusting["pipeline"], what=name)
+        count.tried(name, silent=canary.exists())
+        (pipeline / name).unlink()
 
 
 def test_a_checkpoint_to_be_converted_runs_no_code(planted, canary, tmp_path, fault):

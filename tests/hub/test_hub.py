@@ -6,16 +6,13 @@ import re
 import socket
 import sys
 from argparse import Namespace
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import PIL.Image
 import pytest
 from cards import first_snippet, metadata
 from diffusers import DDIMScheduler
-from loopback_hub import TOKEN, Uploads, files_of, run_with_hub, serve_hub
+from loopback_hub import TOKEN, files_of, run_with_hub
 from script_runs import load_script
 
 from diffusers_d2it.hub import check_push, publish
@@ -42,32 +39,9 @@ def refused(call, *expected):
 
 
 @pytest.fixture
-def saved(make_pipeline, tmp_path) -> Path:
-    make_pipeline().save_pretrained(tmp_path / "pipeline")
-    return tmp_path / "pipeline"
-
-
-@pytest.fixture
 def picture(tmp_path) -> Path:
     PIL.Image.new("RGB", (8, 8), "red").save(tmp_path / "step-0000005.png")
     return tmp_path / "step-0000005.png"
-
-
-@dataclass
-class Hub:
-    """A Hub without repositories that accepts what is pushed; run(code): what a process prints that sees no other."""
-
-    endpoint: str
-    uploads: Uploads
-    repositories: dict[str, Path]
-    run: Callable[[str], str]
-
-
-@pytest.fixture
-def hub(tmp_path) -> Iterator[Hub]:
-    uploads, repositories = Uploads(tmp_path / "hub"), {}
-    with serve_hub(repositories, uploads) as endpoint:
-        yield Hub(endpoint, uploads, repositories, partial(run_with_hub, endpoint=endpoint, home=tmp_path / "hf"))
 
 
 def push(folder: Path, repo_id: str = "user/tiny", private: bool | None = None) -> str:
@@ -238,6 +212,7 @@ NO_PUSH = {"push_to_hub": False, "hub_model_id": None, "hub_private_repo": None,
     [
         ({"push_to_hub": True}, ["`push_to_hub`", "`hub_model_id`"]),
         ({"hub_private_repo": True}, ["`hub_private_repo`", "`push_to_hub`"]),
+        ({"hub_remote_code": True}, ["`hub_remote_code`", "`push_to_hub`"]),
         ({"hub_model_id": "tiny"}, ["`hub_model_id`", "user/name", "'tiny'"]),
         ({"hub_model_id": "user/tiny model"}, ["`hub_model_id`", "'user/tiny model'"]),
         ({"license": "Apache 2.0"}, ["`license`", "'Apache 2.0'"]),

@@ -17,12 +17,13 @@ from .folders import read_json
 from .weights import weight_names
 
 
+PARTS: set[str] = set()  # sub-folders of a repository; each class of pipelines adds the names of its components
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "revision", "token")  # of `from_pretrained`
-# Arguments of diffusers that lead to code or pickled weights, and the only values of theirs that do not
+# Arguments of diffusers that lead to code or pickled weights, and the only values of theirs that do not here
 _HARMLESS = {
     "custom_pipeline": (None,),
     "custom_revision": (None,),
-    "trust_remote_code": (None, False),
+    "trust_remote_code": (None, False, True),  # a repository is free to hold none
     "load_connected_pipeline": (None, False),
     "use_safetensors": (None, True),
     "use_onnx": (None, False),
@@ -36,14 +37,18 @@ _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:[/:]")  # not the C:/ of a drive
 _VARIANT = re.compile(r"\w+(-\w+)*", re.ASCII)
 
 
-def refuse_code(arguments: Mapping[str, Any]) -> None:
-    """Raise a ValueError for arguments of `from_pretrained` that run code, or read weights that can hold code."""
+def refuse_code(arguments: dict[str, Any]) -> None:
+    """Raise a ValueError for arguments of `from_pretrained` that run code, or read weights that can hold code.
+
+    `trust_remote_code` is dropped: what a repository holds decides, and if that is code it is refused, trusted or not.
+    """
     for name, harmless in _HARMLESS.items():
         if name in arguments and arguments[name] not in harmless:
             raise ValueError(
                 f"`{name}` must be {' or '.join(map(str, harmless))}, got {shown(arguments[name])}: only safetensors"
                 " and JSON are read, no code is run, and pickled weights can hold code."
             )
+    arguments.pop("trust_remote_code", None)
 
 
 def refuse_lost_path(name: str | os.PathLike, argument: str) -> None:

@@ -23,6 +23,7 @@ from ..models.autoencoder_kl_dynamic import DynamicAutoencoderKL
 from ..models.transformer_d2it_content import D2iTContentModel
 from ..models.transformer_d2it_grain import D2iTGrainModel
 from ..words import printable, shorten, shown, visible, without_paths, without_secrets
+from .remote_code import BRANCH
 
 
 _TEMPLATE = Path(__file__).with_name("card.md")
@@ -53,6 +54,7 @@ def make_model_card(
     subfolder: str | None = None,
     variant: str | None = None,
     adapters_of: str | None = None,
+    remote_code: bool = False,
 ) -> ModelCard:
     """The card of a D2iTPipeline, DynamicAutoencoderKL, D2iTGrainModel or D2iTContentModel.
 
@@ -82,10 +84,12 @@ def make_model_card(
         subfolder: folder of the repository that holds the model, for a model that is not at the top.
         variant: variant of the weights, such as "fp16".
         adapters_of: folder or name of the model whose adapters (LoRA) the repository holds, instead of a pipeline.
+        remote_code: whether the repository has a branch with the code of its pipeline, as
+            `push_to_hub(remote_code=True)` makes one. The first snippet then needs diffusers alone.
 
     Raises:
         ValueError: an argument is of the wrong kind, `license` or a name is not one that the Hub accepts, a metric is
-            not finite.
+            not finite, `remote_code` is True of anything but a pipeline at the top of a named repository.
     """
     model, kind = _unwrap(pipe_or_model)
     check_license(license)
@@ -95,11 +99,14 @@ def make_model_card(
     for name, value in (("sample_image", sample_image), ("subfolder", subfolder), ("variant", variant)):
         if value is not None and not re.fullmatch(r"\w[\w.-]*", value, re.ASCII):
             raise ValueError(f"`{name}` must be a plain name of letters, digits, '_', '-' and '.', got {value!r}.")
+    if remote_code and (kind != "pipeline" or repo_id is None or subfolder is not None or adapters_of is not None):
+        raise ValueError("`remote_code` is for a pipeline at the top of a repository, named by `repo_id`.")
     metrics = {name: _check_metric(name, metric) for name, metric in (metrics or {}).items()}
     return ModelCard.from_template(
         _metadata(model, kind, repo_id, license, datasets, metrics, adapters_of),
         template_path=str(_TEMPLATE),
         **_facts(model, kind, repo_id, {"subfolder": subfolder, "variant": variant}, adapters_of),
+        branch=BRANCH if remote_code else None,
         train_data=train_data,
         train_data_terms=train_data_terms,
         commands=shell_block(commands or []),

@@ -7,6 +7,7 @@ notes, a forgotten password) stays where it is and is named in a warning.
 
 import os
 import shutil
+import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,14 +17,18 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
-from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, get_token
+from diffusers.utils import logging
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, get_token
 from huggingface_hub.utils import validate_repo_id
 
 from ..files.folders import MANIFEST, durable_file
-from ..files.source import without_origin
+from ..files.source import PARTS, without_origin
 from ..words import listed, printable, shown
 from .card import check_license, commands_of, is_name, make_model_card
+from .remote_code import BRANCH, remote_files
 
+
+logger = logging.get_logger(__name__)
 
 SAMPLES = "samples.png"
 CARD = "README.md"
@@ -39,7 +44,6 @@ _PUSHED = (
 )
 _INDICES = ("config.json", "model_index.json")
 _NUM_NAMED = 50  # of the files that are left out
-PARTS: set[str] = set()  # sub-folders of a repository; each class of pipelines adds the names of its components
 
 
 def push_folder(
@@ -49,6 +53,7 @@ def push_folder(
     private: bool | None,
     token: str | None = None,
     commit_message: str = "Upload with diffusers-d2it",
+    code_of: type | None = None,
     **commit: Any,
 ) -> str:
     """Push a saved pipeline or model to the Hub, in a repository that is made if it does not exist.
@@ -63,6 +68,7 @@ def push_folder(
         private: whether a new repository is private; None for the account's default.
         token: access token with write permission; None for the one of `hf auth login` or HF_TOKEN.
         commit_message: summary of the commit.
+        code_of: class of the pipeline in the folder, whose code goes to a branch; None for no such branch.
         **commit: more arguments of `huggingface_hub.HfApi.create_commit`.
 
     Returns:
@@ -70,15 +76,72 @@ def push_folder(
 
     Raises:
         ValueError: the folder holds nothing to push; `repo_id` is not a name of the Hub; there is no token; the Hub
-            cannot be reached or refuses; `private` is True and the repository exists and is public. The files stay in
-            the folder.
+            cannot be reached or refuses; `private` is True and the repository exists and is public; a class of the
+            pipeline is none of this package. The files stay in the folder.
     """
     folder = Path(folder)
     if not any(name.endswith((*_INDICES, "lora_weights.safetensors")) for name in files_to_push(folder)[0]):
         raise ValueError(f"`folder` {str(folder)!r} holds no pipeline or model: nothing of it can be pushed.")
     with named_errors(repo_id, f"The files are kept in {str(folder)!r}."):
+        code = None if code_of is None else remote_files(folder, code_of)
         repo_id = make_repository(repo_id, private, token)
-        return upload(folder, repo_id, token=token, commit_message=commit_message, **commit)
+        made = upload(folder, repo_id, token=token, commit_message=commit_message, **commit)
+        if code is not None:
+            upload_code(folder, repo_id, code, token=token, commit_message=commit_message)
+        return made
+
+
+def push_pipeline(
+    pipe: DiffusionPipeline,
+    repo_id: str,
+    *,
+    folder: Path | None,
+    commit_message: str | None,
+    private: bool | None,
+    token: str | None,
+    create_pr: bool,
+    variant: str | None,
+    subfolder: str | None,
+    model_card: ModelCard | None,
+    sample_image: str | os.PathLike | None,
+    remote_code: bool,
+) -> str:
+    """Push a pipeline to the Hub with its model card: what `D2iTPipeline.push_to_hub` does, and says of its arguments.
+
+    Raises:
+        ValueError: as there.
+    """
+    if subfolder is not None and (model_card is not None or sample_image is not None):
+        raise ValueError("`model_card` and `sample_image` belong to the top of a repository: drop `subfolder`.")
+    if remote_code and (create_pr or subfolder is not None):
+        raise ValueError("`remote_code` makes a branch of a whole repository: drop `create_pr` and `subfolder`.")
+    if sample_image is not None:
+        check_png(sample_image)
+    kept = f"The files are kept in {str(folder)!r}."
+    if folder is None:
+        kept = "The pipeline is still in memory: `save_pretrained` keeps it."
+    with named_errors(repo_id, kept), tempfile.TemporaryDirectory() as temporary:
+        # Before anything is saved, so that a refusal comes early; it also knows the full name for the card.
+        repo_id = make_repository(repo_id, private, token)
+        if folder is None:
+            folder = Path(temporary)
+            pipe.save_pretrained(folder, variant=variant)
+        code = remote_files(folder, type(pipe)) if remote_code else None
+        if subfolder is None:
+            has_card = (folder / CARD).exists() or HfApi(token=token).file_exists(repo_id, CARD)
+            if model_card is None and not has_card:
+                image = None if sample_image is None else SAMPLES
+                model_card = make_model_card(
+                    pipe, repo_id=repo_id, license=None, sample_image=image, variant=variant, remote_code=remote_code
+                )
+            elif model_card is None and remote_code:
+                logger.warning("%s keeps its card: `make_model_card(..., remote_code=True)` shows the code.", repo_id)
+            write_card(folder, model_card, sample_image)
+        message = commit_message or f"Upload {type(pipe).__name__}"
+        made = upload(folder, repo_id, subfolder, token=token, commit_message=message, create_pr=create_pr)
+        if code is not None:
+            upload_code(folder, repo_id, code, token=token, commit_message=message)
+        return made
 
 
 def files_to_push(folder: Path) -> tuple[list[str], list[str]]:
@@ -122,14 +185,36 @@ def upload(folder: Path, repo_id: str, subfolder: str | None = None, **commit: A
         named = listed(left_out, _NUM_NAMED)
         warnings.warn(f"left in {str(folder)!r}, not pushed to {repo_id}: {named}", stacklevel=3)
     prefix = "" if subfolder is None else f"{subfolder}/"
-    files = []
-    for name in names:
-        content = path = folder / name
-        if name.endswith(_INDICES):  # the file stays as it is: its folder is sealed with it
-            content = without_origin(path.read_text(encoding="utf-8")).encode()
-        files.append(CommitOperationAdd(f"{prefix}{name}", content))
+    files = [CommitOperationAdd(f"{prefix}{name}", _content(folder / name)) for name in names]
     made = HfApi().create_commit(repo_id, files, **commit)
     return str(made.pr_url or made)
+
+
+def upload_code(folder: Path, repo_id: str, code: dict[str, str], token: str | None, commit_message: str) -> None:
+    """Commit a pipeline to the branch with code, which is made from main if need be: all of it in one commit.
+
+    Args:
+        folder: what has been committed to main: the Hub has its weights, and they are not sent again.
+        repo_id: "user/name".
+        code: files in place of or besides those of the folder, from `remote_files`. Other code of the branch goes.
+        token: access token with write permission; None for the one of `hf auth login` or HF_TOKEN.
+        commit_message: summary of the commit.
+    """
+    api = HfApi(token=token)
+    api.create_branch(repo_id, branch=BRANCH, exist_ok=True)
+    contents = {name: _content(folder / name) for name in files_to_push(folder)[0]}
+    contents |= {name: text.encode() for name, text in code.items()}
+    there = api.list_repo_files(repo_id, revision=BRANCH)
+    changes = [CommitOperationDelete(name) for name in there if name.endswith(".py") and name not in code]
+    changes += [CommitOperationAdd(name, content) for name, content in contents.items()]
+    api.create_commit(repo_id, changes, commit_message=commit_message, revision=BRANCH)
+
+
+def _content(file: Path) -> Path | bytes:
+    """What is pushed of a file: a configuration without its origin; the file stays, its folder is sealed with it."""
+    if file.name.endswith(_INDICES):
+        return without_origin(file.read_text(encoding="utf-8")).encode()
+    return file
 
 
 @contextmanager
@@ -164,7 +249,12 @@ def check_png(path: str | os.PathLike) -> None:
 
 
 def check_push(
-    *, push_to_hub: bool, hub_model_id: str | None, hub_private_repo: bool | None, license: str | None
+    *,
+    push_to_hub: bool,
+    hub_model_id: str | None,
+    hub_private_repo: bool | None,
+    license: str | None,
+    hub_remote_code: bool = False,
 ) -> None:
     """Find out before a training whether `publish` can do its work, with the same arguments. For the main process.
 
@@ -178,8 +268,9 @@ def check_push(
     check_license(license)
     if push_to_hub and hub_model_id is None:
         raise ValueError("`push_to_hub` needs `hub_model_id`, the user/name of a repository.")
-    if hub_private_repo and not push_to_hub:
-        raise ValueError("`hub_private_repo` does nothing without `push_to_hub`.")
+    for name, value in (("hub_private_repo", hub_private_repo), ("hub_remote_code", hub_remote_code)):
+        if value and not push_to_hub:
+            raise ValueError(f"`{name}` does nothing without `push_to_hub`.")
     if hub_model_id is not None and not ("/" in hub_model_id and is_name(hub_model_id)):
         raise ValueError(
             f"`hub_model_id` must be user/name, of letters, digits, '-', '_' and '.', got {shown(hub_model_id)}."
@@ -199,6 +290,7 @@ def publish(
     hub_model_id: str | None,
     hub_private_repo: bool | None,
     license: str | None,
+    hub_remote_code: bool = False,
     dataset_name: str | None = None,
     built_on: Sequence[str | os.PathLike] = (),
     commands: Sequence[str] = (),
@@ -216,6 +308,7 @@ def publish(
         hub_model_id: user/name of the repository, also named in the card.
         hub_private_repo: whether a new repository is private; None for the account's default.
         license: identifier of the Hub; None if none has been chosen, which the card then says.
+        hub_remote_code: also push the code of a pipeline to a branch, for people without this package.
         dataset_name: of the training data, for the metadata if it is a name on the Hub.
         built_on: outputs of earlier stages; the commands of their cards come first in this one.
         commands: those of this training.
@@ -239,6 +332,7 @@ def publish(
         datasets=[dataset_name] if is_on_hub else None,
         commands=[*(command for stage in built_on for command in commands_of(stage)), *commands],
         sample_image=None if sample_image is None else SAMPLES,
+        remote_code=push_to_hub and hub_remote_code,
         **card,
     )
     write_card(Path(folder), model_card, sample_image)
@@ -246,4 +340,5 @@ def publish(
         return None
     steps = "" if card.get("train_steps") is None else f" after {card['train_steps']} steps"
     message = f"Upload {type(pipe_or_model).__name__}{steps}"
-    return push_folder(folder, hub_model_id, private=hub_private_repo, commit_message=message)
+    code_of = type(pipe_or_model) if hub_remote_code else None
+    return push_folder(folder, hub_model_id, private=hub_private_repo, commit_message=message, code_of=code_of)

@@ -262,7 +262,7 @@ def saving(staging: str | os.PathLike, folder: Path) -> Iterator[None]:
         raise ValueError(f"{_NOT_SAVED}{reason}") from error
 
 
-def refuse_pickled_adapter(arguments: Mapping[str, Any]) -> None:
+def refuse_pickled_adapter(arguments: dict[str, Any]) -> None:
     """Raise a ValueError for arguments that lead to adapters which can hold code."""
     refuse_code(arguments)
     name = arguments.get("weight_name")

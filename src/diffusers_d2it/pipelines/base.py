@@ -4,7 +4,6 @@
 import inspect
 import os
 import sys
-import tempfile
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -13,13 +12,11 @@ import diffusers
 import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
 from diffusers.utils import logging
-from huggingface_hub import HfApi, ModelCard, hf_hub_download
+from huggingface_hub import ModelCard, hf_hub_download
 
 from ..files.folders import read_json, save_folder
-from ..files.source import HUB_ARGUMENTS, WithoutOrigin, check_source, pin, public_config, refuse_code
+from ..files.source import HUB_ARGUMENTS, PARTS, WithoutOrigin, check_source, pin, public_config, refuse_code
 from ..files.weights import check_sealed, sealed_files
-from ..hub.card import make_model_card
-from ..hub.push import CARD, PARTS, SAMPLES, check_png, make_repository, named_errors, upload, write_card
 from ..limits import check_values
 from ..models.strict import init_parameters, refuse_unsafe, saving
 from ..optional import naming_what_is_broken
@@ -58,7 +55,7 @@ class StrictPipeline(WithoutOrigin, DiffusionPipeline):
     content and every file of the folder. A subclass says what it is made of:
     """
 
-    _models: Mapping[str, str]  # class of this package by component
+    _models: Mapping[str, type[torch.nn.Module]]  # class of this package by component
     _schedulers: tuple[str, ...]  # components that are schedulers of diffusers
     _optional_components: list[str]  # those of both that may be None
     _limits: Mapping[str, tuple[float, float]]  # of arguments of `__call__`
@@ -165,7 +162,10 @@ class StrictPipeline(WithoutOrigin, DiffusionPipeline):
         ]
         try:
             if index.get("_class_name") not in known:
-                raise ValueError(f"`_class_name` must be {' or '.join(known)}, got {shown(index.get('_class_name'))}.")
+                expected = f"`_class_name` must be {' or '.join(known)}"
+                if isinstance(index.get("_class_name"), list):
+                    expected += ", as on the branch main: no code of a repository is run"
+                raise ValueError(f"{expected}, got {shown(index.get('_class_name'))}.")
             if "_use_default_values" in index or "_ignore_files" in index:
                 raise ValueError("`_use_default_values` and `_ignore_files` must not be in a file.")
             unknown = sorted(map(shown, public_config(index).keys() - init_parameters(cls).keys()))
@@ -238,8 +238,8 @@ class StrictPipeline(WithoutOrigin, DiffusionPipeline):
             part = getattr(self, name)
             if part is None and name in self._optional_components:
                 continue
-            if not isinstance(getattr(part, "_orig_mod", part), getattr(diffusers, model)):
-                raise ValueError(f"`{name}` must be a {model} to be saved, got {type(part).__name__}.")
+            if not isinstance(getattr(part, "_orig_mod", part), model):
+                raise ValueError(f"`{name}` must be a {model.__name__} to be saved, got {type(part).__name__}.")
 
     def push_to_hub(
         self,
@@ -253,6 +253,7 @@ class StrictPipeline(WithoutOrigin, DiffusionPipeline):
         subfolder: str | None = None,
         model_card: ModelCard | None = None,
         sample_image: str | os.PathLike | None = None,
+        remote_code: bool = False,
         *,
         folder: Path | None = None,
     ) -> str:
@@ -270,6 +271,9 @@ class StrictPipeline(WithoutOrigin, DiffusionPipeline):
             model_card: from `make_model_card`, which takes the licence, data and metrics that a pipeline cannot know.
                 None keeps the card that the repository has, and writes one if it has none.
             sample_image: a PNG that is pushed as samples.png and shown in a card that is written here.
+            remote_code: push the pipeline with its code to the branch remote-code as well, which
+                `DiffusionPipeline.from_pretrained(..., revision="remote-code", trust_remote_code=True)` loads where
+                this package is not installed. A card that is written here shows this first.
             folder: where the pipeline has been saved; None saves it to a temporary one.
 
         Returns:
@@ -278,46 +282,42 @@ class StrictPipeline(WithoutOrigin, DiffusionPipeline):
         Raises:
             ValueError: `repo_id` is not a name of the Hub, there is no token, the Hub cannot be reached or refuses,
                 `private` is True and the repository exists and is public, `safe_serialization` is False,
-                `sample_image` is no PNG, or a card or image comes with a `subfolder`.
+                `sample_image` is no PNG, or a card, an image or code comes with a `subfolder`, or code with
+                `create_pr`, or of a class that is none of this package.
+            ImportError: the pipeline itself has been loaded with its code, without this package.
         """
         refuse_unsafe(safe_serialization, use_flashpack=False)
-        if subfolder is not None and (model_card is not None or sample_image is not None):
-            raise ValueError("`model_card` and `sample_image` belong to the top of a repository: drop `subfolder`.")
-        if sample_image is not None:
-            check_png(sample_image)
-        kept = f"The files are kept in {str(folder)!r}."
-        if folder is None:
-            kept = "The pipeline is still in memory: `save_pretrained` keeps it."
-        with named_errors(repo_id, kept), tempfile.TemporaryDirectory() as temporary:
-            # Before anything is saved, so that a refusal comes early; it also knows the full name for the card.
-            repo_id = make_repository(repo_id, private, token)
-            if folder is None:
-                folder = Path(temporary)
-                self.save_pretrained(folder, variant=variant)
-            if subfolder is None:
-                has_card = (folder / CARD).exists() or HfApi(token=token).file_exists(repo_id, CARD)
-                if model_card is None and not has_card:
-                    image = None if sample_image is None else SAMPLES
-                    model_card = make_model_card(
-                        self, repo_id=repo_id, license=None, sample_image=image, variant=variant
-                    )
-                write_card(folder, model_card, sample_image)
-            message = commit_message or f"Upload {type(self).__name__}"
-            return upload(folder, repo_id, subfolder, token=token, commit_message=message, create_pr=create_pr)
+        # Not at the top, so that it is no part of the code that goes to the Hub with a pipeline
+        from ..hub.push import push_pipeline
+
+        return push_pipeline(
+            self,
+            repo_id,
+            folder=folder,
+            commit_message=commit_message,
+            private=private,
+            token=token,
+            create_pr=create_pr,
+            variant=variant,
+            subfolder=subfolder,
+            model_card=model_card,
+            sample_image=sample_image,
+            remote_code=remote_code,
+        )
 
 
 def _is_component(value: Any) -> bool:
     return isinstance(value, list) and len(value) == 2 and all(isinstance(part, str | None) for part in value)
 
 
-def _check_component(name: str, value: Any, model: str | None, is_scheduler: bool) -> None:
+def _check_component(name: str, value: Any, model: type | None, is_scheduler: bool) -> None:
     """Raise a ValueError unless `value` is [library, class] of what a component may be. Nothing is imported.
 
     It may be the model of this package that is expected, any scheduler of diffusers, or for a component that a
     subclass of the pipeline adds a class of diffusers or transformers; and a class of these kinds of the user's own,
     once its module has been imported.
     """
-    if model is not None and value == ["diffusers_d2it", model]:
+    if model is not None and value == ["diffusers_d2it", model.__name__]:
         return
     library, class_name = value if _is_component(value) else (None, None)
     found = None
@@ -328,10 +328,14 @@ def _check_component(name: str, value: Any, model: str | None, is_scheduler: boo
         return
     elif library != "diffusers":
         found = getattr(sys.modules.get(library), str(class_name), None)
-    kind = SchedulerMixin if is_scheduler else getattr(diffusers, model) if model else torch.nn.Module
+    kind = SchedulerMixin if is_scheduler else model or torch.nn.Module
     if not (isinstance(found, type) and issubclass(found, kind)):
         expected = (
-            "a scheduler of diffusers" if is_scheduler else f"['diffusers_d2it', '{model}']" if model else "known"
+            "a scheduler of diffusers"
+            if is_scheduler
+            else f"['diffusers_d2it', '{model.__name__}']"
+            if model
+            else "known"
         )
         raise ValueError(
             f"`{name}` must be {expected}, or a class of that kind whose module has been imported, got {shown(value)}."

@@ -75,7 +75,7 @@ class D2iTPipeline(ClassConditionalPipeline):
     """
 
     model_cpu_offload_seq = "grain_model->transformer->vae"
-    _models = {"vae": "DynamicAutoencoderKL", "grain_model": "D2iTGrainModel", "transformer": "D2iTContentModel"}
+    _models = {"vae": DynamicAutoencoderKL, "grain_model": D2iTGrainModel, "transformer": D2iTContentModel}
     _schedulers = ("scheduler", "grain_scheduler")
     _optional_components = ["vae", "grain_model", "transformer", "grain_scheduler"]
     _limits = SAMPLING_LIMITS
