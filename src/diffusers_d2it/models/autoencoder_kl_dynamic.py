@@ -182,6 +182,15 @@ class DynamicAutoencoderKL(StrictModelMixin, AutoencoderMixin, SafeAdapterMixin,
             heads.requires_grad_(True)
             heads[finest].requires_grad_(False)
 
+    def compile(self, *args, **kwargs) -> None:
+        """`torch.compile` the residual blocks, which `encode` and `decode` run: pipelines do not call `forward`.
+
+        Compiled as one, the decoder has wrong gradients on a CPU under bf16 autocast (torch 2.13).
+        """
+        # Blocks of a class share their code: each width and size is another variant of it
+        torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+        self.compile_repeated_blocks(*args, **kwargs)
+
     def scale_latents(self, latents: torch.Tensor) -> torch.Tensor:
         """What diffusion works on: latents of the posterior, shifted and scaled to zero mean and unit variance."""
         return (latents - (self.config.shift_factor or 0.0)) * self.config.scaling_factor

@@ -15,6 +15,8 @@ from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps, get_2d_sincos_pos_embed_from_grid
 from torch import nn
 
+from ..limits import can_be_read, is_traced
+
 
 FREQUENCY_SIZE = 256  # width of the sinusoidal embedding that precedes the timestep MLP, as in the original DiT
 
@@ -188,8 +190,7 @@ def run_block(net: nn.Module, block: nn.Module, tokens: torch.Tensor, *args) -> 
 def residual_stream(tokens: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """Tokens in the dtype that blocks add to, where autocast leaves a choice: outside, it is that of the weights."""
     device = tokens.device.type
-    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    return tokens.to(dtype) if autocast else tokens
+    return tokens.to(dtype) if device != "meta" and torch.is_autocast_enabled(device) else tokens
 
 
 def modulate(hidden_states: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
@@ -250,7 +251,7 @@ def sincos_positions(size: tuple[int, int], tokens: torch.Tensor) -> torch.Tenso
     Computed once for a grid, not at every step. Positions are token indices, not rescaled to the training size: a
     wider image has more positions, equally spaced.
     """
-    compute = _sincos_positions if torch.compiler.is_compiling() else _kept_sincos_positions
+    compute = _sincos_positions if is_traced(tokens) else _kept_sincos_positions
     return compute(*size, tokens.shape[-1], tokens.device, tokens.dtype)
 
 
@@ -299,7 +300,7 @@ def check_conditioning(
             a conditional one, of a wrong shape or dtype, or outside 0 ... num_classes.
     """
     timestep = torch.as_tensor(timestep, device=device)
-    if timestep.ndim > 1 or (timestep.ndim == 1 and len(timestep) not in (1, batch_size)):
+    if timestep.ndim > 1 or (timestep.ndim == 1 and timestep.shape[0] not in (1, batch_size)):
         raise ValueError(f"`timestep` must be a scalar or have shape ({batch_size},), got {tuple(timestep.shape)}.")
     if num_classes is None:
         if class_labels is not None:
@@ -314,8 +315,7 @@ def check_conditioning(
                 f"`class_labels` must be int64 of shape ({batch_size},), got {class_labels.dtype} of shape"
                 f" {tuple(class_labels.shape)}."
             )
-        if class_labels.device.type == "cpu" and not torch.compiler.is_compiling():
-            # Elsewhere the embedding itself fails on a bad index, and reading the labels back would stall the queue.
+        if can_be_read(class_labels):  # elsewhere the embedding itself fails on a bad index
             low, high = torch.aminmax(class_labels)
             if low < 0 or high > num_classes:
                 raise ValueError(

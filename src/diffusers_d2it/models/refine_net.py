@@ -11,7 +11,8 @@ they belong to, and the cost of a layer follows their number. They are ordered s
 
 How many windows hold one, two, ... fine regions differs from map to map. For compiled blocks the lists are rounded:
 each is filled up with windows that stand nowhere, so that there are always the same lists, none of them empty, and one
-graph serves every map.
+graph serves every map. Where a graph is recorded from the map itself on, every window is whole, and its fine regions
+attend to one another only: right for every map, at the cost of one that is fine throughout.
 
 Shapes:
     B batch, C latent channels, O output channels, D width, A heads
@@ -28,6 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..limits import is_traced
 from .layers import DiTBlock, FinalLayer, SelfAttention, TimestepEmbedder, attend, residual_stream, run_block
 
 
@@ -40,7 +42,8 @@ class WindowGroup:
     """Windows that hold equally many fine regions: a slice of the packed tokens that reads as (W, L)."""
 
     length: int  # L, tokens in each window
-    relative_index: torch.Tensor  # (P, L, L) int64, row of the bias table for query and key, for P arrangements
+    # (P, L, L) int64, row of the bias table for query and key, for P arrangements; past its end: no attention
+    relative_index: torch.Tensor
     arrangement: torch.Tensor  # (W,) int64, which of the P arrangements of fine regions each window has
 
 
@@ -78,13 +81,12 @@ def pack_levels(grain_map: torch.Tensor, num_grains: int, window_size: int, roun
     return tuple(levels)
 
 
-def _refine_layout(
-    grain_map: torch.Tensor, level: int, window_size: int, parent_position: torch.Tensor, rounded: bool
-) -> tuple[RefineLayout, torch.Tensor]:
+def _fine_windows(
+    grain_map: torch.Tensor, level: int, v: int, rounded: bool
+) -> tuple[torch.Tensor, list[WindowGroup]]:
+    """The fine regions of every window, windows with equally many of them together."""
     batch, height, width = grain_map.shape
     device = grain_map.device
-    m = 2**level
-    v = window_size // m
 
     # 1. The window of every fine region, and which of the window's v * v slots it takes
     image, row, column = (grain_map >= level).nonzero(as_tuple=True)
@@ -113,13 +115,41 @@ def _refine_layout(
         packed += [region[start : start + num_regions], region.new_full((missing * regions_in_window,), -1)]
         groups.append(_window_group(pattern[window[first]], missing, regions_in_window, level, v, device))
         start += num_regions
-    region = torch.cat(packed)
+    return torch.cat(packed), groups
+
+
+def _whole_windows(grain_map: torch.Tensor, level: int, v: int) -> tuple[torch.Tensor, list[WindowGroup]]:
+    """All regions of every window: sizes that no map changes."""
+    height, width = grain_map.shape[1:]
+    region = torch.arange(grain_map.numel(), device=grain_map.device).view(grain_map.shape)
+    region = region.masked_fill(grain_map < level, -1)
+    region = F.pad(region, (0, -width % v, 0, -height % v), value=-1)
+    region = region.unflatten(2, (-1, v)).unflatten(1, (-1, v)).transpose(2, 3).reshape(-1, v * v)  # (W, v * v)
+    is_fine = (region >= 0).repeat_interleave(4**level, dim=1)  # (W, L)
+    relative_index = _relative_index(torch.arange(v * v, device=region.device)[None], level, v)
+    apart = is_fine[:, :, None] != is_fine[:, None, :]
+    relative_index = relative_index.masked_fill(apart, (2 * v * 2**level - 1) ** 2)  # (W, L, L)
+    group = WindowGroup(v * v * 4**level, relative_index, torch.arange(region.shape[0], device=region.device))
+    return region.flatten(), [group]
+
+
+def _refine_layout(
+    grain_map: torch.Tensor, level: int, window_size: int, parent_position: torch.Tensor, rounded: bool
+) -> tuple[RefineLayout, torch.Tensor]:
+    batch, height, width = grain_map.shape
+    device = grain_map.device
+    m = 2**level
+    v = window_size // m
+    traced = is_traced(grain_map)
+
+    # 1. Regions in the order of their windows, -1 for those that stand nowhere
+    region, groups = _whole_windows(grain_map, level, v) if traced else _fine_windows(grain_map, level, v, rounded)
     nowhere = region < 0
     position = parent_position.new_full((batch * height * width + 1,), -1)  # the last is that of nowhere, -1
-    position[region] = torch.arange(len(region), device=device)
+    position[region] = torch.arange(region.shape[0], device=device)
     region, position = region.clamp_min(0), position[:-1]
 
-    # 3. Tokens of a region, children of one parent together
+    # 2. Tokens of a region, children of one parent together
     inner_row, inner_column = _token_order(level, device)  # (m * m,)
     image, row, column = region // (height * width), region // width % height, region % width
     token_row = row[:, None] * m + inner_row
@@ -134,9 +164,9 @@ def _refine_layout(
         parents=parents.flatten().clamp_min(0),
         images=image.repeat_interleave(parents_per_region),
         groups=tuple(groups),
-        rounded=rounded,
+        rounded=rounded or traced,
     )
-    if rounded:
+    if rounded and not traced:
         sized = (layout.tokens, layout.parents, layout.images, *(group.arrangement for group in groups))
         for tensor in sized:
             torch._dynamo.maybe_mark_dynamic(tensor, 0)
@@ -217,11 +247,14 @@ class WindowAttentionProcessor:
     def __call__(self, attn: "WindowAttention", hidden_states: torch.Tensor, layout: RefineLayout) -> torch.Tensor:
         """hidden_states (N / 4, 4, D) -> (N / 4, 4, D)."""
         query, key, value = (x.flatten(0, 1) for x in attn.project(hidden_states))  # (N, A, D / A)
-        lengths = [len(group.arrangement) * group.length for group in layout.groups]
+        lengths = [group.arrangement.shape[0] * group.length for group in layout.groups]
+        bias_table = attn.relative_position_bias
+        if layout.rounded:
+            bias_table = F.pad(bias_table, (0, 0, 0, 1), value=-torch.inf)
         attended = []
         for group, *qkv in zip(layout.groups, query.split(lengths), key.split(lengths), value.split(lengths)):
             q, k, v = (x.unflatten(0, (-1, group.length)).transpose(1, 2) for x in qkv)  # (W, A, L, D / A)
-            bias = attn.relative_position_bias[group.relative_index]  # (P, L, L, A)
+            bias = bias_table[group.relative_index]  # (P, L, L, A)
             bias = bias.permute(0, 3, 1, 2).index_select(0, group.arrangement)  # (W, A, L, L)
             attended.append(attend(q, k, v, bias).transpose(1, 2).flatten(2).flatten(0, 1))  # (W * L, D)
         return attn.to_out[0](torch.cat(attended).view_as(hidden_states))
@@ -306,7 +339,7 @@ class RefineNet(nn.Module):
         Returns:
             residual (B, O, h * R, w * R), zero outside the regions of this level, and tokens (N, D).
         """
-        if len(layout.tokens) == 0 and not torch.is_grad_enabled():  # gradients of an empty map are zero, not missing
+        if layout.tokens.shape[0] == 0 and not torch.is_grad_enabled():  # gradients of an empty map are not missing
             return torch.zeros_like(noise), parents[:0]
         conditioning = F.silu(self.time_embed(timestep, latents.dtype) + label_embedding)  # (B, D)
         patches = patchify(torch.cat([latents, noise], dim=1), self.patch_size).flatten(0, 1)
@@ -315,7 +348,7 @@ class RefineNet(nn.Module):
         tokens = self.up_proj(parents.index_select(0, layout.parents)).unflatten(-1, (4, -1))  # (N / 4, 4, D)
         tokens = tokens + self.patch_embed(patches.index_select(0, layout.tokens)).view_as(tokens)
         tokens = residual_stream(tokens, self.residual_dtype)
-        if layout.rounded and not torch.compiler.is_compiling():
+        if layout.rounded and not is_traced(tokens):
             torch._dynamo.maybe_mark_dynamic(tokens, 0)
 
         for block in self.transformer_blocks:

@@ -20,6 +20,7 @@ from diffusers.utils import apply_lora_scale
 from torch import nn
 
 from ..grains import GrainLayout
+from ..limits import can_be_read
 from .configs import check_content_model
 from .layers import (
     FREQUENCY_SIZE,
@@ -175,6 +176,7 @@ class D2iTContentModel(ClassLabelsMixin, StrictModelMixin, AttentionMixin, Cache
         """Work out what depends on the map alone, so that `forward` need not repeat it at every step.
 
         For a compiled model its sizes are rounded, so that one graph serves every map.
+        Where a graph is recorded, they are those of a map that is fine throughout, and it costs as much.
 
         Args:
             grain_map: (B, h, w) int64, 0 = coarsest.
@@ -231,7 +233,7 @@ class D2iTContentModel(ClassLabelsMixin, StrictModelMixin, AttentionMixin, Cache
         """
         layout = self._prepare(hidden_states, grain_map)
         num_classes, device = self.config.num_classes, hidden_states.device
-        timestep = check_conditioning(len(hidden_states), timestep, class_labels, num_classes, device)  # (B,)
+        timestep = check_conditioning(hidden_states.shape[0], timestep, class_labels, num_classes, device)  # (B,)
         label_embedding = 0.0 if self.label_embed is None else self.label_embed(class_labels)  # (B, D)
 
         # 1. Multi-grained Net: rough tokens, one per region (Eq. 6)
@@ -275,6 +277,6 @@ class D2iTContentModel(ClassLabelsMixin, StrictModelMixin, AttentionMixin, Cache
                 f" this model has {self.config.num_grains} and {self.config.window_size}: use its `prepare_grain_map`."
             )
         layout.check_sides(hidden_states)
-        if hidden_states.device.type == "cpu" and not torch.compiler.is_compiling():
+        if can_be_read(hidden_states):
             layout.check_tied(hidden_states)
         return layout

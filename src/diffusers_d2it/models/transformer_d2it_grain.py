@@ -15,6 +15,7 @@ from diffusers.models.cache_utils import CacheMixin
 from diffusers.utils import BaseOutput
 from torch import nn
 
+from ..limits import can_be_read
 from .configs import check_grain_model
 from .layers import (
     ClassLabelsMixin,
@@ -177,9 +178,8 @@ class D2iTGrainModel(ClassLabelsMixin, StrictModelMixin, AttentionMixin, CacheMi
                 f"`fine_ratio` must be floating point of shape ({len(hidden_states)},), got {fine_ratio.dtype} of"
                 f" shape {tuple(fine_ratio.shape)}."
             )
-        if fine_ratio.device.type == "cpu" and not torch.compiler.is_compiling():
-            if ((fine_ratio < 0) | (fine_ratio > 1)).any():  # false for NaN, which leaves the share open
-                raise ValueError(f"`fine_ratio` must lie in [0, 1] or be NaN, got {fine_ratio.tolist()}.")
+        if can_be_read(fine_ratio) and ((fine_ratio < 0) | (fine_ratio > 1)).any():  # false for NaN: left open
+            raise ValueError(f"`fine_ratio` must lie in [0, 1] or be NaN, got {fine_ratio.tolist()}.")
 
     @staticmethod
     def expected_state(logits: torch.Tensor) -> torch.Tensor:
