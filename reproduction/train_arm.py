@@ -64,7 +64,7 @@ def main(args: argparse.Namespace) -> None:
     # It neither validates nor publishes: samples are drawn from its checkpoints
     replaced = dict.fromkeys(("validate", "publish_result"), lambda *arguments, **options: None)
     if args.without_refine_net:
-        replaced["make_model"] = lambda *arguments: without_refine_net(make_model(*arguments))
+        replaced["make_model"] = lambda *arguments, **options: without_refine_net(make_model(*arguments, **options))
     cells = independent_cells() if args.independent_noise else nullcontext()
     with patch.multiple(train_d2it, **replaced), cells:
         train_d2it.main(train_d2it.parse_args(args.flags))

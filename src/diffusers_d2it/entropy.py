@@ -138,7 +138,7 @@ def _check_pixels(pixels: torch.Tensor, region_size: int) -> None:
     height, width = pixels.shape[-2:]
     if height % region_size or width % region_size:
         raise ValueError(
-            f"height and width of images must be multiples of {region_size}, the side of a region, got {height} and"
+            f"height and width of `pixels` must be multiples of {region_size}, the side of a region, got {height} and"
             f" {width}."
         )
     if can_be_read(pixels):

@@ -209,7 +209,7 @@ def hostile_indices(index: dict) -> Iterator[tuple[str, dict]]:
                 yield key, index | {key: ["diffusers", name]}
             yield key, index | {key: ["diffusers_d2it", "TiedScheduler"]}
     yield "vae", index | {"vae": ["diffusers_d2it", "D2iTContentModel"]}
-    for key in ("vae", "transformer", "scheduler"):
+    for key in ("scheduler",):
         yield key, index | {key: [None, None]}
         yield key, {name: value for name, value in index.items() if name != key}
     for value in (["planted_module", "Pipeline"], "StableDiffusionPipeline", "DiffusionPipeline", None, 3, ""):

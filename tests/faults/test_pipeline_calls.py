@@ -27,6 +27,8 @@ FINE = {
     "fine_ratio": [0],
     "guidance_power": [2.5],
     "callback_on_step_end_tensor_inputs": [[]],
+    "attention_kwargs": [{}],
+    "eta": [0],
 }
 
 

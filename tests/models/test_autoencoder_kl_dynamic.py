@@ -275,7 +275,7 @@ def test_without_calibration_there_are_no_thresholds_between_0_and_1(make_vae, p
     [
         (lambda x: x * 255, r"\[-1, 1\]"),
         (lambda x: x.masked_fill(x > 0.9, math.nan), r"\[-1, 1\].*nan"),
-        (lambda x: x[..., :60], "8.*64x60"),
+        (lambda x: x[..., :60], "8.*64 and 60"),
         (lambda x: x[:, :1], r"\(B, 3, H, W\)"),
         (lambda x: x[0], r"\(B, 3, H, W\)"),
         (lambda x: ((x + 1) * 127).byte(), "uint8"),

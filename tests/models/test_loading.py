@@ -57,12 +57,15 @@ def test_a_checkpoint_with_other_weights_is_refused_by_name(request, tmp_path, f
     assert str(tmp_path) in str(caught.value)
 
 
-def test_mismatched_sizes_cannot_be_ignored(make_grain_model, tmp_path):
+def test_mismatched_sizes_cannot_be_ignored_but_for_other_classes(make_grain_model, tmp_path):
     """It would leave random weights."""
     make_grain_model().save_pretrained(tmp_path)
-    for options in ({}, {"ignore_mismatched_sizes": True, "low_cpu_mem_usage": False}):
-        with pytest.raises(ValueError, match="label_embed"):
-            D2iTGrainModel.from_pretrained(tmp_path, num_classes=20, **options)
+    with pytest.raises(ValueError, match="label_embed"):
+        D2iTGrainModel.from_pretrained(tmp_path, num_classes=20)
+    ignoring = {"ignore_mismatched_sizes": True, "low_cpu_mem_usage": False}
+    assert D2iTGrainModel.from_pretrained(tmp_path, num_classes=20, **ignoring).label_embed.num_embeddings == 21
+    with pytest.raises(ValueError, match="norm_out"):
+        D2iTGrainModel.from_pretrained(tmp_path, num_grains=3, **ignoring)
 
 
 def test_shards_dtype_and_loading_information_are_to_be_had(make_vae, tmp_path):
