@@ -25,8 +25,8 @@ from diffusers_d2it.entropy import EntropyCalibration
 
 
 torch.set_num_threads(1)  # components are tiny: more threads only wait for one another
-# Under nohup, and behind & in a script, these are ignored, in every process that a test starts too, and what is ignored
-# is not handled by a run
+# Under nohup, and behind & in a script, these are ignored, in every process that a test starts too: what is ignored is
+# not handled by a run
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
