@@ -36,11 +36,16 @@ def noise_at(latents, data, t, of_flow):
     return (latents - share.sqrt() * data) / (1 - share).sqrt()
 
 
+@pytest.fixture(scope="module")
+def transformer(make_content_model):
+    return make_content_model()
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("of_flow", [False, True], ids=["diffusion", "flow"])
 @pytest.mark.parametrize("name", NAMES)
-def test_a_scheduler_ends_at_the_data_or_is_refused(make_pipeline, name, of_flow):
-    scheduler, transformer = made(name, of_flow), make_pipeline().transformer
+def test_a_scheduler_ends_at_the_data_or_is_refused(transformer, name, of_flow):
+    scheduler = made(name, of_flow)
     if scheduler is None:
         return
     try:
@@ -58,8 +63,8 @@ def test_a_scheduler_ends_at_the_data_or_is_refused(make_pipeline, name, of_flow
     assert (latents - data).abs().max() < 0.3
 
 
-def test_every_scheduler_that_is_known_to_work_is_taken(make_pipeline):
-    transformer, taken = make_pipeline().transformer, {False: set(), True: set()}
+def test_every_scheduler_that_is_known_to_work_is_taken(transformer):
+    taken = {False: set(), True: set()}
     for of_flow in taken:
         for name in NAMES:
             try:
