@@ -9,7 +9,7 @@ import accelerate
 import diffusers
 import pytest
 import torch
-from diffusers import DPMSolverMultistepScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import DPMSolverMultistepScheduler, EulerDiscreteScheduler
 from diffusers.configuration_utils import register_to_config
 from safetensors.torch import load_file, save_file
 
@@ -223,10 +223,6 @@ def renamed_classes(pipe):
 
 def class_names_that_are_none(pipe):
     pipe.register_to_config(id2label={"cat": 1})
-
-
-def flow_scheduler_for_a_model_of_noise(pipe):
-    pipe.scheduler = FlowMatchEulerDiscreteScheduler()
 
 
 KEPT = [

@@ -105,6 +105,8 @@ class StrictPipeline(WithoutOrigin, DiffusionPipeline):
         if not os.path.isdir(folder):
             folder = cls.download(folder, **kwargs)
         cls._check_folder(Path(folder), kwargs.keys())
+        index = read_json(Path(folder, INDEX))
+        _let_diffusers_load([index[name] for name in init_parameters(cls) if _is_component(index.get(name))])
         options = {key: value for key, value in kwargs.items() if key not in HUB_ARGUMENTS}
         with naming_what_is_broken("loading a pipeline"):  # diffusers imports all that a component might be
             pipe = super().from_pretrained(str(folder), **options | {"use_safetensors": True})
@@ -143,12 +145,6 @@ class StrictPipeline(WithoutOrigin, DiffusionPipeline):
                 raise ValueError(f"{part} is missing: {folder / INDEX} says that it holds a {class_name}.")
             if (code := part / f"{library}.py").exists():
                 raise ValueError(f"{code} must not be there: no code is run.")
-            if library in sys.modules and library not in (
-                "diffusers",
-                "transformers",
-            ):  # where diffusers looks for these
-                for base in (diffusers.ModelMixin, SchedulerMixin):
-                    vars(sys.modules[library]).setdefault(base.__name__, base)
             if name in cls._schedulers:
                 check_sealed([part / "scheduler_config.json"], records)
                 _check_scheduler(part / "scheduler_config.json")
@@ -330,16 +326,22 @@ def _check_component(name: str, value: Any, model: type | None, is_scheduler: bo
         found = getattr(sys.modules.get(library), str(class_name), None)
     kind = SchedulerMixin if is_scheduler else model or torch.nn.Module
     if not (isinstance(found, type) and issubclass(found, kind)):
-        expected = (
-            "a scheduler of diffusers"
-            if is_scheduler
-            else f"['diffusers_d2it', '{model.__name__}']"
-            if model
-            else "known"
-        )
+        expected = f"['diffusers_d2it', '{model.__name__}']" if model else "known"
+        expected = "a scheduler of diffusers" if is_scheduler else expected
         raise ValueError(
             f"`{name}` must be {expected}, or a class of that kind whose module has been imported, got {shown(value)}."
         )
+
+
+def _let_diffusers_load(components: list[list[str | None]]) -> None:
+    """Name the bases of models and schedulers in the modules of a user's own: diffusers looks for them there.
+
+    The components have been checked: their modules are imported, and hold what is named.
+    """
+    for library in {library for library, _ in components} & sys.modules.keys():
+        if library not in ("diffusers", "diffusers_d2it", "transformers"):
+            for base in (diffusers.ModelMixin, SchedulerMixin):
+                vars(sys.modules[library]).setdefault(base.__name__, base)
 
 
 def _check_labels(id2label: Any) -> None:
