@@ -22,6 +22,7 @@ from diffusers_d2it.models.layers import DiTBlock
 
 ROOT = Path(diffusers_d2it.__file__).parent
 PUBLIC = {
+    "D2iTCFGCutoffCallback",
     "bundled_checkpoint",
     "D2iTContentModel",
     "D2iTGrainModel",

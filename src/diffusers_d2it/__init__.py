@@ -20,9 +20,11 @@ from .entropy import region_entropy
 from .grains import GrainLayout, tie
 from .hub.card import make_model_card
 from .models.autoencoder_kl_dynamic import DynamicAutoencoderKL
-from .models.layers import DiTBlock
+from .models.layers import DiTBlock, SelfAttentionProcessor
+from .models.refine_net import RefineBlock
 from .models.transformer_d2it_content import D2iTContentModel
 from .models.transformer_d2it_grain import D2iTGrainModel
+from .pipelines.callbacks import D2iTCFGCutoffCallback
 from .pipelines.grain_maps import sample_grain_map
 from .pipelines.pipeline_d2it import D2iTPipeline, D2iTPipelineOutput
 from .presets import (
@@ -42,6 +44,7 @@ __version__ = "0.1.0"
 _EVALUATION = ("evaluate", "load_features", "open_images")  # imported when they are asked for: they take a while
 
 __all__ = [
+    "D2iTCFGCutoffCallback",
     "D2iTContentModel",
     "D2iTGrainModel",
     "D2iTPipeline",
@@ -72,4 +75,8 @@ def __getattr__(name: str):
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-register([DynamicAutoencoderKL, D2iTGrainModel, D2iTContentModel, D2iTPipeline], block_classes=[DiTBlock])
+register(
+    [DynamicAutoencoderKL, D2iTGrainModel, D2iTContentModel, D2iTPipeline],
+    block_classes=[DiTBlock, RefineBlock],
+    processor_class=SelfAttentionProcessor,
+)

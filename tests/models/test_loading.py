@@ -33,6 +33,15 @@ def names_in(folder: str | Path) -> list[str]:
 # ---- Loading ----
 
 
+@pytest.mark.parametrize("factory", ["make_vae", "make_grain_model", "make_content_model"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_loading_under_autocast_changes_nothing(request, tmp_path, factory, dtype):
+    model = request.getfixturevalue(factory)().to(dtype)
+    model.save_pretrained(tmp_path)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert same_weights(type(model).from_pretrained(tmp_path, dtype=dtype), model)
+
+
 @pytest.mark.parametrize("fault", ["missing", "foreign", "shape", "nan", "inf", "-inf"])
 @pytest.mark.parametrize("factory", ["make_vae", "make_grain_model", "make_content_model"])
 def test_a_checkpoint_with_other_weights_is_refused_by_name(request, tmp_path, factory, fault):

@@ -5,9 +5,9 @@ from importlib.util import find_spec
 
 import pytest
 import torch
-from diffusers import BitsAndBytesConfig, QuantoConfig, TorchAoConfig
+from diffusers import BitsAndBytesConfig, GGUFQuantizationConfig, QuantoConfig, TorchAoConfig
 
-from diffusers_d2it import D2iTPipeline, bundled_checkpoint
+from diffusers_d2it import D2iTContentModel, D2iTPipeline, bundled_checkpoint
 
 
 NAMES = ("transformer", "grain_model", "vae")
@@ -68,6 +68,33 @@ def test_integer_weights_draw_nearly_the_same_and_are_saved(plain, without_a_gpu
     model.save_pretrained(tmp_path)
     pipe.register_modules(**{name: cls.from_pretrained(tmp_path)})
     assert torch.equal(draw(pipe), found)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_gguf_file_draws_nearly_the_same(plain, tmp_path):
+    gguf = pytest.importorskip("gguf")
+    pipe = D2iTPipeline.from_pretrained(bundled_checkpoint())
+    linear = {name for name, module in pipe.transformer.named_modules() if isinstance(module, torch.nn.Linear)}
+    writer = gguf.GGUFWriter(tmp_path / "content.gguf", "d2it")
+    for name, value in pipe.transformer.state_dict().items():
+        values, kind = value.float().numpy(), gguf.GGMLQuantizationType.Q8_0
+        if name.removesuffix(".weight") in linear and values.shape[1] % 32 == 0:
+            writer.add_tensor(name, gguf.quants.quantize(values, kind), raw_dtype=kind)
+        else:
+            writer.add_tensor(name, values)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    pipe.transformer = D2iTContentModel.from_single_file(
+        tmp_path / "content.gguf",
+        config=bundled_checkpoint(),
+        subfolder="transformer",
+        quantization_config=GGUFQuantizationConfig(compute_dtype=torch.float32),
+    )
+    assert 0 < (draw(pipe) - plain).abs().mean() < 0.01
+    with pytest.raises(ValueError, match="GGUF"):
+        pipe.save_pretrained(tmp_path / "saved")
 
 
 @pytest.mark.filterwarnings("ignore")

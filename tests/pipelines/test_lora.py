@@ -14,11 +14,11 @@ def draw(pipe, **settings):
     return pipe([1, 2], grain_map="fine", **settings, generator=torch.Generator().manual_seed(0)).images
 
 
-def add(model, name="mine", seed=0):
+def add(model, name="mine", seed=0, rank=2):
     """An adapter of random weights, so that it changes something."""
     torch.manual_seed(seed)
     targets = ["to_q", "to_k", "to_v", "to_out.0"]
-    model.add_adapter(LoraConfig(r=2, lora_alpha=8, target_modules=targets, init_lora_weights=False), name)
+    model.add_adapter(LoraConfig(r=rank, lora_alpha=8, target_modules=targets, init_lora_weights=False), name)
 
 
 @pytest.fixture
@@ -123,3 +123,17 @@ def test_pickled_adapters_are_not_read(pipe, saved):
         with pytest.raises((ValueError, OSError)):
             pipe.load_lora_weights(folder, **arguments)
     assert pipe.get_list_adapters() == {}
+
+
+@pytest.mark.parametrize("ranks", [(2, 4), (4, 2)], ids=str)
+def test_a_swapped_adapter_is_the_other_one(pipe, make_pipeline, tmp_path, ranks):
+    expected = {}
+    for rank in ranks:
+        other = make_pipeline()
+        add(other.transformer, seed=rank, rank=rank)
+        other.transformer.save_lora_adapter(tmp_path / str(rank), adapter_name="mine")
+        expected[rank] = draw(other)
+    pipe.transformer.enable_lora_hotswap(target_rank=max(ranks))
+    for rank, swap in zip(ranks, (False, True)):
+        pipe.transformer.load_lora_adapter(tmp_path / str(rank), prefix=None, adapter_name="mine", hotswap=swap)
+        torch.testing.assert_close(draw(pipe), expected[rank])

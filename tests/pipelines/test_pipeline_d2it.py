@@ -6,8 +6,9 @@ import PIL.Image
 import pytest
 import torch
 from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, EulerAncestralDiscreteScheduler, VQDiffusionScheduler
+from diffusers.callbacks import MultiPipelineCallbacks, SDCFGCutoffCallback
 
-from diffusers_d2it import D2iTPipeline
+from diffusers_d2it import D2iTCFGCutoffCallback, D2iTPipeline
 from diffusers_d2it.grains import check_tied, fine_share
 from diffusers_d2it.pipelines.grain_maps import grain_map_from_logits, sample_grain_map
 
@@ -257,6 +258,26 @@ def test_callback_sees_every_step_and_may_change_everything(make_pipeline):
     assert [step for step, _, _ in seen] == [0, 1, 2, 3] and seen[0][1] > seen[-1][1]
     assert passes.batches == [2, 1, 1, 1]
     assert not output.images.any()
+
+
+@pytest.mark.parametrize(
+    "cutoff", [{"cutoff_step_ratio": 0.5}, {"cutoff_step_ratio": None, "cutoff_step_index": 2}], ids=["ratio", "index"]
+)
+@pytest.mark.parametrize("several", [False, True])
+def test_guidance_ends_where_a_callback_cuts_it_off(make_pipeline, cutoff, several):
+    pipe = make_pipeline()
+    callback = D2iTCFGCutoffCallback(**cutoff)  # step 2 is the last that is guided
+    if several:
+        callback = MultiPipelineCallbacks([callback])
+    steps = {"num_inference_steps": 4, "output_type": "latent"}
+    cut = call(pipe, 1, guidance_interval=(0, 1), callback_on_step_end=callback, **steps).images
+    assert torch.equal(cut, call(pipe, 1, guidance_interval=(0, 0.75), **steps).images)
+    assert not torch.equal(cut, call(pipe, 1, guidance_interval=(0, 1), **steps).images)
+
+
+def test_a_callback_for_other_tensors_is_refused(make_pipeline):
+    with pytest.raises(ValueError, match="`callback_on_step_end_tensor_inputs`.*prompt_embeds"):
+        call(make_pipeline(), 1, callback_on_step_end=SDCFGCutoffCallback(cutoff_step_ratio=0.5))
 
 
 def test_untied_latents_of_a_callback_are_tied_again_and_it_may_interrupt(make_pipeline):

@@ -152,21 +152,22 @@ def check_finite(tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None
             with safe_open(file, framework="pt") as opened:
                 for name in opened.keys():
                     if tensors[name].dtype in _FLOATING:
-                        _check_finite(opened.get_tensor(name), dtype, f"{file}: `{visible(name)}`")
+                        check_values_finite(opened.get_tensor(name), dtype, f"{file}: `{visible(name)}`")
         except (SafetensorError, OSError, KeyError) as error:  # KeyError: it has changed since its header was read
             raise ValueError(f"{file} is damaged: {printable(error)}") from error
 
 
-def _check_finite(values: torch.Tensor, dtype: torch.dtype | None, where: str) -> None:
+def check_values_finite(values: torch.Tensor, dtype: torch.dtype | None, where: str) -> None:
+    """Raise a ValueError that says `where` unless every value is finite, also in the `dtype` it will be cast to."""
     if values.numel() == 0:
         return
     if values.dtype.itemsize == 1:
         values = values.float()  # 8-bit numbers have no minimum and maximum of their own
-    extremes = torch.stack(torch.aminmax(values))  # both are NaN if one value is
-    lowest, highest = extremes.tolist()
-    if not extremes.isfinite().all():
+    extremes = torch.aminmax(values)  # both are NaN if one value is
+    lowest, highest = extremes.min.item(), extremes.max.item()
+    if not all(extreme.isfinite() for extreme in extremes):
         raise ValueError(f"{where} must be finite, got values from {lowest} to {highest}.")
-    if dtype is not None and dtype.is_floating_point and not extremes.to(dtype).isfinite().all():
+    if dtype is not None and dtype.is_floating_point and not all(extreme.to(dtype).isfinite() for extreme in extremes):
         raise ValueError(f"{where} does not fit {dtype}: its values go from {lowest:.4g} to {highest:.4g}.")
 
 

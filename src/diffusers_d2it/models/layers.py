@@ -10,6 +10,7 @@ from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
+from diffusers.models import attention
 from diffusers.models.attention import AttentionModuleMixin
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps, get_2d_sincos_pos_embed_from_grid
@@ -36,24 +37,17 @@ def attend(
 
 
 class SelfAttentionProcessor:
-    """Multi-head self-attention through diffusers' attention backends.
+    """Multi-head self-attention; where tokens attend to is the module's, all of them or those of their window.
 
-    Written out where nobody chose a backend and the backward pass of torch's own is slow: in half precision on a CPU
-    it takes up to eight times as long for a few dozen tokens, and evens out at several hundred.
+    One processor serves every attention of a model: `model.set_attn_processor(SelfAttentionProcessor())`.
     """
 
     _attention_backend = None
     _parallel_config = None
 
-    def __call__(self, attn: "SelfAttention", hidden_states: torch.Tensor) -> torch.Tensor:
-        query, key, value = attn.project(hidden_states)
-        if self._attention_backend is None and _trains_faster_written_out(query):
-            hidden_states = attend(*(x.transpose(1, 2) for x in (query, key, value))).transpose(1, 2)
-        else:
-            hidden_states = dispatch_attention_fn(
-                query, key, value, backend=self._attention_backend, parallel_config=self._parallel_config
-            )
-        return attn.to_out[0](hidden_states.flatten(-2))
+    def __call__(self, attn: "SelfAttention", hidden_states: torch.Tensor, *layout) -> torch.Tensor:
+        query, key, value = attn.project(hidden_states)  # each (..., A, D / A)
+        return attn.to_out[0](attn.attend(query, key, value, *layout).flatten(-2))
 
 
 def _trains_faster_written_out(query: torch.Tensor) -> bool:
@@ -72,7 +66,7 @@ class SelfAttention(nn.Module, AttentionModuleMixin):
     _default_processor_cls = SelfAttentionProcessor
     _available_processors = [SelfAttentionProcessor]
 
-    def __init__(self, dim: int, heads: int, processor=None):
+    def __init__(self, dim: int, heads: int):
         super().__init__()
         self.heads = heads
         self.use_bias = True
@@ -81,7 +75,7 @@ class SelfAttention(nn.Module, AttentionModuleMixin):
         self.to_k = nn.Linear(dim, dim)
         self.to_v = nn.Linear(dim, dim)
         self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
-        self.set_processor(processor or self._default_processor_cls())
+        self.set_processor(SelfAttentionProcessor())
 
     def project(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Query, key and value, each (..., N, A, D / A)."""
@@ -92,8 +86,30 @@ class SelfAttention(nn.Module, AttentionModuleMixin):
         query, key, value = (x.unflatten(-1, (self.heads, -1)) for x in qkv)
         return query, key, value
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.processor(self, hidden_states)
+    def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """Each (B, N, A, D / A) -> the same, through the attention backend of diffusers that the processor names.
+
+        Written out where nobody chose a backend and the backward pass of torch's own is slow: in half precision on a
+        CPU it takes up to eight times as long for a few dozen tokens, and evens out at several hundred.
+        """
+        backend = self.processor._attention_backend
+        if backend is None and _trains_faster_written_out(query):
+            return attend(*(x.transpose(1, 2) for x in (query, key, value))).transpose(1, 2)
+        parallel = self.processor._parallel_config
+        return dispatch_attention_fn(query, key, value, backend=backend, parallel_config=parallel)
+
+    def set_processor(self, processor: SelfAttentionProcessor) -> None:
+        """As of diffusers.
+
+        Raises:
+            ValueError: it is a processor for another kind of attention.
+        """
+        if not isinstance(processor, SelfAttentionProcessor):
+            raise ValueError(f"`processor` must be a SelfAttentionProcessor, got {type(processor).__name__}.")
+        super().set_processor(processor)
+
+    def forward(self, hidden_states: torch.Tensor, *layout) -> torch.Tensor:
+        return self.processor(self, hidden_states, *layout)
 
 
 def gelu_tanh(x: torch.Tensor) -> torch.Tensor:
@@ -108,11 +124,11 @@ def gelu_tanh(x: torch.Tensor) -> torch.Tensor:
     return (y * torch.sigmoid(math.sqrt(8 / math.pi) * (y + 0.044715 * y * y * y))).to(x.dtype)
 
 
-class FeedForward(nn.Module):
-    """Two linear layers with a tanh-approximated GELU between, as in DiT."""
+class FeedForward(attention.FeedForward):
+    """Two linear layers with a tanh-approximated GELU between, as in DiT; of diffusers' kind, which its hooks find."""
 
     def __init__(self, dim: int, mlp_ratio: float):
-        super().__init__()
+        nn.Module.__init__(self)
         self.linear_1 = nn.Linear(dim, int(dim * mlp_ratio))
         self.linear_2 = nn.Linear(int(dim * mlp_ratio), dim)
 

@@ -234,21 +234,26 @@ def _token_order(level: int, device: torch.device) -> tuple[torch.Tensor, torch.
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-class WindowAttentionProcessor:
-    """Attention inside windows of packed tokens, with a learned relative position bias, Eq. 10.
+class WindowAttention(SelfAttention):
+    """Self-attention inside windows of `side` tokens a side, with a learned bias per head and relative position."""
 
-    A window holds at most a few dozen tokens, so the scores are written out: for so few keys a plain matrix product
-    and softmax is as fast as a fused kernel, and faster in the backward pass, where a bias needs the scores anyway.
-    """
+    def __init__(self, dim: int, heads: int, side: int):
+        super().__init__(dim, heads)
+        self.relative_position_bias = nn.Parameter(torch.zeros((2 * side - 1) ** 2, heads))
 
-    _attention_backend = None
-    _parallel_config = None
+    def attend(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: RefineLayout
+    ) -> torch.Tensor:
+        """Packed tokens, each (N / 4, 4, A, D / A) -> the same, attending inside their windows, Eq. 10.
 
-    def __call__(self, attn: "WindowAttention", hidden_states: torch.Tensor, layout: RefineLayout) -> torch.Tensor:
-        """hidden_states (N / 4, 4, D) -> (N / 4, 4, D)."""
-        query, key, value = (x.flatten(0, 1) for x in attn.project(hidden_states))  # (N, A, D / A)
+        A window holds at most a few dozen tokens, so the scores are written out: for so few keys a plain matrix
+        product and softmax is as fast as a fused kernel, and faster in the backward pass, where a bias needs the
+        scores anyway.
+        """
+        shape = query.shape
+        query, key, value = (x.flatten(0, 1) for x in (query, key, value))  # (N, A, D / A)
         lengths = [group.arrangement.shape[0] * group.length for group in layout.groups]
-        bias_table = attn.relative_position_bias
+        bias_table = self.relative_position_bias
         if layout.rounded:
             bias_table = F.pad(bias_table, (0, 0, 0, 1), value=-torch.inf)
         attended = []
@@ -256,22 +261,8 @@ class WindowAttentionProcessor:
             q, k, v = (x.unflatten(0, (-1, group.length)).transpose(1, 2) for x in qkv)  # (W, A, L, D / A)
             bias = bias_table[group.relative_index]  # (P, L, L, A)
             bias = bias.permute(0, 3, 1, 2).index_select(0, group.arrangement)  # (W, A, L, L)
-            attended.append(attend(q, k, v, bias).transpose(1, 2).flatten(2).flatten(0, 1))  # (W * L, D)
-        return attn.to_out[0](torch.cat(attended).view_as(hidden_states))
-
-
-class WindowAttention(SelfAttention):
-    """Self-attention inside windows of `side` tokens a side, with a learned bias per head and relative position."""
-
-    _default_processor_cls = WindowAttentionProcessor
-    _available_processors = [WindowAttentionProcessor]
-
-    def __init__(self, dim: int, heads: int, side: int):
-        super().__init__(dim, heads)
-        self.relative_position_bias = nn.Parameter(torch.zeros((2 * side - 1) ** 2, heads))
-
-    def forward(self, hidden_states: torch.Tensor, layout: RefineLayout) -> torch.Tensor:
-        return self.processor(self, hidden_states, layout)
+            attended.append(attend(q, k, v, bias).transpose(1, 2).flatten(0, 1))  # (W * L, A, D / A)
+        return torch.cat(attended).view(shape)
 
 
 class RefineBlock(DiTBlock):

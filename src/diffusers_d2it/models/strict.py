@@ -27,6 +27,7 @@ from ..files.weights import (
 from ..limits import check_values
 from ..words import listed, shown
 from .configs import FURTHER_KEYS, LIMITS
+from .single_file import SingleFileMixin
 
 
 logger = logging.get_logger(__name__)
@@ -35,7 +36,7 @@ CONFIG = "config.json"
 _NOT_SAVED = "it is not saved, as it could not be loaded again: "
 
 
-class StrictModelMixin(WithoutOrigin, ModelMixin):
+class StrictModelMixin(SingleFileMixin, WithoutOrigin, ModelMixin):
     """A `ModelMixin` that loads what was saved or nothing, and saves everything or nothing.
 
     diffusers ignores keys of a configuration that it does not know, initialises weights that are missing at random,
@@ -75,7 +76,8 @@ class StrictModelMixin(WithoutOrigin, ModelMixin):
             OSError: the Hub does not have it or cannot be reached.
         """
         refuse_code(kwargs)
-        num_classes = kwargs.pop("num_classes", None) if kwargs.pop("ignore_mismatched_sizes", False) else None
+        anew = kwargs.pop("ignore_mismatched_sizes", False) and "num_classes" in init_parameters(cls)
+        num_classes = kwargs.pop("num_classes", None) if anew else None
         subfolder, variant = str(kwargs.pop("subfolder", None) or "") or None, kwargs.pop("variant", None)
         check_source(pretrained_model_name_or_path, subfolder, variant)
         if os.path.isdir(pretrained_model_name_or_path):

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from diffusers import FirstBlockCacheConfig, MagCacheConfig, PyramidAttentionBroadcastConfig, TaylorSeerCacheConfig
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.attention import AttentionMixin
 from diffusers.models.cache_utils import CacheMixin
@@ -37,6 +38,10 @@ from .layers import (
 )
 from .refine_net import RefineNet, pack_levels, patchify, unpatchify
 from .strict import SafeAdapterMixin, StrictModelMixin
+
+
+# Of the caches of diffusers those that know where blocks of this kind keep what they compute
+_CACHES = (FirstBlockCacheConfig, MagCacheConfig, TaylorSeerCacheConfig, PyramidAttentionBroadcastConfig)
 
 
 class GrainEmbedder(nn.Module):
@@ -194,8 +199,12 @@ class D2iTContentModel(ClassLabelsMixin, StrictModelMixin, AttentionMixin, Cache
         """As of diffusers: keep what blocks compute over several steps, as `config` says.
 
         Raises:
-            ValueError: TaylorSeer's lite mode, which cannot work here.
+            ValueError: a cache that cannot work here: another one than FirstBlockCache, MagCache, TaylorSeerCache and
+                PyramidAttentionBroadcast, or TaylorSeer's lite mode.
         """
+        if not isinstance(config, _CACHES):
+            names = ", ".join(cache.__name__ for cache in _CACHES)
+            raise ValueError(f"`config` must be one of {names}, got {type(config).__name__}.")
         if getattr(config, "use_lite_mode", False):
             raise ValueError(
                 "`use_lite_mode` of TaylorSeer leaves out all blocks and keeps the output of a layer that this model"

@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.attention import AttentionMixin
-from diffusers.models.cache_utils import CacheMixin
 from diffusers.utils import BaseOutput
 from torch import nn
 
@@ -39,7 +38,7 @@ class D2iTGrainModelOutput(BaseOutput):
     logits: torch.Tensor  # unnormalised log-probabilities g of Eq. 4 for the grain of each region, (B, k, h, w)
 
 
-class D2iTGrainModel(ClassLabelsMixin, StrictModelMixin, AttentionMixin, CacheMixin, SafeAdapterMixin, ConfigMixin):
+class D2iTGrainModel(ClassLabelsMixin, StrictModelMixin, AttentionMixin, SafeAdapterMixin, ConfigMixin):
     r"""A DiT with one token per region that predicts the clean grain map from a noised one.
 
     A single pass from noise to logits would make every region an independent coin, so the map is drawn by diffusion:

@@ -13,6 +13,7 @@ from typing import Literal
 import numpy as np
 import PIL.Image
 import torch
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.schedulers import KarrasDiffusionSchedulers
 from diffusers.utils import BaseOutput
@@ -287,6 +288,8 @@ class D2iTPipeline(ClassConditionalPipeline):
             ValueError: an argument is out of range, unknown, or contradicts another or the model.
         """
         # 1. Arguments
+        if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
+            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         self.check_settings(locals())
         if self.vae is None and output_type != "latent":
             raise ValueError(f"`output_type` must be 'latent' without a `vae`, got {output_type!r}.")
