@@ -93,7 +93,8 @@ def make_model(
     """
     if isinstance(begun, dict):
         return cls(**(begun | sizes))
-    found = {key: getattr(begun, key, None) or begun.config[key] for key in sizes} | {"sample_size": None}
+    found = {key: begun.config[key] if key in begun.config else getattr(begun, key) for key in sizes}
+    found["sample_size"] = None
     if other_classes and None not in (found["num_classes"], sizes["num_classes"]):
         found["num_classes"] = sizes["num_classes"]
     if changed := differences(found, sizes | {"sample_size": None}):
