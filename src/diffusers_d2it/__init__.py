@@ -25,8 +25,11 @@ from .models.refine_net import RefineBlock
 from .models.transformer_d2it_content import D2iTContentModel
 from .models.transformer_d2it_grain import D2iTGrainModel
 from .pipelines.callbacks import D2iTCFGCutoffCallback
-from .pipelines.grain_maps import sample_grain_map
+from .pipelines.grain_maps import foveated_grain_map, grain_map_from_boxes, grain_map_from_image, grain_map_from_mask
+from .pipelines.grain_sampling import sample_grain_map
 from .pipelines.pipeline_d2it import D2iTPipeline, D2iTPipelineOutput
+from .pipelines.pipeline_d2it_img2img import D2iTImg2ImgPipeline
+from .pipelines.pipeline_d2it_inpaint import D2iTInpaintPipeline
 from .presets import (
     bundled_checkpoint,
     list_bundled_checkpoints,
@@ -47,6 +50,8 @@ __all__ = [
     "D2iTCFGCutoffCallback",
     "D2iTContentModel",
     "D2iTGrainModel",
+    "D2iTImg2ImgPipeline",
+    "D2iTInpaintPipeline",
     "D2iTPipeline",
     "D2iTPipelineOutput",
     "DynamicAutoencoderKL",
@@ -54,6 +59,10 @@ __all__ = [
     "ModelMixin",
     "bundled_checkpoint",
     "evaluate",
+    "foveated_grain_map",
+    "grain_map_from_boxes",
+    "grain_map_from_image",
+    "grain_map_from_mask",
     "list_bundled_checkpoints",
     "list_presets",
     "list_samplers",
@@ -76,7 +85,8 @@ def __getattr__(name: str):
 
 
 register(
-    [DynamicAutoencoderKL, D2iTGrainModel, D2iTContentModel, D2iTPipeline],
+    [DynamicAutoencoderKL, D2iTGrainModel, D2iTContentModel],
+    {"text2image": D2iTPipeline, "image2image": D2iTImg2ImgPipeline, "inpaint": D2iTInpaintPipeline},
     block_classes=[DiTBlock, RefineBlock],
     processor_class=SelfAttentionProcessor,
 )

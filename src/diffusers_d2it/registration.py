@@ -6,20 +6,35 @@ issue 6563). Each internal is looked up with care and pinned by a test: a diffus
 here.
 """
 
+import sys
+from collections.abc import Callable
+from importlib.util import find_spec
+from types import ModuleType
+
 import diffusers
-from diffusers.loaders import FromOriginalModelMixin
 
 
-def register(classes: list[type], block_classes: list[type], processor_class: type) -> None:
+_AUTO_PIPELINE = "diffusers.pipelines.auto_pipeline"
+_FAMILY = "d2it"  # the key by which `AutoPipeline` finds one of another
+
+
+def register(models: list[type], pipelines: dict[str, type], block_classes: list[type], processor_class: type) -> None:
     """Let `DiffusionPipeline`, `AutoModel`, and the hooks of caches and guiders of diffusers find our classes.
 
     Args:
-        classes: models, pipelines and outputs, by their public names.
+        models: by their public names.
+        pipelines: a family of pipelines, by what `AutoPipeline` calls their tasks.
         block_classes: transformer blocks whose first output is the hidden states.
         processor_class: processor of their attention.
     """
-    for cls in classes:
+    for cls in (*models, *pipelines.values()):
         setattr(diffusers, cls.__name__, cls)
+
+    def register_tasks(auto_pipeline: ModuleType) -> None:
+        for task, pipeline in pipelines.items():
+            getattr(auto_pipeline, f"AUTO_{task.upper()}_PIPELINES_MAPPING", {})[_FAMILY] = pipeline
+
+    _once_imported(_AUTO_PIPELINE, register_tasks)
 
     try:
         from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
@@ -33,10 +48,8 @@ def register(classes: list[type], block_classes: list[type], processor_class: ty
     except ImportError:  # all but `from_single_file`
         pass
     else:
-        for cls in classes:
-            if issubclass(cls, FromOriginalModelMixin):
-                as_saved = {"checkpoint_mapping_fn": lambda checkpoint, **kwargs: checkpoint}
-                SINGLE_FILE_LOADABLE_CLASSES[cls.__name__] = as_saved
+        for cls in models:
+            SINGLE_FILE_LOADABLE_CLASSES[cls.__name__] = {"checkpoint_mapping_fn": lambda checkpoint, **_: checkpoint}
 
     try:
         from diffusers.hooks import _helpers as hooks
@@ -47,3 +60,28 @@ def register(classes: list[type], block_classes: list[type], processor_class: ty
         hooks.TransformerBlockRegistry.register(block_class, metadata)
     skipped = hooks.AttentionProcessorMetadata(skip_processor_output_fn=lambda attn, hidden_states, *_: hidden_states)
     hooks.AttentionProcessorRegistry.register(processor_class, skipped)
+
+
+def _once_imported(name: str, then: Callable[[ModuleType], None]) -> None:
+    """Call `then` with a module: now, or as soon as somebody imports it. This one takes seconds, as it imports all."""
+    if name in sys.modules:
+        then(sys.modules[name])
+        return
+
+    class Finder:
+        @staticmethod
+        def find_spec(asked: str, path=None, target=None):
+            if asked != name:
+                return None
+            sys.meta_path.remove(Finder)
+            spec = find_spec(name)
+            run = spec.loader.exec_module
+
+            def exec_module(module: ModuleType) -> None:
+                run(module)
+                then(module)
+
+            spec.loader.exec_module = exec_module
+            return spec
+
+    sys.meta_path.insert(0, Finder)

@@ -210,7 +210,7 @@ def test_pixels_are_those_of_fit_and_mirror(rgb):
 
 
 def test_tiny_images():
-    check_size((32, 500), 64)
+    check_size((32, 500), (64, 64))
     for size in ((31, 500), (1, 1)):
         with pytest.raises(UnusableImageError, match=f"{size[0]}x{size[1]}.*64"):
             to_pixels(PIL.Image.new("RGB", size), 64)

@@ -22,7 +22,7 @@ from diffusers_d2it.evaluation.grain_maps import (
 from diffusers_d2it.grains import GrainLayout, tie
 from diffusers_d2it.losses import grain_loss, multi_grained_loss
 from diffusers_d2it.objectives import make_objective
-from diffusers_d2it.pipelines.grain_maps import random_grain_map
+from diffusers_d2it.pipelines.grain_sampling import random_grain_map
 from diffusers_d2it.pixels import to_uint8
 
 

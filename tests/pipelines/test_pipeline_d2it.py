@@ -10,7 +10,7 @@ from diffusers.callbacks import MultiPipelineCallbacks, SDCFGCutoffCallback
 
 from diffusers_d2it import D2iTCFGCutoffCallback, D2iTPipeline
 from diffusers_d2it.grains import check_tied, fine_share
-from diffusers_d2it.pipelines.grain_maps import grain_map_from_logits, sample_grain_map
+from diffusers_d2it.pipelines.grain_sampling import grain_map_from_logits, sample_grain_map
 
 
 LEARNED = DDPMScheduler(beta_start=1e-4, beta_end=2e-2, variance_type="learned_range", clip_sample=False)

@@ -19,6 +19,7 @@ from ..words import printable
 MAX_IMAGE_PIXELS = 100_000_000  # 300 MB as RGB; a file of a few kB can announce any number
 # Pillow opens more, and some of it by starting other programs (EPS)
 _FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP")
+_RESAMPLING = PIL.Image.Resampling.BICUBIC
 
 
 ImageInput = str | os.PathLike | PIL.Image.Image | np.ndarray | torch.Tensor | list
@@ -66,11 +67,17 @@ def check_resolution(resolution: int, region_size: int) -> None:
         raise ValueError(f"`resolution` must be a multiple of {region_size}, the region size, got {resolution}.")
 
 
-def check_size(size: tuple[int, int], resolution: int) -> None:
-    """Raise an UnusableImageError if the shorter side is less than half the resolution: more blur than image."""
-    if 2 * min(size) < resolution:
+def check_size(found: tuple[int, int], size: tuple[int, int]) -> None:
+    """Raise an UnusableImageError if a picture is less than half as large as `size`: more blur than image.
+
+    Args:
+        found: (width, height) of the picture, as Pillow has it.
+        size: (height, width) that it is to have.
+    """
+    height, width = size
+    if 2 * found[0] < width or 2 * found[1] < height:
         raise UnusableImageError(
-            f"it is {size[0]}x{size[1]}, too small for {resolution}x{resolution}: half of it is the minimum"
+            f"it is {found[0]}x{found[1]}, too small for {width}x{height}: half of it is the minimum"
         )
 
 
@@ -80,13 +87,27 @@ def to_pixels(image: PIL.Image.Image, resolution: int, flip: bool = False) -> to
     Raises:
         UnusableImageError: from `check_size`.
     """
-    check_size(image.size, resolution)
-    image = to_rgb(image, image.format)
-    if image.size != (resolution, resolution):
-        image = PIL.ImageOps.fit(image, (resolution, resolution), PIL.Image.Resampling.BICUBIC)
+    image = fitted(image, (resolution, resolution))
     if flip:
         image = PIL.ImageOps.mirror(image)
     return from_uint8(torch.from_numpy(np.array(image))).permute(2, 0, 1)
+
+
+def fitted(image: PIL.Image.Image, size: tuple[int, int]) -> PIL.Image.Image:
+    """The centre of a picture that has the form of `size`, (height, width), resized to it; RGB.
+
+    Raises:
+        UnusableImageError: it would have to be made more than twice as large.
+    """
+    height, width = size
+    check_size(image.size, size)
+    image = to_rgb(image, image.format)
+    return image if image.size == (width, height) else PIL.ImageOps.fit(image, (width, height), _RESAMPLING)
+
+
+def open_image(path: str | os.PathLike) -> PIL.Image.Image:
+    """`decode_image` of a path; "~" is the user's home."""
+    return decode_image({"path": os.path.expanduser(path)})
 
 
 def _open(encoded: dict) -> io.IOBase:
@@ -149,7 +170,7 @@ def image_to_pixels(image: ImageInput) -> torch.Tensor:
         return torch.cat(images)
     if isinstance(image, (str, os.PathLike)):
         try:
-            image = decode_image({"path": os.path.expanduser(image)})
+            image = open_image(image)
         except UnusableImageError as error:
             raise ValueError(f"`image` {printable(image)}: {error}") from None
     if isinstance(image, torch.Tensor) and image.ndim in (3, 4) and image.shape[-3] in (1, 3, 4):

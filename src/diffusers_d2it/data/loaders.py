@@ -193,7 +193,7 @@ def usable_images(
     for row in rows:
         try:
             image = decode_image(row.encoded)
-            check_size(image.size, resolution)
+            check_size(image.size, (resolution, resolution))
         except UnusableImageError as error:
             bad_images.add(row.name, str(error))
             num_unusable += 1

@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from ..files import place_of
 from ..grains import fine_share
-from ..pipelines.grain_maps import random_grain_map
+from ..pipelines.grain_sampling import random_grain_map
 from ..pipelines.pipeline_d2it import D2iTPipeline
 from ..pixels import check_uint8, unit_to_uint8
 from ..sampling.sets import generators_of

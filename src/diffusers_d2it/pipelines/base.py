@@ -153,9 +153,7 @@ class StrictPipeline(WithoutOrigin, DiffusionPipeline):
     def _read_index(cls, file: Path) -> dict[str, Any]:
         """model_index.json, which names the components of this pipeline and nothing else. Nothing is imported."""
         index = read_json(file)
-        known = [
-            base.__name__ for base in cls.__mro__ if issubclass(base, StrictPipeline) and hasattr(base, "_models")
-        ]
+        known = _family(cls)
         try:
             if index.get("_class_name") not in known:
                 expected = f"`_class_name` must be {' or '.join(known)}"
@@ -300,6 +298,15 @@ class StrictPipeline(WithoutOrigin, DiffusionPipeline):
             sample_image=sample_image,
             remote_code=remote_code,
         )
+
+
+def _family(cls: type) -> list[str]:
+    """The classes of pipelines that are made of the same components, a class and its bases first."""
+    bases = [base for base in cls.__mro__ if issubclass(base, StrictPipeline) and hasattr(base, "_models")]
+    family = [*bases]
+    for base in family:
+        family += [one for one in base.__subclasses__() if one._models is cls._models and one not in family]
+    return [one.__name__ for one in family]
 
 
 def _is_component(value: Any) -> bool:

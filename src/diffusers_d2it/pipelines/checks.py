@@ -1,19 +1,17 @@
 # Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
 """What D2iTPipeline checks before it begins: do the components fit, do the arguments fit them and one another?"""
 
-from typing import Literal
-
-import numpy as np
 import torch
 from diffusers import DDPMScheduler, SchedulerMixin
 from diffusers.schedulers import KarrasDiffusionSchedulers
 from diffusers.utils import logging
 
-from ..grains import check_grain_map
 from ..models.autoencoder_kl_dynamic import DynamicAutoencoderKL
 from ..models.transformer_d2it_content import D2iTContentModel
 from ..models.transformer_d2it_grain import D2iTGrainModel
 from ..words import shown
+from .batches import Batch
+from .grain_maps import DRAWN
 from .tied_scheduler import reads_variance
 
 
@@ -118,7 +116,6 @@ def check_components(
         )
 
 
-MapName = Literal["coarse", "fine", "random"]
 SAMPLING_LIMITS = {
     "num_images_per_prompt": (1, 10_000),
     "num_inference_steps": (1, 1_000_000),
@@ -136,65 +133,45 @@ SAMPLING_LIMITS = {
 }
 
 
-def as_grain_map(
-    grain_map: torch.Tensor | np.ndarray | list | MapName | None, num_grains: int
-) -> torch.Tensor | MapName | None:
-    """A map in numbers as int64: whole numbers of any kind stay, of a mask of bool True is the finest grain.
-
-    Raises:
-        ValueError: it holds other things, or rows of different lengths.
-    """
-    if grain_map is None or isinstance(grain_map, str):
-        return grain_map
-    try:
-        values = grain_map if isinstance(grain_map, torch.Tensor) else torch.from_numpy(np.array(grain_map))
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"`grain_map` must be whole numbers of shape (h, w) or (B, h, w): {error}") from None
-    if values.dtype == torch.bool:
-        return values.long() * (num_grains - 1)
-    if values.is_complex() or not torch.equal(whole := values.long(), values):
-        raise ValueError(f"`grain_map` must hold whole numbers, or bool, got {values.dtype} {shown(values)}.")
-    return whole
-
-
 def check_inputs(
-    batch_size: int,
-    grain_map: torch.Tensor | MapName | None,
-    fine_ratio: float | None,
-    generator: torch.Generator | list[torch.Generator] | None,
+    batch: Batch,
+    fine_ratio: float | list[float] | None,
     latents: torch.Tensor | None,
     transformer: D2iTContentModel,
     can_draw: bool,
 ) -> None:
     """Raise a ValueError that names the first argument of `__call__` that contradicts another or the model.
 
-    A map has the shape (h, w), (1, h, w) or (B, h, w) and grains of the model, or is a name; None has it drawn, where
-    the pipeline `can_draw` it. Starting noise is finite, floating-point, and of a shape that the model reads.
+    Maps are drawn where the pipeline `can_draw` them. Starting noise is finite, floating-point, and of a shape that
+    the model reads.
     """
-    generators = generator if isinstance(generator, list) else [generator] * batch_size
-    if len(generators) != batch_size or not all(isinstance(g, torch.Generator | None) for g in generators):
+    generators = batch.generator if isinstance(batch.generator, list) else [batch.generator] * batch.size
+    if len(generators) != batch.size or not all(isinstance(g, torch.Generator | None) for g in generators):
         raise ValueError(
-            f"`generator` must be a torch.Generator, or a list of one for each of {batch_size} images, got"
-            f" {shown(generator)}."
+            f"`generator` must be a torch.Generator, or a list of one for each of {batch.size} images, got"
+            f" {shown(batch.generator)}."
         )
-    if grain_map is None and not can_draw:
-        raise ValueError("`grain_map` is required: this pipeline has no grain model.")
-    if fine_ratio is not None and grain_map is not None and not (isinstance(grain_map, str) and grain_map == "random"):
+    drawn = [
+        bool((one == DRAWN).any()) if isinstance(one, torch.Tensor) else one is None or one == "draw"
+        for one in batch.maps
+    ]
+    if any(drawn) and not can_draw:
+        raise ValueError("`grain_map` is required, for every region: this pipeline has no grain model.")
+    if (
+        fine_ratio is not None
+        and not any(drawn)
+        and not any(isinstance(one, str) and one in ("random", "image", "draw") for one in batch.maps)
+    ):
         raise ValueError("`fine_ratio` and a given `grain_map`, other than 'random', are mutually exclusive.")
-    if isinstance(grain_map, torch.Tensor):
-        if grain_map.ndim not in (2, 3) or (grain_map.ndim == 3 and len(grain_map) not in (1, batch_size)):
-            raise ValueError(
-                f"`grain_map` must have shape (h, w), (1, h, w) or ({batch_size}, h, w), got {tuple(grain_map.shape)}."
-            )
-        check_grain_map(grain_map if grain_map.ndim == 3 else grain_map[None], transformer.config.num_grains)
     if latents is not None:
         channels, cells = transformer.config.in_channels, transformer.patch_size
         if not latents.is_floating_point():
             raise ValueError(f"`latents` must be floating-point, got {latents.dtype}.")
-        fitting = (batch_size, channels, *(side - side % cells for side in latents.shape[2:]))
-        if latents.ndim != 4 or latents.shape != fitting:
+        fitting = (batch.size, channels, *(side - side % cells for side in latents.shape[2:]))
+        same_noise = latents.ndim == 4 and len(latents) == 1 and isinstance(batch.generator, list)
+        if latents.ndim != 4 or latents.shape[1:] != fitting[1:] or not (same_noise or len(latents) == batch.size):
             raise ValueError(
-                f"`latents` must have shape ({batch_size}, {channels}, h, w) with h and w multiples of {cells}, got"
+                f"`latents` must have shape ({batch.size}, {channels}, h, w) with h and w multiples of {cells}, got"
                 f" {tuple(latents.shape)}."
             )
         if not latents.isfinite().all():
@@ -218,28 +195,27 @@ def changed_by(returned: dict[str, torch.Tensor] | None, latents: torch.Tensor) 
 
 
 def map_size(
-    grain_map: torch.Tensor | MapName | None,
+    maps: list,
     latents: torch.Tensor | None,
     height: int | None,
     width: int | None,
     vae: DynamicAutoencoderKL | None,
     transformer: D2iTContentModel,
 ) -> tuple[int, int]:
-    """Sides (h, w) of the grain map: from the map, the latents, the size asked for, or that of training.
+    """Sides (h, w) of the grain maps: from maps in regions, the latents, the size asked for, or that of training.
 
     Raises:
         ValueError: they contradict one another, or the size is no multiple of a region.
     """
-    cells, sizes = transformer.patch_size, {}
+    cells = transformer.patch_size
     if vae is None and (height, width) != (None, None):
         raise ValueError(
             "`height` and `width` need a `vae`, which makes pixels of cells: pass `latents` or a `grain_map`."
         )
     region = 0 if vae is None else vae.region_size
-    if grain_map is not None and not isinstance(grain_map, str):
-        sizes["grain_map"] = tuple(grain_map.shape[-2:])
+    sizes = {("grain_map", tuple(one.shape)) for one in maps if isinstance(one, torch.Tensor)}
     if latents is not None:
-        sizes["latents"] = tuple(side // cells for side in latents.shape[-2:])
+        sizes.add(("latents", tuple(side // cells for side in latents.shape[-2:])))
     if height is not None or width is not None:
         default = transformer.config.sample_size * vae.downsample_factor
         sides = (default if height is None else height, default if width is None else width)
@@ -247,16 +223,19 @@ def map_size(
             raise ValueError(
                 f"`height` and `width` must be multiples of the region size {region}, got {sides[0]} and {sides[1]}."
             )
-        sizes["height and width"] = tuple(side // region for side in sides)
+        sizes.add(("height and width", tuple(side // region for side in sides)))
     trained = (transformer.config.sample_size // cells,) * 2
-    if len(set(sizes.values())) > 1:
-        described = ", ".join(f"{name} {size[0]}x{size[1]}" for name, size in sizes.items())
-        raise ValueError(f"arguments ask for maps of different sizes: {described} regions.")
-    size = next(iter(sizes.values()), trained)
-    if size != trained and not {"height and width"} & {*sizes}:
+    if len({size for _, size in sizes}) > 1:
+        described = ", ".join(f"{name} {size[0]}x{size[1]}" for name, size in sorted(sizes))
+        raise ValueError(
+            f"arguments ask for maps of different sizes: {described} regions. `grain_map_size` says the size of an"
+            " image's, and a mask, of bool or a picture, may have any."
+        )
+    name, size = min(sizes, default=("", trained))
+    if size != trained and "height and width" not in dict(sizes):
         pixels = "" if vae is None else f", an image of {size[0] * region}x{size[1] * region} pixels"
         logger.warning(
             "`%s` of %dx%d, a cell for each region%s; the model was trained on %dx%d regions.",
-            *(next(iter(sizes)), *size, pixels, *trained),
+            *(name, *size, pixels, *trained),
         )
     return size

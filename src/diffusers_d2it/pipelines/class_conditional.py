@@ -68,16 +68,6 @@ class ClassConditionalPipeline(LoraPipelineMixin, StrictPipeline):
         labels = [label] if isinstance(label, str) else label
         return [_label_id(one, self.id2label, ids_of_name) for one in labels]
 
-    def prepare_labels(
-        self, class_labels: int | str | list[int | str] | None, num_images_per_prompt: int
-    ) -> tuple[torch.Tensor | None, int]:
-        """Ids of a batch, (B,) on the execution device, and B; an unconditional model has no ids."""
-        ids = class_ids(class_labels, self.transformer.config.num_classes, self.id2label)
-        if ids is None:
-            return None, num_images_per_prompt
-        ids = torch.tensor(ids, device=self._execution_device).repeat_interleave(num_images_per_prompt)
-        return ids, len(ids)
-
     @property
     def guidance_scale(self) -> float:
         """Scale of classifier-free guidance; a callback may set `_guidance_scale` between steps."""

@@ -59,7 +59,7 @@ class TiedScheduler:
         own = {name: steps for name, steps in (("timesteps", timesteps), ("sigmas", sigmas)) if steps is not None}
         _check_taken(scheduler.set_timesteps, own)
         scheduler.set_timesteps(**own or {"num_inference_steps": num_inference_steps}, device="cpu")
-        self.timesteps = scheduler.timesteps
+        self.timesteps, self.skipped = scheduler.timesteps, 0
         network_timesteps = self.timesteps if self._edm is None else self._edm.timesteps(self.timesteps)
         if network_timesteps.is_floating_point():
             network_timesteps = network_timesteps.float()  # not every device has float64
@@ -74,6 +74,39 @@ class TiedScheduler:
         """The first sample, from standard normal noise (B, C, H, W)."""
         # Schedulers of flow matching start from the noise itself and read the sample as it is.
         return self.layout.tie(noise) * getattr(self.scheduler, "init_noise_sigma", 1.0)
+
+    def start_at(self, strength: float) -> None:
+        """Leave out the first steps, so that a share `strength` of them, rounded down, is taken.
+
+        Raises:
+            ValueError: it is more than none, and less than one step.
+        """
+        order = getattr(self.scheduler, "order", 1)
+        number = -(-len(self.timesteps) // order)  # of steps; one of a higher order has several timesteps
+        taken = int(number * strength)
+        if strength > 0 and taken == 0:
+            raise ValueError(f"`strength` must be at least {1 / number:.3g}, one of {number} steps, got {strength}.")
+        self.skipped = order * (number - taken)
+        self.timesteps = self.timesteps[self.skipped :]
+        if self.skipped and hasattr(self.scheduler, "set_begin_index"):
+            self.scheduler.set_begin_index(self.skipped)
+
+    def noised(self, latents: torch.Tensor, noise: torch.Tensor, i: int) -> torch.Tensor:
+        """Clean latents, tied, as the sample that is read at step `i` of `timesteps`; after the last they are clean.
+
+        Raises:
+            ValueError: the scheduler cannot noise a sample.
+        """
+        if i == len(self.timesteps):
+            return latents
+        flow = getattr(self.scheduler, "scale_noise", None)
+        diffusion = getattr(self.scheduler, "add_noise", None)
+        t, noise = self.timesteps[i : i + 1], self.layout.tie(noise)
+        if flow is not None:
+            return flow(latents, t, noise).to(latents.dtype)
+        if diffusion is None:
+            raise ValueError(f"`scheduler` must be able to noise a picture, a {type(self.scheduler).__name__} is not.")
+        return diffusion(latents, noise, t).to(latents.dtype)
 
     def model_input(self, latents: torch.Tensor, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """What the network reads at step `t` of `timesteps`: its input, as it was trained on, and its timestep."""

@@ -1,0 +1,86 @@
+# Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
+"""What is new in a picture, in pixels, cells and codes; and pixels that are put back.
+
+Shapes as in `denoising`.
+"""
+
+import PIL.Image
+import torch
+import torch.nn.functional as F
+from diffusers.image_processor import VaeImageProcessor
+
+from ..grains import GrainLayout
+from .pictures import MaskInput, fit_mask, read_masks, to_pil
+
+
+def masks_of(mask_image: MaskInput | None, pictures: list[torch.Tensor]) -> list[PIL.Image.Image]:
+    """A mask for each picture (3, H, W), black or white, of its size.
+
+    Raises:
+        ValueError: there is none, another number, or one of another size.
+    """
+    if mask_image is None:
+        raise ValueError("`mask_image` is required: white where the picture is to be new, got None.")
+    masks = read_masks(mask_image, "mask_image")
+    if len(masks) not in (1, len(pictures)):
+        raise ValueError(f"`mask_image` must be one, or one for each of {len(pictures)} images, got {len(masks)}.")
+    masks = masks * (len(pictures) // len(masks))
+    for mask, picture in zip(masks, pictures):
+        if mask.size[::-1] != picture.shape[1:]:
+            raise ValueError(
+                f"`mask_image` must have the size of its image, {picture.shape[2]}x{picture.shape[1]}, got"
+                f" {mask.width}x{mask.height}."
+            )
+    return [mask.point(lambda grey: 255 * (grey > 127)) for mask in masks]
+
+
+def is_new(masks: list[PIL.Image.Image], size: tuple[int, int]) -> torch.Tensor:
+    """The pixels that masks show white, of pictures fitted to (H, W): (P, H, W) bool."""
+    return torch.stack([fit_mask(mask, size) >= 0.5 for mask in masks])
+
+
+def touched(pixels: torch.Tensor, side: int) -> torch.Tensor:
+    """Which squares of `side` pixels hold one that is True: (B, H, W) bool -> (B, H / side, W / side)."""
+    return F.max_pool2d(pixels.float(), side) > 0
+
+
+def whole_codes(cells: torch.Tensor, layout: GrainLayout) -> torch.Tensor:
+    """Every cell of the codes that have a cell which is True: (B, h * R, w * R) bool -> (B, 1, h * R, w * R)."""
+    share = cells[:, None].float()
+    for grain in range(layout.num_grains - 1):
+        share = layout.average(share, grain)
+    return share > 0
+
+
+def pasted_back(decoded: torch.Tensor, pixels: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+    """Decoded images in [0, 1] with the pixels of the pictures, in [-1, 1], where they are not `new` (B, H, W)."""
+    return torch.where(new[:, None], decoded, (pixels + 1) / 2)
+
+
+def crop_around(
+    picture: torch.Tensor, mask: PIL.Image.Image, size: tuple[int, int], padding: int
+) -> tuple[tuple[int, int, int, int], PIL.Image.Image, PIL.Image.Image]:
+    """The part of a picture around its mask that has the form of `size`, and its mask, both resized to it.
+
+    Returns:
+        (left, top, right, bottom) in the picture, the part, its mask.
+
+    Raises:
+        ValueError: the mask is black: there is nothing around which to crop.
+    """
+    if mask.getbbox() is None:
+        raise ValueError("`mask_image` must show something white for `padding_mask_crop`, got a black one.")
+    height, width = size
+    box = VaeImageProcessor.get_crop_region(mask, width, height, pad=padding)
+    part = to_pil(picture).crop(box).resize((width, height), PIL.Image.Resampling.BICUBIC)
+    return box, part, mask.crop(box).resize((width, height), PIL.Image.Resampling.BOX)
+
+
+def paste_part(
+    picture: torch.Tensor, mask: PIL.Image.Image, box: tuple[int, int, int, int], part: PIL.Image.Image
+) -> PIL.Image.Image:
+    """A picture with a part at its place, where the mask is white."""
+    whole = to_pil(picture)
+    part = part.resize((box[2] - box[0], box[3] - box[1]), PIL.Image.Resampling.BICUBIC)
+    whole.paste(part, box[:2], mask.crop(box))
+    return whole
