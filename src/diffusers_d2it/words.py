@@ -85,8 +85,13 @@ def counted(count: int, word: str) -> str:
 
 
 def close_to(name: object, known: Iterable[str], most: int = 3) -> list[str]:
-    """Those of the known names that were probably meant."""
-    return difflib.get_close_matches(str(name), list(known), n=most)
+    """Those of the known names that were probably meant: that have it as a word, or in them, or are spelt like it."""
+    known, name = list(known), str(name).casefold()
+    whole = [one for one in known if name in re.findall(r"\w+", one.casefold())]
+    part = [one for one in known if len(name) > 2 and name in one.casefold()]
+    spelt = difflib.get_close_matches(name, {one.casefold(): one for one in known}, n=most)
+    spelt = [one for folded in spelt for one in known if one.casefold() == folded]
+    return [*dict.fromkeys(whole + part + spelt)][:most]
 
 
 def differing(a: Any, b: Any, name: str = "", missing: Any = None) -> dict[str, tuple]:

@@ -221,7 +221,8 @@ def test_of_a_mask_true_is_the_finest_grain(make_pipeline):
 
 
 @pytest.mark.parametrize(
-    "grain_map", [np.full((4, 4), 0.5), [[0, 1], [1]], [["fine"]], np.full((4, 4), np.nan), np.full((4, 4), 255), 1j]
+    "grain_map",
+    [np.full((4, 4), 1.5), [[0, 1], [1]], ["finest"], np.full((4, 4), np.nan), np.full((4, 4), 255), 1j, []],
 )
 def test_what_is_no_map(make_pipeline, grain_map):
     with pytest.raises(ValueError, match="`grain_map`"):
@@ -231,7 +232,7 @@ def test_what_is_no_map(make_pipeline, grain_map):
 @pytest.mark.parametrize(
     "arguments, told",
     [
-        ({"grain_map": np.zeros((8, 16), bool)}, ["`grain_map` of 8x16", "64x128", "4x4"]),
+        ({"grain_map": np.zeros((8, 16), int)}, ["`grain_map` of 8x16", "64x128", "4x4"]),
         ({"latents": torch.zeros(1, 4, 8, 16)}, ["`latents` of 4x8", "32x64", "4x4"]),
         ({"grain_map": ROWS}, []),
         ({"height": 64, "grain_map": np.zeros((8, 4), bool)}, []),  # asked for
@@ -245,6 +246,10 @@ def test_a_map_that_asks_for_another_size_says_so(make_pipeline, caplog, argumen
 
 
 # ---- Pictures ----
+
+
+def map_of(pipe, image, **settings):
+    return pipe.grain_map_from_image(image, height=64, width=64, **settings)
 
 
 def save(path, image, **options):
@@ -297,8 +302,8 @@ def test_a_picture_is_read_as_in_training(make_pipeline, photos, tmp_path, name)
     expected = pipe.vae.encode(trained, fine_ratio=0.5).grain_map
     with PIL.Image.open(path) as opened:
         for image in (path, str(path), opened, [path], [opened]):
-            assert torch.equal(pipe.grain_map_from_image(image, fine_ratio=0.5), expected)
-    assert torch.equal(pipe.grain_map_from_image([path, photo], fine_ratio=0.5)[:1], expected)
+            assert torch.equal(map_of(pipe, image, fine_ratio=0.5), expected)
+    assert torch.equal(map_of(pipe, [path, photo], fine_ratio=0.5)[:1], expected)
 
 
 def test_arrays_and_tensors_of_every_depth(make_pipeline, photos):
@@ -307,16 +312,14 @@ def test_arrays_and_tensors_of_every_depth(make_pipeline, photos):
     levels = ((photos[:2] + 1) * 127.5).round().to(torch.uint8)
     array = levels.permute(0, 2, 3, 1).numpy()
     for image in (levels, array, list(levels), list(array), array / 255, levels / 255, (levels / 255).double()):
-        assert torch.equal(pipe.grain_map_from_image(image, fine_ratio=0.5), expected)
+        assert torch.equal(map_of(pipe, image, fine_ratio=0.5), expected)
     deep, alpha = array.astype(np.uint16) * 257, np.full_like(array[..., :1], 255)
     for image in (deep, list(deep), torch.from_numpy(deep).movedim(-1, 1), np.concatenate([array, alpha], -1)):
-        assert torch.equal(pipe.grain_map_from_image(image, fine_ratio=torch.tensor(0.5)), expected)
+        assert torch.equal(map_of(pipe, image, fine_ratio=torch.tensor(0.5)), expected)
     grey = array[..., 0]
-    assert torch.equal(pipe.grain_map_from_image(array[..., :1]), pipe.grain_map_from_image(list(grey)))
-    assert torch.equal(pipe.grain_map_from_image(list(grey)), pipe.grain_map_from_image(np.stack([grey] * 3, -1)))
-    assert torch.equal(
-        pipe.grain_map_from_image(list(grey.astype(np.uint16) * 257)), pipe.grain_map_from_image(list(grey))
-    )
+    assert torch.equal(map_of(pipe, array[..., :1]), map_of(pipe, list(grey)))
+    assert torch.equal(map_of(pipe, list(grey)), map_of(pipe, np.stack([grey] * 3, -1)))
+    assert torch.equal(map_of(pipe, list(grey.astype(np.uint16) * 257)), map_of(pipe, list(grey)))
 
 
 @pytest.mark.parametrize("output_type", ["pil", "np", "pt"])

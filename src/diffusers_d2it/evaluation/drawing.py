@@ -125,8 +125,8 @@ class Drawing:
                 autoencoder has not been calibrated.
         """
         check_uint8(images)
-        batches = images.split(self.batch_size)
-        return torch.cat([self.pipe.grain_map_from_image(batch / 255).cpu() for batch in batches])
+        batches, size = images.split(self.batch_size), tuple(images.shape[-2:])
+        return torch.cat([self.pipe.grain_map_from_image(batch / 255, None, *size).cpu() for batch in batches])
 
     def maps(self, source: str, true_maps: torch.Tensor) -> torch.Tensor:
         """A map for every image, from one of `MAP_SOURCES`.
@@ -158,7 +158,7 @@ class Drawing:
         def predict(images: slice) -> torch.Tensor:
             ids, number, size = self.class_ids(images), images.stop - images.start, tuple(true_maps.shape[1:])
             steps, generators = self.grain_num_inference_steps, self.generators(_MAP, images)
-            return self.pipe.prepare_grain_map(None, None, ids, number, size, steps, 1.0, generators)
+            return self.pipe.prepare_grain_map([None] * number, [None] * number, ids, size, steps, 1.0, generators)
 
         return self.over_images(predict, torch.zeros_like(true_maps))
 

@@ -1,15 +1,31 @@
 # Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
 """How a pipeline is called: with numbers as people have them, and by several threads at once."""
 
+import inspect
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import wraps
+from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 
 from ..limits import plain
+from ..words import close_to
 
+
+# What people write first, and what it is called here
+_INSTEAD = {
+    "prompt": 'images are of classes, `class_labels="golden retriever"` or an id; `pipe.labels` are the names.',
+    "negative_prompt": "images are of classes, and `guidance_scale` leads away from no class.",
+    "seed": "pass `generator=torch.manual_seed(0)`.",
+    "image": "`D2iTImg2ImgPipeline.from_pipe(pipe)` takes it.",
+    "strength": "`D2iTImg2ImgPipeline.from_pipe(pipe)` takes it, with an `image`.",
+    "mask_image": "`D2iTInpaintPipeline.from_pipe(pipe)` takes it, with an `image`.",
+    "cfg_scale": "it is called `guidance_scale`.",
+    "steps": "it is called `num_inference_steps`.",
+    "num_images": "it is called `num_images_per_prompt`.",
+}
 
 _guard = threading.Lock()
 _turns: WeakKeyDictionary = WeakKeyDictionary()  # a lock for each denoiser, whichever pipelines it is in
@@ -20,6 +36,16 @@ def turn_of(model: torch.nn.Module) -> threading.RLock:
     """What to hold while a denoiser is in a call, or is changed; the same with and without torch.compile's wrapper."""
     with _guard:
         return _turns.setdefault(getattr(model, "_orig_mod", model), threading.RLock())
+
+
+def refuse_unknown(pipe: object, kwargs: Mapping[str, Any], call: Callable) -> None:
+    """Raise a TypeError for an argument that a call does not have, which says what to use instead."""
+    known = inspect.signature(call).parameters
+    for name in kwargs.keys() - known.keys():
+        close = close_to(name, known)
+        instead = f"did you mean {' or '.join(close)}?" if close else "it has nothing like it."
+        instead = _INSTEAD.get(name, instead)
+        raise TypeError(f"`{name}` is no argument of {type(pipe).__name__}: {instead}")
 
 
 def one_call(call: Callable) -> Callable:
@@ -34,6 +60,7 @@ def one_call(call: Callable) -> Callable:
 
     @wraps(call)
     def waiting(self, *args, **kwargs):
+        refuse_unknown(self, kwargs, call)
         if self.transformer is None:
             raise ValueError("`transformer` is None: this pipeline only decodes, by `decode_latents`.")
         model = getattr(self.transformer, "_orig_mod", self.transformer)

@@ -39,6 +39,9 @@ class ClassConditionalPipeline(LoraPipelineMixin, StrictPipeline):
 
     def to(self, *args, **kwargs):
         """As of diffusers; a call that is under way in another thread ends first."""
+        models = [part for part in self.components.values() if isinstance(part, torch.nn.Module)]
+        if not args and kwargs.keys() == {"dtype"} and {model.dtype for model in models} == {kwargs["dtype"]}:
+            return self  # as `from_pipe` asks; the models themselves would warn
         with nullcontext() if self.transformer is None else turn_of(self.transformer):
             return super().to(*args, **kwargs)
 
@@ -241,6 +244,10 @@ def _label_id(label: str, id2label: dict[int, str] | None, ids_of_name: dict[str
     if id2label is None:
         raise ValueError(f"`class_labels` {label!r}: this pipeline has no `id2label`, pass ids.")
     found = ids_of_name.get(composed(label), [])
+    if not found:  # in another case
+        folded = composed(label).casefold()
+        found = [id for name, ids in ids_of_name.items() if name.casefold() == folded for id in ids]
+        found = [*dict.fromkeys(found)]
     if not found:
         close = close_to(label, ids_of_name) or sorted(ids_of_name)[:3]
         raise ValueError(f"`class_labels`: unknown class name {label!r}. Close names: {', '.join(map(repr, close))}.")

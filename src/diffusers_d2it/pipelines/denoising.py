@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import PIL.Image
 import torch
+from diffusers import DiffusionPipeline
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.schedulers import KarrasDiffusionSchedulers
@@ -116,6 +117,13 @@ class DenoisingPipeline(ClassConditionalPipeline):
         check_components(vae, grain_model, transformer, scheduler, grain_scheduler, self.id2label)
         self._of_flow = is_flow(scheduler)
         self.image_processor = VaeImageProcessor(do_resize=False)
+
+    @classmethod
+    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs):
+        """As of diffusers; the models, which both pipelines then have, keep their dtype where none is asked for."""
+        if "torch_dtype" not in kwargs:
+            kwargs = {"dtype": pipeline.dtype} | kwargs
+        return super().from_pipe(pipeline, **kwargs)
 
     # -----------------------------------------------------------------------------------------------------------------
     # Sizes and grain maps

@@ -67,7 +67,10 @@ def read_masks(mask: MaskInput, name: str) -> list[PIL.Image.Image]:
         return [PIL.ImageOps.exif_transpose(mask).convert("RGB").convert("L")]
     if isinstance(mask, (list, tuple)) and len(mask) and not isinstance(mask[0], (int, float, list, tuple)):
         return [one for part in mask for one in read_masks(part, name)]
-    values = np.asarray(mask.detach().cpu() if isinstance(mask, torch.Tensor) else mask)
+    if isinstance(mask, torch.Tensor):
+        values = (mask.float() if mask.is_floating_point() else mask).numpy(force=True)
+    else:
+        values = np.asarray(mask)
     if values.ndim == 4 and values.shape[1] == 1:
         values = values[:, 0]
     if isinstance(mask, np.ndarray) and values.ndim in (3, 4) and values.shape[-1] in (1, 3):
