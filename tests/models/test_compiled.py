@@ -108,6 +108,17 @@ def test_a_compiler_gives_the_same_numbers(make_content_model):
             torch.testing.assert_close(output, expected, atol=1e-5, rtol=1e-5)
 
 
+def test_one_graph_encodes_pictures_of_every_size(make_vae, fresh_compiler):
+    vae = make_vae()
+    encode = torch.compile(vae.encode, fullgraph=True, dynamic=True, backend="eager")
+    generator = torch.Generator().manual_seed(0)
+    for height, width in ((32, 32), (48, 32), (64, 80)):
+        pixels = torch.rand(2, 3, height, width, generator=generator) * 2 - 1
+        found, expected = encode(pixels), vae.encode(pixels)
+        assert torch.equal(found.grain_map, expected.grain_map)
+        assert torch.equal(found.latent_dist.mode(), expected.latent_dist.mode())
+
+
 @COMPILED
 def test_a_failing_compiler_is_an_error_with_its_cause(make_content_model, compiled):
     def fails(graph, example_inputs):

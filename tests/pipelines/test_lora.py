@@ -122,7 +122,20 @@ def test_pickled_adapters_are_not_read(pipe, saved):
     for arguments in ({}, {"weight_name": "pytorch_lora_weights.bin"}, {"use_safetensors": False}):
         with pytest.raises((ValueError, OSError)):
             pipe.load_lora_weights(folder, **arguments)
+    for load in (pipe.load_lora_weights, pipe.transformer.load_lora_adapter):
+        with pytest.raises(ValueError, match="pytorch_lora_weights.bin"):
+            load(folder / "pytorch_lora_weights.bin")
     assert pipe.get_list_adapters() == {}
+
+
+def test_no_pickled_adapters_are_written(pipe, tmp_path):
+    add(pipe.transformer)
+    layers = get_peft_model_state_dict(pipe.transformer, adapter_name="mine")
+    with pytest.raises(ValueError, match="`safe_serialization`"):
+        pipe.transformer.save_lora_adapter(tmp_path, adapter_name="mine", safe_serialization=False)
+    with pytest.raises(ValueError, match="`safe_serialization`"):
+        pipe.save_lora_weights(tmp_path, transformer_lora_layers=layers, safe_serialization=False)
+    assert not any(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("ranks", [(2, 4), (4, 2)], ids=str)

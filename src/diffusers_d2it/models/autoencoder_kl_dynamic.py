@@ -205,10 +205,7 @@ class DynamicAutoencoderKL(StrictModelMixin, AutoencoderMixin, SafeAdapterMixin,
 
     def region_entropy(self, x: torch.Tensor) -> torch.Tensor:
         """Entropy of the regions of images (B, 3, H, W) in [-1, 1], counted as in the calibration: (B, h, w)."""
-        calibration = self.config.calibration or {}
-        return region_entropy(
-            x, self.region_size, calibration.get("num_bins", NUM_BINS), calibration.get("sigma", SIGMA)
-        )
+        return region_entropy(x, self.region_size, *_counting(self))
 
     def thresholds(self, fine_ratio: float | None = None) -> list[float]:
         """Entropy thresholds T_0 ... T_{k-2} in nats for a share of fine regions.
@@ -383,3 +380,10 @@ class DynamicAutoencoderKL(StrictModelMixin, AutoencoderMixin, SafeAdapterMixin,
         tile = max(self.tile_sample_min_size // unit, 2) * unit
         overlap = max(round(tile * self.tile_overlap_factor / unit), 1) * unit
         return tile, tile - overlap
+
+
+@torch.compiler.assume_constant_result
+def _counting(vae: DynamicAutoencoderKL) -> tuple[int, float]:
+    """Bins and width of a value, by which the entropy is counted: constants, also in graphs of dynamic shapes."""
+    calibration = vae.config.calibration or {}
+    return calibration.get("num_bins", NUM_BINS), calibration.get("sigma", SIGMA)

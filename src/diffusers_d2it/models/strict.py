@@ -231,11 +231,22 @@ class SafeAdapterMixin(PeftAdapterMixin):
         """Load an adapter, as `diffusers.loaders.PeftAdapterMixin.load_lora_adapter` does.
 
         Raises:
-            ValueError: an argument would read pickled weights.
+            ValueError: an argument, or the file, would read pickled weights.
             OSError: there are no safetensors.
         """
-        refuse_pickled_adapter(kwargs)
+        refuse_pickled_adapter(pretrained_model_name_or_path_or_dict, kwargs)
         super().load_lora_adapter(pretrained_model_name_or_path_or_dict, *args, **kwargs | {"use_safetensors": True})
+
+    def save_lora_adapter(
+        self, save_directory: str | os.PathLike, *args: Any, safe_serialization: bool = True, **kwargs: Any
+    ) -> None:
+        """Save an adapter, as `diffusers.loaders.PeftAdapterMixin.save_lora_adapter` does.
+
+        Raises:
+            ValueError: something else than safetensors is asked for.
+        """
+        refuse_unsafe(safe_serialization, use_flashpack=False)
+        super().save_lora_adapter(save_directory, *args, **kwargs)
 
 
 def init_parameters(cls: type) -> dict[str, inspect.Parameter]:
@@ -264,10 +275,12 @@ def saving(staging: str | os.PathLike, folder: Path) -> Iterator[None]:
         raise ValueError(f"{_NOT_SAVED}{reason}") from error
 
 
-def refuse_pickled_adapter(arguments: dict[str, Any]) -> None:
-    """Raise a ValueError for arguments that lead to adapters which can hold code."""
+def refuse_pickled_adapter(source: Any, arguments: dict[str, Any]) -> None:
+    """Raise a ValueError for a file, or arguments, that lead to adapters which can hold code."""
     refuse_code(arguments)
     name = arguments.get("weight_name")
+    if isinstance(source, (str, os.PathLike)) and os.path.isfile(source):
+        name = source
     if name is not None and not str(name).endswith(".safetensors"):
         raise ValueError(f"`weight_name` must end with .safetensors, got {shown(name)}: others can hold code.")
 

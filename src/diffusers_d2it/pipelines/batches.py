@@ -20,7 +20,8 @@ class Batch:
     maps: list  # an entry of `grain_maps.read_maps` each
     fine_ratios: list[float | None]
     pictures: list[int]  # which of the pictures that were given
-    generator: Generators  # one, or one for each image
+    map_generator: Generators  # of maps that are drawn; one, or one for each image
+    generator: Generators  # of all noise
 
 
 def make_batch(
@@ -59,21 +60,25 @@ def make_batch(
         per_prompt = values if len(values) == prompts else values * prompts
         return [value for value in per_prompt for _ in range(num_images_per_prompt)]
 
+    map_generator = generator
+    if same_noise:  # also where the map of one is drawn and that of another is given
+        map_generator, generator = _same_noise(generator, size)
     return Batch(
         size=size,
         ids=None if ids is None else paired(ids, "class_labels"),
         maps=paired(maps, "grain_map"),
         fine_ratios=paired(ratios, "fine_ratio"),
         pictures=paired(list(range(num_pictures)), "image"),
-        generator=_same_noise(generator, size) if same_noise else generator,
+        map_generator=map_generator,
+        generator=generator,
     )
 
 
-def _same_noise(generator: Generators, number: int) -> list[torch.Generator]:
-    """Generators that draw what one would; it goes on with them."""
+def _same_noise(generator: Generators, number: int) -> tuple[list[torch.Generator], list[torch.Generator]]:
+    """Generators for maps and for noise that all draw what one would, which goes on with them."""
     if isinstance(generator, list):
-        return generator
+        return generator, generator
     if generator is None:
         generator = torch.Generator().manual_seed(int(torch.randint(2**31, ())))
-    copies = [torch.Generator(generator.device).set_state(generator.get_state()) for _ in range(number - 1)]
-    return [generator, *copies]
+    copies = [torch.Generator(generator.device).set_state(generator.get_state()) for _ in range(2 * number - 1)]
+    return copies[:number], [generator, *copies[number:]]

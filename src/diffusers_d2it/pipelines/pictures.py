@@ -71,6 +71,7 @@ def read_masks(mask: MaskInput, name: str) -> list[PIL.Image.Image]:
         values = (mask.float() if mask.is_floating_point() else mask).numpy(force=True)
     else:
         values = np.asarray(mask)
+    highest = 255 if values.dtype.kind in "iu" and values.size and values.max() > 1 else 1
     if values.ndim == 4 and values.shape[1] == 1:
         values = values[:, 0]
     if isinstance(mask, np.ndarray) and values.ndim in (3, 4) and values.shape[-1] in (1, 3):
@@ -79,7 +80,6 @@ def read_masks(mask: MaskInput, name: str) -> list[PIL.Image.Image]:
         raise ValueError(
             f"`{name}` must be paths, PIL images or arrays (H, W) or (B, H, W), got {values.dtype} {values.shape}."
         )
-    highest = 255 if values.dtype.kind in "iu" and values.max() > 1 else 1
     if not (values.min() >= 0 and values.max() <= highest):  # written so that NaN fails it
         raise ValueError(f"`{name}` must lie in [0, {highest}], got {values.min():.4g} to {values.max():.4g}.")
     grey = np.round(values.astype(np.float64) * (255 / highest)).astype(np.uint8)

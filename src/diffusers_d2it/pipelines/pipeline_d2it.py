@@ -107,7 +107,7 @@ class D2iTPipeline(DenoisingPipeline):
             size,
             grain_num_inference_steps,
             grain_guidance_scale,
-            batch.generator,
+            batch.map_generator,
         )  # (B, h, w)
         layout = self.transformer.prepare_grain_map(grain_map)
 

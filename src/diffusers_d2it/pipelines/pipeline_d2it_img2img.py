@@ -87,7 +87,7 @@ class D2iTImg2ImgPipeline(EditingPipeline):
             size,
             grain_num_inference_steps,
             grain_guidance_scale,
-            batch.generator,
+            batch.map_generator,
         )  # (B, h, w)
         layout = self.transformer.prepare_grain_map(grain_map)
 

@@ -103,7 +103,7 @@ class D2iTInpaintPipeline(EditingPipeline):
             size,
             grain_num_inference_steps,
             grain_guidance_scale,
-            batch.generator,
+            batch.map_generator,
         )  # (B, h, w)
         layout = self.transformer.prepare_grain_map(grain_map)
 
@@ -145,6 +145,7 @@ class D2iTInpaintPipeline(EditingPipeline):
 
     def _draw_crops(self, call: dict[str, Any]) -> D2iTPipelineOutput | tuple:
         """The call for parts of the pictures around their masks, each put back into its picture."""
+        self.check_settings(call)
         if call["output_type"] != "pil" or not call["paste_back"]:
             raise ValueError(
                 "`padding_mask_crop` puts parts back into pictures of any size: it needs `output_type` 'pil' and"
