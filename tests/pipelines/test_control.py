@@ -223,18 +223,21 @@ def test_without_a_grain_model_all_of_a_map_is_required(make_pipeline):
 
 
 def test_the_held_state_is_that_of_every_step(make_grain_model, make_pipeline):
-    # The network reads held regions as their grain noised by the noise of the start, exactly as in training
+    # The network reads held regions as their grain noised by noise of its own sign
     model, scheduler = make_grain_model(), make_pipeline().grain_scheduler
     seen = []
     model.register_forward_pre_hook(lambda module, args: seen.append(args[0].clone()))
     held = torch.tensor([[[1, -1], [0, -1]]])
     generator = torch.Generator().manual_seed(0)
     sample_grain_map(model, scheduler, (2, 2), torch.tensor([1]), 1, 5, generator=generator, held=held)
-    noise, clean = seen[0], model.state_from_grain_map(held.clamp_min(0), 2)
+    start = torch.randn(1, 2, 2, 2, generator=torch.Generator().manual_seed(0))
+    clean = model.state_from_grain_map(held.clamp_min(0), 2)
     scheduler.set_timesteps(5)
-    for t, state in zip(scheduler.timesteps[1:], seen[1:]):
-        expected = scheduler.add_noise(clean, noise, t)
-        torch.testing.assert_close(state[..., 0], expected[..., 0], atol=0.02, rtol=0)
+    for t, state in zip(scheduler.timesteps, seen):
+        expected = scheduler.add_noise(clean, clean * start.abs(), t[None])
+        torch.testing.assert_close(state[..., 0], expected[..., 0])
+        assert (state[..., 0] * clean[..., 0] > 0).all()
+    assert torch.equal(seen[0][..., 1], start[..., 1])
 
 
 # ---- Several maps ----

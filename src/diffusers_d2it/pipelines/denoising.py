@@ -213,23 +213,25 @@ class DenoisingPipeline(ClassConditionalPipeline):
                 return drawn
             maps = [row if is_random else one for row, one, is_random in zip(drawn, maps, random)]
         given = torch.stack([as_regions(one, size, num_grains).cpu() for one in maps])
-        is_held = given != DRAWN
-        rows = (~is_held.flatten(1)).any(dim=1).nonzero()[:, 0].tolist()  # of images that are not wholly given
+        is_drawn = (given == DRAWN).flatten(1)
         grain_map = given.to(device)
-        if rows:
-            grain_map[rows] = sample_grain_map(
-                self.grain_model,
-                self.grain_scheduler,
-                size,
-                class_ids if class_ids is None else class_ids[rows],
-                len(rows),
-                num_inference_steps,
-                guidance_scale,
-                [fine_ratios[row] for row in rows],
-                [generator[row] for row in rows] if isinstance(generator, list) else generator,
-                device,
-                held=given[rows] if is_held[rows].any() else None,
-            )
+        # By themselves, those that are drawn around what is held: a map does not depend on the others of its batch
+        for some in (is_drawn.all(dim=1), is_drawn.any(dim=1) & ~is_drawn.all(dim=1)):
+            rows = some.nonzero()[:, 0].tolist()
+            if rows:
+                grain_map[rows] = sample_grain_map(
+                    self.grain_model,
+                    self.grain_scheduler,
+                    size,
+                    class_ids if class_ids is None else class_ids[rows],
+                    len(rows),
+                    num_inference_steps,
+                    guidance_scale,
+                    [fine_ratios[row] for row in rows],
+                    [generator[row] for row in rows] if isinstance(generator, list) else generator,
+                    device,
+                    held=None if is_drawn[rows].all() else given[rows],
+                )
         return grain_map
 
     # -----------------------------------------------------------------------------------------------------------------
