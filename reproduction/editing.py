@@ -20,7 +20,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
+from diffusers import FlowMatchLCMScheduler
 from diffusers.utils import make_image_grid
 from PIL import Image, ImageDraw
 from report import RESULTS
@@ -135,32 +137,34 @@ def centre_mask(side: int, area: float = 0.5) -> torch.Tensor:
 
 def judge(pipe: D2iTPipeline, photos, number: int, picture: Path | None) -> dict[str, float]:
     inpaint, edit = D2iTInpaintPipeline.from_pipe(pipe), D2iTImg2ImgPipeline.from_pipe(pipe)
-    for one in (inpaint, edit):
+    fresh = D2iTInpaintPipeline.from_pipe(pipe, scheduler=FlowMatchLCMScheduler.from_config(pipe.scheduler.config))
+    for one in (inpaint, fresh, edit):
         one.set_progress_bar_config(disable=True)
     chosen = _spread(len(photos), number)
     pixels, labels = torch.stack([photos[i] for i in chosen]), photos.labels[chosen]
     mask = centre_mask(pixels.shape[-1])
-    sets = {"photographs": pixels, "reconstructions": [], "in-painted": []}
+    sets = {"photographs": pixels, "reconstructions": [], "in-painted": [], "in-painted, FlowMatchLCM": []}
     for part, ids in zip(pixels.split(BATCH), labels.split(BATCH)):
         options = {"output_type": "pt", "generator": torch.Generator().manual_seed(0)}
         sets["reconstructions"].append(edit(ids, part, 0.0, **options).images)
         sets["in-painted"].append(inpaint(ids, part, mask, **options).images)
-    for name in ("reconstructions", "in-painted"):
-        sets[name] = unit_to_uint8(torch.cat(sets[name]))
+        sets["in-painted, FlowMatchLCM"].append(fresh(ids, part, mask, **options).images)
+    sets = {name: unit_to_uint8(torch.cat(one)) if isinstance(one, list) else one for name, one in sets.items()}
     extract, classes = load_features("efficientnet-lite2"), photos.labels.unique()
     found: dict[str, float] = {"images": number, "share of the area that is new": mask.float().mean().item()}
     for name, images in sets.items():
         logits = torch.cat([extract(part)["imagenet"] for part in images.split(BATCH)]).cpu()
         found[f"top-1, {name}"] = classifies(logits, labels, classes).float().mean().item()
     if picture is not None:
-        _show(sets["photographs"], mask, sets["in-painted"], picture)
+        spread = _spread(number, SHOWN)
+        _show(pixels[spread], mask, sets["in-painted, FlowMatchLCM"][spread], picture)
     return found
 
 
 def _show(photographs: torch.Tensor, mask: torch.Tensor, painted: torch.Tensor, file: Path) -> None:
-    """The first photographs with what is masked in grey, above what was drawn there."""
+    """Photographs with what is masked in grey, above what was drawn there."""
     side, shown = photographs.shape[-1], []
-    for row in range(0, SHOWN, 8):
+    for row in range(0, len(photographs), 8):
         masked = torch.where(mask, torch.tensor(128, dtype=torch.uint8), photographs[row : row + 8])
         shown += [*masked, *painted[row : row + 8]]
     pictures = [Image.fromarray(one.permute(1, 2, 0).numpy()) for one in shown]
@@ -201,7 +205,7 @@ def _across(images: torch.Tensor, mask: torch.Tensor) -> float:
 
 
 def _as_tensor(mask: Image.Image) -> torch.Tensor:
-    return torch.tensor(list(mask.getdata()), dtype=torch.bool).view(mask.height, mask.width)
+    return torch.from_numpy(np.array(mask))
 
 
 # ---- Seconds ----

@@ -4,6 +4,8 @@
 Shapes as in `denoising`.
 """
 
+import math
+
 import PIL.Image
 import torch
 import torch.nn.functional as F
@@ -52,9 +54,31 @@ def whole_codes(cells: torch.Tensor, layout: GrainLayout) -> torch.Tensor:
     return share > 0
 
 
-def pasted_back(decoded: torch.Tensor, pixels: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
-    """Decoded images in [0, 1] with the pixels of the pictures, in [-1, 1], where they are not `new` (B, H, W)."""
-    return torch.where(new[:, None], decoded, (pixels + 1) / 2)
+def pasted_back(decoded: torch.Tensor, pixels: torch.Tensor, new: torch.Tensor, reach: int) -> torch.Tensor:
+    """Decoded images (B, 3, H, W) in [0, 1] with the pixels of the pictures, in [-1, 1], where they are not `new`.
+
+    What is new is moved towards the picture at the edge, where the decoder renders the picture otherwise than it is:
+    by the mean of the differences along the edge, each weighed by the fourth power of its nearness, fading out over a
+    length of `reach` pixels. No pixel outside is touched.
+    """
+    pictures, new = (pixels + 1) / 2, new[:, None].to(decoded.dtype)
+    edge = F.max_pool2d(new, 3, stride=1, padding=1) - new  # outside, beside what is new
+    near = _nearness(new.shape[-2:], decoded)
+    weight = _convolved(edge, near)
+    correction = _convolved(edge * (pictures - decoded), near) / (weight + math.pi / 2 / reach**3)
+    return torch.where(new > 0, (decoded + correction).clamp(0, 1), pictures)
+
+
+def _nearness(size: tuple[int, int], like: torch.Tensor) -> torch.Tensor:
+    """1 / distance ** 4 between any two places of an image, and one at the place itself: the spectrum of it."""
+    rows, columns = (torch.arange(-side + 1, side + 1, device=like.device).roll(side + 1) for side in size)
+    squared = (rows[:, None] ** 2 + columns**2).clamp_min(1).to(like.dtype)
+    return torch.fft.rfft2(squared**-2)
+
+
+def _convolved(images: torch.Tensor, spectrum: torch.Tensor) -> torch.Tensor:
+    height, width = images.shape[-2:]
+    return torch.fft.irfft2(torch.fft.rfft2(images, (2 * height, 2 * width)) * spectrum)[..., :height, :width]
 
 
 def crop_around(

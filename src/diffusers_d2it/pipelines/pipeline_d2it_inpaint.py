@@ -136,7 +136,7 @@ class D2iTInpaintPipeline(EditingPipeline):
 
         # 5. Decode
         if paste_back and output_type != "latent":
-            pasted = pasted_back(self.decode_latents(latents, "pt"), pixels, new)
+            pasted = pasted_back(self.decode_latents(latents, "pt"), pixels, new, self.vae.region_size)
             images = self.image_processor.postprocess(pasted, output_type, [False] * batch.size)
         else:
             images = self.decode_latents(latents, output_type)
