@@ -58,7 +58,9 @@ def main(args: argparse.Namespace) -> None:
         output = pipe(args.class_label, generator=generator, **arguments)
         left = i * (SIDE + GAP)
         pen.text((left + 2, 2), name, fill="black", font=font)
-        grain_map = visualize_grain_map(blank, output.grain_maps[0]).resize((SIDE, SIDE), Image.Resampling.NEAREST)
+        grain_map = visualize_grain_map(blank, output.grain_maps[0], min_side=1).resize(
+            (SIDE, SIDE), Image.Resampling.NEAREST
+        )
         image = output.images[0].resize((SIDE, SIDE), Image.Resampling.LANCZOS)
         sheet.paste(grain_map, (left, LABEL))
         sheet.paste(image, (left, LABEL + SIDE + GAP))

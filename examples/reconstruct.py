@@ -52,7 +52,7 @@ def main(args: argparse.Namespace) -> None:
         for ratio in args.fine_ratios:
             encoded = vae.encode(pixels[None], fine_ratio=ratio)
             reconstruction = vae.decode(encoded.latent_dist.mode()).sample[0]
-            shown += [visualize_grain_map(shown[0], encoded.grain_map), as_image(reconstruction)]
+            shown += [visualize_grain_map(shown[0], encoded.grain_map, min_side=1), as_image(reconstruction)]
         for column, picture in enumerate(shown):
             sheet.paste(picture, (column * step, LABEL + row * step))
     sheet.save(args.output)

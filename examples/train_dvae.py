@@ -166,7 +166,9 @@ def validate(vae: DynamicAutoencoderKL, pixels: torch.Tensor, path: str) -> dict
     decoded = vae.decode(encoded.latent_dist.mode()).sample
     processor = VaeImageProcessor()
     originals, reconstructions = processor.postprocess(pixels), processor.postprocess(decoded)
-    maps = [visualize_grain_map(image, grain_map) for image, grain_map in zip(originals, encoded.grain_map)]
+    maps = [
+        visualize_grain_map(image, grain_map, min_side=1) for image, grain_map in zip(originals, encoded.grain_map)
+    ]
     os.makedirs(os.path.dirname(path), exist_ok=True)
     make_image_grid(originals + reconstructions + maps, rows=3, cols=len(originals)).save(path)
     scores = {ratio: reconstruction_scores(vae, [pixels], ratio) for ratio in (0.0, 0.5, 1.0)}

@@ -79,7 +79,7 @@ def validate(model: D2iTGrainModel, scheduler, class_labels: torch.Tensor | None
     grain_map = sample_grain_map(model, scheduler, (size, size), class_labels, 16, 20, generator=generator)
     blank = Image.new("RGB", (8 * size, 8 * size), "white")
     os.makedirs(os.path.dirname(path), exist_ok=True)
-    make_image_grid([visualize_grain_map(blank, one) for one in grain_map], rows=2, cols=8).save(path)
+    make_image_grid([visualize_grain_map(blank, one, min_side=1) for one in grain_map], rows=2, cols=8).save(path)
 
 
 def main(args: argparse.Namespace) -> None:

@@ -243,7 +243,7 @@ def picture(pipe: D2iTPipeline, images: torch.Tensor, maps: torch.Tensor, column
     step = max(1, len(images) // (2 * columns))
     chosen = list(range(0, len(images), step))[: 2 * columns]
     drawn = [Image.fromarray(images[i].permute(1, 2, 0).numpy()) for i in chosen]
-    painted = [visualize_grain_map(image, maps[i]) for image, i in zip(drawn, chosen)]
+    painted = [visualize_grain_map(image, maps[i], min_side=1) for image, i in zip(drawn, chosen)]
     rows = [row for k in (0, columns) for row in (drawn[k : k + columns], painted[k : k + columns])]
     return make_image_grid(sum(rows, []), rows=4, cols=columns)
 

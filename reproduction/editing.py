@@ -34,7 +34,7 @@ from diffusers_d2it.pixels import from_uint8, to_uint8, unit_to_uint8
 
 
 BATCH = 50
-REPEATS = 7  # of timings, the two sides interleaved
+REPEATS = 31  # of timings, the two sides interleaved
 SHOWN = 16
 
 

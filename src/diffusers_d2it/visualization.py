@@ -4,6 +4,7 @@
 import numpy as np
 import PIL.Image
 import torch
+from scipy.ndimage import minimum_filter
 
 from .limits import plain
 from .pixels import unit_to_uint8, upright_rgb
@@ -11,30 +12,39 @@ from .pixels import unit_to_uint8, upright_rgb
 
 _FINE = np.array([214, 39, 40], dtype=np.float32)
 _COARSE = np.array([31, 119, 180], dtype=np.float32)
-_OPACITY = 0.5
+_OPACITY = 0.3
 
 
 def visualize_grain_map(
-    image: PIL.Image.Image | np.ndarray | torch.Tensor,
-    grain_map: torch.Tensor | np.ndarray,
+    image: PIL.Image.Image | np.ndarray | torch.Tensor | list,
+    grain_map: torch.Tensor | np.ndarray | list,
     num_grains: int | None = None,
-) -> PIL.Image.Image:
+    min_side: int = 256,
+) -> PIL.Image.Image | list[PIL.Image.Image]:
     """Lay a grain map over its image: red regions are fine, blue ones coarse, as in Fig. 3 of arXiv:2504.09454.
+
+    The tint is soft, so that the image is seen, and fine areas have an outline.
 
     Args:
         image: the picture, H x W pixels, of any `output_type` of a pipeline but latents: PIL, array (H, W, 3) or
-            tensor (3, H, W), in [0, 1] or uint8.
-        grain_map: (h, w), or (1, h, w), whole numbers, 0 = coarsest, or bool; H and W are multiples of h and w.
+            tensor (3, H, W), in [0, 1] or uint8. Or all those of an output, a list or a batch of B.
+        grain_map: (h, w), or (1, h, w), whole numbers, 0 = coarsest, or bool; H and W are multiples of h and w. Of
+            several pictures (B, h, w), or a list.
         num_grains: k; with three or more the colours between blue and red follow the grain. None: as many as the map
             shows, at least two.
+        min_side: pixels; a smaller picture is enlarged by a whole number. 1 leaves every picture at its size.
 
     Returns:
-        An RGB picture of the size of `image`.
+        An RGB picture, or a list of them.
 
     Raises:
         ValueError: the image is none of these, the map has another number of dimensions, holds no integers or other
             grains than 0 ... k - 1, or does not divide the picture.
     """
+    if isinstance(image, list) or getattr(image, "ndim", 0) == 4 and len(image) != 1:
+        if len(image) != len(grain_map):
+            raise ValueError(f"`grain_map` must be one for each of {len(image)} images, got {len(grain_map)}.")
+        return [visualize_grain_map(*pair, num_grains, min_side) for pair in zip(image, grain_map)]
     image = _picture(image)
     grains = grain_map.cpu().float().numpy() if isinstance(grain_map, torch.Tensor) else np.asarray(grain_map)
     if grains.ndim == 3 and len(grains) == 1:
@@ -54,10 +64,15 @@ def visualize_grain_map(
         num_grains = max(2, int(grains.max()) + 1)
     if grains.min() < 0 or grains.max() >= num_grains:
         raise ValueError(f"`grain_map` must hold grains 0 to {num_grains - 1}, got {grains.min()} to {grains.max()}.")
-    fineness = grains / (num_grains - 1)
-    colours = _COARSE + (_FINE - _COARSE) * fineness[..., None]
-    colours = colours.repeat(image.height // rows, axis=0).repeat(image.width // columns, axis=1)
-    blended = (1 - _OPACITY) * np.asarray(image, dtype=np.float32) + _OPACITY * colours
+    scale = max(1, -(-plain(min_side) // min(image.size)))
+    if scale > 1:
+        image = image.resize((image.width * scale, image.height * scale), PIL.Image.Resampling.BICUBIC)
+    grains = grains.repeat(image.height // rows, axis=0).repeat(image.width // columns, axis=1)
+    colours = _COARSE + (_FINE - _COARSE) * (grains / (num_grains - 1))[..., None]
+    width = 1 + min(image.size) // 256
+    is_outline = grains > minimum_filter(grains, 2 * width + 1)  # pixels beside a coarser region
+    opacity = np.where(is_outline, 1.0, _OPACITY)[..., None]
+    blended = (1 - opacity) * np.asarray(image, dtype=np.float32) + opacity * colours
     return PIL.Image.fromarray(blended.round().astype(np.uint8))
 
 

@@ -93,10 +93,7 @@ def sample_grain_map(
         if guided:
             null_logits = model(model_input, model_t, null_ids, condition).logits.float()
             logits = null_logits + guidance_scale * (logits - null_logits)
-        expected = model.expected_state(logits)
-        if held is not None:
-            expected = torch.where(is_held, held_state, expected)
-        state = scheduler.step(expected, t, state, return_dict=False, **step_kwargs)[0]
+        state = scheduler.step(model.expected_state(logits), t, state, return_dict=False, **step_kwargs)[0]
     if not logits.isfinite().all():
         raise ValueError("`grain_model` ended in logits that are not finite: the model or its scheduler diverged.")
     if held is not None:  # certain, so that they come first or last where a share of fine regions is counted
