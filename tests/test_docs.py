@@ -39,10 +39,23 @@ def test_every_page_is_in_the_index():
 
 
 @pytest.mark.filterwarnings("ignore")
+def run_blocks(page: str) -> dict:
+    """What the Python blocks of a page define, run one after another in the current folder."""
+    names: dict = {}
+    for block in re.findall(r"```python\n(.*?)```", (ROOT / "docs" / page).read_text(), re.S):
+        exec(block, names)
+    return names
+
+
 def test_recipes_for_users_of_diffusers_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    names: dict = {}
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "ecosystem.md").read_text(), re.S)
-    for block in blocks:
-        exec(block, names)
-    assert len(blocks) > 5 and names["image"].size == (64, 64)
+    assert run_blocks("ecosystem.md")["image"].size == (64, 64)
+
+
+def test_the_page_of_control_makes_its_own_pictures(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run_blocks("control.md")
+    shown = set(re.findall(r"\]\((control-\w+\.jpg)\)", (ROOT / "docs" / "control.md").read_text()))
+    made = {path.name for path in tmp_path.iterdir()}
+    assert shown - made == {"control-centres.jpg"}  # of `reproduction/editing.py`, which needs photographs
+    assert len(shown) == 6

@@ -57,14 +57,13 @@ FLAGS = [
     ("demo.py", "--class_label cat --num_inference_step x", ["--num_inference_steps", "x"]),
     ("calibrate_dvae.py", f"{SOURCE} --region_size 8 --output /dev/null", ["--output", "/dev/null"]),
     ("demo.py", "--output picture", ["--output", "picture", ".png"]),
-    ("four_maps.py", "--output a/b.jpgg", ["--output", "b.jpgg", ".png"]),
-    ("four_maps.py", "--sed 3", ["--sed", "--seed"]),
+    ("demo.py", "--output a/b.jpgg", ["--output", "b.jpgg", ".png"]),
+    ("demo.py", "--sed 3", ["--sed", "--seed"]),
     ("photo_crops.py", "--output_dir o --crop -1", ["--crops", "-1"]),
 ]
 # What is written at the end and cannot be: the folder's place is taken by a file, and one that nobody can write to
 OUTPUTS = [
     ("demo.py", "--output {}.png"),
-    ("four_maps.py", "--output {}.png"),
     ("reconstruct.py", "--images i --output {}.png"),
     ("evaluate.py", "--samples s --metrics is --output {}"),
     ("evaluate.py", "--reference r --save_statistics {}"),

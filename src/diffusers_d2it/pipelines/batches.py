@@ -28,7 +28,7 @@ def make_batch(
     ids: list[int] | None,
     num_images_per_prompt: int,
     maps: list,
-    fine_ratio: float | list[float] | None,
+    fine_ratio: float | list[float | None] | None,
     generator: Generators,
     num_pictures: int = 1,
 ) -> Batch:

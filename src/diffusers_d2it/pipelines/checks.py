@@ -135,7 +135,7 @@ SAMPLING_LIMITS = {
 
 def check_inputs(
     batch: Batch,
-    fine_ratio: float | list[float] | None,
+    fine_ratio: float | list[float | None] | None,
     latents: torch.Tensor | None,
     transformer: D2iTContentModel,
     can_draw: bool,

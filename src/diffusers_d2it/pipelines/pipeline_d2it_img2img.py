@@ -36,7 +36,7 @@ class D2iTImg2ImgPipeline(EditingPipeline):
         guidance_scale: float = 5.0,
         guidance_interval: tuple[float, float] = (0.3, 1.0),
         grain_map: MapInput | list[MapInput] = "image",
-        fine_ratio: float | list[float] | None = None,
+        fine_ratio: float | list[float | None] | None = None,
         grain_num_inference_steps: int = 10,
         grain_guidance_scale: float = 1.0,
         generator: torch.Generator | list[torch.Generator] | None = None,
