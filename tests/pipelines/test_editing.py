@@ -15,6 +15,7 @@ from diffusers import (
     HeunDiscreteScheduler,
     UniPCMultistepScheduler,
 )
+from peft import LoraConfig
 
 from diffusers_d2it import D2iTImg2ImgPipeline, D2iTInpaintPipeline, D2iTPipeline
 from diffusers_d2it.grains import check_tied
@@ -25,6 +26,7 @@ SCHEDULERS = {
     "DDPM": lambda: DDPMScheduler(clip_sample=False, timestep_spacing="trailing"),
     "UniPC": lambda: UniPCMultistepScheduler(),
     "Heun": lambda: HeunDiscreteScheduler(),
+    "velocity": lambda: DDIMScheduler(prediction_type="v_prediction", clip_sample=False),
     "flow": lambda: FlowMatchEulerDiscreteScheduler(),
 }
 EACH_SCHEDULER = pytest.mark.parametrize("scheduler", SCHEDULERS)
@@ -142,13 +144,44 @@ def test_the_start_is_the_picture_with_its_share_of_noise(make, picture, schedul
             output.sample = layout.tie(noise) - kept
         else:
             signal = edits.scheduler.alphas_cumprod[int(timestep)]
-            output.sample = (sample - signal.sqrt() * kept) / (1 - signal).sqrt()
+            found = (sample - signal.sqrt() * kept) / (1 - signal).sqrt()
+            output.sample = found
+            if scheduler == "velocity":
+                output.sample = signal.sqrt() * found - (1 - signal).sqrt() * kept
         return output
 
     edits.transformer.register_forward_hook(knows)
     settings = {"num_inference_steps": 10, "strength": 0.5, "guidance_scale": 1.0, "output_type": "latent"}
     found = call(edits, 1, picture, latents=noise, **settings).images
     torch.testing.assert_close(found, kept, atol=0.02, rtol=0)
+
+
+def test_shares_of_the_steps_are_of_all_steps(make, picture):
+    edits, _ = make(D2iTImg2ImgPipeline)
+    batches = []
+    edits.transformer.register_forward_hook(lambda module, args, output: batches.append(len(args[0])))
+    settings = {"strength": 0.5, "num_inference_steps": 10}
+    for interval, expected in (((0.0, 0.5), [1] * 5), ((0.5, 1.0), [2] * 5), ((0.7, 1.0), [1, 1, 2, 2, 2])):
+        batches.clear()
+        call(edits, 1, picture, guidance_interval=interval, **settings)
+        assert batches == expected
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_offloaded_models_and_adapters_edit_alike(make, picture, cls):
+    edits, plain = make(cls)
+    masked = {"mask_image": mask_of((4, 4, 20, 20))} if cls is D2iTInpaintPipeline else {}
+    expected = call(edits, 1, picture, strength=0.5, **masked).images
+    edits.enable_group_offload(onload_device=torch.device("cpu"), offload_type="leaf_level")
+    assert torch.equal(call(edits, 1, picture, strength=0.5, **masked).images, expected)
+    edits, _ = make(cls)
+    targets = ["to_q", "to_k", "to_v", "to_out.0"]
+    edits.transformer.add_adapter(LoraConfig(r=2, target_modules=targets, init_lora_weights=False))
+    off, on = (
+        call(edits, 1, picture, strength=0.5, attention_kwargs={"scale": scale}, **masked).images
+        for scale in (0.0, 1.0)
+    )
+    assert torch.equal(off, expected) and not torch.equal(on, expected)
 
 
 def test_variations_of_one_picture_and_pictures_of_several_labels(make, picture):

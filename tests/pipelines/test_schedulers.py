@@ -7,7 +7,7 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 
 from diffusers_d2it import GrainLayout
-from diffusers_d2it.pipelines.checks import check_scheduler, is_flow
+from diffusers_d2it.pipelines.schedulers import check_scheduler, is_flow
 from diffusers_d2it.pipelines.tied_scheduler import TiedScheduler
 
 
@@ -61,6 +61,34 @@ def test_a_scheduler_ends_at_the_data_or_is_refused(transformer, name, of_flow):
         model_input, timestep = steps.model_input(latents, t)
         latents = steps.step(noise_at(model_input, data, timestep, of_flow), t, latents)
     assert (latents - data).abs().max() < 0.3
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("of_flow", [False, True], ids=["diffusion", "flow"])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_picture_is_noised_to_every_step(transformer, name, of_flow):
+    """A perfect model finds in it, at the step that reads it, the noise that it was given."""
+    scheduler = made(name, of_flow)
+    try:
+        check_scheduler(scheduler, transformer, of_flow)
+    except (ValueError, AttributeError):
+        return
+    generator = torch.Generator().manual_seed(0)
+    layout, data = GrainLayout.from_grain_map(torch.ones(1, 2, 2).long(), 2), torch.randn(1, 4, 4, 4)
+    noise = torch.randn(data.shape, generator=generator)
+    steps = TiedScheduler(scheduler, layout, 10, "cpu", generator)
+    steps.start_at(0.5)
+    latents = steps.noised(data, noise, 0)
+    for i, t in enumerate(steps.timesteps):
+        model_input, timestep = steps.model_input(latents, t)
+        found = noise_at(model_input, data, timestep, of_flow)
+        share = float(t) / 1000 if of_flow else (1 - CUMULATIVE[int(float(timestep))]).sqrt()
+        if i == 0 or not steps.is_halfway(i - 1):
+            assert ((found - (noise - data if of_flow else noise)) * share).abs().max() < 0.05
+        latents = steps.step(found, t, latents)
+        if not steps.is_halfway(i):
+            latents = steps.noised(data, noise, i + 1)
+    assert torch.equal(latents, data)
 
 
 def test_every_scheduler_that_is_known_to_work_is_taken(transformer):

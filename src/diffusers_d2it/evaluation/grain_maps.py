@@ -18,7 +18,7 @@ from scipy.stats import wasserstein_distance
 
 from ..grains import check_grain_map, fine_share, tie
 from ..objectives import DiffusionObjective, FlowMatchingObjective
-from ..pipelines.checks import is_flow
+from ..pipelines.schedulers import is_flow
 from ..pixels import from_uint8, to_uint8
 from .drawing import ENCODING, NOISE, Drawing
 

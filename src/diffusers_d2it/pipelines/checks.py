@@ -2,7 +2,6 @@
 """What D2iTPipeline checks before it begins: do the components fit, do the arguments fit them and one another?"""
 
 import torch
-from diffusers import DDPMScheduler, SchedulerMixin
 from diffusers.schedulers import KarrasDiffusionSchedulers
 from diffusers.utils import logging
 
@@ -12,62 +11,10 @@ from ..models.transformer_d2it_grain import D2iTGrainModel
 from ..words import shown
 from .batches import Batch
 from .grain_maps import DRAWN
-from .tied_scheduler import reads_variance
+from .schedulers import check_scheduler, is_flow
 
 
 logger = logging.get_logger(__name__)
-
-# Those that end at the data under a perfect prediction: others of diffusers fail, or end in noise without a word
-_DIFFUSION = [kind.name for kind in KarrasDiffusionSchedulers]
-_DIFFUSION += ["DDIMParallelScheduler", "DDPMParallelScheduler", "SASolverScheduler"]
-_FLOW = ["FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler", "FlowMatchLCMScheduler"]
-_FLOW += ["LTXEulerAncestralRFScheduler", "FlowMapEulerDiscreteScheduler"]
-# These of diffusion take steps of flow matching too, with prediction_type "flow_prediction"
-_BOTH = ["UniPCMultistepScheduler", "DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler"]
-_BOTH += ["DEISMultistepScheduler", "SASolverScheduler"]
-
-
-def is_flow(scheduler: SchedulerMixin) -> bool:
-    """Whether a scheduler takes the steps of flow matching, not of diffusion."""
-    return _is_one_of(scheduler, _FLOW) or scheduler.config.get("prediction_type") == "flow_prediction"
-
-
-def check_scheduler(scheduler: SchedulerMixin, transformer: D2iTContentModel, of_flow: bool) -> None:
-    """Raise a ValueError unless a scheduler is known to work, and does what the model was trained for.
-
-    A class of the user's own that is built on none of diffusers' is taken as it is.
-
-    Args:
-        scheduler: the scheduler.
-        transformer: the model.
-        of_flow: whether the model was trained by flow matching.
-    """
-    name, config = type(scheduler).__name__, scheduler.config
-    of_diffusers = [base for base in type(scheduler).__mro__ if base.__module__.startswith("diffusers.schedulers.")]
-    known = _FLOW + _BOTH if of_flow else _DIFFUSION
-    if is_flow(scheduler) != of_flow:
-        kinds = ("flow matching", "diffusion") if of_flow else ("diffusion", "flow matching")
-        raise ValueError(
-            f"`scheduler` must be one of {kinds[0]}, as the model was trained, such as {known[0]}, got {name} of"
-            f" {kinds[1]}; `from_config(pipe.scheduler.config)` keeps the kind."
-        )
-    if any(base.__name__.endswith("Scheduler") for base in of_diffusers) and not _is_one_of(scheduler, known):
-        raise ValueError(f"`scheduler` must be one of {', '.join(known)}, got {name}.")
-    if not reads_variance(scheduler):
-        return
-    if not isinstance(scheduler, DDPMScheduler):
-        raise ValueError(
-            f"`scheduler` {name} with variance_type {config.variance_type!r} cuts predictions to three channels: make"
-            " it with variance_type=None."
-        )
-    if transformer.out_channels != 2 * transformer.config.in_channels:
-        raise ValueError(
-            f"`scheduler` has variance_type {config.variance_type!r}, and the transformer predicts no variance."
-        )
-
-
-def _is_one_of(scheduler: SchedulerMixin, names: list[str]) -> bool:
-    return any(base.__name__ in names for base in type(scheduler).__mro__)
 
 
 def check_components(

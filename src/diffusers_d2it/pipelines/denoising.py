@@ -34,13 +34,12 @@ from .checks import (
     changed_by,
     check_components,
     check_inputs,
-    check_scheduler,
-    is_flow,
     map_size,
 )
 from .class_conditional import ClassConditionalPipeline, class_ids
 from .grain_maps import DRAWN, NAMES, as_regions, grain_map_from_image, read_maps
 from .grain_sampling import random_grain_map, sample_grain_map
+from .schedulers import check_scheduler, is_flow
 from .tied_scheduler import TiedScheduler
 
 

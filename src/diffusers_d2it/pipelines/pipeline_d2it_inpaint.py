@@ -117,6 +117,8 @@ class D2iTInpaintPipeline(EditingPipeline):
         new_cells = whole_codes(touched(new, self.vae.downsample_factor), layout)  # (B, 1, h * R, w * R)
 
         def put_back(latents: torch.Tensor, i: int) -> torch.Tensor:
+            if steps.is_halfway(i):
+                return latents
             return torch.where(new_cells, latents, steps.noised(kept, noise, i + 1))
 
         latents = torch.where(new_cells, start_of_edit(steps, kept, noise), steps.noised(kept, noise, 0))

@@ -9,6 +9,7 @@ import torch
 from diffusers import DDPMScheduler, EDMEulerScheduler
 
 from ..grains import GrainLayout
+from .schedulers import is_flow, reads_variance
 
 
 class TiedScheduler:
@@ -92,21 +93,18 @@ class TiedScheduler:
             self.scheduler.set_begin_index(self.skipped)
 
     def noised(self, latents: torch.Tensor, noise: torch.Tensor, i: int) -> torch.Tensor:
-        """Clean latents, tied, as the sample that is read at step `i` of `timesteps`; after the last they are clean.
-
-        Raises:
-            ValueError: the scheduler cannot noise a sample.
-        """
+        """Clean latents, tied, as the sample that is read at step `i` of `timesteps`; after the last, as they are."""
         if i == len(self.timesteps):
             return latents
-        flow = getattr(self.scheduler, "scale_noise", None)
-        diffusion = getattr(self.scheduler, "add_noise", None)
         t, noise = self.timesteps[i : i + 1], self.layout.tie(noise)
-        if flow is not None:
-            return flow(latents, t, noise).to(latents.dtype)
-        if diffusion is None:
-            raise ValueError(f"`scheduler` must be able to noise a picture, a {type(self.scheduler).__name__} is not.")
-        return diffusion(latents, noise, t).to(latents.dtype)
+        if is_flow(self.scheduler):
+            share = t.item() / self.scheduler.config.num_train_timesteps
+            return (1 - share) * latents + share * noise
+        return self.scheduler.add_noise(latents, noise, t).to(latents.dtype)
+
+    def is_halfway(self, i: int) -> bool:
+        """Whether the sample after step `i` is a trial of a scheduler of second order, not that of the next step."""
+        return i + 1 < len(self.timesteps) and not getattr(self.scheduler, "state_in_first_order", True)
 
     def model_input(self, latents: torch.Tensor, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """What the network reads at step `t` of `timesteps`: its input, as it was trained on, and its timestep."""
@@ -150,13 +148,6 @@ def step_generator_kwargs(scheduler, generator: torch.Generator | list[torch.Gen
         scheduler.noise_sampler_seed = seeds if isinstance(generator, list) else seeds[0]
     accepted = inspect.signature(scheduler.step).parameters
     return {"generator": generator} if "generator" in accepted else {}
-
-
-def reads_variance(scheduler) -> bool:
-    """Whether `scheduler.step` expects the network's variance beside its prediction."""
-    # A config made from another scheduler's keeps entries that this one does not know.
-    known = inspect.signature(type(scheduler).__init__).parameters
-    return "variance_type" in known and scheduler.config.variance_type in ("learned", "learned_range")
 
 
 class _EDMPreconditioning:
