@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 SOURCES = src examples tests benchmarks reproduction setup.py
 
-.PHONY: demo test test-oldest extras faults train-tiny style quality bench clean
+.PHONY: demo test test-oldest test-optional extras faults train-tiny style quality bench clean
 
 # The environment with the versions of constraints.txt; made again when one of these files changes.
 $(VENV)/.installed: setup.py constraints.txt
@@ -30,6 +30,11 @@ test-oldest: setup.py constraints.txt
 	$(VENV)-oldest/bin/python -m pip install --quiet --constraint $(VENV)-oldest/constraints.txt \
 	    "torch~=$(OLDEST).0" --editable ".[dev]"
 	$(VENV)-oldest/bin/python -m pytest tests/models tests/training/test_compiling.py
+
+# What tests skip where these are not installed: integer weights and ONNX
+test-optional: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt ".[onnx,quantization]"
+	$(BIN)/python -m pytest tests/models/test_quantized.py tests/models/test_export.py
 
 # The long form of tests/faults: thousands of kills, failing calls, damaged and hostile files; ends with its table
 faults: $(VENV)/.installed

@@ -24,6 +24,7 @@ extras = {
     ],
     "lora": ["peft>=0.15"],
     "onnx": ["onnx>=1.18", "onnxscript>=0.5", "onnxruntime>=1.22"],
+    "quantization": ["torchao>=0.14", "optimum-quanto>=0.2.7", "gguf>=0.10"],  # integer weights
     "docs": ["mkdocs-material>=9.5", "mkdocstrings[python]>=0.26"],
     "quality": ["ruff>=0.9"],
     # einops is for benchmarks, torchsde serves one scheduler, scikit-image brings photographs, peft LoRA,

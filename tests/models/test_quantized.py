@@ -7,7 +7,7 @@ import pytest
 import torch
 from diffusers import BitsAndBytesConfig, GGUFQuantizationConfig, QuantoConfig, TorchAoConfig
 
-from diffusers_d2it import D2iTContentModel, D2iTPipeline, bundled_checkpoint
+from diffusers_d2it import D2iTPipeline, bundled_checkpoint
 
 
 NAMES = ("transformer", "grain_model", "vae")
@@ -71,28 +71,32 @@ def test_integer_weights_draw_nearly_the_same_and_are_saved(plain, without_a_gpu
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_gguf_file_draws_nearly_the_same(plain, tmp_path):
+@pytest.mark.parametrize("name", NAMES)
+def test_a_gguf_file_draws_nearly_the_same(plain, tmp_path, name):
     gguf = pytest.importorskip("gguf")
     pipe = D2iTPipeline.from_pretrained(bundled_checkpoint())
-    linear = {name for name, module in pipe.transformer.named_modules() if isinstance(module, torch.nn.Linear)}
-    writer = gguf.GGUFWriter(tmp_path / "content.gguf", "d2it")
-    for name, value in pipe.transformer.state_dict().items():
+    model = getattr(pipe, name)
+    linear = {path for path, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    writer = gguf.GGUFWriter(tmp_path / "model.gguf", "d2it")
+    for path, value in model.state_dict().items():
         values, kind = value.float().numpy(), gguf.GGMLQuantizationType.Q8_0
-        if name.removesuffix(".weight") in linear and values.shape[1] % 32 == 0:
-            writer.add_tensor(name, gguf.quants.quantize(values, kind), raw_dtype=kind)
+        if path.removesuffix(".weight") in linear and values.shape[1] % 32 == 0:
+            writer.add_tensor(path, gguf.quants.quantize(values, kind), raw_dtype=kind)
         else:
-            writer.add_tensor(name, values)
+            writer.add_tensor(path, values)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    pipe.transformer = D2iTContentModel.from_single_file(
-        tmp_path / "content.gguf",
+    loaded = type(model).from_single_file(
+        tmp_path / "model.gguf",
         config=bundled_checkpoint(),
-        subfolder="transformer",
+        subfolder=name,
         quantization_config=GGUFQuantizationConfig(compute_dtype=torch.float32),
     )
-    assert 0 < (draw(pipe) - plain).abs().mean() < 0.01
+    assert any(type(parameter).__name__ == "GGUFParameter" for parameter in loaded.parameters())
+    pipe.register_modules(**{name: loaded})
+    assert (draw(pipe) - plain).abs().mean() < 0.02
     with pytest.raises(ValueError, match="GGUF"):
         pipe.save_pretrained(tmp_path / "saved")
 

@@ -98,7 +98,10 @@ class D2iTInpaintPipeline(EditingPipeline):
         # 2. Grain map
         grain_map = self.prepare_grain_map(
             self.own_maps(batch, pixels, touched(new, self.vae.region_size)),
-            [None] * batch.size,
+            [
+                None if isinstance(one, str) and one == "draw" else ratio
+                for one, ratio in zip(batch.maps, batch.fine_ratios)
+            ],
             ids,
             size,
             grain_num_inference_steps,
