@@ -93,7 +93,7 @@ def make_model(
     """
     if isinstance(begun, dict):
         return cls(**(begun | sizes))
-    found = {key: begun.config[key] if key in begun.config else getattr(begun, key) for key in sizes}
+    found = {key: vars(begun).get(key, begun.config[key]) for key in sizes}  # what None stands for is an attribute
     found["sample_size"] = None
     if other_classes and None not in (found["num_classes"], sizes["num_classes"]):
         found["num_classes"] = sizes["num_classes"]

@@ -11,7 +11,7 @@ import pytest
 import torch
 from measuring import attempt
 
-from diffusers_d2it import D2iTPipeline
+from diffusers_d2it import D2iTImg2ImgPipeline, D2iTInpaintPipeline, D2iTPipeline
 
 
 VALUES = [
@@ -24,7 +24,10 @@ FINE = {
     "class_labels": [0],
     "guidance_scale": [-1, 0, 2.5],
     "grain_guidance_scale": [-1, 0, 2.5],
-    "fine_ratio": [0],
+    "fine_ratio": [0, (None,), torch.full((3,), 0.5)],  # a tuple or row is a share for each image
+    "grain_map": [(None,)],
+    "strength": [0],
+    "paste_back": [True],
     "guidance_power": [2.5],
     "callback_on_step_end_tensor_inputs": [[]],
     "attention_kwargs": [{}],
@@ -33,21 +36,25 @@ FINE = {
 
 
 def is_fine(name: str, value: object) -> bool:
-    return any(type(value) is type(good) and value == good for good in FINE.get(name, []))
+    return any(type(value) is type(good) and repr(value) == repr(good) for good in FINE.get(name, []))
 
 
 def test_arguments_of_every_kind(make_pipeline, fault):
     count = fault("argument of the pipeline of the wrong kind or out of range")
-    pipe = make_pipeline()
-    names = inspect.signature(D2iTPipeline.__call__).parameters.keys() - {"self", "return_dict"}
-    assert FINE.keys() <= names
-    for name in sorted(names):
-        for value in VALUES:
-            arguments = {"class_labels": 3, "num_inference_steps": 1, "output_type": "latent", name: value}
-            if is_fine(name, value):
-                assert pipe(**arguments).images.isfinite().all()
-                continue
-            count.refused(partial(pipe, **arguments), name, what=(name, value))
+    plain = make_pipeline()
+    image = {"image": torch.rand(3, 32, 32)}
+    mask = {"mask_image": torch.ones(32, 32, dtype=torch.bool)}
+    for cls, pictures in ((D2iTPipeline, {}), (D2iTImg2ImgPipeline, image), (D2iTInpaintPipeline, image | mask)):
+        pipe = cls(**plain.components)
+        pipe.set_progress_bar_config(disable=True)
+        for name in sorted(inspect.signature(cls.__call__).parameters.keys() - {"self", "return_dict"}):
+            for value in VALUES:
+                arguments = {"class_labels": 3, "num_inference_steps": 2, "output_type": "latent"} | pictures
+                arguments[name] = value
+                if is_fine(name, value):
+                    assert pipe(**arguments).images.isfinite().all()
+                    continue
+                count.refused(partial(pipe, **arguments), name, what=(cls.__name__, name, value))
 
 
 def test_numbers_of_numpy_are_numbers(make_pipeline):
