@@ -3,49 +3,25 @@
 
 import inspect
 import os
-import sys
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, get_type_hints
 
-import diffusers
 import torch
-from diffusers import DiffusionPipeline, SchedulerMixin
+from diffusers import DiffusionPipeline
 from diffusers.utils import logging
 from huggingface_hub import ModelCard, hf_hub_download
 
 from ..files.folders import read_json, save_folder
-from ..files.source import HUB_ARGUMENTS, PARTS, WithoutOrigin, check_source, pin, public_config, refuse_code
+from ..files.source import HUB_ARGUMENTS, PARTS, WithoutOrigin, check_source, pin, refuse_code
 from ..files.weights import check_sealed, sealed_files
 from ..limits import check_values
 from ..models.strict import init_parameters, refuse_unsafe, saving
 from ..optional import naming_what_is_broken
-from ..words import listed, shown
+from .index import INDEX, check_scheduler_file, is_component, let_diffusers_load, read_index
 
 
 logger = logging.get_logger(__name__)
-
-INDEX = "model_index.json"
-
-# Of the many keys of schedulers those that decide how much memory is taken, and whether numbers stay finite
-_SCHEDULER = {
-    "num_train_timesteps": int,
-    "beta_start": float,
-    "beta_end": float,
-    "trained_betas": tuple[float, ...] | None,
-    "solver_order": int,
-    "shift": float | None,
-    "_class_name": str,
-}
-_SCHEDULER_LIMITS = {
-    "num_train_timesteps": (1, 1_000_000),
-    "beta_start": (0, 1),
-    "beta_end": (0, 1),
-    "trained_betas": (0, 1),
-    "solver_order": (1, 10),
-    "shift": (1e-6, 1e6),
-}
-_LABEL_LENGTH = 10_000
 
 
 class StrictPipeline(WithoutOrigin, DiffusionPipeline):
@@ -106,7 +82,7 @@ class StrictPipeline(WithoutOrigin, DiffusionPipeline):
             folder = cls.download(folder, **kwargs)
         cls._check_folder(Path(folder), kwargs.keys())
         index = read_json(Path(folder, INDEX))
-        _let_diffusers_load([index[name] for name in init_parameters(cls) if _is_component(index.get(name))])
+        let_diffusers_load([index[name] for name in init_parameters(cls) if is_component(index.get(name))])
         options = {key: value for key, value in kwargs.items() if key not in HUB_ARGUMENTS}
         with naming_what_is_broken("loading a pipeline"):  # diffusers imports all that a component might be
             pipe = super().from_pretrained(str(folder), **options | {"use_safetensors": True})
@@ -127,7 +103,7 @@ class StrictPipeline(WithoutOrigin, DiffusionPipeline):
         refuse_code(kwargs)
         check_source(pretrained_model_name, None, kwargs.get("variant"))
         hub = pin(pretrained_model_name, kwargs)
-        cls._read_index(Path(hf_hub_download(pretrained_model_name, INDEX, **hub)))
+        read_index(cls, Path(hf_hub_download(pretrained_model_name, INDEX, **hub)))
         return super().download(pretrained_model_name, **kwargs | hub | {"use_safetensors": True})
 
     @classmethod
@@ -135,9 +111,9 @@ class StrictPipeline(WithoutOrigin, DiffusionPipeline):
         """Check the files of a pipeline but those of its models, which check their own, and components `given`."""
         records = sealed_files(folder)
         check_sealed([folder / INDEX], records)
-        index = cls._read_index(folder / INDEX)
+        index = read_index(cls, folder / INDEX)
         for name in filter(init_parameters(cls).get, index):
-            library, class_name = index[name] if _is_component(index[name]) else (None, None)
+            library, class_name = index[name] if is_component(index[name]) else (None, None)
             if library is None or name in given:
                 continue
             part = folder / name
@@ -147,34 +123,7 @@ class StrictPipeline(WithoutOrigin, DiffusionPipeline):
                 raise ValueError(f"{code} must not be there: no code is run.")
             if name in cls._schedulers:
                 check_sealed([part / "scheduler_config.json"], records)
-                _check_scheduler(part / "scheduler_config.json")
-
-    @classmethod
-    def _read_index(cls, file: Path) -> dict[str, Any]:
-        """model_index.json, which names the components of this pipeline and nothing else. Nothing is imported."""
-        index = read_json(file)
-        known = _family(cls)
-        try:
-            if index.get("_class_name") not in known:
-                expected = f"`_class_name` must be {' or '.join(known)}"
-                if isinstance(index.get("_class_name"), list):
-                    expected += ", as on the branch main: no code of a repository is run"
-                raise ValueError(f"{expected}, got {shown(index.get('_class_name'))}.")
-            if "_use_default_values" in index or "_ignore_files" in index:
-                raise ValueError("`_use_default_values` and `_ignore_files` must not be in a file.")
-            unknown = sorted(map(shown, public_config(index).keys() - init_parameters(cls).keys()))
-            if unknown:
-                logger.warning("%s: %s is not used, as a %s has no such part.", file, listed(unknown), cls.__name__)
-            for name, parameter in init_parameters(cls).items():
-                if index.get(name) in (None, [None, None]):
-                    if parameter.default is parameter.empty and name not in cls._optional_components:
-                        raise ValueError(f"`{name}` is missing.")
-                elif name in cls._models or name in cls._schedulers or _is_component(index[name]):
-                    _check_component(name, index[name], cls._models.get(name), name in cls._schedulers)
-            _check_labels(index.get("id2label"))
-        except ValueError as error:
-            raise ValueError(f"{file}: {error}") from None
-        return index
+                check_scheduler_file(part / "scheduler_config.json")
 
     # -----------------------------------------------------------------------------------------------------------------
     # Saving
@@ -298,73 +247,3 @@ class StrictPipeline(WithoutOrigin, DiffusionPipeline):
             sample_image=sample_image,
             remote_code=remote_code,
         )
-
-
-def _family(cls: type) -> list[str]:
-    """The classes of pipelines that are made of the same components, a class and its bases first."""
-    bases = [base for base in cls.__mro__ if issubclass(base, StrictPipeline) and hasattr(base, "_models")]
-    family = [*bases]
-    for base in family:
-        family += [one for one in base.__subclasses__() if one._models is cls._models and one not in family]
-    return [one.__name__ for one in family]
-
-
-def _is_component(value: Any) -> bool:
-    return isinstance(value, list) and len(value) == 2 and all(isinstance(part, str | None) for part in value)
-
-
-def _check_component(name: str, value: Any, model: type | None, is_scheduler: bool) -> None:
-    """Raise a ValueError unless `value` is [library, class] of what a component may be. Nothing is imported.
-
-    It may be the model of this package that is expected, any scheduler of diffusers, or for a component that a
-    subclass of the pipeline adds a class of diffusers or transformers; and a class of these kinds of the user's own,
-    once its module has been imported.
-    """
-    if model is not None and value == ["diffusers_d2it", model.__name__]:
-        return
-    library, class_name = value if _is_component(value) else (None, None)
-    found = None
-    if is_scheduler and library == "diffusers" and str(class_name).endswith("Scheduler"):
-        if class_name in dir(diffusers.schedulers):  # names are looked up: getattr imports modules of diffusers alone
-            found = getattr(diffusers.schedulers, class_name)
-    elif library in ("diffusers", "transformers") and model is None and not is_scheduler:
-        return
-    elif library != "diffusers":
-        found = getattr(sys.modules.get(library), str(class_name), None)
-    kind = SchedulerMixin if is_scheduler else model or torch.nn.Module
-    if not (isinstance(found, type) and issubclass(found, kind)):
-        expected = f"['diffusers_d2it', '{model.__name__}']" if model else "known"
-        expected = "a scheduler of diffusers" if is_scheduler else expected
-        raise ValueError(
-            f"`{name}` must be {expected}, or a class of that kind whose module has been imported, got {shown(value)}."
-        )
-
-
-def _let_diffusers_load(components: list[list[str | None]]) -> None:
-    """Name the bases of models and schedulers in the modules of a user's own: diffusers looks for them there.
-
-    The components have been checked: their modules are imported, and hold what is named.
-    """
-    for library in {library for library, _ in components} & sys.modules.keys():
-        if library not in ("diffusers", "diffusers_d2it", "transformers"):
-            for base in (diffusers.ModelMixin, SchedulerMixin):
-                vars(sys.modules[library]).setdefault(base.__name__, base)
-
-
-def _check_labels(id2label: Any) -> None:
-    if not isinstance(id2label, dict | None):
-        raise ValueError(f"`id2label` must be an object of names by id, got {shown(id2label)}.")
-    for key, value in (id2label or {}).items():
-        fits = key.isascii() and key.isdigit() and len(key) < 10
-        if not (fits and isinstance(value, str) and len(value) <= _LABEL_LENGTH):
-            raise ValueError(f"`id2label` must be names by whole numbers, got {shown(key)}: {shown(value)}.")
-
-
-def _check_scheduler(file: Path) -> None:
-    config = read_json(file)
-    try:
-        check_values({"_class_name": None} | config, _SCHEDULER, _SCHEDULER_LIMITS)
-        if "_use_default_values" in config:
-            raise ValueError("`_use_default_values` must not be in a file.")
-    except ValueError as error:
-        raise ValueError(f"{file}: {error}") from None
