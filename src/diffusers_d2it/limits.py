@@ -71,7 +71,7 @@ def can_be_read(tensor: torch.Tensor) -> bool:
 
 
 def plain(value: Any) -> Any:
-    """Numbers of numpy and torch as those of Python, and what holds a row of them as a list; all else as it is.
+    """Numbers of numpy and torch as those of Python, rows of them as a list, tables as arrays; all else as it is.
 
     Rows are ranges, and arrays, tensors and columns of tables of one dimension.
     """
@@ -79,6 +79,8 @@ def plain(value: Any) -> Any:
         return value.tolist()
     if isinstance(value, (list, tuple, range)):
         return [plain(one) for one in value]
+    if hasattr(value, "to_numpy") and getattr(value, "ndim", None) == 2:
+        return value.to_numpy()
     return value
 
 

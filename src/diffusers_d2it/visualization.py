@@ -41,9 +41,10 @@ def visualize_grain_map(
         ValueError: the image is none of these, the map has another number of dimensions, holds no integers or other
             grains than 0 ... k - 1, or does not divide the picture.
     """
-    if isinstance(image, list) or getattr(image, "ndim", 0) == 4 and len(image) != 1:
-        if len(image) != len(grain_map):
-            raise ValueError(f"`grain_map` must be one for each of {len(image)} images, got {len(grain_map)}.")
+    if isinstance(image, (list, tuple)) or getattr(image, "ndim", 0) == 4:
+        number = len(grain_map) if hasattr(grain_map, "__len__") else 0
+        if len(image) != number:
+            raise ValueError(f"`grain_map` must be one for each of {len(image)} images, got {number}.")
         return [visualize_grain_map(*pair, num_grains, min_side) for pair in zip(image, grain_map)]
     image = _picture(image)
     grains = grain_map.cpu().float().numpy() if isinstance(grain_map, torch.Tensor) else np.asarray(grain_map)

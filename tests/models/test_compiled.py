@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from diffusers.utils import is_torch_version
 from grain_maps import random_latents
 from torch._dynamo.exc import TorchDynamoException
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -108,6 +109,7 @@ def test_a_compiler_gives_the_same_numbers(make_content_model):
             torch.testing.assert_close(output, expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.skipif(is_torch_version("<", "2.13"), reason="an earlier torch cannot")
 def test_one_graph_encodes_pictures_of_every_size(make_vae, fresh_compiler):
     vae = make_vae()
     encode = torch.compile(vae.encode, fullgraph=True, dynamic=True, backend="eager")

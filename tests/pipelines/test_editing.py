@@ -112,7 +112,7 @@ def test_an_edit_of_a_strength_costs_its_share_of_the_steps(make, picture, sched
         passes.clear()
         call(edits, 1, picture, strength=strength, num_inference_steps=10, guidance_scale=1.0, **masked)
         assert len(passes) == max(steps * per_step - (per_step - 1), 0), strength
-    with pytest.raises(ValueError, match="`strength`.*0.1.*0.05"):
+    with pytest.raises(ValueError, match="`strength`.*1 / 10.*0.05"):
         call(edits, 1, picture, strength=0.05, num_inference_steps=10, **masked)
 
 
@@ -312,6 +312,47 @@ def test_a_crop_around_the_mask_is_drawn_and_put_back_at_its_place(make):
         call(edits, 1, image, mask & False, padding_mask_crop=4, output_type="pil")
 
 
+@pytest.mark.parametrize("sides", [(80, 400), (300, 60), (40, 40)])
+@pytest.mark.parametrize("size", [(32, 32), (32, 64)])
+@pytest.mark.parametrize("corner", [0.0, 0.5, 1.0])
+def test_a_crop_has_the_form_of_the_image_that_is_drawn(sides, size, corner):
+    from diffusers_d2it.pipelines.inpainting import crop_around
+
+    height, width = sides
+    top, left = round(corner * (height - 10)), round(corner * (width - 12))
+    mask = np.zeros(sides, np.uint8)
+    mask[top : top + 10, left : left + 12] = 255
+    picture = torch.rand(3, *sides, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    box, part, part_mask = crop_around(picture, PIL.Image.fromarray(mask), size, padding=6)
+    assert part.size == part_mask.size == size[::-1]
+    crop_width, crop_height = box[2] - box[0], box[3] - box[1]
+    assert abs(crop_width / size[1] - crop_height / size[0]) < 0.05 and crop_width >= size[1] / 2
+    assert 0 <= box[0] <= left and box[2] <= width and 0 <= box[1] <= top and box[3] <= height
+    assert box[2] >= left + 12 and box[3] >= top + 10
+    mask[:] = 255
+    if sides[0] / size[0] != sides[1] / size[1]:
+        with pytest.raises(ValueError, match="`padding_mask_crop`"):
+            crop_around(picture, PIL.Image.fromarray(mask), size, padding=0)
+
+
+def test_a_line_thinner_than_a_pixel_is_new(make, photos):
+    edits, _ = make(D2iTInpaintPipeline)
+    image = torch.nn.functional.interpolate((photos[1:2] + 1) / 2, scale_factor=8)[0].clamp(0, 1)
+    mask = mask_of((100, 0, 102, 512), size=(512, 512))
+    grain_map = edits.grain_map_from_image(image)
+    output = call(edits, 1, image, mask, output_type="latent")
+    assert (output.images != encoded(edits, call(edits, 1, image, mask & False).images[0], output.grain_maps)).any()
+    assert grain_map.shape == output.grain_maps.shape
+
+
+def test_the_share_of_a_map_that_is_drawn_whole(make, picture):
+    edits, plain = make(D2iTInpaintPipeline)
+    white = mask_of((0, 0, 32, 32))
+    for ratio in (0.25, 0.75):
+        edited, drawn = call(edits, 1, picture, white, fine_ratio=ratio), call(plain, 1, fine_ratio=ratio)
+        assert torch.equal(edited.grain_maps, drawn.grain_maps) and torch.equal(edited.images, drawn.images)
+
+
 # ---- Both ----
 
 
@@ -350,9 +391,10 @@ def test_one_family(make, picture, tmp_path, cls):
 
 
 def test_a_pipeline_made_of_another_keeps_its_dtype(make_pipeline):
-    plain = make_pipeline().to(torch.bfloat16)
+    plain = make_pipeline()
+    plain.transformer.to(torch.bfloat16)
     edits = D2iTImg2ImgPipeline.from_pipe(plain)
-    assert plain.dtype == edits.dtype == torch.bfloat16
+    assert plain.transformer.dtype == torch.bfloat16 and edits.vae.dtype == plain.grain_model.dtype == torch.float32
     assert D2iTImg2ImgPipeline.from_pipe(plain, dtype=torch.float32).dtype == torch.float32
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.autoencoders.vae import AutoencoderMixin, Decoder, DecoderOutput, DiagonalGaussianDistribution
-from diffusers.utils import BaseOutput
+from diffusers.utils import BaseOutput, is_torch_version
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from diffusers.utils.torch_utils import randn_tensor
 from torch import nn
@@ -382,7 +382,8 @@ class DynamicAutoencoderKL(StrictModelMixin, AutoencoderMixin, SafeAdapterMixin,
         return tile, tile - overlap
 
 
-@torch.compiler.assume_constant_result
+# An earlier torch takes no module there; its graphs of dynamic shapes cannot encode
+@torch.compiler.assume_constant_result if is_torch_version(">=", "2.13") else lambda function: function
 def _counting(vae: DynamicAutoencoderKL) -> tuple[int, float]:
     """Bins and width of a value, by which the entropy is counted: constants, also in graphs of dynamic shapes."""
     calibration = vae.config.calibration or {}

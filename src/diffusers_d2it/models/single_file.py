@@ -45,8 +45,12 @@ class SingleFileMixin(FromOriginalModelMixin):
             OSError: a file is not there.
         """
         source = pretrained_model_link_or_path_or_dict
-        if config is None:
-            raise ValueError("`config` is required: the folder, or name on the Hub, of the model's config.json.")
+        if isinstance(source, (str, os.PathLike)):
+            source = os.path.expanduser(source)
+        if not isinstance(config, (str, os.PathLike)):
+            raise ValueError(
+                f"`config` must be the folder, or name on the Hub, of the model's config.json, got {shown(config)}."
+            )
         if not isinstance(source, Mapping):
             if not str(source).endswith(_SUFFIXES_OF_WEIGHTS):
                 raise ValueError(

@@ -110,6 +110,10 @@ def check_inputs(
         and not any(isinstance(one, str) and one in ("random", "image", "draw") for one in batch.maps)
     ):
         raise ValueError("`fine_ratio` and a given `grain_map`, other than 'random', are mutually exclusive.")
+    for i, one in enumerate(batch.maps if isinstance(fine_ratio, list) else []):
+        decided = not drawn[i] and not (isinstance(one, str) and one in ("random", "image", "draw"))
+        if decided and batch.fine_ratios[i] is not None:
+            raise ValueError(f"`fine_ratio` must be None for image {i}, whose `grain_map` is given, got {fine_ratio}.")
     if latents is not None:
         channels, cells = transformer.config.in_channels, transformer.patch_size
         if not latents.is_floating_point():
@@ -138,7 +142,10 @@ def changed_by(returned: dict[str, torch.Tensor] | None, latents: torch.Tensor) 
             f"`callback_on_step_end` must return a dictionary such as {{'latents': tensor}}, or nothing, got"
             f" {type(returned).__name__}."
         )
-    return returned.get("latents", latents)
+    latents = returned.get("latents", latents)
+    if not isinstance(latents, torch.Tensor):
+        raise ValueError(f"`callback_on_step_end` must return a tensor as 'latents', got {type(latents).__name__}.")
+    return latents
 
 
 def map_size(

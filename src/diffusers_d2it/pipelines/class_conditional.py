@@ -16,6 +16,7 @@ from .calls import turn_of
 from .lora import LoraPipelineMixin
 
 
+KEPT = object()  # the dtype that models have: diffusers' `from_pipe` casts all to float32 where it is given none
 # Labels in these have no order, or no meaning
 _NO_ROW = (str, bytes, bytearray, Mapping, set, frozenset, np.ndarray, torch.Tensor)
 
@@ -39,9 +40,8 @@ class ClassConditionalPipeline(LoraPipelineMixin, StrictPipeline):
 
     def to(self, *args, **kwargs):
         """As of diffusers; a call that is under way in another thread ends first."""
-        models = [part for part in self.components.values() if isinstance(part, torch.nn.Module)]
-        if not args and kwargs.keys() == {"dtype"} and {model.dtype for model in models} == {kwargs["dtype"]}:
-            return self  # as `from_pipe` asks; the models themselves would warn
+        if kwargs.get("dtype") is KEPT:
+            return self
         with nullcontext() if self.transformer is None else turn_of(self.transformer):
             return super().to(*args, **kwargs)
 

@@ -36,7 +36,7 @@ from .checks import (
     check_inputs,
     map_size,
 )
-from .class_conditional import ClassConditionalPipeline, class_ids
+from .class_conditional import KEPT, ClassConditionalPipeline, class_ids
 from .grain_maps import DRAWN, NAMES, as_regions, grain_map_from_image, read_maps
 from .grain_sampling import random_grain_map, sample_grain_map
 from .schedulers import check_scheduler, is_flow
@@ -119,9 +119,9 @@ class DenoisingPipeline(ClassConditionalPipeline):
 
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs):
-        """As of diffusers; the models, which both pipelines then have, keep their dtype where none is asked for."""
-        if "torch_dtype" not in kwargs:
-            kwargs = {"dtype": pipeline.dtype} | kwargs
+        """As of diffusers; the models, which both pipelines then have, keep their dtypes where none is asked for."""
+        if not {"dtype", "torch_dtype"} & kwargs.keys():
+            kwargs["dtype"] = KEPT
         return super().from_pipe(pipeline, **kwargs)
 
     # -----------------------------------------------------------------------------------------------------------------
@@ -134,10 +134,12 @@ class DenoisingPipeline(ClassConditionalPipeline):
         Raises:
             ValueError: they are no multiples of a region.
         """
+        if self.vae is None:
+            raise ValueError("`vae` is None: without it there are no sides in pixels.")
         side = self.vae.config.sample_size if self.transformer is None else self._trained_side
         region = self.vae.region_size
         sides = [side if one is None else plain(one) for one in (height, width)]
-        if any(one < region or one % region for one in sides):
+        if any(not isinstance(one, int) or one < region or one % region for one in sides):
             raise ValueError(
                 f"`height` and `width` must be multiples of the region size {region}, got {sides[0]} and {sides[1]}."
             )
@@ -205,8 +207,9 @@ class DenoisingPipeline(ClassConditionalPipeline):
         if any(random):
             default = None if self.vae is None else self.vae.grain_ratios[-1]
             ratios = [default if one is None else one for one in fine_ratios]
-            if None in ratios:
+            if any(ratio is None and is_random for ratio, is_random in zip(ratios, random)):
                 raise ValueError("`fine_ratio` is required for a random map: without a `vae` there is no default.")
+            ratios = [ratio if is_random else 0.0 for ratio, is_random in zip(ratios, random)]
             drawn = random_grain_map((len(maps), *size), num_grains, ratios, generator, device)
             if all(random):
                 return drawn

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from diffusers.utils import logging
 
+from ..data.images import ImageInput
 from ..grains import grain_map_from_entropy
 from .batches import Batch
 from .denoising import DenoisingPipeline
@@ -30,11 +31,7 @@ class EditingPipeline(DenoisingPipeline):
         self, call: dict[str, Any]
     ) -> tuple[Batch, torch.Tensor | None, tuple[int, int], list[torch.Tensor]]:
         """As `begin`, with the pictures as they were given, each (3, H, W) in [-1, 1]."""
-        if self.vae is None:
-            raise ValueError("`vae` is None: this pipeline cannot encode an image.")
-        if call["image"] is None:
-            raise ValueError(f"`image` is required by {type(self).__name__}, got None.")
-        pictures = read_images(call["image"])
+        pictures = self.read_pictures(call["image"])
         batch, ids, size = self.begin({**call, "image": None}, len(pictures))
         if call["strength"] == 0:
             logger.warning("`strength` 0: nothing to do, this is the reconstruction.")
@@ -44,6 +41,26 @@ class EditingPipeline(DenoisingPipeline):
             if height * sides[1] != width * sides[0]:
                 logger.warning("`image` of %dx%d: its centre is cut to %dx%d.", width, height, sides[1], sides[0])
         return batch, ids, size, pictures
+
+    def read_pictures(self, image: ImageInput | None) -> list[torch.Tensor]:
+        """The pictures that are to be edited, each (3, H, W) in [-1, 1].
+
+        Raises:
+            ValueError: there are none, or no autoencoder that could encode them.
+        """
+        if self.vae is None:
+            raise ValueError("`vae` is None: this pipeline cannot encode an image.")
+        if image is None:
+            raise ValueError(f"`image` is required by {type(self).__name__}, got None.")
+        return read_images(image)
+
+    @staticmethod
+    def shares_of_drawn(batch: Batch, is_drawn: torch.Tensor) -> list[float | None]:
+        """The share of fine regions that each map to be drawn has: none asked for where it is drawn in part."""
+        entries = zip(batch.maps, batch.fine_ratios, is_drawn.flatten(1).all(dim=1).tolist())
+        return [
+            None if isinstance(one, str) and one == "draw" and not whole else ratio for one, ratio, whole in entries
+        ]
 
     def fit_images(self, pictures: list[torch.Tensor], batch: Batch, size: tuple[int, int]) -> torch.Tensor:
         """The pictures of a batch at the size of maps (h, w): (B, 3, H, W) on the execution device."""
@@ -67,7 +84,7 @@ class EditingPipeline(DenoisingPipeline):
                     entropy = self.vae.region_entropy(picture[None])
                     one = grain_map_from_entropy(entropy, self.vae.thresholds(ratio))[0]
                 if name == "draw":
-                    one = one.masked_fill(is_drawn, DRAWN)
+                    one = one.masked_fill(is_drawn.to(one.device), DRAWN)
             maps.append(one)
         return maps
 

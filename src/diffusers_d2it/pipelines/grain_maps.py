@@ -19,6 +19,7 @@ import numpy as np
 import PIL.Image
 import torch
 import torch.nn.functional as F
+from diffusers.utils import logging
 
 from ..data.images import ImageInput
 from ..grains import grain_map_from_entropy
@@ -26,6 +27,8 @@ from ..models.autoencoder_kl_dynamic import DynamicAutoencoderKL
 from ..words import shown
 from .pictures import MaskInput, fit_image, fit_mask, read_images, read_masks
 
+
+logger = logging.get_logger(__name__)
 
 DRAWN = -1  # in a map: the grain model draws this region
 
@@ -54,6 +57,8 @@ def grain_map_from_mask(mask: MaskInput, size: tuple[int, int], num_grains: int 
     """
     maps = []
     for one in read_masks(mask, "grain_map"):
+        if one.width * size[0] != one.height * size[1]:
+            logger.warning("`grain_map` of %dx%d pixels: its centre is cut to the form of the image.", *one.size)
         grey = fit_mask(one, (size[0] * _PIXELS, size[1] * _PIXELS))
         grains = (grey * num_grains).long().clamp_max(num_grains - 1)
         votes = F.avg_pool2d(F.one_hot(grains, num_grains).movedim(-1, 0).float(), _PIXELS)  # (k, h, w)
@@ -67,7 +72,7 @@ def grain_map_from_boxes(
     """A map that is finest in every region that a box touches, and coarsest elsewhere.
 
     Args:
-        boxes: (left, top, right, bottom) in pixels of the image, right and bottom outside.
+        boxes: one, or several, (left, top, right, bottom) in pixels of the image, right and bottom outside.
         size: (h, w).
         image_size: (H, W).
         num_grains: k.
@@ -76,6 +81,8 @@ def grain_map_from_boxes(
         ValueError: a box is empty or lies outside the image.
     """
     grain_map = torch.zeros(size, dtype=torch.int64)
+    if len(boxes) and not isinstance(boxes[0], Sequence | np.ndarray | torch.Tensor):
+        boxes = [boxes]
     for box in boxes:
         if len(box) != 4 or not (0 <= box[0] < box[2] <= image_size[1] and 0 <= box[1] < box[3] <= image_size[0]):
             raise ValueError(
@@ -174,6 +181,8 @@ def read_maps(grain_map: MapInput | list[MapInput], num_grains: int, names: tupl
         raise ValueError(
             f"`grain_map` must have shape (h, w) or (B, h, w), got {values.dtype} of shape {tuple(values.shape)}."
         )
+    if values.dtype in (torch.uint16, torch.uint32, torch.uint64):
+        values = values.long()
     if values.dtype == torch.uint8 and 0 < values.max() < num_grains and num_grains > 2:
         raise ValueError(
             f"`grain_map` of uint8 up to {values.max().item()} may be a map or a mask: pass a map as int64, a mask as"

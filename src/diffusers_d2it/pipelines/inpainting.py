@@ -9,7 +9,6 @@ import math
 import PIL.Image
 import torch
 import torch.nn.functional as F
-from diffusers.image_processor import VaeImageProcessor
 
 from ..grains import GrainLayout
 from .pictures import MaskInput, fit_mask, read_masks, to_pil
@@ -37,8 +36,8 @@ def masks_of(mask_image: MaskInput | None, pictures: list[torch.Tensor]) -> list
 
 
 def is_new(masks: list[PIL.Image.Image], size: tuple[int, int]) -> torch.Tensor:
-    """The pixels that masks show white, of pictures fitted to (H, W): (P, H, W) bool."""
-    return torch.stack([fit_mask(mask, size) >= 0.5 for mask in masks])
+    """The pixels in which masks show anything white, of pictures fitted to (H, W): (P, H, W) bool."""
+    return torch.stack([fit_mask(mask, size) > 0 for mask in masks])
 
 
 def touched(pixels: torch.Tensor, side: int) -> torch.Tensor:
@@ -86,16 +85,30 @@ def crop_around(
 ) -> tuple[tuple[int, int, int, int], PIL.Image.Image, PIL.Image.Image]:
     """The part of a picture around its mask that has the form of `size`, and its mask, both resized to it.
 
+    The part has at least half the sides of `size`, so that it is enlarged twice at most.
+
     Returns:
         (left, top, right, bottom) in the picture, the part, its mask.
 
     Raises:
-        ValueError: the mask is black: there is nothing around which to crop.
+        ValueError: the mask is black, or no such part of the picture holds it.
     """
     if mask.getbbox() is None:
         raise ValueError("`mask_image` must show something white for `padding_mask_crop`, got a black one.")
     height, width = size
-    box = VaeImageProcessor.get_crop_region(mask, width, height, pad=padding)
+    left, top, right, bottom = mask.getbbox()
+    least = max((right - left) / width, (bottom - top) / height, 0.5)
+    padded = max((right - left + 2 * padding) / width, (bottom - top + 2 * padding) / height, 0.5)
+    most = min(mask.width / width, mask.height / height)
+    if least > most:
+        raise ValueError(
+            f"`padding_mask_crop`: no part of an image of {mask.width}x{mask.height} has the form {width}x{height} and"
+            f" holds its mask of {right - left}x{bottom - top}: ask for another `height` and `width`, or no crop."
+        )
+    sides = [round(min(padded, most) * side) for side in (width, height)]
+    middle = (left + right) / 2, (top + bottom) / 2
+    start = [min(max(round(at - side / 2), 0), whole - side) for at, side, whole in zip(middle, sides, mask.size)]
+    box = (*start, start[0] + sides[0], start[1] + sides[1])
     part = to_pil(picture).crop(box).resize((width, height), PIL.Image.Resampling.BICUBIC)
     return box, part, mask.crop(box).resize((width, height), PIL.Image.Resampling.BOX)
 

@@ -9,9 +9,11 @@ import PIL.ImageOps
 import torch
 
 from ..data.images import ImageInput, fitted, image_to_pixels, open_image
-from ..pixels import UnusableImageError, from_uint8, to_uint8
+from ..pixels import UnusableImageError, from_uint8, to_uint8, upright_rgb
 from ..words import printable
 
+
+_COLOURED = 48  # levels between the channels of a pixel, beyond what compression does to grey
 
 MaskInput = str | os.PathLike | PIL.Image.Image | np.ndarray | torch.Tensor | list
 
@@ -49,22 +51,23 @@ def read_masks(mask: MaskInput, name: str) -> list[PIL.Image.Image]:
     """Masks as grey pictures of 8 bits, white where they say yes.
 
     Args:
-        mask: a path, a PIL image, or an array or tensor of bool, of floating point in [0, 1], or of whole numbers, 0
-            and 1 or 0 to 255: (H, W), (B, H, W), (B, 1, H, W) or of colours (H, W, 3); or a list of these.
+        mask: a path, a PIL image, uint8 (H, W, 3), or an array or tensor of bool, of floating point in [0, 1], or of
+            whole numbers, 0 and 1 or 0 to 255: (H, W), (B, H, W) or (B, 1, H, W); or a list of these.
         name: of the argument, for errors.
 
     Raises:
-        ValueError: it is none of these, values lie outside, or parts of it are transparent, which says neither.
+        ValueError: it is none of these, values lie outside, or parts of it are transparent or coloured, which says
+            neither.
     """
     if isinstance(mask, (str, os.PathLike)):
         try:
             mask = open_image(mask)
         except UnusableImageError as error:
             raise ValueError(f"`{name}` {printable(mask)}: {error}") from None
+    if isinstance(mask, np.ndarray) and mask.dtype == np.uint8 and mask.ndim == 3 and mask.shape[-1] in (2, 3, 4):
+        mask = PIL.Image.fromarray(mask)
     if isinstance(mask, PIL.Image.Image):
-        if mask.has_transparency_data and mask.convert("RGBA").getextrema()[3][0] < 255:
-            raise ValueError(f"`{name}` has transparent parts: lay it on black (no) or white (yes) first.")
-        return [PIL.ImageOps.exif_transpose(mask).convert("RGB").convert("L")]
+        return [_grey(mask, name)]
     if isinstance(mask, (list, tuple)) and len(mask) and not isinstance(mask[0], (int, float, list, tuple)):
         return [one for part in mask for one in read_masks(part, name)]
     if isinstance(mask, torch.Tensor):
@@ -74,16 +77,31 @@ def read_masks(mask: MaskInput, name: str) -> list[PIL.Image.Image]:
     highest = 255 if values.dtype.kind in "iu" and values.size and values.max() > 1 else 1
     if values.ndim == 4 and values.shape[1] == 1:
         values = values[:, 0]
-    if isinstance(mask, np.ndarray) and values.ndim in (3, 4) and values.shape[-1] in (1, 3):
-        values = values.mean(axis=-1) if values.shape[-1] == 3 else values[..., 0]
+    if isinstance(mask, np.ndarray) and values.ndim in (3, 4) and values.shape[-1] == 1:
+        values = values[..., 0]
+    if isinstance(mask, torch.Tensor) and values.ndim == 3 and len(values) == 3:
+        raise ValueError(f"`{name}` may be three masks or the colours of one: pass (3, 1, H, W) or (1, H, W).")
     if values.ndim not in (2, 3) or values.dtype.kind not in "biuf" or not values.size:
         raise ValueError(
-            f"`{name}` must be paths, PIL images or arrays (H, W) or (B, H, W), got {values.dtype} {values.shape}."
+            f"`{name}` must be paths, PIL images, or arrays (H, W) or (B, H, W), got {values.dtype} {values.shape}."
         )
     if not (values.min() >= 0 and values.max() <= highest):  # written so that NaN fails it
         raise ValueError(f"`{name}` must lie in [0, {highest}], got {values.min():.4g} to {values.max():.4g}.")
     grey = np.round(values.astype(np.float64) * (255 / highest)).astype(np.uint8)
     return [PIL.Image.fromarray(one) for one in (grey if grey.ndim == 3 else grey[None])]
+
+
+def _grey(mask: PIL.Image.Image, name: str) -> PIL.Image.Image:
+    """A mask as 8 bits of grey, upright."""
+    if mask.has_transparency_data and mask.convert("RGBA").getextrema()[3][0] < 255:
+        raise ValueError(f"`{name}` has transparent parts: lay it on black (no) or white (yes) first.")
+    try:
+        picture = upright_rgb(mask)
+    except UnusableImageError as error:
+        raise ValueError(f"`{name}`: {error}") from None
+    if np.ptp(np.asarray(picture).astype(int), axis=-1).max() > _COLOURED:
+        raise ValueError(f"`{name}` has colours: it must be black (no), white (yes) or grey.")
+    return picture.convert("L")
 
 
 def fit_mask(mask: PIL.Image.Image, size: tuple[int, int]) -> torch.Tensor:

@@ -1,6 +1,7 @@
 # Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
 """From a class label to an image and its grain map: the whole of Fig. 2 (Stage 2) of arXiv:2504.09454."""
 
+import inspect
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -11,7 +12,8 @@ import torch.nn.functional as F
 
 from ..grains import tie
 from ..limits import plain
-from .calls import one_call
+from ..words import shown
+from .calls import one_call, turn_of
 from .denoising import D2iTPipelineOutput, DenoisingPipeline
 from .grain_maps import MapInput
 from .tied_scheduler import TiedScheduler
@@ -145,31 +147,54 @@ class D2iTPipeline(DenoisingPipeline):
 
             export_to_gif(pipe.interpolate(0, 7, steps=24, class_labels=[207]), "between.gif")
 
-        The way is spherical, between noises that are tied to the map, so each is as likely as the ends. The label is
-        one for all: between two labels there is no picture of both, and a change in the midst is seen as a jump.
+        The way is spherical, between noises that are tied to the map, so each is as likely as the ends. Noise that a
+        scheduler draws in its steps is the same for all. The label is one for all: between two labels there is no
+        picture of both, and a change in the midst is seen as a jump.
 
         Args:
-            a, b: seeds, or noise (1, C, H / f, W / f).
+            a, b: seeds, or noise (1, C, H / f, W / f). The first picture is that of the seed a.
             steps: number of pictures, both ends included.
             class_labels: one label; None for an unconditional model.
-            **kwargs: of `__call__`. A map that is drawn is drawn once, from the first seed.
+            **kwargs: of `__call__` for one image. A map that is drawn is drawn once, for the first picture.
 
         Raises:
-            ValueError: there are fewer than two steps, or as for `__call__`.
+            ValueError: there are fewer than two steps, an end is neither seed nor noise, an argument is for several
+                images, or as for `__call__`.
         """
         a, b, steps = plain(a), plain(b), plain(steps)
         if not isinstance(steps, int) or steps < 2:
             raise ValueError(f"`steps` must be a whole number, at least 2, got {steps!r}.")
-        size = self.grain_map_size(kwargs.get("height"), kwargs.get("width"))
-        seeded = [torch.Generator().manual_seed(end) if isinstance(end, int) else None for end in (a, b)]
-        ends = [self.prepare_latents(None if seed else end, 1, size, seed) for end, seed in zip((a, b), seeded)]
-        kwargs = {"generator": seeded[0]} | kwargs
-        first = self(class_labels, latents=ends[0], **kwargs)
-        between = slerp(*(tie(end, first.grain_maps) for end in ends), steps)  # (steps, C, h * R, w * R)
-        kwargs = {name: value for name, value in kwargs.items() if name != "fine_ratio"}
-        kwargs |= {"grain_map": first.grain_maps, "num_images_per_prompt": steps - 1}
-        rest = self(class_labels, latents=between[1:], **kwargs)
-        return [*first.images, *rest.images]
+        for name, end in (("a", a), ("b", b)):
+            if not isinstance(end, int | torch.Tensor):
+                raise ValueError(f"`{name}` must be a seed or a tensor of noise, got {shown(end)}.")
+        for name in ("latents", "generator", "num_images_per_prompt", "return_dict"):
+            if name in kwargs:
+                raise ValueError(f"`{name}` is not for `interpolate`, got {shown(kwargs[name])}.")
+        given = inspect.signature(type(self).__call__).bind(self, class_labels, **kwargs)
+        given.apply_defaults()
+        with turn_of(self.transformer):
+            grain_map, first, generator = self._map_and_noise(a, given.arguments)
+            _, last, _ = self._map_and_noise(b, given.arguments)
+            between = slerp(tie(first, grain_map), tie(last, grain_map), plain(steps))  # (steps, C, h * R, w * R)
+            state, kwargs = generator.get_state(), {**kwargs, "grain_map": grain_map, "fine_ratio": None}
+            pictures = []
+            for noise in between.split(1):
+                generator.set_state(state)
+                pictures += self(class_labels, latents=noise, generator=generator, **kwargs).images
+        return pictures
+
+    def _map_and_noise(
+        self, end: int | torch.Tensor, call: dict[str, Any]
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Generator]:
+        """What `__call__` draws of a seed, in its order: the map, then the noise; and the generator behind them."""
+        generator = torch.Generator().manual_seed(end if isinstance(end, int) else 0)
+        latents = None if isinstance(end, int) else end
+        batch, ids, size = self.begin({**call, "generator": generator, "latents": latents})
+        if batch.size != 1:
+            raise ValueError(f"`class_labels`, `grain_map` and `fine_ratio` must be of one image, got {batch.size}.")
+        steps, scale = call["grain_num_inference_steps"], call["grain_guidance_scale"]
+        grain_map = self.prepare_grain_map(batch.maps, batch.fine_ratios, ids, size, steps, scale, generator)
+        return grain_map, self.prepare_latents(latents, 1, size, generator), generator
 
 
 def slerp(a: torch.Tensor, b: torch.Tensor, steps: int) -> torch.Tensor:

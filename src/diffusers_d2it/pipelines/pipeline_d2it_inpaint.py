@@ -10,11 +10,12 @@ from diffusers.utils import logging
 
 from ..data.images import ImageInput
 from .calls import one_call
+from .checks import map_size
 from .denoising import D2iTPipelineOutput
 from .editing import EditingPipeline, start_of_edit
-from .grain_maps import MapInput
+from .grain_maps import MapInput, read_maps
 from .inpainting import crop_around, is_new, masks_of, paste_part, pasted_back, touched, whole_codes
-from .pictures import MaskInput, read_images
+from .pictures import MaskInput
 from .tied_scheduler import TiedScheduler
 
 
@@ -73,10 +74,10 @@ class D2iTInpaintPipeline(EditingPipeline):
             strength: share of the steps that are taken, in [0, 1]; below 1 what is masked is a variation of what was
                 there.
             padding_mask_crop: pixels around the mask: only this part of a picture is drawn, at the size asked for, and
-                put back at its own. For PIL output, and pictures of any size.
+                put back at its own. For PIL output, and pictures of any size; `grain_maps` are those of the parts.
             grain_map: "draw" for the picture's own map outside the mask and one that is drawn given it inside,
                 "image" for its own everywhere, or a map as of `D2iTPipeline`.
-            fine_ratio: of the picture's own map, as of `grain_map_from_image`.
+            fine_ratio: of the picture's own map, as of `grain_map_from_image`; where all of a map is drawn, of that.
             paste_back: keep the pixels of the picture outside the mask, exactly; False returns what is decoded.
             num_images_per_prompt, latents, ...: as of `D2iTImg2ImgPipeline`.
 
@@ -90,18 +91,16 @@ class D2iTInpaintPipeline(EditingPipeline):
             return self._draw_crops(call)
         batch, ids, size, pictures = self.begin_edit(call)
         pixels = self.fit_images(pictures, batch, size)  # (B, 3, H, W)
-        new = is_new(masks_of(mask_image, pictures), self.image_size(size))[batch.pictures]  # (B, H, W)
-        if not new.any():
-            logger.warning("`mask_image` is black: nothing to do, this is the picture.")
-            strength = 0.0
+        new = is_new(masks_of(mask_image, pictures), self.image_size(size))[batch.pictures].to(pixels.device)
+        if not new.flatten(1).any(dim=1).all():  # of each image
+            logger.warning("`mask_image` is black, or white only where the picture is cut: nothing is new there.")
+        strength = strength if new.any() else 0.0
 
         # 2. Grain map
+        is_drawn = touched(new, self.vae.region_size)  # (B, h, w)
         grain_map = self.prepare_grain_map(
-            self.own_maps(batch, pixels, touched(new, self.vae.region_size)),
-            [
-                None if isinstance(one, str) and one == "draw" else ratio
-                for one, ratio in zip(batch.maps, batch.fine_ratios)
-            ],
+            self.own_maps(batch, pixels, is_drawn),
+            self.shares_of_drawn(batch, is_drawn),
             ids,
             size,
             grain_num_inference_steps,
@@ -116,7 +115,6 @@ class D2iTInpaintPipeline(EditingPipeline):
         steps = TiedScheduler(self.scheduler, layout, num_inference_steps, noise.device, batch.generator, **own)
         steps.start_at(strength)
         kept = self.encode_images(pixels, grain_map)  # (B, C, h * R, w * R)
-        new = new.to(kept.device)
         new_cells = whole_codes(touched(new, self.vae.downsample_factor), layout)  # (B, 1, h * R, w * R)
 
         def put_back(latents: torch.Tensor, i: int) -> torch.Tensor:
@@ -156,9 +154,11 @@ class D2iTInpaintPipeline(EditingPipeline):
                 "`padding_mask_crop` puts parts back into pictures of any size: it needs `output_type` 'pil' and"
                 f" `paste_back`, got {call['output_type']!r} and {call['paste_back']}."
             )
-        pictures = read_images(call["image"])
+        pictures = self.read_pictures(call["image"])
         masks = masks_of(call["mask_image"], pictures)
-        sides = self.image_size(self.grain_map_size(call["height"], call["width"]))
+        maps = read_maps(call["grain_map"], self.transformer.config.num_grains, self._map_names)
+        given = (maps, call["latents"], call["height"], call["width"])
+        sides = self.image_size(map_size(*given, self.vae, self.transformer))
         crops = [crop_around(one, mask, sides, call["padding_mask_crop"]) for one, mask in zip(pictures, masks)]
         boxes, parts, part_masks = zip(*crops)
         whole = {name: value for name, value in call.items() if name != "self"}

@@ -16,7 +16,6 @@ _FLOW = ["FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler", "F
 _FLOW += ["LTXEulerAncestralRFScheduler", "FlowMapEulerDiscreteScheduler"]
 # These of diffusion take steps of flow matching too, with prediction_type "flow_prediction"
 _BOTH = ["UniPCMultistepScheduler", "DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler"]
-_BOTH += ["DEISMultistepScheduler", "SASolverScheduler"]
 
 
 def is_flow(scheduler: SchedulerMixin) -> bool:
@@ -45,6 +44,10 @@ def check_scheduler(scheduler: SchedulerMixin, transformer: D2iTContentModel, of
         )
     if any(base.__name__.endswith("Scheduler") for base in of_diffusers) and not _is_one_of(scheduler, known):
         raise ValueError(f"`scheduler` must be one of {', '.join(known)}, got {name}.")
+    if config.get("use_dynamic_shifting"):
+        raise ValueError(
+            f"`scheduler` {name} shifts its steps by the size of an image: make it without dynamic shifting."
+        )
     if not reads_variance(scheduler):
         return
     if not isinstance(scheduler, DDPMScheduler):

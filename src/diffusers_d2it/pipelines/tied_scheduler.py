@@ -6,7 +6,7 @@ import inspect
 
 import numpy as np
 import torch
-from diffusers import DDPMScheduler, EDMEulerScheduler
+from diffusers import DDPMScheduler, EDMEulerScheduler, LMSDiscreteScheduler, PNDMScheduler
 
 from ..grains import GrainLayout
 from .schedulers import is_flow, reads_variance
@@ -80,16 +80,19 @@ class TiedScheduler:
         """Leave out the first steps, so that a share `strength` of them, rounded down, is taken.
 
         Raises:
-            ValueError: it is more than none, and less than one step.
+            ValueError: it is more than none, and less than one step; or the scheduler cannot begin among its steps.
         """
         order = getattr(self.scheduler, "order", 1)
         number = -(-len(self.timesteps) // order)  # of steps; one of a higher order has several timesteps
-        taken = int(number * strength)
+        taken = int(number * strength + 1e-6)  # 0.29 of 100 steps are 29
         if strength > 0 and taken == 0:
-            raise ValueError(f"`strength` must be at least {1 / number:.3g}, one of {number} steps, got {strength}.")
+            raise ValueError(f"`strength` must be at least 1 / {number}, one of {number} steps, got {strength}.")
+        if 0 < taken < number and isinstance(self.scheduler, PNDMScheduler | LMSDiscreteScheduler):
+            name = type(self.scheduler).__name__
+            raise ValueError(f"`strength` must be 0 or 1 with {name}, which needs its first steps, got {strength}.")
         self.skipped = order * (number - taken)
         self.timesteps = self.timesteps[self.skipped :]
-        if self.skipped and hasattr(self.scheduler, "set_begin_index"):
+        if hasattr(self.scheduler, "set_begin_index"):  # else it is looked up, on the device
             self.scheduler.set_begin_index(self.skipped)
 
     def noised(self, latents: torch.Tensor, noise: torch.Tensor, i: int) -> torch.Tensor:
