@@ -84,7 +84,7 @@ def try_wheel(wheel: Path, folder: Path) -> None:
     venv.create(folder / "empty", with_pip=True)
     python = folder / "empty" / "bin" / "python"
     run(python, "-m", "pip", "install", "--quiet", "--constraint", ROOT / "constraints.txt", wheel)
-    print(run(python, "-c", TRY, cwd=folder), end="")
+    print(run(python, "-I", "-c", TRY, cwd=folder), end="")
 
 
 def run(*command: str | Path, cwd: Path | None = None) -> str:
