@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 SOURCES = src examples tests benchmarks reproduction docs .ci setup.py conftest.py
 
-.PHONY: demo test docs check release test-oldest test-optional extras faults train-tiny style quality bench clean
+.PHONY: demo test docs notebook check release test-oldest test-optional extras faults train-tiny style quality bench clean
 
 # The environment with the versions of constraints.txt; made again when one of these files changes.
 $(VENV)/.installed: setup.py constraints.txt
@@ -24,6 +24,11 @@ docs: $(VENV)/.installed-docs
 $(VENV)/.installed-docs: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[docs]"
 	touch $@
+
+# docs/notebooks, run from the first cell to the last; it stays as it is, without outputs
+notebook: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[notebook]"
+	$(BIN)/python -m pytest --nbmake --nbmake-timeout=180 docs/notebooks
 
 # The tests, and the blocks of all pages. A worker a core; a file goes to one of them, as its tests share what takes long. One file alone needs none of this:
 # pytest tests/test_grains.py

@@ -26,6 +26,7 @@ extras = {
     "onnx": ["onnx>=1.18", "onnxscript>=0.5", "onnxruntime>=1.22"],
     "quantization": ["torchao>=0.14", "optimum-quanto>=0.2.7", "gguf>=0.10"],  # integer weights
     "docs": ["mkdocs-material>=9.5", "mkdocstrings[python]>=1.0"],
+    "notebook": ["nbmake>=1.5", "ipykernel>=6.29", "matplotlib>=3.8", "scikit-image>=0.22"],
     "quality": ["ruff>=0.9"],
     "release": ["build>=1.2"],
     # einops is for benchmarks, torchsde serves one scheduler, scikit-image brings photographs, peft LoRA,

@@ -1,12 +1,15 @@
 # Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
 """What the pages name is there: names of the method's tables, links, files. (Their blocks run by `pages.py`.)"""
 
+import json
 import re
 import shlex
 from pathlib import Path
 
 import pytest
 from pages import check_command
+
+import diffusers_d2it
 
 
 ROOT = Path(__file__).parents[1]
@@ -60,3 +63,15 @@ def test_a_command_that_would_not_begin_is_found(command, monkeypatch):
     monkeypatch.chdir(ROOT)
     with pytest.raises((AssertionError, SystemExit)):
         check_command(shlex.split(command))
+
+
+@pytest.mark.parametrize("notebook", ROOT.glob("docs/notebooks/*.ipynb"), ids=lambda path: path.name)
+def test_notebooks_are_kept_without_outputs(notebook):
+    cells = [cell for cell in json.loads(notebook.read_text())["cells"] if cell["cell_type"] == "code"]
+    assert cells and not any(cell["outputs"] or cell["execution_count"] for cell in cells)
+
+
+def test_the_citation_in_the_readme_is_that_of_the_package():
+    version = diffusers_d2it.__version__
+    assert f"version = {{{version}}}" in (ROOT / "README.md").read_text()
+    assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text()
