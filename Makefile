@@ -2,9 +2,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
-SOURCES = src examples tests benchmarks reproduction setup.py
+SOURCES = src examples tests benchmarks reproduction docs .ci setup.py conftest.py
 
-.PHONY: demo test test-oldest test-optional extras faults train-tiny style quality bench clean
+.PHONY: demo test docs notebook check release test-oldest test-optional extras faults train-tiny style quality bench clean
 
 # The environment with the versions of constraints.txt; made again when one of these files changes.
 $(VENV)/.installed: setup.py constraints.txt
@@ -17,10 +17,23 @@ $(VENV)/.installed: setup.py constraints.txt
 demo: $(VENV)/.installed
 	$(BIN)/python examples/demo.py --output demo.png
 
-# A worker a core; a file goes to one of them, as its tests share what takes long. One file alone needs none of this:
+# All pages and the API as a site, build/site: a broken link or a public name without a docstring fails
+docs: $(VENV)/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+$(VENV)/.installed-docs: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[docs]"
+	touch $@
+
+# docs/notebooks, run from the first cell to the last; it stays as it is, without outputs
+notebook: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[notebook]"
+	$(BIN)/python -m pytest --nbmake --nbmake-timeout=180 docs/notebooks
+
+# The tests, and the blocks of all pages. A worker a core; a file goes to one of them, as its tests share what takes long. One file alone needs none of this:
 # pytest tests/test_grains.py
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest tests -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 # What is compiled and exported, under the oldest torch that setup.py allows: the rest of the versions stay
 OLDEST = $(shell sed -n 's/.*"torch>=\([0-9.]*\)".*/\1/p' setup.py)
@@ -63,6 +76,14 @@ style: $(VENV)/.installed
 quality: $(VENV)/.installed
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
+
+# What a change must pass
+check: quality docs test
+
+# sdist and wheel in dist/: looked into, installed in an empty environment, tried
+release: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[release]"
+	$(BIN)/python .ci/release.py
 
 # Each extra of setup.py can be installed with the versions of constraints.txt: they are looked up, not installed
 EXTRAS = $(shell $(PYTHON) -c "import re; print(*re.findall(r'^    \"(\w+)\": \[', open('setup.py').read(), re.M))")

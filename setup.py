@@ -25,10 +25,12 @@ extras = {
     "lora": ["peft>=0.15"],
     "onnx": ["onnx>=1.18", "onnxscript>=0.5", "onnxruntime>=1.22"],
     "quantization": ["torchao>=0.14", "optimum-quanto>=0.2.7", "gguf>=0.10"],  # integer weights
-    "docs": ["mkdocs-material>=9.5", "mkdocstrings[python]>=0.26"],
+    "docs": ["mkdocs-material>=9.5", "mkdocstrings[python]>=1.0"],
+    "notebook": ["nbmake>=1.5", "ipykernel>=6.29", "matplotlib>=3.8", "scikit-image>=0.22"],
     "quality": ["ruff>=0.9"],
+    "release": ["build>=1.2"],
     # einops is for benchmarks, torchsde serves one scheduler, scikit-image brings photographs, peft LoRA,
-    # markdown-it-py reads model cards.
+    # markdown-it-py reads model cards, sybil runs the blocks of pages.
     "test": [
         "pytest>=8",
         "pytest-xdist>=3.6",
@@ -37,6 +39,7 @@ extras = {
         "torchsde>=0.2.6",
         "peft>=0.15",
         "markdown-it-py>=3",
+        "sybil>=9",
         "psutil",
     ],
 }

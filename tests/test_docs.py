@@ -1,10 +1,15 @@
 # Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
-"""What the pages name is there: names of the method's tables, links, files."""
+"""What the pages name is there: names of the method's tables, links, files. (Their blocks run by `pages.py`.)"""
 
+import json
 import re
+import shlex
 from pathlib import Path
 
 import pytest
+from pages import check_command
+
+import diffusers_d2it
 
 
 ROOT = Path(__file__).parents[1]
@@ -33,29 +38,40 @@ def test_links_and_files_of_a_page_exist(page):
     assert [name for name in re.findall(r"`(test_\w+)`", text) if f"def {name}(" not in tests] == []
 
 
-def test_every_page_is_in_the_index():
-    index = (ROOT / "docs" / "index.md").read_text()
+@pytest.mark.parametrize("index", ["docs/index.md", "mkdocs.yml"])
+def test_every_page_is_in_the_index_and_in_the_site(index):
+    index = (ROOT / index).read_text()
     assert [page.name for page in ROOT.glob("docs/*.md") if page.name != "index.md" and page.name not in index] == []
 
 
-@pytest.mark.filterwarnings("ignore")
-def run_blocks(page: str) -> dict:
-    """What the Python blocks of a page define, run one after another in the current folder."""
-    names: dict = {}
-    for block in re.findall(r"```python\n(.*?)```", (ROOT / "docs" / page).read_text(), re.S):
-        exec(block, names)
-    return names
+@pytest.mark.parametrize(
+    "command",
+    [
+        "python examples/demo.py --outptu demo.png",
+        "python examples/no_script.py",
+        "python reproduction/study.py --jobs many",
+        "python benchmarks/refine_net.py --fine_ratoi 0.3",
+        "accelerate launch --config_file examples/configs/accelerate/nine-gpus.yaml examples/demo.py",
+        "accelerate launch --num_processes 2 examples/train_d2it.py --vaee v",
+        "make tea",
+        'pip install ".[tea]"',
+        "pip install diffusers-d2it",
+        "curl example.org",
+    ],
+)
+def test_a_command_that_would_not_begin_is_found(command, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises((AssertionError, SystemExit)):
+        check_command(shlex.split(command))
 
 
-def test_recipes_for_users_of_diffusers_run(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert run_blocks("ecosystem.md")["image"].size == (64, 64)
+@pytest.mark.parametrize("notebook", ROOT.glob("docs/notebooks/*.ipynb"), ids=lambda path: path.name)
+def test_notebooks_are_kept_without_outputs(notebook):
+    cells = [cell for cell in json.loads(notebook.read_text())["cells"] if cell["cell_type"] == "code"]
+    assert cells and not any(cell["outputs"] or cell["execution_count"] for cell in cells)
 
 
-def test_the_page_of_control_makes_its_own_pictures(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    run_blocks("control.md")
-    shown = set(re.findall(r"\]\((control-\w+\.jpg)\)", (ROOT / "docs" / "control.md").read_text()))
-    made = {path.name for path in tmp_path.iterdir()}
-    assert shown - made == {"control-centres.jpg"}  # of `reproduction/editing.py`, which needs photographs
-    assert len(shown) == 6
+def test_the_citation_in_the_readme_is_that_of_the_package():
+    version = diffusers_d2it.__version__
+    assert f"version = {{{version}}}" in (ROOT / "README.md").read_text()
+    assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text()

@@ -233,6 +233,7 @@ class ModuleFeatures(FeatureExtractor):
         return super().describe() | {"layers": hashlib.sha256(repr(self.module).encode()).hexdigest()}
 
     def extract(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What the module returns, as a dictionary, if its shapes fit; (B, 3, H, W), uint8, as of every extractor."""
         output = self.module(from_uint8(images))
         output = output if isinstance(output, dict) else {"pool": output}
         shapes = {name: tuple(getattr(value, "shape", ())) for name, value in output.items()}

@@ -21,6 +21,7 @@ class D2iTCFGCutoffCallback(PipelineCallback):
     tensor_inputs = []
 
     def callback_fn(self, pipeline, step_index: int, timestep, callback_kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Called by the pipeline after every step."""
         last = self.config.cutoff_step_index
         if last is None:
             last = int(pipeline.num_timesteps * self.config.cutoff_step_ratio)

@@ -66,10 +66,11 @@ class D2iTImg2ImgPipeline(EditingPipeline):
             fine_ratio: of the picture's own map as of `grain_map_from_image`, of others as of `D2iTPipeline`.
             latents: noise, (B, C, H / f, W / f), standard normal.
             num_images_per_prompt: variations of each picture.
-            num_inference_steps, guidance_scale, guidance_interval, grain_num_inference_steps, grain_guidance_scale,
-                generator, output_type, return_dict, callback_on_step_end, callback_on_step_end_tensor_inputs, height,
-                width, guidance_power, timesteps, sigmas, eta, attention_kwargs: as of `D2iTPipeline`; shares of the
+            num_inference_steps, guidance_scale, guidance_interval, guidance_power: as of `D2iTPipeline`; shares of the
                 steps, as of an interval, are of all steps, those left out included.
+            grain_num_inference_steps, grain_guidance_scale, timesteps, sigmas, eta, attention_kwargs: as of it.
+            generator, output_type, return_dict, height, width: as of it.
+            callback_on_step_end, callback_on_step_end_tensor_inputs: as of it.
 
         Raises:
             ValueError: an argument is out of range, unknown, or contradicts another or the model; a picture cannot be
