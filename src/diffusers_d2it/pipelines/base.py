@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, TypeVar, get_type_hints
 
 import diffusers
 import torch
@@ -26,6 +26,7 @@ from ..words import listed, shown
 logger = logging.get_logger(__name__)
 
 INDEX = "model_index.json"
+Pipeline = TypeVar("Pipeline", bound="StrictPipeline")  # what is loaded is of the class that loads it
 
 # Of the many keys of schedulers those that decide how much memory is taken, and whether numbers stay finite
 _SCHEDULER = {
@@ -84,7 +85,9 @@ class StrictPipeline(WithoutOrigin, DiffusionPipeline):
     # -----------------------------------------------------------------------------------------------------------------
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs):
+    def from_pretrained(
+        cls: type[Pipeline], pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
+    ) -> Pipeline:
         """Load a pipeline, as `diffusers.DiffusionPipeline.from_pretrained` does, from safetensors and JSON only.
 
         Args:
@@ -114,7 +117,7 @@ class StrictPipeline(WithoutOrigin, DiffusionPipeline):
         return pipe
 
     @classmethod
-    def download(cls, pretrained_model_name: str, **kwargs) -> str:
+    def download(cls, pretrained_model_name: str, **kwargs: Any) -> str:
         """Download a pipeline from the Hub, as `diffusers.DiffusionPipeline.download` does, and return its folder.
 
         All files come from one commit, which is asked for once.
@@ -188,7 +191,7 @@ class StrictPipeline(WithoutOrigin, DiffusionPipeline):
         max_shard_size: int | str | None = None,
         push_to_hub: bool = False,
         use_flashpack: bool = False,
-        **kwargs,
+        **kwargs: Any,
     ) -> None:
         """Save the pipeline to a folder, whole or not at all, and push it if asked.
 
