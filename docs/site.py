@@ -51,6 +51,13 @@ def on_page_markdown(markdown: str, page, config, files: Files) -> str:
     return re.sub(r"(?<!!)\[(?P<text>[^\]]*)\]\((?P<path>[^)#:\s]+)(?:#[^)\s]*)?\)", lead, markdown)
 
 
+def on_post_page(output: str, page, config) -> str:
+    """Whoever reads a page asks no other server for anything."""
+    for part in re.findall(r"<(?:script|link|img|iframe)\b[^>]*(?:src|href)=[\"']?(?:https?:)?//[^>]*>", output):
+        log.warning("%s asks another server: %s", page.file.src_uri, part)
+    return output
+
+
 def on_env(env, config, files: Files):
     """Every public name has its place in docs/api.md, says what it and its methods are, and has types throughout."""
     entries = re.findall(r"^::: (\S+)", (ROOT / "docs" / "api.md").read_text(), re.M)
