@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 SOURCES = src examples tests benchmarks reproduction docs .ci setup.py conftest.py
 
-.PHONY: demo test docs notebook check release test-oldest test-optional extras faults train-tiny style quality bench clean
+.PHONY: demo test docs notebook types check release test-oldest test-optional extras faults train-tiny style quality bench clean
 
 # The environment with the versions of constraints.txt; made again when one of these files changes.
 $(VENV)/.installed: setup.py constraints.txt
@@ -46,7 +46,7 @@ test-oldest: setup.py constraints.txt
 
 # What tests skip where these are not installed: integer weights and ONNX
 test-optional: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt ".[onnx,quantization]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[onnx,quantization]"
 	$(BIN)/python -m pytest tests/models/test_quantized.py tests/models/test_export.py
 
 # The long form of tests/faults: thousands of kills, failing calls, damaged and hostile files; ends with its table
@@ -77,8 +77,12 @@ quality: $(VENV)/.installed
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
 
+# What an editor knows of the public names
+types: $(VENV)/.installed
+	$(BIN)/python -m mypy
+
 # What a change must pass
-check: quality docs test
+check: quality types docs test
 
 # sdist and wheel in dist/: looked into, installed in an empty environment, tried
 release: $(VENV)/.installed

@@ -27,7 +27,7 @@ extras = {
     "quantization": ["torchao>=0.14", "optimum-quanto>=0.2.7", "gguf>=0.10"],  # integer weights
     "docs": ["mkdocs-material>=9.5", "mkdocstrings[python]>=1.0"],
     "notebook": ["nbmake>=1.5", "ipykernel>=6.29", "matplotlib>=3.8", "scikit-image>=0.22"],
-    "quality": ["ruff>=0.9"],
+    "quality": ["ruff>=0.9", "mypy>=1.15"],
     "release": ["build>=1.2"],
     # einops is for benchmarks, torchsde serves one scheduler, scikit-image brings photographs, peft LoRA,
     # markdown-it-py reads model cards, sybil runs the blocks of pages.
@@ -57,7 +57,9 @@ setup(
     python_requires=">=3.10",
     package_dir={"": "src"},
     packages=find_packages("src"),
-    package_data={"diffusers_d2it": ["presets/*.json", "presets/samplers/*.json", "checkpoints/**/*", "hub/*.md"]},
+    package_data={
+        "diffusers_d2it": ["py.typed", "presets/*.json", "presets/samplers/*.json", "checkpoints/**/*", "hub/*.md"]
+    },
     install_requires=[
         "torch>=2.10",  # before that, torch.load(weights_only=True) can be made to run code (CVE-2026-24747)
         "diffusers>=0.42",

@@ -51,8 +51,15 @@ def on_page_markdown(markdown: str, page, config, files: Files) -> str:
     return re.sub(r"(?<!!)\[(?P<text>[^\]]*)\]\((?P<path>[^)#:\s]+)(?:#[^)\s]*)?\)", lead, markdown)
 
 
+def on_post_page(output: str, page, config) -> str:
+    """Whoever reads a page asks no other server for anything."""
+    for part in re.findall(r"<(?:script|link|img|iframe)\b[^>]*(?:src|href)=[\"']?(?:https?:)?//[^>]*>", output):
+        log.warning("%s asks another server: %s", page.file.src_uri, part)
+    return output
+
+
 def on_env(env, config, files: Files):
-    """Every public name has its place in docs/api.md, and says what it, its methods and its arguments are."""
+    """Every public name has its place in docs/api.md, says what it and its methods are, and has types throughout."""
     entries = re.findall(r"^::: (\S+)", (ROOT / "docs" / "api.md").read_text(), re.M)
     package = griffe.load("diffusers_d2it", search_paths=[str(ROOT / "src")])
     names = ast.literal_eval(str(package["__all__"].value))
@@ -70,6 +77,10 @@ def _check(thing, name: str) -> None:
         for key, member in thing.all_members.items():
             if member.is_function and member.is_public and (key == "__call__" or not key.startswith("__")):
                 _check(member, f"{name}.{key}")
+    if thing.is_function and not name.endswith("__init__"):
+        untyped = [one.name for one in thing.parameters if one.annotation is None and one.name not in ("self", "cls")]
+        if untyped or thing.returns is None:
+            log.warning("%s lacks the type of %s", name, ", ".join(untyped) or "what it returns")
     if thing.is_function and thing.has_docstring:
         sections = thing.docstring.parse("google", warnings=False)
         said = [item.name for section in sections if section.kind.value == "parameters" for item in section.value]

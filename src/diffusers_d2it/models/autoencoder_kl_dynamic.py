@@ -7,6 +7,7 @@ Shapes:
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -182,7 +183,7 @@ class DynamicAutoencoderKL(StrictModelMixin, AutoencoderMixin, SafeAdapterMixin,
             heads.requires_grad_(True)
             heads[finest].requires_grad_(False)
 
-    def compile(self, *args, **kwargs) -> None:
+    def compile(self, *args: Any, **kwargs: Any) -> None:
         """`torch.compile` the residual blocks, which `encode` and `decode` run: pipelines do not call `forward`.
 
         Compiled as one, the decoder has wrong gradients on a CPU under bf16 autocast (torch 2.13).
@@ -319,7 +320,9 @@ class DynamicAutoencoderKL(StrictModelMixin, AutoencoderMixin, SafeAdapterMixin,
         return TiedGaussianDistribution(layout.merge(moments), layout)
 
     @apply_forward_hook
-    def decode(self, z: torch.Tensor, return_dict: bool = True, generator=None) -> DecoderOutput | tuple:
+    def decode(
+        self, z: torch.Tensor, return_dict: bool = True, generator: torch.Generator | None = None
+    ) -> DecoderOutput | tuple:
         """Decode latents (B, C, H/f, W/f), unscaled, into images (B, 3, H, W), about [-1, 1].
 
         `generator` is accepted because diffusers' pipelines pass one; decoding is deterministic.

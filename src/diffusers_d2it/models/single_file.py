@@ -4,7 +4,7 @@
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from diffusers.loaders import FromOriginalModelMixin
@@ -15,6 +15,8 @@ from ..files.weights import Tensor, check_fits, check_values_finite
 from ..words import listed, shown, visible
 
 
+Model = TypeVar("Model", bound="SingleFileMixin")  # what is loaded is of the class that loads it
+
 _SUFFIXES_OF_WEIGHTS = (".safetensors", ".gguf")
 _HUB = ("force_download", "proxies", "token", "cache_dir", "local_files_only", "revision")
 
@@ -24,12 +26,12 @@ class SingleFileMixin(FromOriginalModelMixin):
 
     @classmethod
     def from_single_file(
-        cls,
+        cls: type[Model],
         pretrained_model_link_or_path_or_dict: str | os.PathLike | Mapping[str, torch.Tensor],
         *,
         config: str | os.PathLike | None = None,
         **kwargs: Any,
-    ):
+    ) -> Model:
         """Load weights that lie in one file, under the names that `save_pretrained` gives them.
 
             D2iTContentModel.from_single_file("content.safetensors", config="user/model", subfolder="transformer")

@@ -27,7 +27,7 @@ from ..files.weights import (
 from ..limits import check_values
 from ..words import listed, shown
 from .configs import FURTHER_KEYS, LIMITS
-from .single_file import SingleFileMixin
+from .single_file import Model, SingleFileMixin
 
 
 logger = logging.get_logger(__name__)
@@ -58,7 +58,7 @@ class StrictModelMixin(SingleFileMixin, WithoutOrigin, ModelMixin):
         cls._check_together(config)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs):
+    def from_pretrained(cls: type[Model], pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Model:
         """Load a model, as `diffusers.ModelMixin.from_pretrained` does, from safetensors only.
 
         Everything is checked before anything of the model's size is allocated: the configuration key by key, the
@@ -153,7 +153,7 @@ class StrictModelMixin(SingleFileMixin, WithoutOrigin, ModelMixin):
         max_shard_size: int | str = "10GB",
         push_to_hub: bool = False,
         use_flashpack: bool = False,
-        **kwargs,
+        **kwargs: Any,
     ) -> None:
         """Save a model to a folder, whole or not at all, sealed by a manifest; see `files.folders`.
 
@@ -218,7 +218,7 @@ class StrictModelMixin(SingleFileMixin, WithoutOrigin, ModelMixin):
         return {"self", *init_parameters(input_class)}
 
     @classmethod
-    def extract_init_dict(cls, config_dict: Mapping[str, Any], **kwargs):
+    def extract_init_dict(cls, config_dict: Mapping[str, Any], **kwargs: Any) -> tuple[dict, dict, dict]:
         """As of diffusers, without keys that it would hand to the constructor although nobody knows them."""
         known = {key: value for key, value in config_dict.items() if key.startswith("_") or key in _known_keys(cls)}
         return super().extract_init_dict(known, **kwargs)

@@ -8,7 +8,7 @@ Shapes:
 """
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import torch.nn.functional as F
@@ -41,7 +41,8 @@ from .strict import SafeAdapterMixin, StrictModelMixin
 
 
 # Of the caches of diffusers those that know where blocks of this kind keep what they compute
-_CACHES = (FirstBlockCacheConfig, MagCacheConfig, TaylorSeerCacheConfig, PyramidAttentionBroadcastConfig)
+CacheConfig = FirstBlockCacheConfig | MagCacheConfig | TaylorSeerCacheConfig | PyramidAttentionBroadcastConfig
+_CACHES = get_args(CacheConfig)
 
 
 class GrainEmbedder(nn.Module):
@@ -195,7 +196,7 @@ class D2iTContentModel(ClassLabelsMixin, StrictModelMixin, AttentionMixin, Cache
         levels = pack_levels(grain_map, num_grains, window_size, rounded=is_compiled)
         return replace(layout, levels=levels, window_size=window_size)
 
-    def enable_cache(self, config) -> None:
+    def enable_cache(self, config: CacheConfig) -> None:
         """As of diffusers: keep what blocks compute over several steps, as `config` says.
 
         Raises:

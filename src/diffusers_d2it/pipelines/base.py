@@ -5,7 +5,7 @@ import inspect
 import os
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, TypeVar, get_type_hints
 
 import torch
 from diffusers import DiffusionPipeline
@@ -22,6 +22,8 @@ from .index import INDEX, check_scheduler_file, is_component, let_diffusers_load
 
 
 logger = logging.get_logger(__name__)
+
+Pipeline = TypeVar("Pipeline", bound="StrictPipeline")  # what is loaded is of the class that loads it
 
 
 class StrictPipeline(WithoutOrigin, DiffusionPipeline):
@@ -60,7 +62,9 @@ class StrictPipeline(WithoutOrigin, DiffusionPipeline):
     # -----------------------------------------------------------------------------------------------------------------
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs):
+    def from_pretrained(
+        cls: type[Pipeline], pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
+    ) -> Pipeline:
         """Load a pipeline, as `diffusers.DiffusionPipeline.from_pretrained` does, from safetensors and JSON only.
 
         Args:
@@ -90,7 +94,7 @@ class StrictPipeline(WithoutOrigin, DiffusionPipeline):
         return pipe
 
     @classmethod
-    def download(cls, pretrained_model_name: str, **kwargs) -> str:
+    def download(cls, pretrained_model_name: str, **kwargs: Any) -> str:
         """Download a pipeline from the Hub, as `diffusers.DiffusionPipeline.download` does, and return its folder.
 
         All files come from one commit, which is asked for once.
@@ -137,7 +141,7 @@ class StrictPipeline(WithoutOrigin, DiffusionPipeline):
         max_shard_size: int | str | None = None,
         push_to_hub: bool = False,
         use_flashpack: bool = False,
-        **kwargs,
+        **kwargs: Any,
     ) -> None:
         """Save the pipeline to a folder, whole or not at all, and push it if asked.
 

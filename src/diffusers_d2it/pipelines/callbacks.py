@@ -3,6 +3,7 @@
 
 from typing import Any
 
+from diffusers import DiffusionPipeline
 from diffusers.callbacks import PipelineCallback
 
 
@@ -20,7 +21,9 @@ class D2iTCFGCutoffCallback(PipelineCallback):
 
     tensor_inputs = []
 
-    def callback_fn(self, pipeline, step_index: int, timestep, callback_kwargs: dict[str, Any]) -> dict[str, Any]:
+    def callback_fn(
+        self, pipeline: DiffusionPipeline, step_index: int, timestep: Any, callback_kwargs: dict[str, Any]
+    ) -> dict[str, Any]:
         """Called by the pipeline after every step."""
         last = self.config.cutoff_step_index
         if last is None:

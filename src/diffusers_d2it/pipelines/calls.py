@@ -5,7 +5,7 @@ import inspect
 import threading
 from collections.abc import Callable, Mapping
 from functools import wraps
-from typing import Any
+from typing import Any, TypeVar
 from weakref import WeakKeyDictionary, WeakSet
 
 import torch
@@ -26,6 +26,8 @@ _INSTEAD = {
     "steps": "it is called `num_inference_steps`.",
     "num_images": "it is called `num_images_per_prompt`.",
 }
+
+Call = TypeVar("Call", bound=Callable)
 
 _guard = threading.Lock()
 _turns: WeakKeyDictionary = WeakKeyDictionary()  # a lock for each denoiser, whichever pipelines it is in
@@ -48,7 +50,7 @@ def refuse_unknown(pipe: object, kwargs: Mapping[str, Any], call: Callable) -> N
         raise TypeError(f"`{name}` is no argument of {type(pipe).__name__}: {instead}")
 
 
-def one_call(call: Callable) -> Callable:
+def one_call(call: Call) -> Call:
     """Make a method the `__call__` of a pipeline: its arguments are `plain`, and calls on one denoiser take turns.
 
     A call keeps its state in the pipeline, where callbacks change it, and in the caches of its denoiser, which

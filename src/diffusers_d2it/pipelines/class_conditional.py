@@ -7,11 +7,12 @@ from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
+import PIL.Image
 import torch
 
 from ..limits import plain
 from ..words import close_to, composed, shown
-from .base import StrictPipeline
+from .base import Pipeline, StrictPipeline
 from .calls import turn_of
 from .lora import LoraPipelineMixin
 
@@ -38,7 +39,7 @@ class ClassConditionalPipeline(LoraPipelineMixin, StrictPipeline):
         if start > stop:
             raise ValueError(f"`guidance_interval` must be (start, stop) with start <= stop, got ({start}, {stop}).")
 
-    def to(self, *args, **kwargs):
+    def to(self: Pipeline, *args: Any, **kwargs: Any) -> Pipeline:
         """As of diffusers; a call that is under way in another thread ends first."""
         if kwargs.get("dtype") is KEPT:
             return self
@@ -122,7 +123,9 @@ class ClassConditionalPipeline(LoraPipelineMixin, StrictPipeline):
         return 1 + (self._guidance_scale - 1) * (1 - math.cos(math.pi * progress**power)) / 2
 
     @torch.no_grad()
-    def decode_latents(self, latents: torch.Tensor, output_type: str = "pil"):
+    def decode_latents(
+        self, latents: torch.Tensor, output_type: str = "pil"
+    ) -> list[PIL.Image.Image] | np.ndarray | torch.Tensor:
         """Scaled latents (B, C, H / f, W / f) to images of `output_type`.
 
         Raises:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import PIL.Image
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, SchedulerMixin
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.schedulers import KarrasDiffusionSchedulers
@@ -28,6 +28,7 @@ from ..models.transformer_d2it_content import D2iTContentModel
 from ..models.transformer_d2it_grain import D2iTGrainModel
 from ..visualization import visualize_grain_map
 from ..words import counted
+from .base import Pipeline
 from .batches import Batch, make_batch
 from .checks import (
     SAMPLING_LIMITS,
@@ -85,6 +86,12 @@ class DenoisingPipeline(ClassConditionalPipeline):
         ValueError: the components do not fit one another.
     """
 
+    vae: DynamicAutoencoderKL
+    grain_model: D2iTGrainModel
+    transformer: D2iTContentModel
+    scheduler: SchedulerMixin
+    grain_scheduler: SchedulerMixin
+
     model_cpu_offload_seq = "grain_model->transformer->vae"
     _models = {"vae": DynamicAutoencoderKL, "grain_model": D2iTGrainModel, "transformer": D2iTContentModel}
     _schedulers = ("scheduler", "grain_scheduler")
@@ -118,7 +125,7 @@ class DenoisingPipeline(ClassConditionalPipeline):
         self.image_processor = VaeImageProcessor(do_resize=False)
 
     @classmethod
-    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs):
+    def from_pipe(cls: type[Pipeline], pipeline: DiffusionPipeline, **kwargs: Any) -> Pipeline:
         """As of diffusers; the models, which both pipelines then have, keep their dtypes where none is asked for."""
         if not {"dtype", "torch_dtype"} & kwargs.keys():
             kwargs["dtype"] = KEPT

@@ -18,7 +18,9 @@ class LoraPipelineMixin(SanaLoraLoaderMixin):
     """
 
     @classmethod
-    def lora_state_dict(cls, pretrained_model_name_or_path_or_dict: str | dict[str, torch.Tensor], **kwargs: Any):
+    def lora_state_dict(
+        cls, pretrained_model_name_or_path_or_dict: str | dict[str, torch.Tensor], **kwargs: Any
+    ) -> dict[str, torch.Tensor] | tuple:
         """The weights of adapters, as of diffusers.
 
         Raises:
