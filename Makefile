@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 SOURCES = src examples tests benchmarks reproduction setup.py
 
-.PHONY: demo test test-oldest test-optional extras faults train-tiny style quality bench clean
+.PHONY: demo space test test-oldest test-optional test-browser extras faults train-tiny style quality bench clean
 
 # The environment with the versions of constraints.txt; made again when one of these files changes.
 $(VENV)/.installed: setup.py constraints.txt
@@ -16,6 +16,10 @@ $(VENV)/.installed: setup.py constraints.txt
 # A labelled grid of samples from the bundled checkpoint with their grain maps: demo.png
 demo: $(VENV)/.installed
 	$(BIN)/python examples/demo.py --output demo.png
+
+# What a Space on the Hub needs for the page of examples/app.py: examples/space
+space: $(VENV)/.installed
+	$(BIN)/python examples/make_space.py
 
 # A worker a core; a file goes to one of them, as its tests share what takes long. One file alone needs none of this:
 # pytest tests/test_grains.py
@@ -35,6 +39,12 @@ test-oldest: setup.py constraints.txt
 test-optional: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt ".[onnx,quantization]"
 	$(BIN)/python -m pytest tests/models/test_quantized.py tests/models/test_export.py
+
+# The page in a headless Chromium, of the system: `apt-get install chromium`, or CHROMIUM=/path/to/it. Without one only
+# that is skipped. SCREENSHOTS=docs writes the pictures of docs/page.md
+test-browser: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt ".[browser]"
+	$(BIN)/python -m pytest -s tests/examples/test_app.py tests/examples/test_app_in_a_browser.py
 
 # The long form of tests/faults: thousands of kills, failing calls, damaged and hostile files; ends with its table
 faults: $(VENV)/.installed

@@ -27,6 +27,7 @@ import html
 import random
 from collections.abc import Callable, Iterator
 from typing import Any
+from uuid import uuid4
 
 import gradio as gr
 import torch
@@ -40,6 +41,9 @@ FINE, COARSE, MASK = "#d62728", "#1f77b4", "#ff7f0e"
 MISTAKES = (ValueError, TypeError, RuntimeError, OSError)  # what the library says of arguments, pictures and machines
 STYLE = """
 .picture img { width: 100%; height: 100%; object-fit: contain; }
+@media (max-width: 640px) { .budgets .grid-container { grid-template-columns: 1fr 1fr !important; } }
+button[role=tab] { color: var(--body-text-color) !important; }
+.empty.wrap, .empty.wrap .or { color: #52525b !important; }
 .said p { margin: 0; font-size: 1rem; }
 .said .mistake { color: var(--error-text-color); font-weight: 600; }
 """
@@ -58,6 +62,18 @@ def words_box(words: str) -> gr.HTML:
     return gr.HTML(said(words), elem_classes="said")
 
 
+def marked(picture: Any) -> Any:
+    """What the page shows: of None what it has; of a picture one with a mark, as gradio keeps equal ones in one file.
+
+    It would write that file again while somebody reads it.
+    """
+    if picture is None:
+        return gr.skip()
+    if isinstance(picture, Image.Image):
+        picture.info["drawing"] = uuid4().hex
+    return picture
+
+
 def on(event: Callable, function: Callable, inputs: list, outputs: list, name: str) -> None:
     """Let an event of the page call a function whose last output is words; mistakes are said there, the rest stays."""
 
@@ -65,7 +81,7 @@ def on(event: Callable, function: Callable, inputs: list, outputs: list, name: s
         try:
             answers = function(*values)
             for *answered, words in answers if isinstance(answers, Iterator) else [answers]:
-                yield *answered, said(words)
+                yield *map(marked, answered), said(words)
         except MISTAKES as error:
             yield *[gr.skip()] * (len(outputs) - 1), said(str(error), is_mistake=True)
 
@@ -101,7 +117,7 @@ def editor_box(label: str, colours: list[str], sources: tuple[str, ...] = ()) ->
 
 
 def on_canvas(picture: Image.Image) -> dict[str, Any]:
-    return {"background": picture, "layers": [], "composite": None}
+    return {"background": marked(picture), "layers": [], "composite": None}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -119,14 +135,16 @@ def draw_tab(pipe: D2iTPipeline, above: list, page: gr.Blocks) -> gr.Image:
     with gr.Row():
         picture = picture_box("Picture", "The picture that was drawn")
         overlay = picture_box("Its grain map: red is fine, blue is coarse", "The picture under its grain map")
-    gallery = gr.Gallery(label="The same under four budgets, and their maps", columns=4, format="png", visible=False)
+    hidden = {"visible": False, "height": "auto", "elem_classes": "budgets"}
+    gallery = gr.Gallery(label="The same under four budgets, and their maps", columns=4, format="png", **hidden)
 
     def by_budget(decides: bool, percent: float, *above: Any) -> Iterator[tuple]:
         return draw(pipe, None if decides else percent / 100, *above)
 
     def four_budgets(*above: Any) -> Iterator[tuple]:
         for pictures, words in draw_budgets(pipe, *above):
-            yield gr.Gallery(pictures, visible=True), words
+            shown = [(marked(one), caption) for one, caption in pictures or []]
+            yield gr.Gallery(shown, visible=True) if shown else None, words
 
     budget.input(None, None, model_decides, js="() => false", api_name=False)
     inputs, outputs = [model_decides, budget, *above], [picture, overlay, words]
@@ -231,7 +249,7 @@ def make_page(pipe: D2iTPipeline) -> gr.Blocks:
             classes = {"label": "Class", "allow_custom_value": True, "visible": bool(names), "min_width": 200}
             label = gr.Dropdown(names, value=first, **classes)
             seed = gr.Number(3, label="Seed", precision=0, minimum=0, maximum=2**32 - 1, min_width=100)
-            dice = gr.Button("⚄ Roll a seed", min_width=140)
+            dice = gr.Button("⚄ Roll a seed", min_width=140, scale=0)
         with gr.Accordion("Steps and guidance", open=False), gr.Row():
             num_steps = gr.Slider(1, 50, 20, step=1, label="Steps", min_width=240)
             guidance_scale = gr.Slider(1, 10, 5, step=0.5, label="Guidance: 1 is without", min_width=240)

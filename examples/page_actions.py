@@ -56,24 +56,26 @@ def settings_of(label: str | None, seed: float | None, num_steps: float, guidanc
 def steps_of(pipe: D2iTPipeline, **call: Any) -> Iterator[tuple[Any, float | str]]:
     """A call of a pipeline while it runs: (picture so far, words) a step, at last (output, milliseconds).
 
-    Calls of several people take turns on one model; the time is that of the call, without waiting and previews. One
-    whose reader has gone ends at its next step.
+    Previews take half of the time at most: a step for which there is none has None for its picture. Calls of several
+    people take turns on one model; the time is that of the call, without waiting and previews. One whose reader has
+    gone ends at its next step.
     """
-    seen, gone, previews = Queue(), Event(), []
+    seen, gone, begun, previews = Queue(), Event(), [], []
 
     def look(pipe: D2iTPipeline, step: int, timestep: torch.Tensor, tensors: dict) -> None:
         start = perf_counter()
         pipe._interrupt = gone.is_set()
-        picture = pipe.decode_latents(tensors["latents"][:1])[0]
+        is_affordable = sum(previews) <= (start - begun[0]) / 2
+        picture = pipe.decode_latents(tensors["latents"][:1])[0] if is_affordable else None
         seen.put((picture, f"step {step + 1} of {pipe.num_timesteps}"))
         previews.append(perf_counter() - start)
 
     def draw() -> None:
         try:
             with turn_of(pipe.transformer):
-                start = perf_counter()
+                begun.append(perf_counter())
                 output = pipe(callback_on_step_end=look, **call)
-                seen.put((output, 1000 * (perf_counter() - start - sum(previews))))
+                seen.put((output, 1000 * (perf_counter() - begun[0] - sum(previews))))
         except Exception as error:  # of this thread, for the one that reads
             seen.put((error, 0.0))
 
@@ -98,7 +100,7 @@ def cost(pipe: D2iTPipeline, grain_maps: torch.Tensor, milliseconds: float) -> s
 
 
 def with_map(pipe: D2iTPipeline, **call: Any) -> Iterator[tuple]:
-    """A call while it runs: (picture, map laid over it or None, words) after every step."""
+    """A call while it runs: (picture or None, map laid over it or None, words) after every step."""
     for picture, said in steps_of(pipe, **call):
         if isinstance(said, str):
             yield picture, None, said
@@ -108,16 +110,16 @@ def with_map(pipe: D2iTPipeline, **call: Any) -> Iterator[tuple]:
 
 
 def draw(pipe: D2iTPipeline, fine_ratio: float | None, *above: Any) -> Iterator[tuple]:
-    """(picture, map laid over it or None, words) after every step."""
+    """(picture or None, map laid over it or None, words) after every step."""
     yield from with_map(pipe, fine_ratio=fine_ratio, **settings_of(*above))
 
 
 def draw_budgets(pipe: D2iTPipeline, *above: Any) -> Iterator[tuple]:
-    """([(picture, caption)], words): the same noise under every one of `BUDGETS`, then their maps."""
+    """([(picture, caption)] or None, words): the same noise under every one of `BUDGETS`, then their maps."""
     maps = {"grain_map": [None] * len(BUDGETS), "fine_ratio": BUDGETS}
     for picture, said in steps_of(pipe, **maps, **settings_of(*above)):
         if isinstance(said, str):
-            yield [(picture, said)], said
+            yield None if picture is None else [(picture, said)], said
         else:
             overlays = visualize_grain_map(picture.images, picture.grain_maps)
             shown = [(image, f"{ratio:.0%} fine") for image, ratio in zip(picture.images, BUDGETS)]
@@ -186,7 +188,7 @@ def begin_painting(pipe: D2iTPipeline, surface: str, *above: Any) -> tuple[Image
 
 
 def paint(pipe: D2iTPipeline, editor: dict | None, boxes: str, begun: dict | None) -> Iterator[tuple]:
-    """(picture, map laid over it or None, words) after every step, with the seed that was begun with.
+    """(picture or None, map laid over it or None, words) after every step, with the seed that was begun with.
 
     Of a picture what is not painted stays, map and pixels; of an empty grid the grain model draws the map of the rest.
     """
@@ -229,7 +231,7 @@ def quiet(pipe: D2iTPipeline) -> D2iTPipeline:
 
 
 def edit(pipe: D2iTPipeline, editor: dict | None, how: str, strength: float, *above: Any) -> Iterator[tuple]:
-    """(picture, words) after every step: what is painted filled, or a variation of the whole."""
+    """(picture or None, words) after every step: what is painted filled, or a variation of the whole."""
     picture = (editor or {}).get("background")
     if picture is None:
         raise ValueError("there is no picture yet: upload one, or take the drawn one.")

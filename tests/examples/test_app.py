@@ -1,13 +1,17 @@
 # Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
 """What the page does, tab by tab, without a browser."""
 
+import os
+import subprocess
+import sys
 import threading
 
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import RepoCard
 from PIL import Image
-from script_runs import load_script  # finds the folder of the scripts
+from script_runs import EXAMPLES, load_script, run  # finds the folder of the scripts
 
 from page_actions import (
     BUDGETS,
@@ -25,6 +29,7 @@ from page_actions import (
 )
 
 
+COLOURS = ("red", "yellow", "green", "blue", "indigo", "purple", "pink", "gray")  # of a card of a Space
 ABOVE = ("class 3", 5, 4, 3.0)  # class, seed, steps, guidance
 
 
@@ -53,7 +58,7 @@ def strokes(red: list[tuple[int, int]], blue: list[tuple[int, int]] = (), side: 
 def test_a_picture_is_drawn_step_by_step(pipe):
     *steps, (picture, overlay, words) = draw(pipe, None, *ABOVE)
     assert [said for *_, said in steps] == [f"step {i} of 4" for i in (1, 2, 3, 4)]
-    assert all(so_far.size == (32, 32) for so_far, *_ in steps)
+    assert steps[0][0].size == (32, 32) and all(overlay is None for _, overlay, _ in steps)
     image, grain_map = alone(pipe)
     assert np.array_equal(picture, image) and overlay.size == (384, 384)
     assert words.startswith(f"{16 + 4 * int(grain_map.sum())} tokens") and words.endswith(" ms")
@@ -179,3 +184,20 @@ def test_the_page_of_any_pipeline_is_made(make_pipeline, num_classes):
     page = app.make_page(make_pipeline(num_classes=num_classes))
     assert {"draw", "draw_budgets", "paint", "edit", "compare"} <= {fn.api_name for fn in page.fns.values()}
     assert "http" not in str(app.look()["theme"]._stylesheets)
+
+
+def test_a_space_is_made_and_stands_alone(tmp_path):
+    run("make_space.py", "--output_dir", tmp_path)
+    for name in ("README.md", "requirements.txt"):
+        assert (tmp_path / name).read_text() == (EXAMPLES / "space" / name).read_text(), "run `make space`"
+    _, front, _ = (tmp_path / "README.md").read_text().split("---\n", 2)
+    card = RepoCard.load(tmp_path / "README.md", repo_type="space").data.to_dict()
+    assert front and card["sdk"] == "gradio" and (tmp_path / card["app_file"]).is_file()
+    assert f"gradio=={card['sdk_version']}\n" in (tmp_path / "requirements.txt").read_text()
+    assert len(card["title"]) and len(card["short_description"]) <= 60 and card["colorFrom"] in COLOURS
+    code = "import page_actions, diffusers_d2it; from diffusers_d2it import *; print(diffusers_d2it.__file__)\n"
+    code += "pipe = D2iTPipeline.from_pretrained(bundled_checkpoint('imagenette-128'))\n"
+    code += "print([*page_actions.draw(pipe, None, 'church', 0, 2, 5.0)][-1][-1])"
+    command, where = [sys.executable, "-c", code], os.environ | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(command, cwd=tmp_path, env=where, capture_output=True, text=True, timeout=300)
+    assert done.stdout.startswith(str(tmp_path)) and done.stdout.endswith(" ms\n"), done.stderr
