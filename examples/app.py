@@ -41,6 +41,7 @@ FINE, COARSE, MASK = "#d62728", "#1f77b4", "#ff7f0e"
 MISTAKES = (ValueError, TypeError, RuntimeError, OSError)  # what the library says of arguments, pictures and machines
 STYLE = """
 .picture img { width: 100%; height: 100%; object-fit: contain; }
+.budgets .fixed-height { max-height: none; }
 @media (max-width: 640px) { .budgets .grid-container { grid-template-columns: 1fr 1fr !important; } }
 button[role=tab] { color: var(--body-text-color) !important; }
 .empty.wrap, .empty.wrap .or { color: #52525b !important; }
@@ -249,7 +250,7 @@ def make_page(pipe: D2iTPipeline) -> gr.Blocks:
             classes = {"label": "Class", "allow_custom_value": True, "visible": bool(names), "min_width": 200}
             label = gr.Dropdown(names, value=first, **classes)
             seed = gr.Number(3, label="Seed", precision=0, minimum=0, maximum=2**32 - 1, min_width=100)
-            dice = gr.Button("⚄ Roll a seed", min_width=140, scale=0)
+            dice = gr.Button("⚄ Roll a seed", min_width=190, scale=0)
         with gr.Accordion("Steps and guidance", open=False), gr.Row():
             num_steps = gr.Slider(1, 50, 20, step=1, label="Steps", min_width=240)
             guidance_scale = gr.Slider(1, 10, 5, step=0.5, label="Guidance: 1 is without", min_width=240)

@@ -26,7 +26,8 @@ from diffusers_d2it import D2iTPipeline, bundled_checkpoint, visualize_grain_map
 
 sync_playwright = pytest.importorskip("playwright.sync_api", reason="needs the extra browser").sync_playwright
 pytest.importorskip("gradio", reason="needs the extra browser")
-CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
+NAMES = ("chromium", "chromium-browser", "google-chrome")
+CHROMIUM = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, NAMES)), None)
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium is found: set CHROMIUM to its path")
 LABEL, SEED = "English springer", 3  # what the page begins with
 WAIT = 60_000  # milliseconds; on a machine with other work a picture takes a while
@@ -240,6 +241,7 @@ def test_a_photograph_is_filled_and_varied(visit, tmp_path):
     photograph.save(tmp_path / "launch.png")
     page = visit()
     choose(page, "parachute")
+    page.get_by_label("Seed").fill("6")
     tab(page, "Edit")
     page.wait_for_timeout(1500)
     page.locator("input[type=file]").last.set_input_files(tmp_path / "launch.png")
