@@ -332,7 +332,7 @@ def test_by_the_keyboard_alone(visit, pipe):
     assert difference[~inside].max() <= 2 and difference[inside].mean() > 1
 
 
-def test_on_a_telephone_with_a_finger(visit):
+def test_on_a_telephone_with_a_finger(visit, pipe):
     page = visit(viewport={"width": 390, "height": 844}, has_touch=True, is_mobile=True)
     for name in ("Draw", "Paint", "Edit", "Compare"):
         page.get_by_role("tab", name=name).tap()
@@ -347,10 +347,12 @@ def test_on_a_telephone_with_a_finger(visit):
         points = [] if column is None else [dict(zip("xy", place(page, column, 2.5)))]
         finger.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": points})
     page.wait_for_timeout(300)
-    before = done(page, page.get_by_role("button", name="Redraw", exact=True).tap)
-    assert "tokens" in before
-    picture = shown(page, "The picture drawn under the painted map")
-    assert picture.shape == (128, 128, 3)
+    words = done(page, page.get_by_role("button", name="Redraw", exact=True).tap)
+    image, grain_map = drawn(pipe)
+    grain_map[2, 1:4] = 1  # over which the finger went
+    assert words.startswith(f"{64 + 4 * int(grain_map.sum())} tokens")
+    difference = abs(shown(page, "The picture drawn under the painted map") - image).max(axis=-1)
+    assert difference[32:48, 16:64].mean() > 1 and difference[:32].max() <= 2 and difference[48:].max() <= 2
     keep(page, "narrow")
 
 
