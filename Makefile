@@ -4,7 +4,8 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 SOURCES = src examples tests benchmarks reproduction docs .ci setup.py conftest.py
 
-.PHONY: demo test docs notebook types check release test-oldest test-optional extras faults train-tiny style quality bench clean
+.PHONY: demo test docs notebook types check release test-oldest test-optional extras faults train-tiny \
+    style quality bench clean space test-browser
 
 # The environment with the versions of constraints.txt; made again when one of these files changes.
 $(VENV)/.installed: setup.py constraints.txt
@@ -30,8 +31,12 @@ notebook: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[notebook]"
 	$(BIN)/python -m pytest --nbmake --nbmake-timeout=180 docs/notebooks
 
-# The tests, and the blocks of all pages. A worker a core; a file goes to one of them, as its tests share what takes long. One file alone needs none of this:
-# pytest tests/test_grains.py
+# What a Space on the Hub needs for the page of examples/app.py: examples/space
+space: $(VENV)/.installed
+	$(BIN)/python examples/make_space.py
+
+# The tests, and the blocks of all pages. A worker a core; a file goes to one of them, as its tests share what takes
+# long. One file alone needs none of this: pytest tests/test_grains.py
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
@@ -48,6 +53,12 @@ test-oldest: setup.py constraints.txt
 test-optional: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[onnx,quantization]"
 	$(BIN)/python -m pytest tests/models/test_quantized.py tests/models/test_export.py
+
+# The page in a headless Chromium, of the system: `apt-get install chromium`, or CHROMIUM=/path/to/it. Without one only
+# that is skipped. SCREENSHOTS=docs writes the pictures of docs/page.md
+test-browser: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[browser]"
+	$(BIN)/python -m pytest -s tests/examples/test_app.py tests/examples/test_app_in_a_browser.py
 
 # The long form of tests/faults: thousands of kills, failing calls, damaged and hostile files; ends with its table
 faults: $(VENV)/.installed

@@ -12,7 +12,8 @@ extras = {
     "training": ["tensorboard>=2.14", "torchmetrics>=1.4"],
     # torchvision breaks transformers and diffusers where it was built for another torch: nobody gets it unasked.
     "lpips": ["lpips>=0.1.4", "torchvision"],
-    "demo": ["gradio>=5"],
+    "demo": ["gradio>=6"],  # the page
+    "browser": ["gradio>=6", "playwright>=1.50"],  # tests of the page; Chromium is the system's
     # matplotlib draws the plots of the reports. Features of Inception need torch-fidelity besides.
     "metrics": ["torchmetrics>=1.4", "matplotlib>=3.8"],
     "inception": ["torch-fidelity>=0.3"],  # brings torchvision

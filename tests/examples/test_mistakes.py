@@ -60,6 +60,8 @@ FLAGS = [
     ("demo.py", "--output a/b.jpgg", ["--output", "b.jpgg", ".png"]),
     ("demo.py", "--sed 3", ["--sed", "--seed"]),
     ("photo_crops.py", "--output_dir o --crop -1", ["--crops", "-1"]),
+    ("app.py", "--port 0", ["--port", "0"]),
+    ("app.py", "--checkpoints c", ["--checkpoints", "--checkpoint"]),
 ]
 # What is written at the end and cannot be: the folder's place is taken by a file, and one that nobody can write to
 OUTPUTS = [
@@ -73,6 +75,7 @@ OUTPUTS = [
     ("convert_dit.py", "--source . --output {}"),
     ("convert_autoencoder_kl.py", "--source . --output {}"),
     ("sample_d2it.py", "--num_images 1 --output_dir {}"),
+    ("make_space.py", "--output_dir {}"),
     ("cache_latents.py", f"{SOURCE} --vae v --output_dir {{}}"),
 ]
 
