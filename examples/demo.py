@@ -69,6 +69,7 @@ def main(args: argparse.Namespace) -> None:
     names = names or [f"sample {i + 1}" for i in range(len(maps))]
     draw_grid(names, output.images, maps).save(args.output)
     print(f"{args.output}: {counted(len(maps), 'sample')}, each beside its grain map (red fine, blue coarse)")
+    print('next: pip install ".[demo]" and python examples/app.py, a page on which you paint the map')
 
 
 if __name__ == "__main__":
