@@ -58,7 +58,7 @@ test-optional: $(VENV)/.installed
 # that is skipped. SCREENSHOTS=docs writes the pictures of docs/page.md
 test-browser: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[browser]"
-	$(BIN)/python -m pytest -s tests/examples/test_app.py tests/examples/test_app_in_a_browser.py
+	$(BIN)/python -m pytest -s tests/examples/test_app.py tests/examples/test_app_in_a_browser.py docs/page.md
 
 # The long form of tests/faults: thousands of kills, failing calls, damaged and hostile files; ends with its table
 faults: $(VENV)/.installed
