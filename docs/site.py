@@ -18,6 +18,7 @@ PAGES = ["*.md", "docs/*.md", "examples/*.md", "benchmarks/*.md", "src/diffusers
 ASSETS = [
     "docs/**/*.png",
     "docs/**/*.jpg",
+    "docs/**/*.gif",
     "docs/**/*.svg",
     "docs/**/*.ipynb",
     "src/diffusers_d2it/checkpoints/*/*.png",
