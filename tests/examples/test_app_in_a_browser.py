@@ -20,6 +20,7 @@ import pytest
 import torch
 from PIL import Image
 from script_runs import EXAMPLES
+from skimage import data
 
 from diffusers_d2it import D2iTPipeline, bundled_checkpoint, visualize_grain_map
 
@@ -235,9 +236,7 @@ def test_three_strokes_change_map_and_picture_there_and_nowhere_else(visit, pipe
 
 
 def test_a_photograph_is_filled_and_varied(visit, tmp_path):
-    photograph = (
-        Image.fromarray(pytest.importorskip("skimage.data").rocket()).crop((0, 0, 427, 427)).resize((384, 384))
-    )
+    photograph = Image.fromarray(data.rocket()).crop((0, 0, 427, 427)).resize((384, 384))
     photograph.save(tmp_path / "launch.png")
     page = visit()
     choose(page, "parachute")

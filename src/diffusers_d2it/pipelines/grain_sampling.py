@@ -82,11 +82,14 @@ def sample_grain_map(
         if "eta" in inspect.signature(scheduler.step).parameters:
             step_kwargs["eta"] = 1.0
     state = randn_tensor((batch_size, num_grains, *size), generator=generator, device=device, dtype=torch.float32)
-    held_noise = held_state * state.abs() if held is not None else None
+    if held is not None:  # at every step, (T, B, k, h, w), noised at once
+        of_steps, times = (len(scheduler.timesteps), 1, 1, 1), scheduler.timesteps.repeat_interleave(batch_size)
+        noised = scheduler.add_noise(held_state.repeat(of_steps), (held_state * state.abs()).repeat(of_steps), times)
+        noised = noised.unflatten(0, (-1, batch_size))
     state = state * scheduler.init_noise_sigma  # (B, k, h, w)
-    for t, model_t in zip(scheduler.timesteps, scheduler.timesteps.to(device)):
+    for i, (t, model_t) in enumerate(zip(scheduler.timesteps, scheduler.timesteps.to(device))):
         if held is not None:
-            state = torch.where(is_held, scheduler.add_noise(held_state, held_noise, t[None]), state)
+            state = torch.where(is_held, noised[i], state)
         model_input = scheduler.scale_model_input(state, t).to(model.dtype)
         # Copied, because a CUDA graph writes its next output to the same place
         logits = model(model_input, model_t, class_ids, condition).logits.to(torch.float32, copy=True)
