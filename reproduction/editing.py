@@ -28,7 +28,14 @@ from PIL import Image, ImageDraw
 from report import RESULTS
 from study import write_json
 
-from diffusers_d2it import D2iTImg2ImgPipeline, D2iTInpaintPipeline, D2iTPipeline, load_features, open_images
+from diffusers_d2it import (
+    D2iTImg2ImgPipeline,
+    D2iTInpaintPipeline,
+    D2iTPipeline,
+    load_features,
+    open_images,
+    sample_grain_map,
+)
 from diffusers_d2it.evaluation.scores import classifies
 from diffusers_d2it.pixels import from_uint8, to_uint8, unit_to_uint8
 
@@ -97,7 +104,9 @@ def _draw_maps(pipe: D2iTPipeline, labels: torch.Tensor, held: torch.Tensor) -> 
     generator, size = torch.Generator().manual_seed(0), tuple(held.shape[1:])
     parts = []
     for ids, part in zip(labels.split(BATCH), held.split(BATCH)):
-        parts.append(pipe.prepare_grain_map(list(part), [None] * len(part), ids, size, 10, 1.0, generator))
+        around = None if (part == -1).all() else part
+        options = {"generator": generator, "held": around}
+        parts.append(sample_grain_map(pipe.grain_model, pipe.grain_scheduler, size, ids, len(part), **options))
     return torch.cat(parts)
 
 
@@ -221,7 +230,7 @@ def seconds(pipe: D2iTPipeline, photos) -> dict[str, float]:
     guided = {"guidance_interval": (0.0, 1.0), "output_type": "latent"}  # as many passes in every step
 
     def draw(grain_map: torch.Tensor) -> Callable[[], object]:
-        return lambda: pipe.prepare_grain_map([grain_map], [None], torch.tensor([label]), size, 10, 1.0, None)
+        return lambda: _draw_maps(pipe, torch.tensor([label]), grain_map[None])
 
     pairs = {
         "strength 0.5 / whole": (

@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from ..files import place_of
 from ..grains import fine_share
-from ..pipelines.grain_sampling import random_grain_map
+from ..pipelines.grain_sampling import random_grain_map, sample_grain_map
 from ..pipelines.pipeline_d2it import D2iTPipeline
 from ..pixels import check_uint8, unit_to_uint8
 from ..sampling.sets import generators_of
@@ -158,7 +158,8 @@ class Drawing:
         def predict(images: slice) -> torch.Tensor:
             ids, number, size = self.class_ids(images), images.stop - images.start, tuple(true_maps.shape[1:])
             steps, generators = self.grain_num_inference_steps, self.generators(_MAP, images)
-            return self.pipe.prepare_grain_map([None] * number, [None] * number, ids, size, steps, 1.0, generators)
+            model, scheduler, device = self.pipe.grain_model, self.pipe.grain_scheduler, self.pipe._execution_device
+            return sample_grain_map(model, scheduler, size, ids, number, steps, generator=generators, device=device)
 
         return self.over_images(predict, torch.zeros_like(true_maps))
 

@@ -191,24 +191,21 @@ class DenoisingPipeline(ClassConditionalPipeline):
 
     def prepare_grain_map(
         self,
-        maps: list,
-        fine_ratios: list[float | None],
+        batch: Batch,
         class_ids: torch.Tensor | None,
         size: tuple[int, int],
         num_inference_steps: int,
         guidance_scale: float,
-        generator: torch.Generator | list[torch.Generator] | None,
     ) -> torch.Tensor:
         """The maps of a batch, (B, h, w) on the execution device: given, by chance, or drawn, around what is held.
 
         Args:
-            maps: B entries of `grain_maps.read_maps`.
-            fine_ratios: of each image, None where it is left open.
+            batch: its maps, their shares of fine regions, and what they are drawn from.
             class_ids: (B,), or None for an unconditional model.
             size: (h, w).
             num_inference_steps, guidance_scale: of the grain model.
-            generator: one, or one for each image.
         """
+        maps, fine_ratios, generator = batch.maps, batch.fine_ratios, batch.map_generator
         device, num_grains = self._execution_device, self.transformer.config.num_grains
         random = [isinstance(one, str) and one == "random" for one in maps]
         if any(random):
@@ -340,6 +337,11 @@ class DenoisingPipeline(ClassConditionalPipeline):
                 progress_bar.update()
         layout.check_tied(latents)
         return latents
+
+    def output(self, images: Any, grain_map: torch.Tensor, return_dict: bool) -> D2iTPipelineOutput | tuple:
+        """What a call returns; models that were loaded for it go back."""
+        self.maybe_free_model_hooks()
+        return D2iTPipelineOutput(images=images, grain_maps=grain_map) if return_dict else (images, grain_map)
 
     def _prepare_guided(self, layout: GrainLayout, class_ids: torch.Tensor) -> tuple[GrainLayout, torch.Tensor]:
         """Layout and labels of a batch twice: for the passes with a label and those without."""

@@ -4,6 +4,7 @@
 Shapes as in `denoising`; a picture is (3, H, W) in [-1, 1].
 """
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -54,39 +55,31 @@ class EditingPipeline(DenoisingPipeline):
             raise ValueError(f"`image` is required by {type(self).__name__}, got None.")
         return read_images(image)
 
-    @staticmethod
-    def shares_of_drawn(batch: Batch, is_drawn: torch.Tensor) -> list[float | None]:
-        """The share of fine regions that each map to be drawn has: none asked for where it is drawn in part."""
-        entries = zip(batch.maps, batch.fine_ratios, is_drawn.flatten(1).all(dim=1).tolist())
-        return [
-            None if isinstance(one, str) and one == "draw" and not whole else ratio for one, ratio, whole in entries
-        ]
-
     def fit_images(self, pictures: list[torch.Tensor], batch: Batch, size: tuple[int, int]) -> torch.Tensor:
         """The pictures of a batch at the size of maps (h, w): (B, 3, H, W) on the execution device."""
         fitted = torch.stack([fit_image(picture, self.image_size(size)) for picture in pictures])
         return fitted[batch.pictures].to(self._execution_device)
 
-    def own_maps(self, batch: Batch, pixels: torch.Tensor, drawn: torch.Tensor) -> list:
-        """The maps of a batch, "image" replaced by the map of each picture, "draw" by it where not all is `drawn`.
+    def with_own_maps(self, batch: Batch, pixels: torch.Tensor, drawn: torch.Tensor) -> Batch:
+        """A batch with "image" replaced by the map of each picture, "draw" by it where not all is `drawn`.
+
+        A share of fine regions is then that of the picture's own map, where any of it is kept.
 
         Args:
             batch: of the call.
             pixels: (B, 3, H, W).
             drawn: (B, h, w) bool, regions that the grain model draws for "draw".
         """
-        maps = []
+        maps, fine_ratios = [], []
         for one, picture, ratio, is_drawn in zip(batch.maps, pixels, batch.fine_ratios, drawn):
-            if isinstance(one, str) and one in ("image", "draw"):
-                name = one
-                one = torch.full_like(is_drawn, DRAWN, dtype=torch.int64)
-                if name == "image" or not is_drawn.all():
-                    entropy = self.vae.region_entropy(picture[None])
-                    one = grain_map_from_entropy(entropy, self.vae.thresholds(ratio))[0]
-                if name == "draw":
-                    one = one.masked_fill(is_drawn.to(one.device), DRAWN)
-            maps.append(one)
-        return maps
+            name = one if isinstance(one, str) else None
+            if name == "image" or (name == "draw" and not is_drawn.all()):
+                entropy = self.vae.region_entropy(picture[None])
+                one, ratio = grain_map_from_entropy(entropy, self.vae.thresholds(ratio))[0], None
+                one = one.masked_fill(is_drawn.to(one.device), DRAWN) if name == "draw" else one
+            maps.append(None if name == "draw" and is_drawn.all() else one)
+            fine_ratios.append(ratio)
+        return replace(batch, maps=maps, fine_ratios=fine_ratios)
 
     def encode_images(self, pixels: torch.Tensor, grain_map: torch.Tensor) -> torch.Tensor:
         """Scaled latents of pictures under their maps, the means of the posterior: (B, C, h * R, w * R), tied."""

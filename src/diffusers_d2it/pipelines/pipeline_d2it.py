@@ -102,15 +102,7 @@ class D2iTPipeline(DenoisingPipeline):
         batch, ids, size = self.begin(locals())
 
         # 2. Grain map
-        grain_map = self.prepare_grain_map(
-            batch.maps,
-            batch.fine_ratios,
-            ids,
-            size,
-            grain_num_inference_steps,
-            grain_guidance_scale,
-            batch.map_generator,
-        )  # (B, h, w)
+        grain_map = self.prepare_grain_map(batch, ids, size, grain_num_inference_steps, grain_guidance_scale)
         layout = self.transformer.prepare_grain_map(grain_map)
 
         # 3. Noise with the grain of its region
@@ -131,9 +123,7 @@ class D2iTPipeline(DenoisingPipeline):
         )  # (B, C, h * R, w * R)
 
         # 5. Decode
-        images = self.decode_latents(latents, output_type)
-        self.maybe_free_model_hooks()
-        return D2iTPipelineOutput(images=images, grain_maps=grain_map) if return_dict else (images, grain_map)
+        return self.output(self.decode_latents(latents, output_type), grain_map, return_dict)
 
     def interpolate(
         self,
@@ -193,7 +183,7 @@ class D2iTPipeline(DenoisingPipeline):
         if batch.size != 1:
             raise ValueError(f"`class_labels`, `grain_map` and `fine_ratio` must be of one image, got {batch.size}.")
         steps, scale = call["grain_num_inference_steps"], call["grain_guidance_scale"]
-        grain_map = self.prepare_grain_map(batch.maps, batch.fine_ratios, ids, size, steps, scale, generator)
+        grain_map = self.prepare_grain_map(batch, ids, size, steps, scale)
         return grain_map, self.prepare_latents(latents, 1, size, generator), generator
 
 

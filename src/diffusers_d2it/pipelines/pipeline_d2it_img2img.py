@@ -81,15 +81,8 @@ class D2iTImg2ImgPipeline(EditingPipeline):
         pixels = self.fit_images(pictures, batch, size)  # (B, 3, H, W)
 
         # 2. Grain map
-        grain_map = self.prepare_grain_map(
-            self.own_maps(batch, pixels, torch.ones(batch.size, *size, dtype=torch.bool)),
-            batch.fine_ratios,
-            ids,
-            size,
-            grain_num_inference_steps,
-            grain_guidance_scale,
-            batch.map_generator,
-        )  # (B, h, w)
+        batch = self.with_own_maps(batch, pixels, torch.ones(batch.size, *size, dtype=torch.bool))
+        grain_map = self.prepare_grain_map(batch, ids, size, grain_num_inference_steps, grain_guidance_scale)
         layout = self.transformer.prepare_grain_map(grain_map)
 
         # 3. The pictures, noised
@@ -112,6 +105,4 @@ class D2iTImg2ImgPipeline(EditingPipeline):
         )
 
         # 5. Decode
-        images = self.decode_latents(latents, output_type)
-        self.maybe_free_model_hooks()
-        return D2iTPipelineOutput(images=images, grain_maps=grain_map) if return_dict else (images, grain_map)
+        return self.output(self.decode_latents(latents, output_type), grain_map, return_dict)

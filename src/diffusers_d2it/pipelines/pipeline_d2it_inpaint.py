@@ -97,16 +97,8 @@ class D2iTInpaintPipeline(EditingPipeline):
         strength = strength if new.any() else 0.0
 
         # 2. Grain map
-        is_drawn = touched(new, self.vae.region_size)  # (B, h, w)
-        grain_map = self.prepare_grain_map(
-            self.own_maps(batch, pixels, is_drawn),
-            self.shares_of_drawn(batch, is_drawn),
-            ids,
-            size,
-            grain_num_inference_steps,
-            grain_guidance_scale,
-            batch.map_generator,
-        )  # (B, h, w)
+        batch = self.with_own_maps(batch, pixels, touched(new, self.vae.region_size))
+        grain_map = self.prepare_grain_map(batch, ids, size, grain_num_inference_steps, grain_guidance_scale)
         layout = self.transformer.prepare_grain_map(grain_map)
 
         # 3. The pictures, noised; noise alone where they are new
@@ -143,8 +135,7 @@ class D2iTInpaintPipeline(EditingPipeline):
             images = self.image_processor.postprocess(pasted, output_type, [False] * batch.size)
         else:
             images = self.decode_latents(latents, output_type)
-        self.maybe_free_model_hooks()
-        return D2iTPipelineOutput(images=images, grain_maps=grain_map) if return_dict else (images, grain_map)
+        return self.output(images, grain_map, return_dict)
 
     def _draw_crops(self, call: dict[str, Any]) -> D2iTPipelineOutput | tuple:
         """The call for parts of the pictures around their masks, each put back into its picture."""
