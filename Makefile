@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 SOURCES = src examples tests benchmarks reproduction docs .ci setup.py conftest.py
 
 .PHONY: demo test docs notebook types check release test-oldest test-optional extras faults train-tiny \
-    style quality bench clean space test-browser
+    style quality bench clean page space pictures test-browser
 
 # The environment with the versions of constraints.txt; made again when one of these files changes.
 $(VENV)/.installed: setup.py constraints.txt
@@ -17,6 +17,14 @@ $(VENV)/.installed: setup.py constraints.txt
 # A labelled grid of samples from the bundled checkpoint with their grain maps: demo.png
 demo: $(VENV)/.installed
 	$(BIN)/python examples/demo.py --output demo.png
+
+# A page in the browser on which you draw, paint the map and edit: http://127.0.0.1:7860
+page: $(VENV)/.installed-demo
+	$(BIN)/python examples/app.py
+
+$(VENV)/.installed-demo: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[demo]"
+	touch $@
 
 # All pages and the API as a site, build/site: a broken link or a public name without a docstring fails
 docs: $(VENV)/.installed-docs
@@ -59,6 +67,17 @@ test-optional: $(VENV)/.installed
 test-browser: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[browser]"
 	$(BIN)/python -m pytest -s tests/examples/test_app.py tests/examples/test_app_in_a_browser.py docs/page.md
+
+# The pictures of README and docs/: the strip, badges, what pages save, the page in a browser. The plots of the study are
+# those of docs/reproduction.md, docs/own_classes.jpg is of the commands of examples/README.md
+pictures: $(VENV)/.installed-docs
+	$(BIN)/python docs/badges.py
+	$(BIN)/python -c "from skimage import data; from PIL import Image; \
+	    [Image.fromarray(getattr(data, name)()).save(f'build/{name}.png') for name in ('astronaut', 'chelsea', 'coffee')]"
+	$(BIN)/python examples/reconstruct.py --images build/astronaut.png build/chelsea.png build/coffee.png \
+	    --output docs/budgets.jpg
+	PICTURES=docs $(BIN)/python -m pytest docs/control.md
+	SCREENSHOTS=docs $(MAKE) test-browser
 
 # The long form of tests/faults: thousands of kills, failing calls, damaged and hostile files; ends with its table
 faults: $(VENV)/.installed

@@ -26,7 +26,7 @@ extras = {
     "lora": ["peft>=0.15"],
     "onnx": ["onnx>=1.18", "onnxscript>=0.5", "onnxruntime>=1.22"],
     "quantization": ["torchao>=0.14", "optimum-quanto>=0.2.7", "gguf>=0.10"],  # integer weights
-    "docs": ["mkdocs-material>=9.5", "mkdocstrings[python]>=1.0"],
+    "docs": ["mkdocs-material>=9.5", "mkdocstrings[python]>=1.0", "anybadge>=1.14"],
     "notebook": ["nbmake>=1.5", "ipykernel>=6.29", "matplotlib>=3.8", "scikit-image>=0.22"],
     "quality": ["ruff>=0.9", "mypy>=1.15"],
     "release": ["build>=1.2"],

@@ -25,6 +25,7 @@ ASSETS = [
 ]
 NOT_HERE = {"docs/index.md"}  # the index of those who read in the repository; here it is the navigation
 FOREIGN = {"ModelMixin"}  # of diffusers
+LARGEST = 500_000  # bytes of a picture
 
 log = logging.getLogger("mkdocs.hooks.site")  # with --strict a warning fails the build
 
@@ -33,12 +34,17 @@ def on_files(files: Files, config) -> Files:
     """The pages and pictures of the repository, and what the theme brings."""
     paths = {str(path.relative_to(ROOT)) for pattern in PAGES + ASSETS for path in ROOT.glob(pattern)} - NOT_HERE
     ours = [File(path, str(ROOT), config.site_dir, config.use_directory_urls) for path in sorted(paths)]
+    for file in ours:
+        if file.is_media_file() and (size := (ROOT / file.src_uri).stat().st_size) > LARGEST:
+            log.warning("%s has %d bytes, a picture may have %d", file.src_uri, size, LARGEST)
     return Files(ours + [file for file in files if file.src_dir != config.docs_dir])
 
 
 def on_page_markdown(markdown: str, page, config, files: Files) -> str:
-    """Links to sources, which are no pages, lead to the repository; where it is not known they are their text."""
+    """Pictures have a text; links to sources, which are no pages, lead to the repository, or are text without one."""
     here = (ROOT / page.file.src_uri).parent
+    for silent in re.findall(r"!\[\s*\]\([^)]*\)", markdown):
+        log.warning("%s shows a picture without words for who cannot see it: %s", page.file.src_uri, silent)
 
     def lead(match: re.Match) -> str:
         target = (here / match["path"]).resolve()

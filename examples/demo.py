@@ -35,6 +35,7 @@ from diffusers_d2it.words import counted
 SIDE = 128  # pixels of a picture in the grid; the samples have 64
 LABEL = 18  # pixels of the line with its name
 COLUMNS = 5
+BAR = "{desc}{n_fmt} of {total_fmt} steps, {rate_inv_fmt}"
 
 
 def draw_grid(names: list[str], images: list[Image.Image], maps: list[Image.Image]) -> Image.Image:
@@ -54,11 +55,14 @@ def draw_grid(names: list[str], images: list[Image.Image], maps: list[Image.Imag
 def main(args: argparse.Namespace) -> None:
     pipe = D2iTPipeline.from_pretrained(args.checkpoint or bundled_checkpoint())
     pipe = pipe.to("cuda" if torch.cuda.is_available() else "cpu")
+    pipe.set_progress_bar_config(bar_format=BAR, unit="step")
     names = args.class_labels or list((pipe.id2label or {}).values())
     generator = torch.Generator().manual_seed(args.seed)
+    number = len(names) or 2 * COLUMNS  # an unconditional model has no names to draw
+    print(f"drawing {counted(number, 'picture')} at once on {pipe.device}: first their grain maps, then the steps")
     output = pipe(
         names or None,
-        num_images_per_prompt=1 if names else 2 * COLUMNS,  # an unconditional model has no names to draw
+        num_images_per_prompt=number // max(1, len(names)),
         num_inference_steps=args.num_inference_steps,
         guidance_scale=args.guidance_scale,
         generator=generator,
@@ -69,7 +73,7 @@ def main(args: argparse.Namespace) -> None:
     names = names or [f"sample {i + 1}" for i in range(len(maps))]
     draw_grid(names, output.images, maps).save(args.output)
     print(f"{args.output}: {counted(len(maps), 'sample')}, each beside its grain map (red fine, blue coarse)")
-    print('next: pip install ".[demo]" and python examples/app.py, a page on which you paint the map')
+    print("next: make page, on which you paint the map, in your browser")
 
 
 if __name__ == "__main__":

@@ -239,13 +239,14 @@ def metrics_of(found: dict) -> dict[str, dict]:
 
 
 def picture(pipe: D2iTPipeline, images: torch.Tensor, maps: torch.Tensor, columns: int = 10) -> Image.Image:
-    """Two rows of samples, one of each class in turn, above their maps."""
-    step = max(1, len(images) // (2 * columns))
-    chosen = list(range(0, len(images), step))[: 2 * columns]
+    """Rows of samples, of each class in turn, above their maps: two rows, or one where they are larger than 64 pixels."""
+    starts = range(0, columns * (2 if images.shape[-1] <= 64 else 1), columns)
+    number = len(starts) * columns
+    chosen = list(range(0, len(images), max(1, len(images) // number)))[:number]
     drawn = [Image.fromarray(images[i].permute(1, 2, 0).numpy()) for i in chosen]
     painted = [visualize_grain_map(image, maps[i], min_side=1) for image, i in zip(drawn, chosen)]
-    rows = [row for k in (0, columns) for row in (drawn[k : k + columns], painted[k : k + columns])]
-    return make_image_grid(sum(rows, []), rows=4, cols=columns)
+    rows = [row for k in starts for row in (drawn[k : k + columns], painted[k : k + columns])]
+    return make_image_grid(sum(rows, []), rows=len(rows), cols=columns)
 
 
 def write_card(pipe: D2iTPipeline, args: argparse.Namespace, found: dict) -> None:

@@ -7,6 +7,8 @@ which each script's own parser is asked.
 A block that is not run says why in the page, in a comment before it, and pytest lists it among what it skipped:
 
     <!--- skip: next if(True, reason="needs a network") -->
+
+    PICTURES=docs pytest docs/control.md        what blocks save takes the place of the page's pictures of that name
 """
 
 import argparse
@@ -14,6 +16,7 @@ import os
 import re
 import runpy
 import shlex
+import shutil
 import string
 import sys
 import tempfile
@@ -50,6 +53,9 @@ def start_page(namespace: dict) -> None:
 
 def end_page(namespace: dict) -> None:
     os.chdir(namespace["_back"])
+    for shown in (ROOT / os.environ["PICTURES"]).iterdir() if "PICTURES" in os.environ else ():
+        if (made := Path(namespace["_folder"].name, shown.name)).is_file():
+            shutil.copy(made, shown)
     namespace["_folder"].cleanup()
 
 

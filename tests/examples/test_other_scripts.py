@@ -56,8 +56,10 @@ def test_photographs_at_several_budgets(tmp_path, load_photos):
         PIL.Image.fromarray(to_uint8(photo).permute(1, 2, 0).numpy()).save(path)
     call("reconstruct.py", "--images", *paths, "--output", tmp_path / "budgets.png", "--fine_ratios", "0", "1")
     sheet = np.asarray(PIL.Image.open(tmp_path / "budgets.png"), dtype=float)
-    assert sheet.shape[1] // 128 == 5 and sheet.shape[0] // 128 == 2
-    photo, coarse, fine = (sheet[20:148, 132 * column : 132 * column + 128] for column in (0, 2, 4))
+    assert sheet.shape[1] // 128 == 6 and sheet.shape[0] // 128 == 2
+    photo, entropy, coarse, fine = (sheet[20:148, 132 * column : 132 * column + 128] for column in (0, 1, 3, 5))
+    assert entropy.min() == 0 and entropy.max() == 255  # one shade a region, of 16x16 pixels
+    assert (entropy == entropy[::16, ::16].repeat(16, 0).repeat(16, 1)).all()
     assert np.abs(fine - photo).mean() < np.abs(coarse - photo).mean() < 40
 
 
