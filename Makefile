@@ -7,45 +7,36 @@ SOURCES = src examples tests benchmarks reproduction docs .ci setup.py conftest.
 .PHONY: demo test docs notebook types check release test-oldest test-optional extras faults train-tiny \
     style quality bench clean page space pictures test-browser
 
-# The environment with the versions of constraints.txt; made again when one of these files changes.
-$(VENV)/.installed: setup.py constraints.txt
+# The environment with an extra of setup.py, in the versions of constraints.txt; again when one of these files changes
+$(VENV)/.%: setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[$*]"
 	touch $@
 
 # A labelled grid of samples from the bundled checkpoint with their grain maps: demo.png
-demo: $(VENV)/.installed
+demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py --output demo.png
 
 # A page in the browser on which you draw, paint the map and edit: http://127.0.0.1:7860
-page: $(VENV)/.installed-demo
+page: $(VENV)/.demo
 	$(BIN)/python examples/app.py
 
-$(VENV)/.installed-demo: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[demo]"
-	touch $@
-
 # All pages and the API as a site, build/site: a broken link or a public name without a docstring fails
-docs: $(VENV)/.installed-docs
+docs: $(VENV)/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
-$(VENV)/.installed-docs: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[docs]"
-	touch $@
-
 # docs/notebooks, run from the first cell to the last; it stays as it is, without outputs
-notebook: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[notebook]"
+notebook: $(VENV)/.notebook
 	$(BIN)/python -m pytest --nbmake --nbmake-timeout=180 docs/notebooks
 
 # What a Space on the Hub needs for the page of examples/app.py: examples/space
-space: $(VENV)/.installed
+space: $(VENV)/.demo
 	$(BIN)/python examples/make_space.py
 
 # The tests, and the blocks of all pages. A worker a core; a file goes to one of them, as its tests share what takes
 # long. One file alone needs none of this: pytest tests/test_grains.py
-test: $(VENV)/.installed
+test: $(VENV)/.dev
 	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 # What is compiled and exported, under the oldest torch that setup.py allows: the rest of the versions stay
@@ -58,19 +49,18 @@ test-oldest: setup.py constraints.txt
 	$(VENV)-oldest/bin/python -m pytest tests/models tests/training/test_compiling.py
 
 # What tests skip where these are not installed: integer weights and ONNX
-test-optional: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[onnx,quantization]"
+test-optional: $(VENV)/.dev $(VENV)/.onnx $(VENV)/.quantization
 	$(BIN)/python -m pytest tests/models/test_quantized.py tests/models/test_export.py
 
 # The page in a headless Chromium, of the system: `apt-get install chromium`, or CHROMIUM=/path/to/it. Without one only
 # that is skipped. SCREENSHOTS=docs writes the pictures of docs/page.md
-test-browser: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[browser]"
+test-browser: $(VENV)/.dev $(VENV)/.browser
 	$(BIN)/python -m pytest -s tests/examples/test_app.py tests/examples/test_app_in_a_browser.py docs/page.md
 
 # The pictures of README and docs/: the strip, badges, what pages save, the page in a browser. The plots of the study are
 # those of docs/reproduction.md, docs/own_classes.jpg is of the commands of examples/README.md
-pictures: $(VENV)/.installed-docs
+pictures: $(VENV)/.dev $(VENV)/.docs
+	mkdir -p build
 	$(BIN)/python docs/badges.py
 	$(BIN)/python -c "from skimage import data; from PIL import Image; \
 	    [Image.fromarray(getattr(data, name)()).save(f'build/{name}.png') for name in ('astronaut', 'chelsea', 'coffee')]"
@@ -80,13 +70,13 @@ pictures: $(VENV)/.installed-docs
 	SCREENSHOTS=docs $(MAKE) test-browser
 
 # The long form of tests/faults: thousands of kills, failing calls, damaged and hostile files; ends with its table
-faults: $(VENV)/.installed
+faults: $(VENV)/.dev
 	FAULTS=long $(BIN)/python -m pytest tests/faults -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 # All three stages on crops of eight photographs, on a CPU in about ten minutes; ends with a picture of samples
 TINY ?= runs/tiny
 TWO_CORES = examples/configs/two-cores-64
-train-tiny: $(VENV)/.installed
+train-tiny: $(VENV)/.dev
 	@test ! -e $(TINY) || { echo "$(TINY) exists: remove it, or pass TINY=another-folder"; exit 1; }
 	$(BIN)/python examples/photo_crops.py --output_dir $(TINY)/photos --resolution 64
 	$(BIN)/python examples/train_dvae.py @$(TWO_CORES)/dvae.txt --max_train_steps 300 \
@@ -99,36 +89,35 @@ train-tiny: $(VENV)/.installed
 	    --vae $(TINY)/dvae/vae --grain $(TINY)/grain --latent_cache $(TINY)/cache --output_dir $(TINY)/d2it
 	$(BIN)/python examples/demo.py --checkpoint $(TINY)/d2it/pipeline --output $(TINY)/samples.png
 
-style: $(VENV)/.installed
+style: $(VENV)/.quality
 	$(BIN)/ruff check --fix $(SOURCES)
 	$(BIN)/ruff format $(SOURCES)
 
-quality: $(VENV)/.installed
+quality: $(VENV)/.quality
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
 
 # What an editor knows of the public names
-types: $(VENV)/.installed
+types: $(VENV)/.dev
 	$(BIN)/python -m mypy
 
 # What a change must pass
 check: quality types docs test
 
 # sdist and wheel in dist/: looked into, installed in an empty environment, tried
-release: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[release]"
+release: $(VENV)/.release
 	$(BIN)/python .ci/release.py
 
 # Each extra of setup.py can be installed with the versions of constraints.txt: they are looked up, not installed
 EXTRAS = $(shell $(PYTHON) -c "import re; print(*re.findall(r'^    \"(\w+)\": \[', open('setup.py').read(), re.M))")
-extras: $(VENV)/.installed
+extras: $(VENV)/.quality
 	@for extra in $(EXTRAS); do echo "$$extra"; \
 	    $(BIN)/python -m pip install --quiet --dry-run --ignore-installed --constraint constraints.txt ".[$$extra]" || exit 1; \
 	done
 
 # Every goal of docs/performance.md: reached, not reached, or not measured. DEVICE=cuda takes the real sizes.
 DEVICE ?= cpu
-bench: $(VENV)/.installed
+bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/run.py --device $(DEVICE)
 
 clean:

@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
-"""A photograph, its entropy, and at several budgets its grain map, what an autoencoder gives back, and by how many codes.
+"""A photograph, its entropy, and at several budgets its map, what an autoencoder gives back, and from how many codes.
 
     python examples/reconstruct.py --images cat.jpg coffee.png --output budgets.jpg
 

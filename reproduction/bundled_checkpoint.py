@@ -239,7 +239,7 @@ def metrics_of(found: dict) -> dict[str, dict]:
 
 
 def picture(pipe: D2iTPipeline, images: torch.Tensor, maps: torch.Tensor, columns: int = 10) -> Image.Image:
-    """Rows of samples, of each class in turn, above their maps: two rows, or one where they are larger than 64 pixels."""
+    """Rows of samples, of each class in turn, above their maps: two, or one where they are larger than 64 pixels."""
     starts = range(0, columns * (2 if images.shape[-1] <= 64 else 1), columns)
     number = len(starts) * columns
     chosen = list(range(0, len(images), max(1, len(images) // number)))[:number]
