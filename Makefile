@@ -25,6 +25,7 @@ page: $(VENV)/.demo
 # All pages and the API as a site, build/site: a broken link or a public name without a docstring fails
 docs: $(VENV)/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+	@echo "next: $(BIN)/python -m http.server --directory build/site, then http://127.0.0.1:8000"
 
 # docs/notebooks, run from the first cell to the last; it stays as it is, without outputs
 notebook: $(VENV)/.notebook

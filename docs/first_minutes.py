@@ -19,7 +19,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageGrab
 from playwright.sync_api import sync_playwright
 
 
-DISPLAY, SIZE = ":77", (1180, 800)  # pixels
+DISPLAY, SIZE = ":77", (1180, 880)  # pixels
 PROMPT = "'\\[\\e[1;34m\\]\\w $\\[\\e[0m\\] '"
 
 
@@ -28,10 +28,10 @@ class Screen:
 
     def __init__(self, home: Path, output_dir: Path):
         self.home, self.output_dir, self.number = home, output_dir, 0
-        (home / ".bashrc").write_text(f"PS1={PROMPT}\nalias clear=\n")
+        (home / ".bashrc").write_text(f"PS1={PROMPT}\nstty columns 98 rows 40\n")
         os.mkfifo(home / ".keys")
         screen = ["Xvfb", DISPLAY, "-screen", "0", f"{SIZE[0]}x{SIZE[1]}x24"]
-        terminal = ["xterm", "-fa", "DejaVu Sans Mono", "-fs", "15", "-geometry", "98x32+0+0"]
+        terminal = ["xterm", "-fa", "DejaVu Sans Mono", "-fs", "14", "-geometry", "98x40+0+0"]
         shell = "exec script -qfc 'bash -i' .log < .keys"
         self.processes = [subprocess.Popen(screen, stderr=subprocess.DEVNULL)]
         time.sleep(2)
@@ -97,7 +97,7 @@ def walk(screen: Screen, clone: Path) -> None:
             "headless": False,
             "env": os.environ | {"DISPLAY": DISPLAY},
         }
-        window = [f"--window-size={SIZE[0]},{SIZE[1]}", "--window-position=0,0", "--no-sandbox", "--test-type"]
+        window = [f"--window-size={SIZE[0]},{SIZE[1]}", "--window-position=0,0", "--kiosk", "--no-sandbox"]
         browser = playwright.chromium.launch(**chromium, args=window)
         page = browser.new_page(no_viewport=True)
         page.goto(f"file://{clone}/demo.png")
@@ -110,6 +110,7 @@ def walk(screen: Screen, clone: Path) -> None:
         page.get_by_role("tab", name="Paint").click()
         page.get_by_text("seed 3: paint").wait_for()
         page.wait_for_timeout(1000)
+        page.evaluate("scrollTo(0, 400)")
         box = page.locator("canvas:visible").first.bounding_box()
         for row in (0.3, 0.45, 0.6):
             page.mouse.move(box["x"] + 0.3 * box["width"], box["y"] + row * box["height"])
@@ -119,7 +120,8 @@ def walk(screen: Screen, clone: Path) -> None:
         screen.take()
         page.get_by_role("button", name="Redraw").click()
         page.get_by_text("ms").last.wait_for()
-        page.wait_for_timeout(1500)
+        page.wait_for_timeout(1000)
+        page.evaluate("scrollTo(0, 400)")
         screen.take()
 
 

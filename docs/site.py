@@ -21,6 +21,7 @@ ASSETS = [
     "docs/**/*.gif",
     "docs/**/*.svg",
     "docs/**/*.ipynb",
+    "docs/site.css",
     "src/diffusers_d2it/checkpoints/*/*.png",
 ]
 NOT_HERE = {"docs/index.md"}  # the index of those who read in the repository; here it is the navigation
