@@ -1,4 +1,4 @@
-# Two commands set everything up on a fresh machine: `make demo` and `make test`.
+# Each command sets up what it needs on a fresh machine; begin with `make demo`.
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
@@ -56,7 +56,8 @@ test-optional: $(VENV)/.dev $(VENV)/.onnx $(VENV)/.quantization
 # The page in a headless Chromium, of the system: `apt-get install chromium`, or CHROMIUM=/path/to/it. Without one only
 # that is skipped. SCREENSHOTS=docs writes the pictures of docs/page.md
 test-browser: $(VENV)/.dev $(VENV)/.browser
-	$(BIN)/python -m pytest -s tests/examples/test_app.py tests/examples/test_app_in_a_browser.py docs/page.md
+	$(BIN)/python -m pytest -s tests/examples/test_app.py tests/examples/test_app_in_a_browser.py \
+	    tests/test_site_in_a_browser.py docs/page.md
 
 # The pictures of README and docs/: the strip, badges, what pages save, the page in a browser. The plots of the study are
 # those of docs/reproduction.md, docs/own_classes.jpg is of the commands of examples/README.md

@@ -15,7 +15,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from PIL import Image, ImageDraw, ImageFont, ImageGrab
+from PIL import ImageDraw, ImageFont, ImageGrab
 from playwright.sync_api import sync_playwright
 
 
@@ -45,13 +45,14 @@ class Screen:
         self.keys.write(command + "\n")
         self.keys.flush()
 
-    def wait(self, pattern: str) -> None:
-        """Until the terminal has shown this."""
+    def wait(self, pattern: str) -> str:
+        """What the terminal shows, once it has shown this."""
         log, end = self.home / ".log", time.monotonic() + 300
-        while not re.search(pattern, shown := log.read_text(errors="replace")):
+        while not (found := re.search(pattern, shown := log.read_text(errors="replace"))):
             if time.monotonic() > end:
                 raise TimeoutError(f"the terminal does not show {pattern}, but:\n{shown}")
             time.sleep(0.05)
+        return found[0]
 
     def take(self) -> None:
         """The screen as it is, with minutes and seconds since the start."""
@@ -67,6 +68,9 @@ class Screen:
         picture.save(self.output_dir / f"first-{self.number}.jpg", quality=80)
 
     def close(self) -> None:
+        self.type("\x03")  # what still runs
+        self.type("exit")
+        time.sleep(2)
         for process in reversed(self.processes):
             process.terminate()
 
@@ -98,13 +102,14 @@ def walk(screen: Screen, clone: Path) -> None:
             "env": os.environ | {"DISPLAY": DISPLAY},
         }
         window = [f"--window-size={SIZE[0]},{SIZE[1]}", "--window-position=0,0", "--kiosk", "--no-sandbox"]
-        browser = playwright.chromium.launch(**chromium, args=window)
-        page = browser.new_page(no_viewport=True)
+        browser = playwright.chromium.launch_persistent_context(
+            str(clone.parent / "profile"), **chromium, args=window, no_viewport=True
+        )
+        page = browser.pages[0]
         page.goto(f"file://{clone}/demo.png")
         screen.take()
         screen.type("make page")
-        screen.wait("http://127.0.0.1:7860")
-        page.goto("http://127.0.0.1:7860")
+        page.goto(screen.wait(r"http://127\.0\.0\.1:\d+"))
         page.get_by_text(" ms").first.wait_for()
         screen.take()
         page.get_by_role("tab", name="Paint").click()

@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
-"""The site that `make docs` builds, in a headless Chromium: nothing from outside, no error, all can be read and found."""
+"""The site of `make docs` in a headless Chromium: nothing from outside, no error, all can be read and found."""
 
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
