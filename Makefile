@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 SOURCES = src examples tests benchmarks reproduction docs .ci setup.py conftest.py
 
-.PHONY: demo test docs notebook types check release test-oldest test-optional extras faults train-tiny \
+.PHONY: demo test docs notebook types check release figures test-oldest test-optional extras faults train-tiny \
     style quality bench clean page space pictures test-browser
 
 # The environment with an extra of setup.py, in the versions of constraints.txt; again when one of these files changes
@@ -58,6 +58,10 @@ test-optional: $(VENV)/.dev $(VENV)/.onnx $(VENV)/.quantization
 test-browser: $(VENV)/.dev $(VENV)/.browser
 	$(BIN)/python -m pytest -s tests/examples/test_app.py tests/examples/test_app_in_a_browser.py \
 	    tests/test_site_in_a_browser.py docs/page.md
+
+# The tables of docs/ from reproduction/results and benchmarks/results
+figures: $(VENV)/.dev
+	$(BIN)/python docs/figures.py
 
 # The pictures of README and docs/: the strip, badges, what pages save, the page in a browser. The plots of the study are
 # those of docs/reproduction.md, docs/own_classes.jpg is of the commands of examples/README.md

@@ -81,6 +81,23 @@ def print_goals() -> None:
         print_claims(device, [claim for claim in claims[device] if claim.goal is None])
 
 
+def goals_table() -> str:
+    """The goals as Markdown, and what the results that are there say of them."""
+    lines = [f"| goal | {' | '.join(NAMES[device] for device in DEVICES)} |", "|---|" + "---|" * len(DEVICES)]
+    claims = {device: claims_of(device) for device in DEVICES}
+    for number, goal in GOALS.items():
+        cells = [f"{number}. {goal.text}"]
+        for device in DEVICES:
+            of_goal = [
+                f"{'' if claim.reached else '**not reached:** '}{claim}"
+                for claim in claims[device]
+                if claim.goal == number
+            ]
+            cells.append("<br>".join(of_goal) or ("not measured" if device in goal.devices else ""))
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
 def print_claims(device: str, claims: list[Claim | str]) -> None:
     for claim in claims:
         verdict = f"{'reached' if claim.reached else 'NOT REACHED':<12}  " if isinstance(claim, Claim) else ""

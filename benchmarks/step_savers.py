@@ -159,13 +159,15 @@ def compare(
     return rows
 
 
-def print_rows(rows: list[dict]) -> None:
-    print(f"{'':<34} {'speed-up':>8} {'change':>8} {'PSNR':>6} {'error':>8}   DDIM in that time: change, error")
-    print(f"{FULL:<34} {1:8.2f} {'':>8} {'':>6} {rows[0]['error']:8.4f}")
-    columns = "{saver:<34} {speed_up:8.2f} {change:8.4f} {psnr:6.1f} {error:8.4f}"
-    of_ddim = "   {ddim_steps:>2} steps: {ddim_change:.4f}, {ddim_error:.4f}"
-    for row in rows[1:]:
-        print((columns + of_ddim).format(**row))
+def savers_table(rows: list[dict]) -> str:
+    """As Markdown."""
+    lines = [
+        "| | speed-up | change | PSNR, dB | error | DDIM in that time: steps, error |",
+        "|---|---|---|---|---|---|",
+    ]
+    lines += [f"| {FULL} | 1 | | | {rows[0]['error']:.3f} | |"]
+    columns = "| {saver} | {speed_up:.2f} | {change:.3f} | {psnr:.1f} | {error:.3f} | {ddim_steps}, {ddim_error:.3f} |"
+    return "\n".join([*lines, *(columns.format(**row) for row in rows[1:])]) + "\n"
 
 
 def measure(bench: Bench, batch_size: int, reference_steps: int) -> str:
@@ -180,7 +182,7 @@ def measure(bench: Bench, batch_size: int, reference_steps: int) -> str:
     converged = sample(pipe, Saver(reference_steps), inputs)
     sides = {name: lambda saver=saver: sample(pipe, saver, inputs) for name, saver in savers.items()}
     rows = compare(pipe, inputs, samples, bench.time(sides, warmup=0), converged)
-    print_rows(rows)
+    print(savers_table(rows))
     bench.more = {"savers": rows, "mag_ratios": mag_ratios}
     return f"Step savers on the bundled checkpoint, {batch_size} images, guidance {GUIDANCE:g}"
 

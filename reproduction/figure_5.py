@@ -50,13 +50,17 @@ def reconstructions(scorer: Scorer) -> dict[str, dict[str, float]]:
     return found
 
 
+def reconstructions_table(found: dict[str, dict[str, float]]) -> str:
+    """`reconstructions` as Markdown."""
+    rows = [f"| {label} | {row['frechet_distance']:.2f} | {row['psnr_db']:.2f} dB |" for label, row in found.items()]
+    head = ["| | reconstructions, Fréchet distance to the originals | PSNR |", "|---|---|---|"]
+    return "\n".join([*head, *rows]) + "\n"
+
+
 def main() -> None:
     with open_study(make_parser(__doc__)) as (args, scorer):
         reconstructed = reconstructions(scorer)
-        print("| | reconstructions, Frechet distance to the originals | PSNR |\n|---|---|---|")
-        for label, row in reconstructed.items():
-            print(f"| {label} | {row['frechet_distance']:.2f} | {row['psnr_db']:.2f} dB |")
-        print()
+        print(reconstructions_table(reconstructed))
         table = score_table(scorer, args, "figure_5", ROWS, CLAIMS, reconstructions=reconstructed)
     drawn = {label: row for label, row in table.items() if row["source"] == "predicted"}
     plot_ratios(args.output_dir / f"figure_5-{args.preset}.png", RATIOS, list(reconstructed.values()), drawn)

@@ -10,7 +10,13 @@ from scoring import Scorer, score_all
 from study import make_parser, write_json
 
 
-CURVES = {"DiT": ("dit", "fine"), "D2iT": ("d2it", "predicted")}
+CURVES = {
+    "DiT": ("dit", "fine"),
+    "D2iT": ("d2it", "predicted"),
+    "DiT, velocity": ("dit-velocity", "fine"),
+    "D2iT, velocity": ("d2it-velocity", "predicted"),
+}
+PAIRS = {"D2iT": "DiT", "D2iT, velocity": "DiT, velocity"}  # of the same objective
 
 
 def scored_curves(scorer: Scorer, args) -> dict[str, list[dict]]:
@@ -27,15 +33,38 @@ def scored_curves(scorer: Scorer, args) -> dict[str, list[dict]]:
     return curves
 
 
+def judged_curves(curves: dict[str, list[dict]]) -> list[dict]:
+    """Whether D2iT is ahead of DiT after each of its checkpoints, with the same objective."""
+    judged = []
+    for own, other in PAIRS.items():
+        of_other = {point["steps"]: point["frechet_distance"] for point in curves[other]}
+        for point in curves[own]:
+            distances = point["frechet_distance"], of_other[point["steps"]]
+            judged.append({"model": own, "steps": point["steps"], "verdict": verdict(*distances)})
+    return judged
+
+
+def curves_table(curves: dict[str, list[dict]], judged: list[dict]) -> str:
+    """As Markdown: a line for the steps of each checkpoint of D2iT."""
+    distances = {(name, one["steps"]): spread(one["frechet_distance"]) for name in curves for one in curves[name]}
+    verdicts = {(one["model"], one["steps"]): one["verdict"] for one in judged}
+    head = [cell for own, other in PAIRS.items() for cell in (other, own, f"{own} is ahead")]
+    lines = [f"| steps | {' | '.join(head)} |", "|---|" + "---|" * len(head)]
+    for steps in (point["steps"] for point in curves["D2iT"]):
+        cells = [
+            x
+            for own, other in PAIRS.items()
+            for x in (distances[other, steps], distances[own, steps], verdicts[own, steps])
+        ]
+        lines.append(f"| {steps} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
 def main() -> None:
     with open_study(make_parser(__doc__)) as (args, scorer):
-        curves, judged = scored_curves(scorer, args), []
-        dit = {point["steps"]: point["frechet_distance"] for point in curves["DiT"]}
-        print("| steps | DiT | D2iT | D2iT is ahead |\n|---|---|---|---|")
-        for point in curves["D2iT"]:
-            other, own = dit[point["steps"]], point["frechet_distance"]
-            judged.append({"claim": f"D2iT is ahead after {point['steps']} steps", "verdict": verdict(own, other)})
-            print(f"| {point['steps']} | {spread(other)} | {spread(own)} | {judged[-1]['verdict']} |")
+        curves = scored_curves(scorer, args)
+        judged = judged_curves(curves)
+        print(curves_table(curves, judged))
         result = {"protocol": protocol(scorer, args), "curves": curves, "claims": judged}
     write_json(args.output_dir / f"figure_6-{args.preset}.json", result)
     plot_curves(args.output_dir / f"figure_6-{args.preset}.png", curves)

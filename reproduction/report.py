@@ -131,32 +131,34 @@ def spread(values: Sequence[float], digits: int = 2) -> str:
     return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
 
 
-def print_table(table: dict[str, dict]) -> None:
-    """As Markdown."""
-    print("| | paper | equal steps | equal seconds (steps) | floor | to reconstructions | labelled | noise error |")
-    print("|---|---|---|---|---|---|---|---|")
+def rows_table(table: dict[str, dict]) -> str:
+    """The rows of a result as Markdown."""
+    lines = ["| | paper | equal steps | equal seconds (steps) | floor | to reconstructions | labelled | noise error |"]
+    lines += ["|---|---|---|---|---|---|---|---|"]
     for label, row in table.items():
         steps, seconds = row["equal_steps"], row["equal_seconds"]
         noise = ["" if None in values else spread(values, digits=4) for values in zip(*steps["noise_error"])]
-        print(
+        lines.append(
             f"| {label} | {'' if row['paper'] is None else row['paper']} | {spread(steps['frechet_distance'])} |"
             f" {spread(seconds['frechet_distance'])} ({seconds['steps']}) | {row['floor']:.2f} |"
             f" {spread(steps['distance_to_reconstructions'])} |"
             f" {spread([100 * share for share in steps['labelled_correctly']], 1)} % |"
             f" {' / '.join(noise)} |"
         )
+    return "\n".join(lines) + "\n"
 
 
-def print_claims(judged: list[dict]) -> None:
-    """As Markdown, by Frechet distance / by distance to reconstructions / by labels."""
-    print("\n| claim | at equal steps | at equal seconds |\n|---|---|---|")
+def claims_table(judged: list[dict]) -> str:
+    """The claims of a result as Markdown, by Frechet distance / by distance to reconstructions / by labels."""
+    lines = ["| claim | at equal steps | at equal seconds |", "|---|---|---|"]
     for entry in judged:
         cells = []
         for budget in (entry["equal_steps"], entry["equal_seconds"]):
             distance, *others = (budget[measure] for measure in MEASURES)
             verdicts = [f"{distance['verdict']} ({distance['difference']:+.2f})", *(one["verdict"] for one in others)]
             cells.append(" / ".join(verdicts))
-        print(f"| {entry['claim']} | {' | '.join(cells)} |")
+        lines.append(f"| {entry['claim']} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
 
 
 def score_table(
@@ -165,8 +167,7 @@ def score_table(
     """Train what is missing, score, judge, print and write, with `more` beside; returns the scores of the rows."""
     table = score_rows(scorer, args, rows)
     judged = judge(claims, table)
-    print_table(table)
-    print_claims(judged)
+    print(rows_table(table) + "\n" + claims_table(judged))
     result = {"protocol": protocol(scorer, args), **more, "rows": table, "claims": judged}
     write_json(args.output_dir / f"{name}-{args.preset}.json", result)
     return table

@@ -3,8 +3,6 @@
 
 import ast
 import json
-import re
-import runpy
 import subprocess
 import sys
 from graphlib import TopologicalSorter
@@ -174,12 +172,3 @@ def test_presets_ship_with_the_package():
     assert set(diffusers_d2it.list_presets()) == {
         "dvae-f8f16", "grain-s", "content-b", "content-l", "content-xl", "dvae-tiny", "grain-tiny", "content-tiny"
     }  # fmt: skip
-
-
-def test_badges_of_the_readme_hold():
-    """What they say is what is installed; docs/badges.py writes them."""
-    repository = EXAMPLES.parent
-    said = runpy.run_path(str(repository / "docs/badges.py"))["badges"]()
-    assert set(re.findall(r"docs/badges/(\w+)\.svg", (repository / "README.md").read_text())) == set(said)
-    for name, words in said.items():
-        assert words in (repository / f"docs/badges/{name}.svg").read_text()
