@@ -13,10 +13,8 @@ checkpoint-<step>/
 No pickle, and whole tensors: torch gathers those of FSDP on the main process, and hands each process its part.
 """
 
-import base64
 import json
 import platform
-import random
 import re
 import warnings
 from collections.abc import Iterator
@@ -26,7 +24,6 @@ from typing import Any
 
 import accelerate
 import diffusers
-import numpy as np
 import safetensors
 import torch
 from accelerate import Accelerator
@@ -49,6 +46,7 @@ from ..files import on_main_process, read_json, remove_folder, replace_folder, s
 from ..files.source import public_config
 from ..words import counted, differences, listed, printable
 from .gate import FiniteGate
+from .random_state import random_state, set_random_state
 
 
 STATE = "state.json"
@@ -173,7 +171,7 @@ class Checkpoints:
 
     def _write(self, folder: Path, step: int) -> None:
         process, is_main = self.accelerator.process_index, self.accelerator.is_main_process
-        Path(folder, f"random_state_{process}.json").write_text(json.dumps(_random_state()), encoding="utf-8")
+        Path(folder, f"random_state_{process}.json").write_text(json.dumps(random_state()), encoding="utf-8")
         # Gathered by all processes, written by the main one, a part at a time
         if self.has_adapters:
             self._write_tensors(folder / _ADAPTERS[0], self._adapters())
@@ -276,7 +274,7 @@ class Checkpoints:
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.gate.num_skipped_steps = state["skipped_steps"]
-        _set_random_state(read_json(checkpoint / f"random_state_{self.accelerator.process_index}.json"))
+        set_random_state(read_json(checkpoint / f"random_state_{self.accelerator.process_index}.json"))
         self.last = checkpoint
         return state["step"]
 
@@ -427,35 +425,3 @@ def _copy_weights(weights: dict[str, Tensor], stored: dict[str, Tensor], source:
 
 def _shape(weights: dict[str, Tensor], name: str) -> torch.Size | None:
     return weights[name].shape if name in weights else None
-
-
-def _random_state() -> dict[str, Any]:
-    """The states of the generators of Python, NumPy and torch in this process, as JSON values."""
-    version, numbers, gauss = random.getstate()
-    _, keys, position, has_gauss, cached = np.random.get_state()
-    state = {
-        "python": [version, list(numbers), gauss],
-        "numpy": [keys.tolist(), position, has_gauss, cached],
-        "torch": _to_text(torch.get_rng_state()),
-    }
-    if torch.cuda.is_available():
-        state["cuda"] = _to_text(torch.cuda.get_rng_state())
-    return state
-
-
-def _set_random_state(state: dict[str, Any]) -> None:
-    version, numbers, gauss = state["python"]
-    random.setstate((version, tuple(numbers), gauss))
-    keys, position, has_gauss, cached = state["numpy"]
-    np.random.set_state(("MT19937", np.array(keys, np.uint32), position, has_gauss, cached))
-    torch.set_rng_state(_from_text(state["torch"]))
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(_from_text(state["cuda"]))
-
-
-def _to_text(state: Tensor) -> str:
-    return base64.b64encode(state.numpy().tobytes()).decode()
-
-
-def _from_text(text: str) -> Tensor:
-    return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)
