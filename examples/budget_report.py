@@ -45,7 +45,6 @@ import torch
 from diffusers_d2it.evaluation import (
     Drawing,
     Evaluator,
-    adaptive,
     compare,
     describe_machine,
     reconstruct,
@@ -96,7 +95,7 @@ def budget(
     Raises:
         ValueError: a ratio lies outside [0, 1], or from `compare`.
     """
-    argument = adaptive(drawing.pipe.transformer).budget_argument
+    argument = drawing.pipe.transformer.budget_argument
     num_grains = drawing.pipe.transformer.config.num_grains
     rows = compare(
         drawing,

@@ -7,6 +7,7 @@
     make_vae(num_grains=2, seed=0, **overrides)                                 calibrated, in eval mode as all models
     make_grain_model(num_grains=2, num_classes=10, randomize=True, seed=1, **overrides)
     make_content_model(num_grains=2, num_classes=10, randomize=True, seed=2, **overrides)
+    make_dcdit(num_classes=10, randomize=True, seed=3, **overrides)
     make_pipeline(num_grains=2, num_classes=10, id2label=..., **components)     of them and DDIM schedulers
 
 Two grains see 32 px images, 8x8 latents and 4x4 maps; three grains 64 px images, 16x16 latents and 4x4 maps.
@@ -20,7 +21,14 @@ import torch
 from diffusers import DDIMScheduler
 from photographs import load_photographs
 
-from diffusers_d2it import D2iTContentModel, D2iTGrainModel, D2iTPipeline, DynamicAutoencoderKL, load_preset
+from diffusers_d2it import (
+    D2iTContentModel,
+    D2iTGrainModel,
+    D2iTPipeline,
+    DCDiTModel,
+    DynamicAutoencoderKL,
+    load_preset,
+)
 from diffusers_d2it.entropy import EntropyCalibration
 
 
@@ -86,6 +94,11 @@ def _make_content_model(
     return _make_transformer(D2iTContentModel, config | overrides, randomize, seed)
 
 
+def _make_dcdit(num_classes: int | None = 10, randomize: bool = True, seed: int = 3, **overrides) -> DCDiTModel:
+    config = load_preset("dcdit-tiny") | {"num_classes": num_classes}
+    return _make_transformer(DCDiTModel, config | overrides, randomize, seed)
+
+
 def _make_pipeline(
     num_grains: int = 2, num_classes: int | None = 10, id2label: dict[int, str] | None = _ID2LABEL, **components
 ) -> D2iTPipeline:
@@ -127,4 +140,5 @@ calibrate = _fixture(lambda region_size: dict(_calibrate(region_size)))
 make_vae = _fixture(_make_vae)
 make_grain_model = _fixture(_make_grain_model)
 make_content_model = _fixture(_make_content_model)
+make_dcdit = _fixture(_make_dcdit)
 make_pipeline = _fixture(_make_pipeline)

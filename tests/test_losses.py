@@ -17,6 +17,7 @@ from diffusers_d2it.losses import (
     grain_loss,
     hinge_loss,
     multi_grained_loss,
+    ratio_loss,
     variance_loss,
 )
 
@@ -238,3 +239,40 @@ def test_adaptive_weight_makes_both_losses_pull_the_last_layer_alike():
     torch.testing.assert_close(*pulls, rtol=1e-4, atol=0)
     none = adaptive_weight(reconstruction, 0.0 * adversarial, layer.weight)
     assert none.item() == pytest.approx(min(1e4, pulls[0].item() / 1e-6), rel=1e-3)
+
+
+# ---- DC-DiT ----
+
+
+@pytest.mark.parametrize("compression", [4, 16])
+def test_ratio_loss_is_1_at_its_ratio_and_pulls_towards_it(compression):
+    def loss_of(natural: int, p: float) -> tuple[float, float]:
+        probability = torch.full((2, 8, 8), p)
+        kept = torch.zeros(128, dtype=torch.bool)
+        kept[:natural] = True
+        probability = torch.where(
+            kept.view(2, 8, 8), 0.75, (128 * p - 0.75 * natural) / (128 - natural)
+        ).requires_grad_()
+        loss = ratio_loss(probability, compression)
+        loss.backward()
+        return loss.item(), probability.grad.sum().item()
+
+    number = 128 // compression
+    assert loss_of(number, 1 / compression)[0] == pytest.approx(1)
+    assert loss_of(number // 2, 1 / compression)[1] < 0 < loss_of(2 * number, 1.9 / compression)[1]
+
+
+def test_ratio_loss_over_groups_by_hand():
+    probability = torch.rand(6, 4, 4, generator=torch.Generator().manual_seed(0))
+    parts = [ratio_loss(part, 4) for part in probability.split(2)]
+    assert ratio_loss(probability, 4, group_size=2).item() == pytest.approx(sum(parts).item() / 3)
+    r, p = (probability[:2] > 0.5).float().mean().item(), probability[:2].mean().item()
+    assert parts[0].item() == pytest.approx(4 / 3 * ((1 - r) * (1 - p) + 3 * r * p))
+
+
+@pytest.mark.parametrize(
+    "arguments, name", [((1, None), "compression"), ((4, 4), "group_size"), ((4, 0), "group_size")]
+)
+def test_ratio_loss_refuses(arguments, name):
+    with pytest.raises(ValueError, match=f"`{name}`"):
+        ratio_loss(torch.rand(6, 4, 4), *arguments)

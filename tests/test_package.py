@@ -25,6 +25,7 @@ PUBLIC = {
     "D2iTCFGCutoffCallback",
     "bundled_checkpoint",
     "D2iTContentModel",
+    "DCDiTModel",
     "D2iTGrainModel",
     "D2iTImg2ImgPipeline",
     "D2iTInpaintPipeline",
@@ -170,5 +171,6 @@ def test_pipeline_without_a_grain_model_loads(make_pipeline, tmp_path):
 
 def test_presets_ship_with_the_package():
     assert set(diffusers_d2it.list_presets()) == {
-        "dvae-f8f16", "grain-s", "content-b", "content-l", "content-xl", "dvae-tiny", "grain-tiny", "content-tiny"
+        "dvae-f8f16", "grain-s", "content-b", "content-l", "content-xl", "dvae-tiny", "grain-tiny", "content-tiny",
+        "dcdit-s", "dcdit-b", "dcdit-l", "dcdit-xl", "dcdit-tiny"
     }  # fmt: skip

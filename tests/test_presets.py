@@ -14,12 +14,19 @@ from diffusers import (
     FlowMatchHeunDiscreteScheduler,
 )
 
-from diffusers_d2it import D2iTContentModel, D2iTGrainModel, DynamicAutoencoderKL, list_presets, load_preset
+from diffusers_d2it import (
+    D2iTContentModel,
+    D2iTGrainModel,
+    DCDiTModel,
+    DynamicAutoencoderKL,
+    list_presets,
+    load_preset,
+)
 from diffusers_d2it.grains import check_tied
 from diffusers_d2it.presets import list_samplers, load_sampler
 
 
-CLASSES = {"dvae": DynamicAutoencoderKL, "grain": D2iTGrainModel, "content": D2iTContentModel}
+CLASSES = {"dvae": DynamicAutoencoderKL, "grain": D2iTGrainModel, "content": D2iTContentModel, "dcdit": DCDiTModel}
 
 
 def build(name: str) -> torch.nn.Module:

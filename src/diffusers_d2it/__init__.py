@@ -24,6 +24,7 @@ from .models.layers import DiTBlock, SelfAttentionProcessor
 from .models.refine_net import RefineBlock
 from .models.transformer_d2it_content import D2iTContentModel
 from .models.transformer_d2it_grain import D2iTGrainModel
+from .models.transformer_dcdit import ChunkBlock, DCDiTModel
 from .pipelines.callbacks import D2iTCFGCutoffCallback
 from .pipelines.grain_maps import foveated_grain_map, grain_map_from_boxes, grain_map_from_image, grain_map_from_mask
 from .pipelines.grain_sampling import sample_grain_map
@@ -47,6 +48,7 @@ __version__ = "0.1.0"
 _EVALUATION = ("evaluate", "load_features", "open_images")  # imported when they are asked for: they take a while
 
 __all__ = [
+    "DCDiTModel",
     "D2iTCFGCutoffCallback",
     "D2iTContentModel",
     "D2iTGrainModel",
@@ -85,8 +87,8 @@ def __getattr__(name: str):
 
 
 register(
-    [DynamicAutoencoderKL, D2iTGrainModel, D2iTContentModel],
+    [DynamicAutoencoderKL, D2iTGrainModel, D2iTContentModel, DCDiTModel],
     {"text2image": D2iTPipeline, "image2image": D2iTImg2ImgPipeline, "inpaint": D2iTInpaintPipeline},
-    block_classes=[DiTBlock, RefineBlock],
+    block_classes=[DiTBlock, RefineBlock, ChunkBlock],
     processor_class=SelfAttentionProcessor,
 )

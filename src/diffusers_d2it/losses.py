@@ -165,6 +165,34 @@ def variance_loss(
     return (_cell_weights(layout, grain_weights) * kl).mean()
 
 
+def ratio_loss(probability: torch.Tensor, compression: float, group_size: int | None = None) -> torch.Tensor:
+    """What holds the share of natural cells of DC-DiT at 1 / compression (arXiv:2603.06351).
+
+    N / (N - 1) * ((1 - r) * (1 - p) + (N - 1) * r * p), with r the share of natural cells and p the mean probability:
+    1 where both are 1 / N. r has no gradient; p is pulled up where r is too small, and down where it is too large.
+
+    Args:
+        probability: of the router, (B, H, W), before a budget takes cells away.
+        compression: N, cells for each that is natural, above 1.
+        group_size: images over which r and p are means, B a multiple of it; None for all.
+
+    Returns:
+        Scalar, the mean over the groups.
+
+    Raises:
+        ValueError: the compression is 1 or less, or the images are no multiple of the group.
+    """
+    if not compression > 1:
+        raise ValueError(f"`compression` must be above 1, got {compression}.")
+    group_size = len(probability) if group_size is None else group_size
+    if group_size < 1 or len(probability) % group_size:
+        raise ValueError(f"`group_size` must divide the {len(probability)} images of a batch, got {group_size}.")
+    groups = probability.float().reshape(len(probability) // group_size, -1)
+    natural, mean = (groups > 0.5).float().mean(dim=1), groups.mean(dim=1)
+    loss = (1 - natural) * (1 - mean) + (compression - 1) * natural * mean
+    return compression / (compression - 1) * loss.mean()
+
+
 def _cell_weights(layout: GrainLayout, grain_weights: tuple[float, ...] | None) -> torch.Tensor:
     """Loss weight of every cell, (B, hR, wR)."""
     if grain_weights is None:

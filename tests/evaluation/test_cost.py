@@ -6,13 +6,9 @@ import torch
 from metric_inputs import refused
 from torch import nn
 
-from diffusers_d2it.evaluation import BudgetArgument, ForwardMeter, adaptive
-from diffusers_d2it.evaluation.cost import GrainBudget, TimedCall, cost_of
-
-
-def tokens(grain_map: torch.Tensor, num_grains: int) -> dict[str, list[int]]:
-    found = GrainBudget(num_grains).count_tokens({"grain_map": grain_map})
-    return {stage: numbers.tolist() for stage, numbers in found.items()}
+from diffusers_d2it.budgets import BudgetArgument
+from diffusers_d2it.evaluation import ForwardMeter
+from diffusers_d2it.evaluation.cost import TimedCall, cost_of
 
 
 def macs(model: nn.Module, grain_map: torch.Tensor) -> float:
@@ -37,14 +33,18 @@ def test_a_budget_becomes_arguments_of_the_pipeline():
         (lambda: BudgetArgument("fine_ratio").at(float("nan")), "`fine_ratio`.*nan"),
         (lambda: BudgetArgument("budget", "null_budget", 0.1).at(1, 0), "`null_budget`.*0.1.*got 0"),
         (lambda: BudgetArgument("fine_ratio").at(1, 0.5), "`null_budget`.*None"),
-        (lambda: adaptive(nn.Linear(1, 1)), "`transformer`.*Linear"),
+        (lambda: ForwardMeter(nn.Linear(1, 1)), "`transformer`.*Linear"),
     ],
 )
 def test_budgets_that_are_refused(call, said):
     refused(said, call)
 
 
-def test_tokens_by_hand():
+def test_tokens_by_hand(make_content_model):
+    def tokens(grain_map: torch.Tensor, num_grains: int) -> dict[str, list[int]]:
+        found = make_content_model(num_grains).count_tokens({"grain_map": grain_map})
+        return {stage: numbers.tolist() for stage, numbers in found.items()}
+
     maps = torch.tensor([[[0, 1], [1, 1]], [[0, 0], [0, 0]]])
     assert tokens(maps, 2) == {"backbone": [4, 4], "refine": [12, 0]}
     # Of three grains: 4 for each region of the second level, and 16 more for each of the third
@@ -93,29 +93,21 @@ def test_passes_of_a_pipeline_are_noted(make_pipeline, guidance_scale):
     assert len(meter.step_seconds()) == 2 and all(seconds > 0 for seconds in meter.step_seconds())
 
 
-class Halving(nn.Module):
-    """An adaptive model of another kind: it keeps a share of the cells that depends on what it sees."""
-
-    budget_argument = BudgetArgument("budget", "null_budget")
-
-    def __init__(self):
-        super().__init__()
-        self.layer = nn.Linear(3, 5)
-
-    def forward(self, cells, budget=1.0):
-        return self.layer(cells)
-
-    def count_tokens(self, inputs, output) -> dict[str, torch.Tensor]:
-        return {"backbone": (inputs["cells"][..., 0] > 0).sum(dim=1)}
-
-
-def test_another_model_supplies_two_things():
-    model = Halving()
-    assert adaptive(model) is model
-    with ForwardMeter(model, counts_macs=True) as meter:
-        model(torch.tensor([[1.0, -1, 1, 1], [1, -1, -1, 1]])[..., None].expand(2, 4, 3), budget=0.5)
-        model(cells=-torch.ones(2, 4, 3))
-    assert meter.tokens == {"backbone": 1.25} and meter.macs == 4 * 3 * 5
+def test_what_another_model_keeps_is_counted(make_dcdit):
+    model, budgets = make_dcdit(), torch.tensor([1.0, 0.25])
+    arguments = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor(500)
+    found = []
+    for budget in (1.0, budgets):
+        with torch.no_grad(), ForwardMeter(model, counts_macs=True) as meter:
+            output = model(*arguments, torch.tensor([0, 1]), budget=budget)
+        lengths = output.kept.flatten(1).sum(dim=1).double()
+        assert meter.tokens == {"backbone": lengths.mean()}
+        found.append((lengths, meter.macs))
+    (all_kept, more), (few_kept, less) = found
+    width = model.config.num_attention_heads * model.config.attention_head_dim
+    # Of every token of a block: 12 products of its width, and attention to those of its image
+    dense, attention = (all_kept - few_kept).mean() * 12 * width**2, 2 * width * (all_kept**2 - few_kept**2).mean()
+    assert more - less == pytest.approx(model.config.num_layers * (dense + attention).item(), rel=1e-6)
 
 
 def test_cost_of_calls_by_hand():

@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
-"""What all three models have: gradients, precision, independent images, the services of diffusers."""
+"""What all models have: gradients, precision, independent images, the services of diffusers."""
 
 from functools import partial
 
@@ -9,19 +9,21 @@ from alike import same_weights
 from grain_maps import random_map
 from peft import LoraConfig
 
-from diffusers_d2it import D2iTGrainModel, DynamicAutoencoderKL
+from diffusers_d2it import D2iTGrainModel, DCDiTModel, DynamicAutoencoderKL
 from diffusers_d2it.grains import tie
 
 
-FACTORIES = ["make_vae", "make_grain_model", "make_content_model"]
-TRANSFORMERS = FACTORIES[1:]
+OF_GRAINS = ["make_vae", "make_grain_model", "make_content_model"]
+TRANSFORMERS = [*OF_GRAINS[1:], "make_dcdit"]
+MODELS = {f"{name}-{grains}": (name, {"num_grains": grains}) for name in OF_GRAINS for grains in (2, 3)}
+MODELS["make_dcdit"] = ("make_dcdit", {})
 
 
-@pytest.fixture(params=[(name, num_grains) for name in FACTORIES for num_grains in (2, 3)], ids="{0[0]}-{0[1]}".format)
+@pytest.fixture(params=MODELS)
 def make(request):
-    """make(**overrides): a tiny model of one of the three classes, of two or three grains."""
-    name, num_grains = request.param
-    return partial(request.getfixturevalue(name), num_grains)
+    """make(**overrides): a tiny model of one of the classes, of two or three grains where it has any."""
+    name, arguments = MODELS[request.param]
+    return partial(request.getfixturevalue(name), **arguments)
 
 
 @pytest.fixture(params=TRANSFORMERS)
@@ -38,10 +40,14 @@ def inputs_for(photos):
             size = 32 // model.region_size
             grain_map = torch.arange(3 * size**2).view(3, size, size) % model.num_grains
             return {"x": photos[:3, :, 16:48, 16:48], "grain_map": grain_map}
-        generator, num_grains = torch.Generator().manual_seed(0), model.config.num_grains
+        generator = torch.Generator().manual_seed(0)
         arguments = {"timestep": torch.tensor([10, 500, 999])}
         if model.config.num_classes is not None:
             arguments["class_labels"] = torch.tensor([0, 9, 10])  # 10 is "no class"
+        if isinstance(model, DCDiTModel):
+            latents = torch.randn(3, 4, 8, 6, generator=generator)
+            return arguments | {"hidden_states": latents, "budget": torch.tensor([1.0, 0.3, 0.6])}
+        num_grains = model.config.num_grains
         if isinstance(model, D2iTGrainModel):
             arguments["hidden_states"] = torch.randn(3, num_grains, 4, 6, generator=generator)
             if model.config.fine_ratio_condition:
@@ -74,7 +80,7 @@ def test_an_image_depends_on_its_own_arguments_alone_and_on_all_of_them(make, in
     together = run(model, inputs)
     alone = torch.cat([run(model, {name: value[i : i + 1] for name, value in inputs.items()}) for i in range(3)])
     torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
-    values = {"timestep": 900, "class_labels": 5, "fine_ratio": 0.8}
+    values = {"timestep": 900, "class_labels": 5, "fine_ratio": 0.8, "budget": 0.2}
     for name, value in inputs.items():
         changed = value.clone()
         # Latents that are tied to a map are tied to every finer one
@@ -166,10 +172,11 @@ def test_conditions_that_do_not_fit_are_refused(make_transformer, inputs_for, na
         run(model, inputs_for(model) | {name: value})
 
 
+@pytest.mark.parametrize("factory", OF_GRAINS[1:])
 @torch.no_grad()
-def test_no_value_is_read_back_from_a_device(make_transformer, inputs_for):
+def test_no_value_is_read_back_from_a_device(request, factory, inputs_for):
     """A map that was prepared elsewhere is moved."""
-    model = make_transformer()
+    model = request.getfixturevalue(factory)()
     inputs = inputs_for(model)
     shape = run(model, inputs).shape
     meta = {name: value.to("meta") for name, value in inputs.items() if name != "grain_map"}
@@ -241,6 +248,8 @@ def test_a_lora_adapter_starts_as_the_identity_and_alone_is_trained(make_transfo
         ("make_grain_model", {"num_classes": None, "fine_ratio_condition": False}),
         ("make_content_model", {"num_grains": 3, "out_channels": 8, "frequency_shift": 1.0}),
         ("make_content_model", {"num_classes": None}),
+        ("make_dcdit", {"out_channels": 8, "router": "cosine", "smoothing_sigma": 2.0}),
+        ("make_dcdit", {"num_classes": None}),
     ],
 )
 @torch.no_grad()

@@ -33,7 +33,7 @@ def names_in(folder: str | Path) -> list[str]:
 # ---- Loading ----
 
 
-@pytest.mark.parametrize("factory", ["make_vae", "make_grain_model", "make_content_model"])
+@pytest.mark.parametrize("factory", ["make_vae", "make_grain_model", "make_content_model", "make_dcdit"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_loading_under_autocast_changes_nothing(request, tmp_path, factory, dtype):
     model = request.getfixturevalue(factory)().to(dtype)
@@ -43,7 +43,7 @@ def test_loading_under_autocast_changes_nothing(request, tmp_path, factory, dtyp
 
 
 @pytest.mark.parametrize("fault", ["missing", "foreign", "shape", "nan", "inf", "-inf"])
-@pytest.mark.parametrize("factory", ["make_vae", "make_grain_model", "make_content_model"])
+@pytest.mark.parametrize("factory", ["make_vae", "make_grain_model", "make_content_model", "make_dcdit"])
 def test_a_checkpoint_with_other_weights_is_refused_by_name(request, tmp_path, factory, fault):
     model = request.getfixturevalue(factory)()
     model.save_pretrained(tmp_path, max_shard_size="100KB")

@@ -1,7 +1,7 @@
 # Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
 """Metrics of samples, reconstructions and grain maps, each with the protocol that it was measured by."""
 
-from .cost import AdaptiveDenoiser, BudgetArgument, ForwardMeter, adaptive, describe_machine
+from .cost import ForwardMeter, describe_machine
 from .drawing import MAP_SOURCES, Drawing
 from .evaluate import (
     METRIC_MINIMUM,
@@ -36,8 +36,6 @@ __all__ = [
     "METRICS",
     "METRIC_MINIMUM",
     "PAIR_METRICS",
-    "AdaptiveDenoiser",
-    "BudgetArgument",
     "Drawing",
     "Evaluator",
     "ForwardMeter",
@@ -50,7 +48,6 @@ __all__ = [
     "VisionNetwork",
     "check_outputs",
     "check_torchmetrics",
-    "adaptive",
     "compare",
     "compute_exactly",
     "denoising_error_by_grain",

@@ -1,8 +1,7 @@
 # Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
 """What an adaptive model spends: tokens, multiply-adds and seconds of its real forward passes.
 
-A model is adaptive if an argument of its pipeline says how much it may spend on an image. It supplies two things, an
-`AdaptiveDenoiser`; all that is measured here follows from them.
+All that is measured here follows from the two things that an adaptive model supplies (`budgets.AdaptiveDenoiser`).
 
 Shapes:
     B images
@@ -12,84 +11,17 @@ import inspect
 import platform
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..grains import GrainLayout
-from ..limits import check_values
-from ..models.transformer_d2it_content import D2iTContentModel
-
-
-@dataclass(frozen=True)
-class BudgetArgument:
-    """The argument of a pipeline that says how much of its work a model may do: 1 is all."""
-
-    name: str
-    null_name: str | None = None  # of the argument for the pass without a label; None if both passes have one budget
-    smallest: float = 0.0  # that can be asked for
-
-    def at(self, budget: float, null_budget: float | None = None) -> dict[str, float]:
-        """The arguments of the pipeline for a budget.
-
-        Raises:
-            ValueError: a budget lies outside of its range, or there is none for the pass without a label.
-        """
-        arguments = {self.name: budget}
-        if null_budget is not None:
-            if self.null_name is None:
-                raise ValueError(f"`null_budget` must be None, `{self.name}` is of both passes, got {null_budget}.")
-            arguments[self.null_name] = null_budget
-        annotations, limits = dict.fromkeys(arguments, float), dict.fromkeys(arguments, (self.smallest, 1))
-        check_values(arguments, annotations, limits)
-        return arguments
-
-
-class AdaptiveDenoiser(Protocol):
-    """What a model supplies whose cost depends on a budget."""
-
-    budget_argument: BudgetArgument
-
-    def count_tokens(self, inputs: Mapping[str, Any], output: Any) -> dict[str, torch.Tensor]:
-        """Tokens of each image in the stages of a forward pass, (B,) of "backbone" and "refine".
-
-        `inputs` are the arguments of `forward` by their names, `output` is what it returned.
-        """
-
-
-class GrainBudget:
-    """The `AdaptiveDenoiser` of a D2iT with k grains: its budget is the share of fine regions."""
-
-    budget_argument = BudgetArgument("fine_ratio")
-
-    def __init__(self, num_grains: int):
-        self.num_grains = num_grains
-
-    def count_tokens(self, inputs: Mapping[str, Any], output: Any = None) -> dict[str, torch.Tensor]:
-        layout = inputs["grain_map"]
-        if not isinstance(layout, GrainLayout):
-            layout = GrainLayout.from_grain_map(layout, self.num_grains)
-        return layout.num_tokens
-
-
-def adaptive(transformer: nn.Module) -> AdaptiveDenoiser:
-    """What a model supplies for its cost: the model itself, or what stands here in its place.
-
-    Raises:
-        ValueError: it is no adaptive model.
-    """
-    if hasattr(transformer, "budget_argument"):
-        return transformer
-    if isinstance(transformer, D2iTContentModel):
-        return GrainBudget(transformer.config.num_grains)
-    raise ValueError(f"`transformer` must have a budget, got a {type(transformer).__name__}.")
+from ..budgets import AdaptiveDenoiser
 
 
 class ForwardMeter:
@@ -104,11 +36,16 @@ class ForwardMeter:
         transformer: the denoiser; not compiled as a whole.
         counts_macs: whether multiply-adds are counted, which is slow: those of matrix products, convolutions and
             attention, as torch counts them. Elementwise ones are not.
+
+    Raises:
+        ValueError: the denoiser is no adaptive model.
     """
 
-    def __init__(self, transformer: nn.Module, counts_macs: bool = False):
+    def __init__(self, transformer: AdaptiveDenoiser, counts_macs: bool = False):
         self.transformer, self.counts_macs = transformer, counts_macs
-        self._model, self._signature = adaptive(transformer), inspect.signature(transformer.forward)
+        if not hasattr(transformer, "budget_argument"):
+            raise ValueError(f"`transformer` must have a budget, got a {type(transformer).__name__}.")
+        self._signature = inspect.signature(transformer.forward)
         self._tokens: list[dict[str, torch.Tensor]] = []
         self._macs: list[float] = []
         self._starts: list = []
@@ -133,7 +70,7 @@ class ForwardMeter:
             self._macs.append(counter.get_total_flops() / 2 / len(next(iter(inputs.values()))))
         else:
             output = self._forward(*args, **kwargs)
-        tokens = self._model.count_tokens(inputs, output)
+        tokens = self.transformer.count_tokens(inputs, output)
         self._tokens.append({stage: number.double().mean() for stage, number in tokens.items()})
         return output
 

@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
-"""What the keys of the three configurations may be, and how large a model they may ask for.
+"""What the keys of the four configurations may be, and how large a model they may ask for.
 
 The annotations of the constructors say what kind of value a key holds, `LIMITS` its range, and the functions below
 what must hold between keys. Nothing here allocates: the constructors check first, and loading checks a config.json
@@ -17,6 +17,7 @@ from ..words import shown
 
 MAX_PARAMETERS = 20_000_000_000  # 80 GB in float32: thirty times the largest model of the paper
 _MAX_WINDOW = 16
+_ROUTER_GROUPS = 8  # of the norm in DC-DiT's router
 _ROUNDING = 1e-4  # quantiles are rounded up to it
 
 LIMITS = {
@@ -43,6 +44,10 @@ LIMITS = {
     "num_classes": (1, 1_000_000),
     "window_size": (1, _MAX_WINDOW),
     "frequency_shift": (0, 1),
+    # DCDiTModel
+    "num_conv_layers": (1, 16),
+    "conv_reduction": (1, 64),
+    "smoothing_sigma": (0.1, 100),
     # Calibration
     "quantiles": (0, math.inf),
     "region_size": (1, 1024),
@@ -161,11 +166,7 @@ def check_grain_model(config: Mapping[str, Any]) -> None:
 
 def check_content_model(config: Mapping[str, Any]) -> None:
     """Raise a ValueError that names keys of a configuration of `D2iTContentModel` that contradict one another."""
-    channels, outputs = config["in_channels"], config["out_channels"]
-    if outputs not in (None, channels, 2 * channels):
-        raise ValueError(
-            f"`out_channels` must be None, {channels} (noise) or {2 * channels} (noise and variance), got {outputs}."
-        )
+    _check_outputs(config)
     cells = 2 ** (config["num_grains"] - 1)  # the side of a region, in tokens
     for key in ("window_size", "sample_size"):
         if config[key] % cells:
@@ -173,6 +174,31 @@ def check_content_model(config: Mapping[str, Any]) -> None:
     _check_width(config)
     refine_nets = config["num_grains"] - 1
     _check_transformer_parameters(config, config["num_layers"] + refine_nets * config["num_refine_layers"])
+
+
+def check_chunking_model(config: Mapping[str, Any]) -> None:
+    """Raise a ValueError that names keys of a configuration of `DCDiTModel` that contradict one another."""
+    _check_outputs(config)
+    _check_width(config)
+    dim, groups = config["num_attention_heads"] * config["attention_head_dim"], config["norm_num_groups"]
+    if dim % (4 * _ROUTER_GROUPS) or dim % config["conv_reduction"]:
+        raise ValueError(
+            f"`num_attention_heads` times `attention_head_dim` must be a multiple of {4 * _ROUTER_GROUPS}, which the"
+            f" router needs, and of `conv_reduction` {config['conv_reduction']}, got {dim}."
+        )
+    width = dim // config["conv_reduction"]
+    if width % groups or width < 2 * groups:  # alone in its group a channel loses what conditions it
+        raise ValueError(f"`norm_num_groups` must divide {width} channels into groups of two or more, got {groups}.")
+    convolutions = 2 * config["num_conv_layers"] * 18 * width * dim
+    _check_transformer_parameters(config, config["num_layers"], convolutions)
+
+
+def _check_outputs(config: Mapping[str, Any]) -> None:
+    channels, outputs = config["in_channels"], config["out_channels"]
+    if outputs not in (None, channels, 2 * channels):
+        raise ValueError(
+            f"`out_channels` must be None, {channels} (noise) or {2 * channels} (noise and variance), got {outputs}."
+        )
 
 
 def _check_width(config: Mapping[str, Any]) -> None:
@@ -188,12 +214,12 @@ def _check_width(config: Mapping[str, Any]) -> None:
         )
 
 
-def _check_transformer_parameters(config: Mapping[str, Any], num_blocks: int) -> None:
-    """About how many parameters: attention, modulation and feed-forward of the blocks, and the table of labels."""
+def _check_transformer_parameters(config: Mapping[str, Any], num_blocks: int, others: int = 0) -> None:
+    """About how many parameters: attention, modulation and feed-forward of the blocks, the table of labels, others."""
     dim = config["num_attention_heads"] * config["attention_head_dim"]
     block = (10 + 2 * config["mlp_ratio"]) * dim**2
     keys = ("num_layers", "num_refine_layers", "num_attention_heads", "attention_head_dim", "mlp_ratio", "num_classes")
-    _check_num_parameters(num_blocks * block + ((config["num_classes"] or 0) + 1) * dim, config, keys)
+    _check_num_parameters(others + num_blocks * block + ((config["num_classes"] or 0) + 1) * dim, config, keys)
 
 
 def _check_num_parameters(num_parameters: float, config: Mapping[str, Any], keys: tuple[str, ...]) -> None:

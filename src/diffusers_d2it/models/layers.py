@@ -172,12 +172,18 @@ class DiTBlock(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    """The last layer of DiT: modulated LayerNorm and a linear map to `out_features`."""
+    """The last layer of DiT: modulated LayerNorm and a linear map to `out_features`.
 
-    def __init__(self, dim: int, out_features: int):
+    Args:
+        dim: width D of the tokens.
+        out_features: what each becomes.
+        conditioning_dim: width of the conditioning; None for D.
+    """
+
+    def __init__(self, dim: int, out_features: int, conditioning_dim: int | None = None):
         super().__init__()
         self.norm = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
-        self.adaln = nn.Linear(dim, 2 * dim)
+        self.adaln = nn.Linear(conditioning_dim or dim, 2 * dim)
         self.proj_out = nn.Linear(dim, out_features)
 
     def forward(

@@ -7,6 +7,7 @@ Shapes:
     latents are (B, C, h * R, w * R)
 """
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, get_args
 
@@ -20,6 +21,7 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.utils import apply_lora_scale
 from torch import nn
 
+from ..budgets import BudgetArgument
 from ..grains import GrainLayout
 from ..limits import can_be_read
 from .configs import check_content_model
@@ -88,6 +90,7 @@ class D2iTContentModel(ClassLabelsMixin, StrictModelMixin, AttentionMixin, Cache
         ValueError: a value is out of its range (`configs.LIMITS`), or contradicts another.
     """
 
+    budget_argument = BudgetArgument("fine_ratio")
     _check_together = staticmethod(check_content_model)
     _supports_gradient_checkpointing = True
     _no_split_modules = ["DiTBlock", "RefineBlock"]
@@ -195,6 +198,13 @@ class D2iTContentModel(ClassLabelsMixin, StrictModelMixin, AttentionMixin, Cache
         is_compiled = any(net._compiled_call_impl is not None for net in (self, self.transformer_blocks[0]))
         levels = pack_levels(grain_map, num_grains, window_size, rounded=is_compiled)
         return replace(layout, levels=levels, window_size=window_size)
+
+    def count_tokens(self, inputs: Mapping[str, Any], output: Any = None) -> dict[str, torch.Tensor]:
+        """As of `budgets.AdaptiveDenoiser`: a coarse region is one token of the backbone, a fine one several more."""
+        layout = inputs["grain_map"]
+        if not isinstance(layout, GrainLayout):
+            layout = GrainLayout.from_grain_map(layout, self.config.num_grains)
+        return layout.num_tokens
 
     def enable_cache(self, config: CacheConfig) -> None:
         """As of diffusers: keep what blocks compute over several steps, as `config` says.

@@ -1,0 +1,154 @@
+# Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
+"""DC-DiT as a whole, against the plain form of `plain_dcdit.py`, and the properties that it promises."""
+
+import plain_dcdit
+import pytest
+import torch
+
+from diffusers_d2it import DCDiTModel, load_preset
+
+
+PARAMETERS = {"dcdit-s": 34_367_241, "dcdit-b": 136_343_049, "dcdit-l": 468_563_977, "dcdit-xl": 688_409_865}
+TINY = load_preset("dcdit-tiny")
+
+
+def make(seed: int = 0, **changes) -> DCDiTModel:
+    """A model none of whose weights is zero, that keeps about half of the cells."""
+    torch.manual_seed(seed)
+    model = DCDiTModel(**TINY | changes).double().eval()
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.ndim == 1 or not weight.any():
+                weight.add_(0.2 * torch.randn_like(weight))
+        score = getattr(model.boundary_router, "score", None)
+        if score is not None:
+            score.weight.mul_(4)
+            score.bias.zero_()
+    return model
+
+
+def inputs(height: int = 8, width: int = 8, batch: int = 3) -> tuple[torch.Tensor, ...]:
+    torch.manual_seed(1)
+    latents = torch.randn(batch, 4, height, width, dtype=torch.float64)
+    return latents, torch.tensor([999, 500, 3])[:batch], torch.tensor([0, 7, 10])[:batch]
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_sizes_of_the_paper(name):
+    with torch.device("meta"):
+        model = DCDiTModel(**load_preset(name), out_channels=8)
+    assert model.num_parameters() == PARAMETERS[name]
+
+
+@pytest.mark.parametrize("budgets", [[1.0, 1.0, 1.0], [0.5, 1.0, 0.1]])
+@pytest.mark.parametrize(
+    "changes, sides",
+    [
+        ({}, (8, 8)),
+        ({"smoothing_sigma": 2.0, "out_channels": 8}, (5, 7)),
+        ({"num_conv_layers": 1, "num_attention_heads": 3, "conv_reduction": 2, "norm_num_groups": 8}, (4, 9)),
+    ],
+)
+def test_is_the_plain_form(changes, sides, budgets):
+    """Noise, kept cells and every gradient, in float64."""
+    model, given = make(**changes), inputs(*sides)
+    output = model(*given, budget=torch.tensor(budgets))
+    noise, probability, kept = plain_dcdit.forward(model, *given, budgets)
+    assert output.kept.equal(kept) and 3 < kept.sum() < kept.numel()
+    # The sinusoids of the timestep and of the positions are of float32
+    torch.testing.assert_close(output.sample, noise, atol=2e-5, rtol=1e-5)
+    weight = torch.randn_like(noise)
+    gradients = [
+        torch.autograd.grad((weight * sample).sum() + p.double().square().sum(), list(model.parameters()))
+        for sample, p in ((output.sample, output.boundary_probability), (noise, probability))
+    ]
+    for (name, parameter), ours, plain in zip(model.named_parameters(), *gradients):
+        scale = plain.abs().max().clamp(min=1e-3)
+        assert (ours - plain).abs().max() < 3e-4 * scale, name
+        assert parameter.ndim == 1 or ours.any(), name
+
+
+@pytest.mark.parametrize("router", ["predictability", "cosine"])
+def test_an_image_is_the_same_alone(router):
+    model, (latents, timesteps, labels) = make(router=router), inputs()
+    budgets = torch.tensor([1.0, 0.3, 0.7])
+    together = model(latents, timesteps, labels, budget=budgets)
+    for i in range(3):
+        part = slice(i, i + 1)
+        alone = model(latents[part], timesteps[part], labels[part], budget=budgets[i].item())
+        assert alone.kept.equal(together.kept[part])
+        torch.testing.assert_close(alone.sample, together.sample[part], atol=1e-6, rtol=1e-6)
+
+
+def test_a_smaller_budget_keeps_a_part():
+    model, given = make(), inputs()
+    kept = [model(*given, budget=budget).kept for budget in (0.01, 0.2, 0.5, 0.9, 1.0)]
+    for fewer, more in zip(kept, kept[1:]):
+        assert (fewer <= more).all() and fewer.sum() < more.sum()
+    assert kept[0].flatten(1).sum(dim=1).tolist() == [1, 1, 1]
+
+
+def test_a_new_model_predicts_nothing_and_a_router_learns():
+    torch.manual_seed(0)
+    model, (latents, timesteps, labels) = DCDiTModel(**TINY), inputs()
+    output = model(latents.float(), timesteps, labels)
+    assert not output.sample.any() and output.kept.float().mean() < 0.25
+    assert output.kept[:, 0, 0].all() and output.kept[:, -1, -1].all()
+    output.boundary_probability.mean().backward()
+    assert model.boundary_router.score.weight.grad.any()
+
+
+def test_autocast_keeps_router_and_dechunking_in_float32():
+    model, (latents, timesteps, labels) = make().float(), inputs()
+    with torch.autocast("cpu", torch.bfloat16):
+        output = model(latents.float(), timesteps, labels)
+    exact = model(latents.float(), timesteps, labels)
+    assert output.boundary_probability.dtype == torch.float32
+    assert (output.kept == exact.kept).float().mean() > 0.9
+    assert (output.sample - exact.sample).abs().mean() < 0.1 * exact.sample.abs().mean()
+
+
+def test_checkpointing_and_round_trip(tmp_path):
+    model, given = make(), inputs()
+    sample = model(*given).sample
+    sample.square().mean().backward()
+    gradients = [weight.grad.clone() for weight in model.parameters()]
+    model.zero_grad()
+    model.enable_gradient_checkpointing()
+    model.train()(*given).sample.square().mean().backward()
+    for weight, gradient in zip(model.parameters(), gradients):
+        torch.testing.assert_close(weight.grad, gradient)
+    model.eval().save_pretrained(tmp_path)
+    again = DCDiTModel.from_pretrained(tmp_path, torch_dtype=torch.float64)
+    assert again(*given, return_dict=False)[0].equal(sample)
+
+
+@pytest.mark.parametrize(
+    "changes, key",
+    [
+        ({"norm_num_groups": 16}, "norm_num_groups"),  # one channel a group
+        ({"conv_reduction": 5}, "conv_reduction"),
+        ({"attention_head_dim": 20}, "attention_head_dim"),
+        ({"router": "random"}, "router"),
+        ({"smoothing_sigma": 0.0}, "smoothing_sigma"),
+        ({"out_channels": 5}, "out_channels"),
+        ({"num_conv_layers": 0}, "num_conv_layers"),
+    ],
+)
+def test_bad_configurations(changes, key):
+    with pytest.raises(ValueError, match=f"`{key}`"):
+        DCDiTModel(**TINY | changes)
+
+
+@pytest.mark.parametrize("budget", [0, -0.1, 1.5, float("nan"), "1", True, torch.ones(2), torch.tensor([0.0, 1, 1])])
+def test_bad_budgets(budget):
+    with pytest.raises(ValueError, match="`budget`"):
+        make()(*inputs(), budget=budget)
+
+
+def test_bad_latents_and_labels():
+    model, (latents, timesteps, labels) = make(), inputs()
+    with pytest.raises(ValueError, match="`hidden_states`"):
+        model(latents[:, :3], timesteps, labels)
+    with pytest.raises(ValueError, match="`class_labels`"):
+        model(latents, timesteps, labels + 1)
