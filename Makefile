@@ -71,7 +71,7 @@ pictures: $(VENV)/.dev $(VENV)/.docs
 	$(BIN)/python -c "from skimage import data; from PIL import Image; \
 	    [Image.fromarray(getattr(data, name)()).save(f'build/{name}.png') for name in ('astronaut', 'chelsea', 'coffee')]"
 	$(BIN)/python examples/reconstruct.py --images build/astronaut.png build/chelsea.png build/coffee.png \
-	    --output docs/budgets.jpg
+	    --fine_ratios 0.3 0.6 --output docs/budgets.jpg
 	PICTURES=docs $(BIN)/python -m pytest docs/control.md
 	SCREENSHOTS=docs $(MAKE) test-browser
 
