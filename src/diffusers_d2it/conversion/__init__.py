@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
-"""Start from public weights: a DiT becomes a D2iTContentModel, an AutoencoderKL a DynamicAutoencoderKL.
+"""Start from public weights: of a DiT, an AutoencoderKL, or a DC-DiT as its authors released it.
 
     from diffusers_d2it.conversion import convert_autoencoder_kl, convert_dit_checkpoint
 
@@ -13,6 +13,7 @@ in the `ConversionReport`: a weight that has no place, or that is missing, is an
 """
 
 from .autoencoder_kl import convert_autoencoder_kl
+from .dcdit import convert_dcdit_checkpoint
 from .dit import convert_diffusers_dit, convert_dit_checkpoint
 from .transfer import ConversionReport, save_converted
 
@@ -20,6 +21,7 @@ from .transfer import ConversionReport, save_converted
 __all__ = [
     "ConversionReport",
     "convert_autoencoder_kl",
+    "convert_dcdit_checkpoint",
     "convert_diffusers_dit",
     "convert_dit_checkpoint",
     "save_converted",

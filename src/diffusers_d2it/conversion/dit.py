@@ -81,17 +81,17 @@ def convert_dit_checkpoint(
             wrong shape; the positions are not DiT's; the patch size does not fit `num_grains`; the number of heads is
             not known.
     """
-    weights, source = read_checkpoint(Path(path))
+    weights, source, _ = read_checkpoint(Path(path), plain_classes=["argparse.Namespace"])  # the flags of its training
     report = ConversionReport(source)
     dim, in_channels, patch_size, _ = take(weights, "x_embedder.proj.weight", source, ndim=4).shape
     sizes = {
         "in_channels": in_channels,
         "out_channels": len(take(weights, "final_layer.linear.weight", source, ndim=2)) // patch_size**2,
         "num_layers": len({match[1] for match in (re.match(r"blocks\.(\d+)\.", key) for key in weights) if match}),
-        "num_attention_heads": _count_heads(num_attention_heads, dim, source),
+        "num_attention_heads": count_heads(num_attention_heads, dim, source),
         "mlp_ratio": len(take(weights, "blocks.0.mlp.fc1.weight", source, ndim=2)) / dim,
         "num_classes": len(take(weights, "y_embedder.embedding_table.weight", source, ndim=2)) - 1,
-        "sample_size": _check_positions("pos_embed", weights, dim, report) * patch_size,
+        "sample_size": check_positions("pos_embed", weights, dim, report) * patch_size,
     }
     sizes |= {"attention_head_dim": dim // sizes["num_attention_heads"], "window_size": window_size}
     return _convert(weights, _ORIGINAL, report, patch_size, num_grains, num_refine_layers, sizes)
@@ -143,7 +143,7 @@ def convert_diffusers_dit(
     dim = config["num_attention_heads"] * config["attention_head_dim"]
     take(weights, "pos_embed.proj.weight", source, ndim=4)
     if "pos_embed.pos_embed" in weights:  # diffusers does not store it any more
-        side = _check_positions("pos_embed.pos_embed", weights, dim, report)
+        side = check_positions("pos_embed.pos_embed", weights, dim, report)
         if side * patch_size != sample_size:
             raise ValueError(f"`pos_embed.pos_embed` of {source} has {side}x{side} tokens, another `sample_size`.")
     _share_embedders(weights, config["num_layers"], report)
@@ -220,7 +220,8 @@ def _share_embedders(weights: dict[str, torch.Tensor], num_layers: int, report: 
             report.unused[key] = "equal to that of block 0"
 
 
-def _count_heads(num_attention_heads: int | None, dim: int, source: str) -> int:
+def count_heads(num_attention_heads: int | None, dim: int, source: str) -> int:
+    """That number, checked, or that of the published size of this width."""
     if num_attention_heads is None and dim not in _HEAD_WIDTHS:
         raise ValueError(
             f"{source} has width {dim}, none of the published sizes of DiT ({', '.join(map(str, _HEAD_WIDTHS))}):"
@@ -233,7 +234,7 @@ def _count_heads(num_attention_heads: int | None, dim: int, source: str) -> int:
     return num_attention_heads
 
 
-def _check_positions(key: str, weights: dict[str, torch.Tensor], dim: int, report: ConversionReport) -> int:
+def check_positions(key: str, weights: dict[str, torch.Tensor], dim: int, report: ConversionReport) -> int:
     """Side of the grid in tokens, if these are the positions that our model computes for it."""
     positions = take(weights, key, report.source, ndim=3)
     side = math.isqrt(positions.shape[1])
@@ -243,8 +244,8 @@ def _check_positions(key: str, weights: dict[str, torch.Tensor], dim: int, repor
     difference = (positions[0].float() - expected).abs().max().item()
     if not difference <= max(1e-4, torch.finfo(positions.dtype).eps):  # NaN fails it
         raise ValueError(
-            f"`{key}` of {report.source} must be the sine-cosine grid of {side}x{side} tokens that a D2iTContentModel"
-            f" has, and differs from it by up to {difference:.2g}."
+            f"`{key}` of {report.source} must be the sine-cosine grid of {side}x{side} tokens that our models"
+            f" have, and differs from it by up to {difference:.2g}."
         )
     report.unused[key] = "recomputed; equal to the model's own positions"
     return side

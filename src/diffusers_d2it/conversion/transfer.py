@@ -5,7 +5,6 @@ import inspect
 import json
 import pickle
 import re
-from argparse import Namespace
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
@@ -126,19 +125,28 @@ def save_converted(model: ModelMixin, report: ConversionReport, folder: Path) ->
     save_folder(folder, save)
 
 
-def read_checkpoint(path: Path) -> tuple[dict[str, torch.Tensor], str]:
-    """Weights of a `.pt` file, alone in it or in an entry "ema" (taken first) or "model", and where that is, in words.
+def read_checkpoint(
+    path: Path, plain_classes: Iterable[str] = ()
+) -> tuple[dict[str, torch.Tensor], str, dict[str, Any]]:
+    """Weights of a `.pt` file, where they are in it, in words, and what lies beside them.
+
+    Args:
+        path: the file; the weights are all of it, or its entry "ema" (taken first) or "model".
+        plain_classes: dotted names of the classes whose instances it may hold. They are not imported: what stands in
+            their place has the attributes of the file, and does nothing.
 
     Raises:
-        ValueError: no such file, or one that holds other things than tensors and plain values.
+        ValueError: no such file, or one that holds other things than tensors, plain values and these instances.
     """
     if not path.is_file():
         raise ValueError(f"{path} is no file.")
-    weights, source = _unpickle(path), path.name
-    entry = next((entry for entry in ("ema", "model") if isinstance(weights, dict) and entry in weights), None)
-    if entry is not None:
-        weights, source = weights[entry], f'{path.name}, entry "{entry}"'
-    return _check_weights(weights, source), source
+    found, source = _unpickle(path, plain_classes), path.name
+    entry = next((entry for entry in ("ema", "model") if isinstance(found, dict) and entry in found), None)
+    if entry is None:
+        return _check_weights(found, source), source, {}
+    source = f'{path.name}, entry "{entry}"'
+    others = {key: value for key, value in found.items() if key not in ("ema", "model")}
+    return _check_weights(found[entry], source), source, others
 
 
 def read_folder(
@@ -184,10 +192,10 @@ def check_config(config: dict[str, Any], source: str, **expected: Any) -> None:
             raise ValueError(f"`{key}` of {source} must be {value!r} to be converted, got {shown(found)}.")
 
 
-def _unpickle(path: Path) -> Any:
+def _unpickle(path: Path, plain_classes: Iterable[str] = ()) -> Any:
+    holders = [(type(name.rpartition(".")[2], (), {}), name) for name in plain_classes]
     try:
-        # Training of the original DiT keeps its flags in the file: plain values in a plain class.
-        with torch.serialization.safe_globals([Namespace]):
+        with torch.serialization.safe_globals(holders):
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(
