@@ -7,10 +7,12 @@ SOURCES = src examples tests benchmarks reproduction docs .ci setup.py conftest.
 .PHONY: demo test docs notebook types check release figures test-oldest test-optional extras faults train-tiny \
     style quality bench clean page space pictures test-browser
 
-# The environment with an extra of setup.py, in the versions of constraints.txt; again when one of these files changes
-$(VENV)/.%: setup.py constraints.txt
+# The environment, and an extra of setup.py in it, in the versions of constraints.txt; again when these files change
+$(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
+
+$(VENV)/.%: setup.py constraints.txt | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[$*]"
 	touch $@
 
