@@ -248,6 +248,6 @@ def score_all(scorer: Scorer, args, jobs: list[tuple[str, int, int, str]]) -> di
     _ = scorer.classifier  # trained once, not by each process
     if args.jobs == 1:
         return {job: scorer.score(*job) for job in jobs}
-    arguments = tuple(sorted(vars(args).items()))
+    arguments = tuple((name, value) for name, value in vars(args).items() if not isinstance(value, list))
     with ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn")) as pool:
         return dict(zip(jobs, pool.map(_score, [arguments] * len(jobs), jobs)))

@@ -80,6 +80,26 @@ def test_each_script_in_its_smallest_preset(script, photographs, work_dir, tmp_p
         assert distances and all(value > 0 for of_seeds in distances for value in of_seeds)
 
 
+def test_several_processes_score_the_same(photographs, work_dir, tmp_path, in_this_process, monkeypatch):
+    """Once all is trained: the scores that are kept are read, and whatever is missing is scored, by two processes."""
+    flags = ["--data", photographs, "--work_dir", work_dir, "--preset", "smoke"]
+    for jobs in (1, 2):
+        argv = [
+            "tables.py",
+            "table_5",
+            *map(str, flags),
+            "--output_dir",
+            str(tmp_path / str(jobs)),
+            "--jobs",
+            str(jobs),
+        ]
+        monkeypatch.setattr(sys, "argv", argv)
+        importlib.import_module("tables").main()
+        next((work_dir / "scores").glob("*-random.json")).unlink()
+    one, two = (json.loads((tmp_path / jobs / "table_5-smoke.json").read_text()) for jobs in "12")
+    assert one == two
+
+
 def test_verdicts():
     verdict = importlib.import_module("report").verdict
     assert verdict([1.0, 1.1, 1.2], [2.0, 2.2, 2.1]) == "holds"
