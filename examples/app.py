@@ -289,6 +289,7 @@ def main(args: argparse.Namespace) -> None:
         server_name=args.host,
         server_port=args.port,
         footer_links=[],
+        show_error=True,  # of the code: those of MISTAKES are words in the page
         run_history=False,
         ssr_mode=False,  # which would need node
         max_file_size="20mb",

@@ -116,8 +116,9 @@ def draw(pipe: D2iTPipeline, fine_ratio: float | None, *above: Any) -> Iterator[
 
 def draw_budgets(pipe: D2iTPipeline, *above: Any) -> Iterator[tuple]:
     """([(picture, caption)] or None, words): the same noise under every one of `BUDGETS`, then their maps."""
-    maps = {"grain_map": [None] * len(BUDGETS), "fine_ratio": BUDGETS}
-    for picture, said in steps_of(pipe, **maps, **settings_of(*above)):
+    settings = [settings_of(*above) for _ in BUDGETS]  # a generator each, so that a budget is what `draw` makes of it
+    call = {"generator": [one["generator"] for one in settings], "num_images_per_prompt": len(BUDGETS)}
+    for picture, said in steps_of(pipe, **settings[0] | call, fine_ratio=BUDGETS):
         if isinstance(said, str):
             yield None if picture is None else [(picture, said)], said
         else:
