@@ -93,6 +93,7 @@ def picture_box(label: str, alt_text: str, height: int | None = SIDE) -> gr.Imag
     return gr.Image(
         label=label,
         alt_text=alt_text,
+        type="pil",
         format="png",
         height=height,
         interactive=False,

@@ -153,6 +153,15 @@ def test_mistakes_are_the_words_of_the_library(pipe):
             list(call())
 
 
+def test_what_was_painted_is_too_little_or_too_much(pipe):
+    begun = begin_painting(pipe, SURFACES[0], *ABOVE)[1]
+    with pytest.raises(ValueError, match="nothing is painted: cover a fifth"):
+        list(paint(pipe, strokes([]), "", begun))
+    across = {"background": Image.new("RGB", (96, 40)), "layers": [Image.new("RGBA", (96, 8), "red")]}
+    with pytest.raises(ValueError, match="longer than the shorter side"):
+        list(edit(pipe, across, EDITS[0], 0.5, *ABOVE))
+
+
 def test_people_at_the_same_time_get_what_each_would_get_alone(pipe):
     seeds, drawn = range(6), {}
 
