@@ -29,9 +29,10 @@ docs: $(VENV)/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 	@echo "next: $(BIN)/python -m http.server --directory build/site, then http://127.0.0.1:8000"
 
-# docs/notebooks, run from the first cell to the last; it stays as it is, without outputs
+# docs/notebooks, run from the first cell to the last; it stays as it is, without outputs. What tests need is not here,
+# so neither is their conftest.py
 notebook: $(VENV)/.notebook
-	$(BIN)/python -m pytest --nbmake --nbmake-timeout=180 docs/notebooks
+	$(BIN)/python -m pytest --noconftest --nbmake --nbmake-timeout=180 docs/notebooks
 
 # What a Space on the Hub needs for the page of examples/app.py: examples/space
 space: $(VENV)/.demo

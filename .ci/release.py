@@ -31,7 +31,7 @@ for name in list_bundled_checkpoints():
     pipe = D2iTPipeline.from_pretrained(bundled_checkpoint(name))
     image = pipe(class_labels=[0 if "nette" in name else 1]).images[0]
     assert len(image.getcolors(2**24)) > 100
-    print(name, image.size)
+    print(f"the wheel, installed, drew {image.width}x{image.height} pixels with {name}")
     image.save("image.png")
 """
 

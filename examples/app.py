@@ -93,6 +93,7 @@ def picture_box(label: str, alt_text: str, height: int | None = SIDE) -> gr.Imag
     return gr.Image(
         label=label,
         alt_text=alt_text,
+        type="pil",
         format="png",
         height=height,
         interactive=False,
@@ -289,6 +290,7 @@ def main(args: argparse.Namespace) -> None:
         server_name=args.host,
         server_port=args.port,
         footer_links=[],
+        show_error=True,  # of the code: those of MISTAKES are words in the page
         run_history=False,
         ssr_mode=False,  # which would need node
         max_file_size="20mb",

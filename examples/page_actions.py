@@ -116,8 +116,9 @@ def draw(pipe: D2iTPipeline, fine_ratio: float | None, *above: Any) -> Iterator[
 
 def draw_budgets(pipe: D2iTPipeline, *above: Any) -> Iterator[tuple]:
     """([(picture, caption)] or None, words): the same noise under every one of `BUDGETS`, then their maps."""
-    maps = {"grain_map": [None] * len(BUDGETS), "fine_ratio": BUDGETS}
-    for picture, said in steps_of(pipe, **maps, **settings_of(*above)):
+    settings = [settings_of(*above) for _ in BUDGETS]  # a generator each, so that a budget is what `draw` makes of it
+    call = {"generator": [one["generator"] for one in settings], "num_images_per_prompt": len(BUDGETS)}
+    for picture, said in steps_of(pipe, **settings[0] | call, fine_ratio=BUDGETS):
         if isinstance(said, str):
             yield None if picture is None else [(picture, said)], said
         else:
@@ -197,6 +198,8 @@ def paint(pipe: D2iTPipeline, editor: dict | None, boxes: str, begun: dict | Non
     held, call = read_painted(editor, boxes, pipe), settings_of(*begun["above"])
     if begun["image"] is None:
         call |= {"grain_map": held}
+    elif (held == DRAWN).all():
+        raise ValueError("nothing is painted: cover a fifth of a region at least, or write a box.")
     else:
         new = Image.fromarray(255 * (held != DRAWN).byte().numpy()).resize(
             begun["image"].size, Image.Resampling.NEAREST
@@ -244,6 +247,9 @@ def edit(pipe: D2iTPipeline, editor: dict | None, how: str, strength: float, *ab
             raise ValueError("nothing is painted: paint over what is to be new, or vary the whole picture.")
         mask = Image.fromarray(painted[..., 3]).resize(picture.size)
         is_large = min(picture.size) > min(pipe.image_size(pipe.grain_map_size()))
+        box = mask.getbbox() or (0, 0, 0, 0)
+        if is_large and max(box[2] - box[0], box[3] - box[1]) > min(picture.size):  # no square part holds it
+            raise ValueError("what is painted is longer than the shorter side of the picture: paint less at a time.")
         crop = min(picture.size) // 16 if is_large else None  # pixels around what is new, drawn at the model's size
         call |= {"image": picture, "mask_image": mask, "padding_mask_crop": crop}
         pipe = knitting(pipe)

@@ -48,7 +48,7 @@ def check_values(
     """
     for name, annotation in annotations.items():
         if name in values and not _allows(values[name], annotation, limits.get(name, _ANY), exact):
-            expected = formatannotation(annotation)
+            expected = formatannotation(annotation).replace("torch._C.", "torch.")
             if name in limits:
                 length = " with a length" if "str" in expected else ""
                 expected += "{} in [{:,g}, {:,g}]".format(length, *limits[name])

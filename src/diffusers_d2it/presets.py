@@ -148,4 +148,4 @@ def bundled_checkpoint(name: str = "tiny-imagenet-20-64") -> str:
 
 def _listed(name: str, known: list[str]) -> str:
     close = close_to(name, known, most=1)
-    return f"{shown(name)}: {f'did you mean {close[0]!r}? ' if close else ''}There are {', '.join(known)}."
+    return f"{shown(name)}: {f'did you mean {close[0]!r}? There' if close else 'there'} are {', '.join(known)}."

@@ -237,6 +237,18 @@ def test_a_photograph_is_filled_and_varied(visit, tmp_path):
     assert shown(page, "The picture after the edit").shape == (128, 128, 3)
 
 
+def test_the_drawn_picture_is_edited(visit, pipe):
+    page = visit()
+    tab(page, "Edit")
+    button(page, "Take the drawn picture")()
+    words_of(page).filter(has_text="Paint over").wait_for()
+    page.get_by_label("vary the whole picture").check()
+    page.get_by_label("Strength").last.fill("0.05")
+    button(page, "Edit")()
+    done(page)
+    assert abs(shown(page, "The picture after the edit") - drawn(pipe)[0]).mean() < 10
+
+
 @pytest.mark.parametrize("rows, count", [("budgets", 5), ("samplers", 4)])
 def test_a_comparison_is_downloaded_as_png(visit, tmp_path, rows, count):
     page = visit()

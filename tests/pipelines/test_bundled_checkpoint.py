@@ -47,6 +47,8 @@ def test_checkpoints_are_found_by_name():
     assert Path(bundled_checkpoint()).name == "tiny-imagenet-20-64"
     with pytest.raises(ValueError, match="tiny-imagenet-20-46.*tiny-imagenet-20-64"):
         bundled_checkpoint("tiny-imagenet-20-46")
+    with pytest.raises(OSError, match=r"`bundled_checkpoint\('imagenette-128'\)` is one"):
+        D2iTPipeline.from_pretrained("imagenette-128", local_files_only=True)
 
 
 def test_its_files_do_not_say_where_they_were_made(name):

@@ -111,6 +111,7 @@ def test_the_centre_of_a_mask_of_another_form_is_taken_and_said(caplog):
         (PIL.Image.new("RGB", (8, 8), "red"), "colours"),
         (np.asarray(PIL.Image.new("RGB", (8, 8), "lime")), "colours"),
         (torch.zeros(3, 8, 8), "three masks"),
+        (np.zeros((8, 8, 3)), "has colours"),
         (PIL.Image.new("F", (8, 8), 1.0), "mode 'F'"),
         (np.full((8, 8), 1.5), "1.5"),
         (-np.ones((8, 8)), "-1"),
@@ -402,6 +403,8 @@ def test_names_are_found_in_any_case_and_close_ones_are_close(make_pipeline):
     assert pipe.get_label_ids(["EGYPTIAN CAT", "Tabby", "A", "a"]) == [2, 1, 6, 7]
     with pytest.raises(ValueError, match="unknown class name 'cat'.*'tabby cat'.*'Egyptian cat'"):
         pipe.get_label_ids("cat")
+    with pytest.raises(ValueError, match="'zebu'. Names: 'A', 'Egyptian cat', 'a', 'aardvark', 'abacus' and 5 more"):
+        pipe.get_label_ids("zebu")
 
 
 def test_an_output_is_one_line_and_a_picture(make_pipeline):

@@ -342,6 +342,7 @@ MAP = torch.zeros(4, 4, dtype=torch.int64)
         ({"latents": torch.full((2, 4, 8, 8), float("nan"))}, "`latents`.*finite"),
         ({"latents": torch.zeros(2, 4, 8, 8), "height": 64, "width": 64}, "height and width 8x8.*latents 4x4"),
         ({"generator": [torch.Generator() for _ in range(3)]}, "`generator`.*2"),
+        ({"generator": 3}, r"`generator` must be torch\.Generator .*, got 3"),
         ({"callback_on_step_end_tensor_inputs": ["noise"]}, "`callback_on_step_end_tensor_inputs`.*'noise'"),
     ],
 )

@@ -12,6 +12,7 @@ from huggingface_hub import resolve_revision, snapshot_download
 from huggingface_hub.errors import HFValidationError, RevisionResolutionError
 from huggingface_hub.utils import validate_repo_id
 
+from ..presets import list_bundled_checkpoints
 from ..words import close_to, listed, printable, shown
 from .folders import read_json
 from .weights import weight_names
@@ -112,8 +113,9 @@ def pin(name: str, arguments: dict[str, Any]) -> dict[str, Any]:
     try:
         revision = resolve_revision(name, revision=arguments.get("revision"), **found)
     except RevisionResolutionError as error:
+        bundled = f" (`bundled_checkpoint({name!r})` is one)" if name in list_bundled_checkpoints() else ""
         raise OSError(
-            f"{shown(name)} is not a folder, and the Hub knows no repository of this name: {printable(error)}"
+            f"{shown(name)} is not a folder{bundled}, and was not found on the Hub: {printable(error)}"
         ) from error
     # The SHA: as a string the object is the name of the branch
     return found | {"force_download": bool(arguments.get("force_download")), "revision": revision.resolved}

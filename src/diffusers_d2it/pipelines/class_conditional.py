@@ -11,7 +11,7 @@ import PIL.Image
 import torch
 
 from ..limits import plain
-from ..words import close_to, composed, shown
+from ..words import close_to, composed, listed, shown
 from .base import Pipeline, StrictPipeline
 from .calls import turn_of
 from .lora import LoraPipelineMixin
@@ -252,8 +252,9 @@ def _label_id(label: str, id2label: dict[int, str] | None, ids_of_name: dict[str
         found = [id for name, ids in ids_of_name.items() if name.casefold() == folded for id in ids]
         found = [*dict.fromkeys(found)]
     if not found:
-        close = close_to(label, ids_of_name) or sorted(ids_of_name)[:3]
-        raise ValueError(f"`class_labels`: unknown class name {label!r}. Close names: {', '.join(map(repr, close))}.")
+        close = close_to(label, ids_of_name)
+        named = f"{'Close names' if close else 'Names'}: {listed(map(repr, close or sorted(ids_of_name)))}"
+        raise ValueError(f"`class_labels`: unknown class name {label!r}. {named}.")
     if len(found) > 1:
         raise ValueError(
             f"`class_labels`: class name {label!r} belongs to several classes, {found}: pass one of these ids."

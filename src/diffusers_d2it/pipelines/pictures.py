@@ -81,6 +81,8 @@ def read_masks(mask: MaskInput, name: str) -> list[PIL.Image.Image]:
         values = values[..., 0]
     if isinstance(mask, torch.Tensor) and values.ndim == 3 and len(values) == 3:
         raise ValueError(f"`{name}` may be three masks or the colours of one: pass (3, 1, H, W) or (1, H, W).")
+    if isinstance(mask, np.ndarray) and values.ndim == 3 and values.shape[2] in (3, 4) and min(values.shape[:2]) > 4:
+        raise ValueError(f"`{name}` of shape {values.shape} has colours, which are read of uint8 alone: pass (H, W).")
     if values.ndim not in (2, 3) or values.dtype.kind not in "biuf" or not values.size:
         raise ValueError(
             f"`{name}` must be paths, PIL images, or arrays (H, W) or (B, H, W), got {values.dtype} {values.shape}."
