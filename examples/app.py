@@ -34,7 +34,20 @@ import torch
 from PIL import Image
 
 from diffusers_d2it import D2iTPipeline, bundled_checkpoint
-from page_actions import EDITS, ROWS, SIDE, SURFACES, begin_painting, compare, draw, draw_budgets, edit, paint, quiet
+from page_actions import (
+    EDITS,
+    ROWS,
+    SIDE,
+    SURFACES,
+    begin_painting,
+    compare,
+    draw,
+    draw_budgets,
+    edit,
+    paint,
+    quiet,
+    reduced,
+)
 
 
 FINE, COARSE, MASK = "#d62728", "#1f77b4", "#ff7f0e"
@@ -186,14 +199,14 @@ def paint_tab(pipe: D2iTPipeline, above: list, tab: gr.Tab) -> None:
             return gr.skip(), begun, "Paint regions, then redraw."
         return begin(surface, begun, *above)
 
-    def redraw(editor: dict, boxes: str, begun: dict | None) -> Iterator[tuple]:
-        return paint(pipe, editor, boxes, begun)
+    def redraw(editor: dict, boxes: str, begun: dict | None, *above: Any) -> Iterator[tuple]:
+        return paint(pipe, editor, boxes, begun, *above)
 
     inputs, outputs = [surface, begun, *above], [editor, begun, words]
     on(tab.select, go_on, inputs, outputs, "go_on_painting")
     on(surface.input, begin, inputs, outputs, "paint_on")
     on(again.click, begin, inputs, outputs, "begin_painting")
-    on(button.click, redraw, [editor, boxes, begun], [picture, overlay, words], "paint")
+    on(button.click, redraw, [editor, boxes, begun, *above], [picture, overlay, words], "paint")
 
 
 def edit_tab(pipe: D2iTPipeline, above: list, drawn: gr.Image) -> None:
@@ -201,7 +214,9 @@ def edit_tab(pipe: D2iTPipeline, above: list, drawn: gr.Image) -> None:
         with gr.Column(min_width=300):
             editor = editor_box("A picture", [MASK], ("upload", "clipboard"))
             how = gr.Radio(EDITS, value=EDITS[0], label="What to do")
-            strength = gr.Slider(0, 1, 0.5, step=0.05, label="Strength of a variation: 0 keeps the picture")
+            strength = gr.Slider(
+                0, 1, 0.5, step=0.05, label="Strength of a variation: 0 keeps the picture", visible=False
+            )
             with gr.Row():
                 button, take = gr.Button("Edit", variant="primary"), gr.Button("Take the drawn picture")
             words = words_box("Upload a picture, or take the drawn one; then paint over what is to be new.")
@@ -216,6 +231,15 @@ def edit_tab(pipe: D2iTPipeline, above: list, drawn: gr.Image) -> None:
     def begin_edit(editor: dict | None, how: str, strength: float, *above: Any) -> Iterator[tuple]:
         return edit(pipe, editor, how, strength, *above)
 
+    def uploaded(editor: dict) -> tuple:
+        smaller, words = reduced(editor)
+        return None if smaller is None else on_canvas(smaller), words
+
+    def varies(how: str) -> dict:
+        return gr.update(visible=how == EDITS[1])
+
+    how.change(varies, how, strength, show_progress="hidden", api_name=False)
+    on(editor.upload, uploaded, [editor], [editor, words], "uploaded")
     on(take.click, take_drawn, [drawn], [editor, words], "take_drawn")
     on(button.click, begin_edit, [editor, how, strength, *above], [picture, words], "edit")
 
@@ -286,7 +310,9 @@ def look() -> dict[str, Any]:
 def main(args: argparse.Namespace) -> None:
     pipe = D2iTPipeline.from_pretrained(args.checkpoint or bundled_checkpoint("imagenette-128"))
     page = make_page(pipe.to("cuda" if torch.cuda.is_available() else "cpu"))
-    page.launch(
+    _, address, _ = page.launch(
+        quiet=True,
+        prevent_thread_lock=True,
         server_name=args.host,
         server_port=args.port,
         footer_links=[],
@@ -296,6 +322,8 @@ def main(args: argparse.Namespace) -> None:
         max_file_size="20mb",
         **look(),
     )
+    print(f"open {address} in a browser; Ctrl+C ends it", flush=True)
+    page.block_thread()
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ from diffusers_d2it.pipelines.schedulers import is_flow
 
 
 SIDE = 384  # pixels of a picture where it is painted on
+LARGEST = 1024  # pixels of the longer side of a picture that is edited: a brush has a width in pixels of it
 PAINTED = 0.2  # share of a region that strokes must cover
 BUDGETS = [0.0, 0.25, 0.5, 1.0]
 SURFACES = ["the picture", "an empty grid"]
@@ -188,13 +189,15 @@ def begin_painting(pipe: D2iTPipeline, surface: str, *above: Any) -> tuple[Image
     return surface_of(begun["image"], pipe.grain_map_size()), begun, words
 
 
-def paint(pipe: D2iTPipeline, editor: dict | None, boxes: str, begun: dict | None) -> Iterator[tuple]:
+def paint(pipe: D2iTPipeline, editor: dict | None, boxes: str, begun: dict | None, *above: Any) -> Iterator[tuple]:
     """(picture or None, map laid over it or None, words) after every step, with the seed that was begun with.
 
     Of a picture what is not painted stays, map and pixels; of an empty grid the grain model draws the map of the rest.
     """
     if begun is None:
         raise ValueError("there is nothing to paint on yet: begin with a picture or an empty grid.")
+    if begun["above"] != above:
+        raise ValueError("this was begun with another class, seed, steps or guidance: begin anew, or set them back.")
     held, call = read_painted(editor, boxes, pipe), settings_of(*begun["above"])
     if begun["image"] is None:
         call |= {"grain_map": held}
@@ -231,6 +234,17 @@ def flow(pipe: D2iTPipeline, kind: type[SchedulerMixin]) -> SchedulerMixin:
 def quiet(pipe: D2iTPipeline) -> D2iTPipeline:
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def reduced(editor: dict[str, Any]) -> tuple[Image.Image | None, str]:
+    """(a smaller one, or None, words) of a picture that was uploaded."""
+    picture = editor["background"]
+    if picture is None or max(picture.size) <= LARGEST:
+        return None, "Paint over what is to be new, or vary the whole picture."
+    smaller = picture.copy()
+    smaller.thumbnail((LARGEST, LARGEST))
+    words = f"The picture of {picture.width}x{picture.height} pixels was reduced to {smaller.width}x{smaller.height}."
+    return smaller, words
 
 
 def edit(pipe: D2iTPipeline, editor: dict | None, how: str, strength: float, *above: Any) -> Iterator[tuple]:

@@ -25,6 +25,7 @@ from page_actions import (
     edit,
     paint,
     read_painted,
+    reduced,
     steps_of,
 )
 
@@ -102,7 +103,7 @@ def test_what_is_not_painted_stays_map_and_pixels(pipe):
     painted[1:3, 1] = True
     is_fine = (grain_map[1:3, 1] == 0).tolist()  # each becomes what it was not
     red, blue = ([(1 + i, 1) for i, fine in enumerate(is_fine) if fine == grain] for grain in (True, False))
-    *steps, (picture, overlay, _) = paint(pipe, strokes(red, blue), "", begun)
+    *steps, (picture, overlay, _) = paint(pipe, strokes(red, blue), "", begun, *ABOVE)
     assert len(steps) == 4 and overlay.size == (384, 384)
     changed = (np.asarray(picture) != image).any(axis=-1)
     inside = painted.numpy().repeat(8, 0).repeat(8, 1)
@@ -113,7 +114,7 @@ def test_on_an_empty_grid_the_grain_model_draws_the_rest(pipe):
     _, begun, _ = begin_painting(pipe, SURFACES[1], *ABOVE)
     held = torch.full((4, 4), -1)
     held[2, 1] = 1
-    *_, (picture, _, _) = paint(pipe, strokes([(2, 1)]), "", begun)
+    *_, (picture, _, _) = paint(pipe, strokes([(2, 1)]), "", begun, *ABOVE)
     assert np.array_equal(picture, alone(pipe, grain_map=held)[0])
 
 
@@ -156,7 +157,9 @@ def test_mistakes_are_the_words_of_the_library(pipe):
 def test_what_was_painted_is_too_little_or_too_much(pipe):
     begun = begin_painting(pipe, SURFACES[0], *ABOVE)[1]
     with pytest.raises(ValueError, match="nothing is painted: cover a fifth"):
-        list(paint(pipe, strokes([]), "", begun))
+        list(paint(pipe, strokes([]), "", begun, *ABOVE))
+    with pytest.raises(ValueError, match="begun with another class"):
+        list(paint(pipe, strokes([(2, 1)]), "", begun, "another", *ABOVE[1:]))
     across = {"background": Image.new("RGB", (96, 40)), "layers": [Image.new("RGBA", (96, 8), "red")]}
     with pytest.raises(ValueError, match="longer than the shorter side"):
         list(edit(pipe, across, EDITS[0], 0.5, *ABOVE))
@@ -210,3 +213,10 @@ def test_a_space_is_made_and_stands_alone(tmp_path):
     command, where = [sys.executable, "-c", code], os.environ | {"PYTHONPATH": str(tmp_path)}
     done = subprocess.run(command, cwd=tmp_path, env=where, capture_output=True, text=True, timeout=300)
     assert done.stdout.startswith(str(tmp_path)) and done.stdout.endswith(" ms\n"), done.stderr
+
+
+def test_pictures_that_are_larger_than_a_brush_can_paint_are_reduced():
+    smaller, words = reduced({"background": Image.new("RGB", (4000, 3000)), "layers": [], "composite": None})
+    assert smaller.size == (1024, 768) and "4000x3000" in words and "1024x768" in words
+    for background in (None, Image.new("RGB", (1024, 300))):
+        assert reduced({"background": background})[0] is None

@@ -237,6 +237,19 @@ def test_a_photograph_is_filled_and_varied(visit, tmp_path):
     assert shown(page, "The picture after the edit").shape == (128, 128, 3)
 
 
+def test_a_photograph_of_a_telephone_is_reduced(visit, tmp_path):
+    Image.fromarray(data.rocket()).resize((4000, 3000)).save(tmp_path / "large.jpg")
+    page = visit()
+    tab(page, "Edit")
+    page.wait_for_timeout(1000)
+    page.locator("input[type=file]").last.set_input_files(tmp_path / "large.jpg")
+    words_of(page).filter(has_text="4000x3000 pixels was reduced to 1024x768").wait_for()
+    assert not page.get_by_label("Strength").last.is_visible()
+    page.get_by_label("vary the whole picture").check()
+    done(page, button(page, "Edit"))
+    assert shown(page, "The picture after the edit").shape == (128, 128, 3)
+
+
 def test_the_drawn_picture_is_edited(visit, pipe):
     page = visit()
     tab(page, "Edit")
