@@ -38,7 +38,7 @@ def judged_curves(curves: dict[str, list[dict]]) -> list[dict]:
     judged = []
     for own, other in PAIRS.items():
         of_other = {point["steps"]: point["frechet_distance"] for point in curves[other]}
-        for point in curves[own]:
+        for point in (one for one in curves[own] if one["steps"] in of_other):  # equal seconds are others
             distances = point["frechet_distance"], of_other[point["steps"]]
             judged.append({"model": own, "steps": point["steps"], "verdict": verdict(*distances)})
     return judged
@@ -50,7 +50,7 @@ def curves_table(curves: dict[str, list[dict]], judged: list[dict]) -> str:
     verdicts = {(one["model"], one["steps"]): one["verdict"] for one in judged}
     head = [cell for own, other in PAIRS.items() for cell in (other, own, f"{own} is ahead")]
     lines = [f"| steps | {' | '.join(head)} |", "|---|" + "---|" * len(head)]
-    for steps in (point["steps"] for point in curves["D2iT"]):
+    for steps in sorted({one["steps"] for one in judged}):
         cells = [
             x
             for own, other in PAIRS.items()
