@@ -17,8 +17,9 @@ def filled():
     path, modules = [*sys.path], {*sys.modules}
     yield runpy.run_path(str(ROOT / "docs/figures.py"))["filled"]
     sys.path[:] = path
+    folders = {ROOT / name for name in ("examples", "reproduction", "benchmarks")}
     for name in {*sys.modules} - modules:  # scripts of several folders have modules of the same name
-        if str(getattr(sys.modules[name], "__file__", None)).startswith(str(ROOT)):
+        if Path(getattr(sys.modules[name], "__file__", None) or "").parent in folders:
             del sys.modules[name]
 
 
