@@ -2,14 +2,14 @@
 """The release of DC-DiT (arXiv:2603.06351) to DCDiTModel."""
 
 import re
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ..limits import check_values
 from ..models.configs import LIMITS
 from ..models.transformer_dcdit import DCDiTModel
-from .dit import check_positions, count_heads
+from .dit import DIT_NAMES, check_positions, count_heads, origin_of
 from .transfer import ConversionReport, read_checkpoint, take, transfer
 
 
@@ -18,12 +18,9 @@ _PARTS = ("", "Model", "HNet", "Training", "Data", "Diffusion", "Logging")
 _SETTINGS = tuple(f"config.{part}Config" for part in _PARTS)
 _WIDE_GRID = 4096  # cells from which on the release smooths with a sigma of 2
 
-# Parts of the names in DCDiTModel -> in the release; what is not here is called the same
-_NAMES = {
+# Beyond those of every DiT
+_NAMES = DIT_NAMES | {
     "conv_in": "x_embedder.proj",
-    "time_embed.mlp.linear_1": "t_embedder.mlp.0",
-    "time_embed.mlp.linear_2": "t_embedder.mlp.2",
-    "label_embed": "y_embedder.embedding_table",
     "encoder.blocks": "hnet.encoder.layers",
     "encoder.norm": "hnet.encoder.rmsnorm",
     "decoder.blocks": "hnet.decoder.layers",
@@ -38,14 +35,6 @@ _NAMES = {
     "residual_proj": "hnet.residual_proj",
     "transformer_blocks": "hnet.main_network.main_network.layers",
     "norm_backbone": "hnet.main_network.main_network.rmsnorm",
-    "attn.to_out.0": "attn.proj",
-    "attn.to_q": "attn.qkv",  # a third each of one Linear
-    "attn.to_k": "attn.qkv",
-    "attn.to_v": "attn.qkv",
-    "ff.linear_": "mlp.fc",
-    "adaln": "adaLN_modulation.1",
-    "norm_out.proj_out": "final_layer.linear",
-    "norm_out": "final_layer",
 }
 
 
@@ -93,18 +82,8 @@ def convert_dcdit_checkpoint(
     if not settings:
         report.notes.append(f"no settings beside the weights: {heads} heads and a sigma of {sizes['smoothing_sigma']}")
     model = DCDiTModel(**sizes)
-    transfer(weights, model, _origin, report)
+    transfer(weights, model, partial(origin_of, names=_NAMES), report)
     return model, report
-
-
-def _origin(target: str) -> tuple[list[str], Callable | None]:
-    key = target
-    for ours, theirs in _NAMES.items():
-        key = key.replace(ours, theirs)
-    if ".qkv." in key:
-        third = "qkv".index(target[target.index(".to_") + 4])
-        return [key], lambda fused: fused.tensor_split(3)[third]
-    return [key], None
 
 
 def _count(pattern: str, weights: dict) -> int:

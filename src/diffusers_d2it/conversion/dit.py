@@ -22,13 +22,11 @@ _HEAD_WIDTHS = {384: 64, 768: 64, 1024: 64, 1152: 72}  # DiT-S, B, L, XL: the wi
 _LIMITS = LIMITS | {"patch_size": (1, 128), "norm_eps": (0, 1e-5)}
 _FRESH = ("grain_embed.", "refine_nets.")
 
-# Parts of the names in D2iTContentModel -> in the source; what is not here is called the same
-_ORIGINAL = {
-    "patch_embed": "x_embedder.proj",
+# Parts of the names in our models -> in the original DiT and what was built on it; what is not here is called the same
+DIT_NAMES = {
     "time_embed.mlp.linear_1": "t_embedder.mlp.0",
     "time_embed.mlp.linear_2": "t_embedder.mlp.2",
     "label_embed": "y_embedder.embedding_table",
-    "transformer_blocks": "blocks",
     "attn.to_out.0": "attn.proj",
     "attn.to_q": "attn.qkv",  # a third each of one Linear
     "attn.to_k": "attn.qkv",
@@ -38,6 +36,7 @@ _ORIGINAL = {
     "norm_out.proj_out": "final_layer.linear",
     "norm_out": "final_layer",
 }
+_ORIGINAL = DIT_NAMES | {"patch_embed": "x_embedder.proj", "transformer_blocks": "blocks"}
 _DIFFUSERS = {
     "patch_embed": "pos_embed.proj",
     "time_embed.mlp": "transformer_blocks.0.norm1.emb.timestep_embedder",
@@ -185,15 +184,10 @@ def _convert(
     def origin(target: str) -> tuple[list[str], Callable | None]:
         if target.startswith(_FRESH):
             return [], None
-        key = target
-        for ours, theirs in names.items():
-            key = key.replace(ours, theirs)
+        [key], make = origin_of(target, names)
         if target == "patch_embed.weight":  # a convolution over patches is linear in their values, as `patchify` has
             return [key], lambda weight: weight.flatten(1)
-        if ".qkv." in key:
-            third = "qkv".index(target[target.index(".to_") + 4])
-            return [key], lambda fused: fused.tensor_split(3)[third]
-        return [key], None
+        return [key], make
 
     transfer(weights, model, origin, report)
     report.notes.append(
@@ -206,6 +200,17 @@ def _convert(
             ' "learned_range"'
         )
     return model, report
+
+
+def origin_of(target: str, names: dict[str, str]) -> tuple[list[str], Callable | None]:
+    """For `transfer`: where a weight of ours is by a table of names, and which third of it where three are one."""
+    key = target
+    for ours, theirs in names.items():
+        key = key.replace(ours, theirs)
+    if ".qkv." not in key:
+        return [key], None
+    third = "qkv".index(target[target.index(".to_") + 4])
+    return [key], lambda fused: fused.tensor_split(3)[third]
 
 
 def _share_embedders(weights: dict[str, torch.Tensor], num_layers: int, report: ConversionReport) -> None:
