@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
-"""Badges of README, by what is installed: `make pictures`; `tests/test_package.py` looks whether they hold."""
+"""Badges of README, by what is installed: `make pictures`; `tests/test_docs.py` looks whether they hold."""
 
 import re
 from importlib.metadata import metadata

@@ -10,6 +10,7 @@ What is typed and clicked is real: a terminal and a browser on a screen of their
 import argparse
 import os
 import re
+import shutil
 import subprocess
 import tempfile
 import time
@@ -24,7 +25,7 @@ PROMPT = "'\\[\\e[1;34m\\]\\w $\\[\\e[0m\\] '"
 
 
 class Screen:
-    """A screen with a terminal, whose keys are typed by `run`."""
+    """A screen with a terminal, whose keys are typed by `type`."""
 
     def __init__(self, home: Path, output_dir: Path):
         self.home, self.output_dir, self.number = home, output_dir, 0
@@ -97,7 +98,7 @@ def walk(screen: Screen, clone: Path) -> None:
     screen.wait("next: make page")
     with sync_playwright() as playwright:
         chromium = {
-            "executable_path": "/usr/bin/chromium",
+            "executable_path": shutil.which("chromium"),
             "headless": False,
             "env": os.environ | {"DISPLAY": DISPLAY},
         }
