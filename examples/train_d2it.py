@@ -82,7 +82,7 @@ from diffusers_d2it import (
 )
 from diffusers_d2it.data import BadImages, read_codes
 from diffusers_d2it.evaluation import load_vision_network
-from diffusers_d2it.losses import multi_grained_loss, variance_loss
+from diffusers_d2it.losses import multi_grained_loss, variance_loss, weights_of_cells
 from diffusers_d2it.objectives import DiffusionObjective, FlowMatchingObjective, make_objective
 from diffusers_d2it.training import (
     Alignment,
@@ -130,7 +130,8 @@ def content_losses(
     if args.learn_sigma:
         predicted = objective.predicted_latents(prediction, noised, timesteps)
         alphas = objective.scheduler.alphas_cumprod
-        losses["vlb"] = variance_loss(variance, predicted, latents, timesteps, alphas, layout, args.grain_weights)
+        weights = weights_of_cells(layout, args.grain_weights)
+        losses["vlb"] = variance_loss(variance, predicted, latents, timesteps, alphas, weights)
         losses["loss"] = losses["loss"] + losses["vlb"]
     return losses
 

@@ -16,9 +16,11 @@ from diffusers_d2it.losses import (
     dvae_loss,
     grain_loss,
     hinge_loss,
+    mse_loss,
     multi_grained_loss,
     ratio_loss,
     variance_loss,
+    weights_of_cells,
 )
 
 
@@ -93,6 +95,7 @@ def test_the_error_of_an_absent_grain_is_nan_and_the_loss_is_not():
     """And an all-fine map gives the plain mean squared error."""
     prediction, target, layout = loss_case(2)
     losses = multi_grained_loss(prediction, target, layout_of(target, torch.ones_like(layout.grain_map)))
+    assert torch.equal(mse_loss(prediction, target), losses["loss"])
     assert math.isnan(losses["mse_grain_0"].item())
     torch.testing.assert_close(losses["loss"], (prediction - target).pow(2).mean())
     torch.testing.assert_close(losses["mse_grain_1"], losses["loss"])
@@ -175,8 +178,7 @@ def test_variance_loss_is_the_divergence_of_ddpm_steps():
         mean = (before.sqrt() * beta * latents[i] + (now / before).sqrt() * (1 - before) * noised[i]) / (1 - now)
         posterior = Normal(mean.float(), ((1 - before) / (1 - now) * beta).sqrt().float().expand_as(mean))
         expected.append(kl_divergence(posterior, model).mean() / math.log(2))
-    layout = layout_of(latents, torch.ones(3, 2, 2, dtype=torch.int64))
-    found = variance_loss(variance, predicted, latents, timesteps, scheduler.alphas_cumprod, layout)
+    found = variance_loss(variance, predicted, latents, timesteps, scheduler.alphas_cumprod)
     torch.testing.assert_close(found, torch.stack(expected).mean(), rtol=1e-2, atol=1e-3)
 
 
@@ -186,7 +188,12 @@ def test_variance_loss_is_least_at_the_variance_of_the_posterior_and_trains_noth
     def loss(variance: float, predicted: torch.Tensor) -> torch.Tensor:
         predicted_variance = torch.full_like(latents, variance)
         return variance_loss(
-            predicted_variance, predicted, latents, torch.tensor([0, 500]), SCHEDULER.alphas_cumprod, layout
+            predicted_variance,
+            predicted,
+            latents,
+            torch.tensor([0, 500]),
+            SCHEDULER.alphas_cumprod,
+            weights_of_cells(layout),
         )
 
     assert loss(-1.0, latents).item() == pytest.approx(0, abs=1e-6)
@@ -204,8 +211,7 @@ def test_variance_loss_counts_every_code_once():
             latents,
             timesteps,
             SCHEDULER.alphas_cumprod,
-            layout_of(latents, torch.full((1, 1, 1), grain)),
-            weights,
+            weights_of_cells(layout_of(latents, torch.full((1, 1, 1), grain)), weights),
         )
         for grain, weights in ((0, None), (1, None), (0, (3.0, 1.0)))
     )

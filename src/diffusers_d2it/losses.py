@@ -80,6 +80,26 @@ def grain_loss(logits: torch.Tensor, grain_map: torch.Tensor) -> dict[str, torch
     return {"loss": loss, "accuracy": accuracy}
 
 
+def mse_loss(
+    prediction: torch.Tensor,
+    target: torch.Tensor,
+    cell_weights: torch.Tensor | None = None,
+    sample_weights: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Mean squared error over cells, each of a weight.
+
+    Args:
+        prediction: (B, C, H, W).
+        target: the same shape.
+        cell_weights: (B, H, W); None for equal ones.
+        sample_weights: weight of each image (B,), such as min-SNR's; None for equal ones.
+
+    Returns:
+        Scalar.
+    """
+    return _weighted(_squared_error(prediction, target), cell_weights, sample_weights).mean()
+
+
 def multi_grained_loss(
     prediction: torch.Tensor,
     target: torch.Tensor,
@@ -107,14 +127,11 @@ def multi_grained_loss(
         ValueError: there is not one weight for each grain, or the map does not match.
     """
     layout.check_sides(target)
-    squared_error = (prediction.float() - target.float()).pow(2).mean(dim=1)  # (B, hR, wR)
-    weighted = _cell_weights(layout, grain_weights) * squared_error
-    if sample_weights is not None:
-        weighted = weighted * sample_weights[:, None, None]
-    losses = {"loss": weighted.mean()}
+    losses = {"loss": mse_loss(prediction, target, weights_of_cells(layout, grain_weights), sample_weights)}
+    squared_error = _squared_error(prediction.detach(), target)
     for grain in range(layout.num_grains):
         of_grain = (layout.grain_of_cell == grain).float()
-        losses[f"mse_grain_{grain}"] = (squared_error.detach() * of_grain).sum() / of_grain.sum()
+        losses[f"mse_grain_{grain}"] = (squared_error * of_grain).sum() / of_grain.sum()
     return losses
 
 
@@ -124,23 +141,21 @@ def variance_loss(
     latents: torch.Tensor,
     timesteps: torch.Tensor,
     alphas_cumprod: torch.Tensor,
-    layout: GrainLayout,
-    grain_weights: tuple[float, ...] | None = None,
+    cell_weights: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Variational bound that trains a learned variance, in bits per latent value (Nichol and Dhariwal, 2102.09672).
 
-    KL divergence between the posterior q(z_{t-1} | z_t, z_0) and the model's step, weighted over cells as Eq. 11. The
-    variance is interpolated in its logarithm between the posterior's and beta_t (their Eq. 15). The prediction gets no
+    KL divergence between the posterior q(z_{t-1} | z_t, z_0) and the model's step, mean over cells. The variance is
+    interpolated in its logarithm between the posterior's and beta_t (their Eq. 15). The prediction gets no
     gradient: its own loss trains it. With 1000 steps the mean over t is their 0.001 * L_vlb.
 
     Args:
-        variance: v, the second half of the network's output, (B, C, hR, wR); -1 is the posterior's variance, 1 beta_t.
+        variance: v, the second half of the network's output, (B, C, H, W); -1 is the posterior's variance, 1 beta_t.
         predicted_latents: estimate of z_0 that the first half stands for.
         latents: z_0.
         timesteps: (B,) int64.
         alphas_cumprod: (T,) of the scheduler.
-        layout: of the grain map.
-        grain_weights: as in `multi_grained_loss`.
+        cell_weights: (B, H, W), for D2iT those of `weights_of_cells(layout)`; None for equal ones.
 
     Returns:
         Scalar.
@@ -161,8 +176,8 @@ def variance_loss(
     kl = 0.5 * (
         log_variance - log_posterior - 1 + (log_posterior - log_variance).exp() + mean_error**2 / log_variance.exp()
     )
-    kl = kl.mean(dim=1) / math.log(2)  # (B, hR, wR)
-    return (_cell_weights(layout, grain_weights) * kl).mean()
+    kl = kl.mean(dim=1) / math.log(2)  # (B, H, W)
+    return _weighted(kl, cell_weights).mean()
 
 
 def ratio_loss(probability: torch.Tensor, compression: float, group_size: int | None = None) -> torch.Tensor:
@@ -193,10 +208,28 @@ def ratio_loss(probability: torch.Tensor, compression: float, group_size: int | 
     return compression / (compression - 1) * loss.mean()
 
 
-def _cell_weights(layout: GrainLayout, grain_weights: tuple[float, ...] | None) -> torch.Tensor:
-    """Loss weight of every cell, (B, hR, wR)."""
+def weights_of_cells(layout: GrainLayout, grain_weights: tuple[float, ...] | None = None) -> torch.Tensor:
+    """Loss weight of every cell, (B, hR, wR): alpha of Eq. 11, or the weight of its grain, coarsest first.
+
+    Raises:
+        ValueError: there is not one weight for each grain.
+    """
     if grain_weights is None:
         return code_weights(layout.grain_of_cell, layout.num_grains)
     if len(grain_weights) != layout.num_grains:
         raise ValueError(f"`grain_weights` must be {layout.num_grains} weights, coarsest first, got {grain_weights}.")
     return torch.tensor(grain_weights, device=layout.grain_map.device)[layout.grain_of_cell]
+
+
+def _squared_error(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Of every cell, (B, H, W)."""
+    return (prediction.float() - target.float()).pow(2).mean(dim=1)
+
+
+def _weighted(
+    values: torch.Tensor, cell_weights: torch.Tensor | None, sample_weights: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Values of cells, (B, H, W), times what is given of (B, H, W) and (B,)."""
+    if cell_weights is not None:
+        values = cell_weights * values
+    return values if sample_weights is None else values * sample_weights[:, None, None]
