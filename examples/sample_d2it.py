@@ -82,7 +82,7 @@ from tqdm.auto import tqdm
 
 from diffusers_d2it import D2iTPipeline, bundled_checkpoint, load_sampler
 from diffusers_d2it.grains import fine_share
-from diffusers_d2it.pipelines.class_conditional import class_ids
+from diffusers_d2it.pipelines.labels import class_ids
 from diffusers_d2it.sampling import (
     ReferenceMaps,
     SampleFolder,

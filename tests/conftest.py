@@ -7,8 +7,10 @@
     make_vae(num_grains=2, seed=0, **overrides)                                 calibrated, in eval mode as all models
     make_grain_model(num_grains=2, num_classes=10, randomize=True, seed=1, **overrides)
     make_content_model(num_grains=2, num_classes=10, randomize=True, seed=2, **overrides)
-    make_dcdit(num_classes=10, randomize=True, seed=3, **overrides)
+    make_dcdit(num_classes=10, randomize=True, seed=1, **overrides)              keeps 2 of 5 cells
     make_pipeline(num_grains=2, num_classes=10, id2label=..., **components)     of them and DDIM schedulers
+    make_autoencoder_kl(seed=0, **overrides)                                    of diffusers, four pixels a cell
+    make_dcdit_pipeline(num_classes=10, id2label=..., **components)             of these two and a DDIM scheduler
 
 Two grains see 32 px images, 8x8 latents and 4x4 maps; three grains 64 px images, 16x16 latents and 4x4 maps.
 """
@@ -18,7 +20,7 @@ from functools import cache
 
 import pytest
 import torch
-from diffusers import DDIMScheduler
+from diffusers import AutoencoderKL, DDIMScheduler
 from photographs import load_photographs
 
 from diffusers_d2it import (
@@ -26,6 +28,7 @@ from diffusers_d2it import (
     D2iTGrainModel,
     D2iTPipeline,
     DCDiTModel,
+    DCDiTPipeline,
     DynamicAutoencoderKL,
     load_preset,
 )
@@ -94,9 +97,37 @@ def _make_content_model(
     return _make_transformer(D2iTContentModel, config | overrides, randomize, seed)
 
 
-def _make_dcdit(num_classes: int | None = 10, randomize: bool = True, seed: int = 3, **overrides) -> DCDiTModel:
+def _make_dcdit(num_classes: int | None = 10, randomize: bool = True, seed: int = 1, **overrides) -> DCDiTModel:
     config = load_preset("dcdit-tiny") | {"num_classes": num_classes}
     return _make_transformer(DCDiTModel, config | overrides, randomize, seed)
+
+
+def _make_autoencoder_kl(seed: int = 0, **overrides) -> AutoencoderKL:
+    config = {
+        "block_out_channels": [8, 8, 16],
+        "down_block_types": ["DownEncoderBlock2D"] * 3,
+        "up_block_types": ["UpDecoderBlock2D"] * 3,
+        "norm_num_groups": 4,
+        "sample_size": 32,
+    }
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return AutoencoderKL(**config | overrides).eval()
+
+
+def _make_dcdit_pipeline(
+    num_classes: int | None = 10, id2label: dict[int, str] | None = _ID2LABEL, **components
+) -> DCDiTPipeline:
+    """A pipeline of tiny components, whose router keeps about two cells of five; `components` replaces any of them."""
+    defaults = {
+        "vae": _make_autoencoder_kl(),
+        "transformer": _make_dcdit(num_classes),
+        "scheduler": DDIMScheduler(clip_sample=False, timestep_spacing="trailing"),
+        "id2label": id2label if num_classes is not None else None,
+    }
+    pipe = DCDiTPipeline(**(defaults | components))
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
 
 def _make_pipeline(
@@ -142,3 +173,5 @@ make_grain_model = _fixture(_make_grain_model)
 make_content_model = _fixture(_make_content_model)
 make_dcdit = _fixture(_make_dcdit)
 make_pipeline = _fixture(_make_pipeline)
+make_autoencoder_kl = _fixture(_make_autoencoder_kl)
+make_dcdit_pipeline = _fixture(_make_dcdit_pipeline)

@@ -28,9 +28,11 @@ from .models.transformer_dcdit import ChunkBlock, DCDiTModel
 from .pipelines.callbacks import D2iTCFGCutoffCallback
 from .pipelines.grain_maps import foveated_grain_map, grain_map_from_boxes, grain_map_from_image, grain_map_from_mask
 from .pipelines.grain_sampling import sample_grain_map
-from .pipelines.pipeline_d2it import D2iTPipeline, D2iTPipelineOutput
+from .pipelines.outputs import D2iTPipelineOutput, DCDiTPipelineOutput
+from .pipelines.pipeline_d2it import D2iTPipeline
 from .pipelines.pipeline_d2it_img2img import D2iTImg2ImgPipeline
 from .pipelines.pipeline_d2it_inpaint import D2iTInpaintPipeline
+from .pipelines.pipeline_dcdit import DCDiTPipeline
 from .presets import (
     bundled_checkpoint,
     list_bundled_checkpoints,
@@ -40,7 +42,7 @@ from .presets import (
     load_sampler,
 )
 from .registration import register
-from .visualization import visualize_grain_map
+from .visualization import visualize_boundary_map, visualize_grain_map
 
 
 __version__ = "0.1.0"
@@ -49,6 +51,8 @@ _EVALUATION = ("evaluate", "load_features", "open_images")  # imported when they
 
 __all__ = [
     "DCDiTModel",
+    "DCDiTPipeline",
+    "DCDiTPipelineOutput",
     "D2iTCFGCutoffCallback",
     "D2iTContentModel",
     "D2iTGrainModel",
@@ -76,6 +80,7 @@ __all__ = [
     "region_entropy",
     "sample_grain_map",
     "tie",
+    "visualize_boundary_map",
     "visualize_grain_map",
 ]
 
@@ -88,7 +93,10 @@ def __getattr__(name: str):
 
 register(
     [DynamicAutoencoderKL, D2iTGrainModel, D2iTContentModel, DCDiTModel],
-    {"text2image": D2iTPipeline, "image2image": D2iTImg2ImgPipeline, "inpaint": D2iTInpaintPipeline},
+    {
+        "d2it": {"text2image": D2iTPipeline, "image2image": D2iTImg2ImgPipeline, "inpaint": D2iTInpaintPipeline},
+        "dcdit": {"text2image": DCDiTPipeline},
+    },
     block_classes=[DiTBlock, RefineBlock, ChunkBlock],
     processor_class=SelfAttentionProcessor,
 )

@@ -15,24 +15,27 @@ import diffusers
 
 
 _AUTO_PIPELINE = "diffusers.pipelines.auto_pipeline"
-_FAMILY = "d2it"  # the key by which `AutoPipeline` finds one of another
 
 
-def register(models: list[type], pipelines: dict[str, type], block_classes: list[type], processor_class: type) -> None:
+def register(
+    models: list[type], families: dict[str, dict[str, type]], block_classes: list[type], processor_class: type
+) -> None:
     """Let `DiffusionPipeline`, `AutoModel`, and the hooks of caches and guiders of diffusers find our classes.
 
     Args:
         models: by their public names.
-        pipelines: a family of pipelines, by what `AutoPipeline` calls their tasks.
+        families: pipelines of the same components, which `AutoPipeline` makes of one another, by what it calls their
+            tasks.
         block_classes: transformer blocks whose first output is the hidden states.
         processor_class: processor of their attention.
     """
-    for cls in (*models, *pipelines.values()):
+    for cls in (*models, *(pipeline for family in families.values() for pipeline in family.values())):
         setattr(diffusers, cls.__name__, cls)
 
     def register_tasks(auto_pipeline: ModuleType) -> None:
-        for task, pipeline in pipelines.items():
-            getattr(auto_pipeline, f"AUTO_{task.upper()}_PIPELINES_MAPPING", {})[_FAMILY] = pipeline
+        for name, family in families.items():
+            for task, pipeline in family.items():
+                getattr(auto_pipeline, f"AUTO_{task.upper()}_PIPELINES_MAPPING", {})[name] = pipeline
 
     _once_imported(_AUTO_PIPELINE, register_tasks)
 

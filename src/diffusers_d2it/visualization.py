@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
-"""Pictures of grain maps, in the colours of the paper's figures: red is fine, blue is coarse."""
+"""Pictures of where a model spends its work, in the colours of D2iT's figures: red is much, blue is little."""
 
 import numpy as np
 import PIL.Image
@@ -46,18 +46,12 @@ def visualize_grain_map(
         if len(image) != number:
             raise ValueError(f"`grain_map` must be one for each of {len(image)} images, got {number}.")
         return [visualize_grain_map(*pair, num_grains, min_side) for pair in zip(image, grain_map)]
-    image = _picture(image)
     grains = grain_map.cpu().float().numpy() if isinstance(grain_map, torch.Tensor) else np.asarray(grain_map)
     if grains.ndim == 3 and len(grains) == 1:
         grains = grains[0]
     if grains.ndim != 2 or grains.dtype.kind not in "biuf" or (grains % 1).any():
         raise ValueError(f"`grain_map` must be integers of shape (h, w), got {grains.dtype} of shape {grains.shape}.")
     grains = grains.astype(np.int64)
-    rows, columns = grains.shape
-    if image.height % rows or image.width % columns:
-        raise ValueError(
-            f"`grain_map` of {rows}x{columns} regions does not divide an image of {image.height}x{image.width} pixels."
-        )
     num_grains = plain(num_grains)
     if not isinstance(num_grains, int | None) or num_grains in (0, 1):
         raise ValueError(f"`num_grains` must be a whole number, at least 2, got {num_grains!r}.")
@@ -65,15 +59,65 @@ def visualize_grain_map(
         num_grains = max(2, int(grains.max()) + 1)
     if grains.min() < 0 or grains.max() >= num_grains:
         raise ValueError(f"`grain_map` must hold grains 0 to {num_grains - 1}, got {grains.min()} to {grains.max()}.")
-    scale = max(1, -(-plain(min_side) // min(image.size)))
+    picture, shares = _laid_over(_picture(image), grains / (num_grains - 1), "grain_map", min_side)
+    width = 1 + min(picture.size) // 256
+    is_outline = shares > minimum_filter(shares, 2 * width + 1)  # pixels beside a coarser region
+    return _tinted(picture, shares, np.where(is_outline, 1.0, _OPACITY)[..., None])
+
+
+def visualize_boundary_map(
+    image: PIL.Image.Image | np.ndarray | torch.Tensor | list,
+    boundary_map: torch.Tensor | np.ndarray | list,
+    min_side: int = 256,
+) -> PIL.Image.Image | list[PIL.Image.Image]:
+    """Lay over an image of DC-DiT which cells of its latents were tokens: these are red, the others blue.
+
+    Args:
+        image: as of `visualize_grain_map`.
+        boundary_map: (h, w) of one step, bool, or the router's probability in [0, 1]; the sides of the picture are
+            multiples of h and w. Of several pictures (B, h, w), or a list.
+        min_side: pixels; a smaller picture is enlarged by a whole number. 1 leaves every picture at its size.
+
+    Returns:
+        An RGB picture, or a list of them.
+
+    Raises:
+        ValueError: the image is none, the map has another number of dimensions, values outside [0, 1], or does not
+            divide the picture.
+    """
+    if isinstance(image, (list, tuple)) or getattr(image, "ndim", 0) == 4:
+        number = len(boundary_map) if hasattr(boundary_map, "__len__") else 0
+        if len(image) != number:
+            raise ValueError(f"`boundary_map` must be one for each of {len(image)} images, got {number}.")
+        return [visualize_boundary_map(*pair, min_side) for pair in zip(image, boundary_map)]
+    shares = boundary_map.cpu().float().numpy() if isinstance(boundary_map, torch.Tensor) else np.asarray(boundary_map)
+    if shares.ndim != 2 or shares.dtype.kind not in "biuf" or not (0 <= shares.min() and shares.max() <= 1):
+        raise ValueError(
+            f"`boundary_map` must be bool or in [0, 1], of shape (h, w), got {shares.dtype} of shape {shares.shape}."
+        )
+    picture, shares = _laid_over(_picture(image), shares.astype(np.float32), "boundary_map", min_side)
+    return _tinted(picture, shares, _OPACITY)
+
+
+def _laid_over(
+    picture: PIL.Image.Image, values: np.ndarray, name: str, min_side: int
+) -> tuple[PIL.Image.Image, np.ndarray]:
+    """A picture of at least `min_side` pixels, and the value of each of them."""
+    rows, columns = values.shape
+    if picture.height % rows or picture.width % columns:
+        raise ValueError(
+            f"`{name}` of {rows}x{columns} does not divide an image of {picture.height}x{picture.width} pixels."
+        )
+    scale = max(1, -(-plain(min_side) // min(picture.size)))
     if scale > 1:
-        image = image.resize((image.width * scale, image.height * scale), PIL.Image.Resampling.BICUBIC)
-    grains = grains.repeat(image.height // rows, axis=0).repeat(image.width // columns, axis=1)
-    colours = _COARSE + (_FINE - _COARSE) * (grains / (num_grains - 1))[..., None]
-    width = 1 + min(image.size) // 256
-    is_outline = grains > minimum_filter(grains, 2 * width + 1)  # pixels beside a coarser region
-    opacity = np.where(is_outline, 1.0, _OPACITY)[..., None]
-    blended = (1 - opacity) * np.asarray(image, dtype=np.float32) + opacity * colours
+        picture = picture.resize((picture.width * scale, picture.height * scale), PIL.Image.Resampling.BICUBIC)
+    return picture, values.repeat(picture.height // rows, axis=0).repeat(picture.width // columns, axis=1)
+
+
+def _tinted(picture: PIL.Image.Image, shares: np.ndarray, opacity: np.ndarray | float) -> PIL.Image.Image:
+    """A picture under the colours from blue, 0, to red, 1."""
+    colours = _COARSE + (_FINE - _COARSE) * shares[..., None]
+    blended = (1 - opacity) * np.asarray(picture, dtype=np.float32) + opacity * colours
     return PIL.Image.fromarray(blended.round().astype(np.uint8))
 
 

@@ -27,7 +27,7 @@ from diffusers_d2it.evaluation import (
 )
 from diffusers_d2it.evaluation.results import differences
 from diffusers_d2it.grains import fine_share
-from diffusers_d2it.pipelines.class_conditional import class_of
+from diffusers_d2it.pipelines.labels import class_of
 from diffusers_d2it.pixels import to_uint8
 
 

@@ -295,7 +295,9 @@ print(publish(model, {str(folder)!r}, **hub, train_steps=4000, subfolder="grain_
     hub.run(f"{first_snippet((pushed / 'README.md').read_text())}\nassert grain_map.shape == (1, 4, 4)")
 
 
-def test_snippets_of_all_kinds_run(make_pipeline, make_vae, make_grain_model, make_content_model, hub, tmp_path):
+def test_snippets_of_all_kinds_run(
+    make_pipeline, make_vae, make_grain_model, make_content_model, make_dcdit_pipeline, make_dcdit, hub, tmp_path
+):
     image, decoded = "output.images[0].size == (32, 32)", "decoded.shape == images.shape"
     grain_map, noise = "grain_map.shape == (1, 4, 4)", "noise.shape == latents.shape"
     made = {
@@ -310,6 +312,10 @@ def test_snippets_of_all_kinds_run(make_pipeline, make_vae, make_grain_model, ma
         "unconditional-grain": (make_grain_model(num_classes=None), grain_map),
         "content": (make_content_model(), noise),
         "unconditional-content": (make_content_model(num_classes=None), noise),
+        "dcdit-pipeline": (make_dcdit_pipeline(), image),
+        "dcdit-of-grains": (make_dcdit_pipeline(vae=make_vae()), image),
+        "unconditional-dcdit": (make_dcdit_pipeline(num_classes=None), image),
+        "dcdit": (make_dcdit(), "output.sample.shape == latents.shape"),
     }
     code = ""
     for name, (model, check) in made.items():

@@ -6,7 +6,7 @@ import copy
 import pytest
 
 from diffusers_d2it import D2iTPipeline
-from diffusers_d2it.pipelines.class_conditional import class_ids
+from diffusers_d2it.pipelines.labels import class_ids
 
 
 NAMES = {0: "7", 1: "maillot", 2: "maillot, tank suit", 3: "caf\u00e9", 4: "12, dozen", 7: "swan"}

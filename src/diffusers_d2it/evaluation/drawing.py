@@ -21,6 +21,7 @@ from ..files import place_of
 from ..grains import fine_share
 from ..pipelines.grain_sampling import random_grain_map, sample_grain_map
 from ..pipelines.pipeline_d2it import D2iTPipeline
+from ..pipelines.pipeline_dcdit import DCDiTPipeline
 from ..pixels import check_uint8, unit_to_uint8
 from ..sampling.sets import generators_of
 
@@ -40,11 +41,11 @@ class Drawing:
         ValueError: labels are missing, or superfluous.
     """
 
-    pipe: D2iTPipeline
+    pipe: D2iTPipeline | DCDiTPipeline
     labels: torch.Tensor | None = None  # classes (N,) int64 of the images; None for an unconditional model
     num_inference_steps: int = 20
     guidance_scale: float = 1.0  # 1 is without, as in Table 5
-    grain_num_inference_steps: int = 10
+    grain_num_inference_steps: int = 10  # of D2iT alone
     batch_size: int = 32  # images in a forward pass, in measurements without sampling too
     seed: int = 0  # with the number of an image it fixes all that is random
     accelerator: Accelerator | None = None  # its processes share the batches
@@ -56,8 +57,14 @@ class Drawing:
 
     def describe(self) -> dict[str, int | float]:
         """The part of a protocol that this decides."""
-        names = ("num_inference_steps", "guidance_scale", "grain_num_inference_steps", "seed")
-        return {name: getattr(self, name) for name in names}
+        names = ("num_inference_steps", "guidance_scale", "seed")
+        return {name: getattr(self, name) for name in names} | self._of_maps
+
+    @property
+    def _of_maps(self) -> dict[str, int]:
+        """What a pipeline that draws grain maps is told beside."""
+        draws_maps = hasattr(self.pipe, "grain_model")
+        return {"grain_num_inference_steps": self.grain_num_inference_steps} if draws_maps else {}
 
     def generators(self, purpose: int, images: slice) -> list[torch.Generator]:
         """`generators_of` these images: other noise for another purpose."""
@@ -97,7 +104,7 @@ class Drawing:
         `arguments` are what else the pipeline gets, such as `fine_ratio`; a tensor has a part for each of N images.
         """
         mine = {name: value[images] if isinstance(value, torch.Tensor) else value for name, value in arguments.items()}
-        num_images, factor = images.stop - images.start, self.pipe.vae.downsample_factor
+        num_images, factor = images.stop - images.start, self.pipe.vae_scale_factor
         shape = (num_images, self.pipe.transformer.config.in_channels, size[0] // factor, size[1] // factor)
         return self.pipe(
             None if self.labels is None else self.labels[images].tolist(),
@@ -105,10 +112,9 @@ class Drawing:
             num_inference_steps=self.num_inference_steps,
             guidance_scale=self.guidance_scale,
             guidance_interval=(0.0, 1.0),
-            grain_num_inference_steps=self.grain_num_inference_steps,
             generator=self.generators(_SOLVER, images),
             latents=randn_tensor(shape, generator=self.generators(_LATENTS, images)),
-            **({"output_type": "pt"} | mine),
+            **({"output_type": "pt"} | self._of_maps | mine),
         )
 
     def images(self, maps: torch.Tensor) -> torch.Tensor:

@@ -14,14 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import ConfigMixin, DiffusionPipeline
+from diffusers import AutoencoderKL, ConfigMixin, DiffusionPipeline
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from ..models.autoencoder_kl_dynamic import DynamicAutoencoderKL
+from ..models.latent_codec import LatentCodec
 from ..models.transformer_d2it_content import D2iTContentModel
 from ..models.transformer_d2it_grain import D2iTGrainModel
+from ..models.transformer_dcdit import DCDiTModel
 from ..words import printable, shorten, shown, visible, without_paths, without_secrets
 from .remote_code import BRANCH
 
@@ -33,6 +35,29 @@ _KINDS = {
     DynamicAutoencoderKL: "autoencoder",
     D2iTGrainModel: "grain",
     D2iTContentModel: "content",
+    DCDiTModel: "dcdit",
+    AutoencoderKL: "foreign autoencoder",
+}
+# What the two families of models call what they are, by names of the template
+_FAMILIES = {
+    "d2it": {
+        "method": "D²iT",
+        "paper": "2504.09454",
+        "pipeline": "D2iTPipeline",
+        "shown_by": "visualize_grain_map",
+        "shown": "grain_maps[0])  # red regions are fine, blue ones coarse",
+        "caption": "Samples above their grain maps: red regions are fine, blue ones coarse.",
+        "trained": "The content model",
+    },
+    "dcdit": {
+        "method": "DC-DiT",
+        "paper": "2603.06351",
+        "pipeline": "DCDiTPipeline",
+        "shown_by": "visualize_boundary_map",
+        "shown": "boundary_maps[0])  # red cells were tokens in the last step",
+        "caption": "Samples.",
+        "trained": "The network",
+    },
 }
 
 
@@ -56,7 +81,7 @@ def make_model_card(
     adapters_of: str | None = None,
     remote_code: bool = False,
 ) -> ModelCard:
-    """The card of a D2iTPipeline, DynamicAutoencoderKL, D2iTGrainModel or D2iTContentModel.
+    """The card of a D2iTPipeline or DCDiTPipeline, or of one of their models.
 
         from diffusers_d2it import make_model_card
 
@@ -77,7 +102,7 @@ def make_model_card(
         metrics: {name: {"value": number, "protocol": how it was measured, "dataset": on what}}. Only metrics with a
             protocol get into the metadata; a bare number, or one without a protocol, is shown as such.
         sample_image: name of an image in the repository, such as "samples.png".
-        sample_caption: what it shows; None for samples above their grain maps.
+        sample_caption: what it shows; None for samples, of D2iT above their grain maps.
         train_steps: updates of the weights.
         train_batch_size: images of one update, over all processes.
         limits: more sentences for the section of that name.
@@ -151,15 +176,20 @@ def _is_on_hub(name: str) -> bool:
 
 
 def _unwrap(model: Any) -> tuple[Any, str]:
-    """The model or pipeline itself, without the wrapper of torch.compile, and which of the four it is."""
+    """The model or pipeline itself, without the wrapper of torch.compile, and which it is."""
     model, kind = getattr(model, "_orig_mod", model), _kind(model)
-    is_ours = [_kind(getattr(model, name, None)) for name in ("vae", "transformer")] == ["autoencoder", "content"]
-    if kind is None or (kind == "pipeline" and not is_ours):
+    vae, transformer = (_kind(getattr(model, name, None)) for name in ("vae", "transformer"))
+    fits = vae == "autoencoder" if transformer == "content" else transformer == "dcdit" and vae is not None
+    if kind in (None, "foreign autoencoder") or (kind == "pipeline" and not fits):
         raise ValueError(
-            "`pipe_or_model` must be a D2iTPipeline, DynamicAutoencoderKL, D2iTGrainModel or D2iTContentModel, got"
-            f" {type(model).__name__}."
+            "`pipe_or_model` must be a D2iTPipeline or DCDiTPipeline with `vae` and `transformer`, or one of their"
+            f" models, got {type(model).__name__}."
         )
     return model, kind
+
+
+def _family(model: Any, kind: str) -> str:
+    return "dcdit" if _kind(model.transformer if kind == "pipeline" else model) == "dcdit" else "d2it"
 
 
 def _kind(model: Any) -> str | None:
@@ -185,12 +215,13 @@ def _metadata(
     task = "unconditional-image-generation" if kind == "pipeline" else None
     results = [_eval_result(name, metric, task or "other") for name, metric in metrics.items() if metric["protocol"]]
     adapted = [] if adapters_of is None else ["lora"]
+    labelled = [] if _num_classes(model, kind) is None else ["class-conditional"]
     return ModelCardData(
         base_model=adapters_of if adapters_of is not None and _is_on_hub(adapters_of) else None,
         license=license,
         library_name="diffusers",
         pipeline_tag=task,
-        tags=["d2it", "diffusers", *adapted] + ([] if _num_classes(model, kind) is None else ["class-conditional"]),
+        tags=[_family(model, kind), "diffusers", *adapted, *labelled],
         datasets=datasets or None,
         model_name=(repo_id or type(model).__name__) if results else None,
         eval_results=results or None,
@@ -204,7 +235,8 @@ def _facts(
     parts = model.components if kind == "pipeline" else {"": model}
     vae = {"pipeline": getattr(model, "vae", None), "autoencoder": model}.get(kind)
     num_classes, id2label = _num_classes(model, kind), getattr(model, "id2label", None)
-    facts = {"literal": literal, "prose": prose, "shorten": shorten}
+    family = _family(model, kind)
+    facts = {"literal": literal, "prose": prose, "shorten": shorten, "family": family, **_FAMILIES[family]}
     facts |= {"kind": kind, "model": model, "vae": vae, "num_classes": num_classes, "id2label": id2label}
     facts["title"] = repo_id.split("/")[-1] if repo_id else type(model).__name__
     arguments = [f'"{repo_id or "."}"', *(f'{key}="{value}"' for key, value in options.items() if value is not None)]
@@ -217,13 +249,17 @@ def _facts(
     if adapters_of is not None:
         facts["base"] = repr(adapters_of if _is_on_hub(adapters_of) else printable(Path(adapters_of).name))
         trained = [weight for weight in model.transformer.parameters() if weight.requires_grad]
-        words = _describe(model.transformer) | {"type": "LoRA of D2iTContentModel"}
+        words = _describe(model.transformer) | {"type": f"LoRA of {type(model.transformer).__name__}"}
         facts["parts"] = {"transformer": words | {"parameters": f"{sum(map(torch.numel, trained)):,}"}}
     if kind == "pipeline":
-        facts["side"] = model.transformer.config.sample_size * vae.downsample_factor
+        factor = LatentCodec(vae).factor
+        facts["side"] = model.transformer.config.sample_size * factor
+        facts["unit"] = factor * model.transformer.patch_size
         first = min(id2label) if id2label else 0
         arguments = [] if num_classes is None else [f"class_labels=[{first}]"]
-        facts["call"] = ", ".join(arguments + (['grain_map="random"'] if model.grain_model is None else []))
+        if family == "d2it" and model.grain_model is None:
+            arguments.append('grain_map="random"')
+        facts["call"] = ", ".join(arguments)
         # As a comment of the call; no fence ends in it
         facts["label"] = "  # " + shorten(id2label[first]).replace("`", "'") if id2label else ""
     else:
@@ -240,13 +276,17 @@ def _describe(part: Any) -> dict[str, str]:
     if not isinstance(part, torch.nn.Module):
         return words
     config = part.config
-    if isinstance(part, DynamicAutoencoderKL):
-        factors = ", ".join(map(str, config.downsample_factors))
+    if isinstance(part, DynamicAutoencoderKL | AutoencoderKL):
+        factors = ", ".join(map(str, LatentCodec(part).factors))
         words["size"] = f"F = {{{factors}}}, {config.latent_channels} channels"
     else:
         refine = f" + {config.num_refine_layers}" if isinstance(part, D2iTContentModel) else ""
         width = config.num_attention_heads * config.attention_head_dim
-        words["size"] = f"{config.num_layers}{refine} layers of width {width}, {config.num_grains} grains"
+        words["size"] = f"{config.num_layers}{refine} layers of width {width}"
+        if isinstance(part, DCDiTModel):
+            words["size"] += f" between 2 x {config.num_conv_layers} of convolutions"
+        else:
+            words["size"] += f", {config.num_grains} grains"
     count = sum(parameter.numel() for parameter in part.parameters())
     words["parameters"] = f"{count / 1e6:.2f}M" if count >= 1e6 else f"{count:,}"
     return words | {"dtype": str(part.dtype).removeprefix("torch.")}

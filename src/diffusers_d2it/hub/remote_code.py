@@ -45,8 +45,9 @@ _before = {{name: value for name, value in globals().items() if not name.startsw
 _FOOTER = """
 {section}
 
-for _saved in ({pipeline}, *{pipeline}._models.values()):
-    _saved.__module__ = "diffusers_d2it"  # what is saved names its classes so, and loads with the package
+for _saved in ({pipeline}, *sum({pipeline}._models.values(), ())):
+    if _saved.__module__ == __name__:  # what is saved names its classes so, and loads with the package
+        _saved.__module__ = "diffusers_d2it"
 globals().update(_before)  # run again, by another load: the classes stay what they were
 """
 _COMPONENT_CODE = """\

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.attention import AttentionMixin
+from diffusers.models.cache_utils import CacheMixin
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.utils import BaseOutput, apply_lora_scale
 from torch import nn
@@ -46,9 +47,10 @@ _FEW_TOKENS = -1.1  # bias of a new router: a quarter of the cells, and at first
 class DCDiTOutput(BaseOutput):
     """Output of `DCDiTModel`."""
 
+    # None is what hooks of accelerate need in a moment of their own
     sample: torch.Tensor  # the noise (and the variance), (B, O, H, W)
-    boundary_probability: torch.Tensor  # of the router, (B, H, W) float32
-    kept: torch.Tensor  # which cells were tokens, (B, H, W) bool
+    boundary_probability: torch.Tensor | None = None  # of the router, (B, H, W) float32
+    kept: torch.Tensor | None = None  # which cells were tokens, (B, H, W) bool
 
 
 class ConvolutionStack(nn.Module):
@@ -138,7 +140,7 @@ class ChunkBlock(DiTBlock):
         return self.modulated(tokens, modulation, chunks.lengths)
 
 
-class DCDiTModel(ClassLabelsMixin, StrictModelMixin, AttentionMixin, SafeAdapterMixin, ConfigMixin):
+class DCDiTModel(ClassLabelsMixin, StrictModelMixin, AttentionMixin, CacheMixin, SafeAdapterMixin, ConfigMixin):
     r"""A diffusion transformer over the cells that its router keeps, between two stacks of convolutions over all.
 
         output = model(latents, timestep, class_labels, budget=0.5)    # half of what the router would keep
@@ -163,6 +165,7 @@ class DCDiTModel(ClassLabelsMixin, StrictModelMixin, AttentionMixin, SafeAdapter
     """
 
     budget_argument = BudgetArgument("budget", "null_budget", smallest=0.01)
+    patch_size = 1  # cells along a side of what is a token, or is none
     _check_together = staticmethod(check_chunking_model)
     _supports_gradient_checkpointing = True
     _no_split_modules = ["ChunkBlock", "ResnetBlock2D"]
@@ -230,6 +233,17 @@ class DCDiTModel(ClassLabelsMixin, StrictModelMixin, AttentionMixin, SafeAdapter
         """As of `budgets.AdaptiveDenoiser`: the cells that were kept."""
         kept = output["kept"] if isinstance(output, DCDiTOutput) else output[2]
         return {"backbone": kept.flatten(1).sum(dim=1)}
+
+    def enable_cache(self, config: Any) -> None:
+        """No cache of diffusers works here.
+
+        Raises:
+            ValueError: always; what a block computed of other tokens is of no use in the next step.
+        """
+        raise ValueError(
+            f"`config` must not be a cache, got {type(config).__name__}: in every step other cells are tokens, and a"
+            " smaller `budget` saves time."
+        )
 
     @apply_lora_scale("attention_kwargs")
     def forward(

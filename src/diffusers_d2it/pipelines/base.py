@@ -33,7 +33,7 @@ class StrictPipeline(WithoutOrigin, DiffusionPipeline):
     content and every file of the folder. A subclass says what it is made of:
     """
 
-    _models: Mapping[str, type[torch.nn.Module]]  # class of this package by component
+    _models: Mapping[str, tuple[type[torch.nn.Module], ...]]  # classes that a component may be of
     _schedulers: tuple[str, ...]  # components that are schedulers of diffusers
     _optional_components: list[str]  # those of both that may be None
     _limits: Mapping[str, tuple[float, float]]  # of arguments of `__call__`
@@ -181,12 +181,13 @@ class StrictPipeline(WithoutOrigin, DiffusionPipeline):
 
     def _check_parts(self) -> None:
         """Raise a ValueError if a component is none, of another kind than this pipeline has."""
-        for name, model in self._models.items():
+        for name, kinds in self._models.items():
             part = getattr(self, name)
             if part is None and name in self._optional_components:
                 continue
-            if not isinstance(getattr(part, "_orig_mod", part), model):
-                raise ValueError(f"`{name}` must be a {model.__name__} to be saved, got {type(part).__name__}.")
+            if not isinstance(getattr(part, "_orig_mod", part), kinds):
+                expected = " or ".join(kind.__name__ for kind in kinds)
+                raise ValueError(f"`{name}` must be a {expected} to be saved, got {type(part).__name__}.")
 
     def push_to_hub(
         self,

@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
-"""Which labels, pictures, maps and seeds belong together in the images of a call."""
+"""Which labels, pictures, maps, budgets and seeds belong together in the images of a call."""
 
 from dataclasses import dataclass
 
@@ -17,9 +17,8 @@ class Batch:
 
     size: int  # B
     ids: list[int] | None  # class of each image; None for an unconditional model
-    maps: list  # an entry of `grain_maps.read_maps` each
-    fine_ratios: list[float | None]
     pictures: list[int]  # which of the pictures that were given
+    each: dict[str, list]  # by the name of an argument what each image has of it
     map_generator: Generators  # of maps that are drawn; one, or one for each image
     generator: Generators  # of all noise
 
@@ -27,26 +26,24 @@ class Batch:
 def make_batch(
     ids: list[int] | None,
     num_images_per_prompt: int,
-    maps: list,
-    fine_ratio: float | list[float | None] | None,
     generator: Generators,
     num_pictures: int = 1,
+    **each: list,
 ) -> Batch:
     """Pair what a call was given.
 
     Labels and pictures are paired, a single one with all others, and each pair gives `num_images_per_prompt` images.
-    Maps and shares are one for all, one a pair, or one an image. Several for a single image give as many images of the
-    same noise, in the start and in every step, so that they differ by their maps alone.
+    What they may `each` have (maps, shares, budgets) is one for all, one a pair, or one an image. Several for a single
+    image give as many images of the same noise, in the start and in every step, so that they differ by these alone.
 
     Raises:
         ValueError: their numbers do not fit; the argument and its number are named.
     """
-    ratios = fine_ratio if isinstance(fine_ratio, list) else [fine_ratio]
     labels = [None] if ids is None else ids
     prompts = max(len(labels), num_pictures)
     if {len(labels), num_pictures} - {1, prompts}:
         raise ValueError(f"`class_labels` must be one, or one for each image, got {len(labels)} for {num_pictures}.")
-    several = max(len(maps), len(ratios))
+    several = max(map(len, each.values()))
     same_noise = prompts == num_images_per_prompt == 1 < several
     if same_noise:
         prompts = several
@@ -66,9 +63,8 @@ def make_batch(
     return Batch(
         size=size,
         ids=None if ids is None else paired(ids, "class_labels"),
-        maps=paired(maps, "grain_map"),
-        fine_ratios=paired(ratios, "fine_ratio"),
         pictures=paired(list(range(num_pictures)), "image"),
+        each={name: paired(values, name) for name, values in each.items()},
         map_generator=map_generator,
         generator=generator,
     )

@@ -19,13 +19,16 @@ _INSTEAD = {
     "prompt": 'images are of classes, `class_labels="golden retriever"` or an id; `pipe.labels` are the names.',
     "negative_prompt": "images are of classes, and `guidance_scale` leads away from no class.",
     "seed": "pass `generator=torch.manual_seed(0)`.",
-    "image": "`D2iTImg2ImgPipeline.from_pipe(pipe)` takes it.",
-    "strength": "`D2iTImg2ImgPipeline.from_pipe(pipe)` takes it, with an `image`.",
-    "mask_image": "`D2iTInpaintPipeline.from_pipe(pipe)` takes it, with an `image`.",
     "cfg_scale": "it is called `guidance_scale`.",
     "steps": "it is called `num_inference_steps`.",
     "num_images": "it is called `num_images_per_prompt`.",
 }
+_EDITING = {
+    "image": "`D2iTImg2ImgPipeline.from_pipe(pipe)` takes it.",
+    "strength": "`D2iTImg2ImgPipeline.from_pipe(pipe)` takes it, with an `image`.",
+    "mask_image": "`D2iTInpaintPipeline.from_pipe(pipe)` takes it, with an `image`.",
+}
+_BUDGETS = ("budget", "fine_ratio")  # what one model calls as the other does not
 
 Call = TypeVar("Call", bound=Callable)
 
@@ -47,6 +50,10 @@ def refuse_unknown(pipe: object, kwargs: Mapping[str, Any], call: Callable) -> N
         close = close_to(name, known)
         instead = f"did you mean {' or '.join(close)}?" if close else "it has nothing like it."
         instead = _INSTEAD.get(name, instead)
+        if hasattr(pipe, "grain_model"):
+            instead = _EDITING.get(name, instead)
+        if name in _BUDGETS and pipe.transformer is not None:
+            instead = f"it is called `{pipe.transformer.budget_argument.name}`."
         raise TypeError(f"`{name}` is no argument of {type(pipe).__name__}: {instead}")
 
 

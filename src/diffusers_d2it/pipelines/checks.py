@@ -1,7 +1,11 @@
 # Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
-"""What D2iTPipeline checks before it begins: do the components fit, do the arguments fit them and one another?"""
+"""What pipelines check before they begin: do the components fit, do the arguments fit them and one another?"""
+
+from collections.abc import Mapping
+from typing import Any
 
 import torch
+from diffusers import ModelMixin
 from diffusers.schedulers import KarrasDiffusionSchedulers
 from diffusers.utils import logging
 
@@ -18,31 +22,46 @@ logger = logging.get_logger(__name__)
 
 
 def check_components(
+    vae: ModelMixin | None, transformer: ModelMixin | None, scheduler: KarrasDiffusionSchedulers, labels: dict | None
+) -> None:
+    """Raise a ValueError that names the two components that do not fit one another.
+
+    Args:
+        vae, transformer, scheduler: what every pipeline has.
+        labels: names of the classes by id.
+    """
+    if transformer is None:
+        return
+    if vae is not None:
+        check_equal(("transformer.in_channels", transformer.config), ("vae.latent_channels", vae.config))
+    check_scheduler(scheduler, transformer, is_flow(scheduler))
+    if scheduler.config.get("clip_sample") or scheduler.config.get("thresholding"):
+        logger.warning(
+            "`scheduler` limits samples to [-1, 1], which is meant for pixels and spoils latents: make it with"
+            " clip_sample=False and thresholding=False."
+        )
+    num_classes = transformer.config.num_classes
+    beyond = [id for id in labels or {} if id not in range(num_classes or 0)]
+    if beyond:
+        raise ValueError(f"components do not fit: `id2label` names {beyond}, the model has {num_classes} classes.")
+
+
+def check_grain_components(
     vae: DynamicAutoencoderKL | None,
     grain_model: D2iTGrainModel | None,
     transformer: D2iTContentModel | None,
-    scheduler: KarrasDiffusionSchedulers,
     grain_scheduler: KarrasDiffusionSchedulers | None,
-    id2label: dict[int, str] | None,
 ) -> None:
-    """Raise a ValueError that names the two components that do not fit one another."""
+    """As `check_components`, of what D2iT has beside."""
     if transformer is None:
         return
-    content, pairs = transformer.config, []
-    if vae is not None:
-        pairs += [
-            ("transformer.in_channels", content.in_channels, "vae.latent_channels", vae.config.latent_channels),
-            ("transformer.num_grains", content.num_grains, "the grains of the vae", vae.num_grains),
-        ]
-    if grain_model is not None:
-        grain = grain_model.config
-        pairs += [
-            ("grain_model.num_grains", grain.num_grains, "transformer.num_grains", content.num_grains),
-            ("grain_model.num_classes", grain.num_classes, "transformer.num_classes", content.num_classes),
-        ]
-    for left, left_value, right, right_value in pairs:
-        if left_value != right_value:
-            raise ValueError(f"components do not fit: {left} is {left_value}, {right} is {right_value}.")
+    if vae is not None and vae.num_grains != transformer.config.num_grains:
+        raise ValueError(
+            f"components do not fit: transformer.num_grains is {transformer.config.num_grains}, the vae has"
+            f" {vae.num_grains} grains."
+        )
+    for name in ("num_grains", "num_classes") if grain_model is not None else ():
+        check_equal((f"grain_model.{name}", grain_model.config), (f"transformer.{name}", transformer.config))
     if (grain_model is None) != (grain_scheduler is None):
         raise ValueError("components do not fit: `grain_model` and `grain_scheduler` go together, one is None.")
     if grain_scheduler is not None and grain_scheduler.config.prediction_type != "sample":
@@ -50,17 +69,13 @@ def check_components(
             "components do not fit: `grain_scheduler` needs prediction_type 'sample', got"
             f" {grain_scheduler.config.prediction_type!r}."
         )
-    check_scheduler(scheduler, transformer, is_flow(scheduler))
-    if scheduler.config.get("clip_sample") or scheduler.config.get("thresholding"):
-        logger.warning(
-            "`scheduler` limits samples to [-1, 1], which is meant for pixels and spoils latents: make it with"
-            " clip_sample=False and thresholding=False."
-        )
-    beyond = [id for id in id2label or {} if id not in range(content.num_classes or 0)]
-    if beyond:
-        raise ValueError(
-            f"components do not fit: `id2label` names {beyond}, the model has {content.num_classes} classes."
-        )
+
+
+def check_equal(*keys: tuple[str, Mapping[str, Any]]) -> None:
+    """Raise a ValueError unless two keys of configurations, each "component.key" and its configuration, are equal."""
+    (left, left_value), (right, right_value) = ((name, config[name.partition(".")[2]]) for name, config in keys)
+    if left_value != right_value:
+        raise ValueError(f"components do not fit: {left} is {left_value}, {right} is {right_value}.")
 
 
 SAMPLING_LIMITS = {
@@ -69,9 +84,6 @@ SAMPLING_LIMITS = {
     "guidance_scale": (-1e6, 1e6),
     "guidance_interval": (0, 1),
     "guidance_power": (1e-6, 1e6),
-    "fine_ratio": (0, 1),
-    "grain_num_inference_steps": (1, 1_000_000),
-    "grain_guidance_scale": (-1e6, 1e6),
     "height": (1, 16_384),
     "width": (1, 16_384),
     "timesteps": (0, 1_000_000),
@@ -80,17 +92,10 @@ SAMPLING_LIMITS = {
 }
 
 
-def check_inputs(
-    batch: Batch,
-    fine_ratio: float | list[float | None] | None,
-    latents: torch.Tensor | None,
-    transformer: D2iTContentModel,
-    can_draw: bool,
-) -> None:
-    """Raise a ValueError that names the first argument of `__call__` that contradicts another or the model.
+def check_noise(batch: Batch, latents: torch.Tensor | None, transformer: ModelMixin) -> None:
+    """Raise a ValueError unless there is a generator for each image, or one for all, and noise that the model reads.
 
-    Maps are drawn where the pipeline `can_draw` them. Starting noise is finite, floating-point, and of a shape that
-    the model reads.
+    Starting noise is finite, floating-point, of B images, or of one where all have the same.
     """
     generators = batch.generator if isinstance(batch.generator, list) else [batch.generator] * batch.size
     if len(generators) != batch.size or not all(isinstance(g, torch.Generator | None) for g in generators):
@@ -98,22 +103,6 @@ def check_inputs(
             f"`generator` must be a torch.Generator, or a list of one for each of {batch.size} images, got"
             f" {shown(batch.generator)}."
         )
-    drawn = [
-        bool((one == DRAWN).any()) if isinstance(one, torch.Tensor) else one is None or one == "draw"
-        for one in batch.maps
-    ]
-    if any(drawn) and not can_draw:
-        raise ValueError("`grain_map` is required, for every region: this pipeline has no grain model.")
-    if (
-        fine_ratio is not None
-        and not any(drawn)
-        and not any(isinstance(one, str) and one in ("random", "image", "draw") for one in batch.maps)
-    ):
-        raise ValueError("`fine_ratio` and a given `grain_map`, other than 'random', are mutually exclusive.")
-    for i, one in enumerate(batch.maps if isinstance(fine_ratio, list) else []):
-        decided = not drawn[i] and not (isinstance(one, str) and one in ("random", "image", "draw"))
-        if decided and batch.fine_ratios[i] is not None:
-            raise ValueError(f"`fine_ratio` must be None for image {i}, whose `grain_map` is given, got {fine_ratio}.")
     if latents is not None:
         channels, cells = transformer.config.in_channels, transformer.patch_size
         if not latents.is_floating_point():
@@ -127,6 +116,29 @@ def check_inputs(
             )
         if not latents.isfinite().all():
             raise ValueError("`latents` hold values that are not finite.")
+
+
+def check_maps(batch: Batch, fine_ratio: float | list[float | None] | None, can_draw: bool) -> None:
+    """Raise a ValueError that names the first of `grain_map` and `fine_ratio` that contradicts the other or the model.
+
+    Maps are drawn where the pipeline `can_draw` them.
+    """
+    maps, fine_ratios = batch.each["grain_map"], batch.each["fine_ratio"]
+    drawn = [
+        bool((one == DRAWN).any()) if isinstance(one, torch.Tensor) else one is None or one == "draw" for one in maps
+    ]
+    if any(drawn) and not can_draw:
+        raise ValueError("`grain_map` is required, for every region: this pipeline has no grain model.")
+    if (
+        fine_ratio is not None
+        and not any(drawn)
+        and not any(isinstance(one, str) and one in ("random", "image", "draw") for one in maps)
+    ):
+        raise ValueError("`fine_ratio` and a given `grain_map`, other than 'random', are mutually exclusive.")
+    for i, one in enumerate(maps if isinstance(fine_ratio, list) else []):
+        decided = not drawn[i] and not (isinstance(one, str) and one in ("random", "image", "draw"))
+        if decided and fine_ratios[i] is not None:
+            raise ValueError(f"`fine_ratio` must be None for image {i}, whose `grain_map` is given, got {fine_ratio}.")
 
 
 def changed_by(returned: dict[str, torch.Tensor] | None, latents: torch.Tensor) -> torch.Tensor:
@@ -148,48 +160,43 @@ def changed_by(returned: dict[str, torch.Tensor] | None, latents: torch.Tensor) 
     return latents
 
 
-def map_size(
-    maps: list,
-    latents: torch.Tensor | None,
+def size_of_call(
+    given: dict[str, tuple[int, int]],
     height: int | None,
     width: int | None,
-    vae: DynamicAutoencoderKL | None,
-    transformer: D2iTContentModel,
+    factor: int | None,
+    transformer: ModelMixin,
 ) -> tuple[int, int]:
-    """Sides (h, w) of the grain maps: from maps in regions, the latents, the size asked for, or that of training.
+    """Sides (h, w) of what a call draws, in units of the model: regions or cells.
+
+    Args:
+        given: sides of arguments that have some, by their names.
+        height, width: in pixels, as they are asked for.
+        factor: pixels along a side of a cell; None without an autoencoder.
+        transformer: of which `patch_size` cells are the side of a unit.
 
     Raises:
-        ValueError: they contradict one another, or the size is no multiple of a region.
+        ValueError: they contradict one another, or the size in pixels is no multiple of a unit.
     """
-    cells = transformer.patch_size
-    if vae is None and (height, width) != (None, None):
-        raise ValueError(
-            "`height` and `width` need a `vae`, which makes pixels of cells: pass `latents` or a `grain_map`."
-        )
-    region = 0 if vae is None else vae.region_size
-    sizes = {("grain_map", tuple(one.shape)) for one in maps if isinstance(one, torch.Tensor)}
-    if latents is not None:
-        sizes.add(("latents", tuple(side // cells for side in latents.shape[-2:])))
-    if height is not None or width is not None:
-        default = transformer.config.sample_size * vae.downsample_factor
-        sides = (default if height is None else height, default if width is None else width)
-        if any(side % region for side in sides):
-            raise ValueError(
-                f"`height` and `width` must be multiples of the region size {region}, got {sides[0]} and {sides[1]}."
-            )
-        sizes.add(("height and width", tuple(side // region for side in sides)))
-    trained = (transformer.config.sample_size // cells,) * 2
-    if len({size for _, size in sizes}) > 1:
-        described = ", ".join(f"{name} {size[0]}x{size[1]}" for name, size in sorted(sizes))
-        raise ValueError(
-            f"arguments ask for maps of different sizes: {described} regions. `grain_map_size` says the size of an"
-            " image's, and a mask, of bool or a picture, may have any."
-        )
-    name, size = min(sizes, default=("", trained))
-    if size != trained and "height and width" not in dict(sizes):
-        pixels = "" if vae is None else f", an image of {size[0] * region}x{size[1] * region} pixels"
-        logger.warning(
-            "`%s` of %dx%d, a cell for each region%s; the model was trained on %dx%d regions.",
-            *(name, *size, pixels, *trained),
-        )
+    trained = transformer.config.sample_size // transformer.patch_size
+    asked = dict(given)
+    if (height, width) != (None, None):
+        if factor is None:
+            named = " or a `grain_map`" if hasattr(transformer, "prepare_grain_map") else ""
+            raise ValueError(f"`height` and `width` need a `vae`, which makes pixels of cells: pass `latents`{named}.")
+        side = factor * transformer.patch_size
+        sides = [trained * side if one is None else one for one in (height, width)]
+        if sides[0] % side or sides[1] % side:
+            raise ValueError(f"`height` and `width` must be multiples of {side}, got {sides[0]} and {sides[1]}.")
+        asked["height and width"] = (sides[0] // side, sides[1] // side)
+    if len({*asked.values()}) > 1:
+        described = ", ".join(f"{name} {size[0]}x{size[1]}" for name, size in sorted(asked.items()))
+        of_mask = "; a mask, of bool or a picture, may have any" if "grain_map" in asked else ""
+        raise ValueError(f"arguments ask for different sizes, in units of the model: {described}{of_mask}.")
+    name, size = min(asked.items(), default=("", (trained, trained)))
+    if size != (trained, trained) and "height and width" not in asked:
+        unit, side = "cells" if transformer.patch_size == 1 else "regions", transformer.patch_size * (factor or 0)
+        pixels = "" if factor is None else f", {size[0] * side}x{size[1] * side} pixels"
+        message = "`%s` of %dx%d %s%s; the model was trained on %dx%d %s."
+        logger.warning(message, name, *size, unit, pixels, trained, trained, unit)
     return size

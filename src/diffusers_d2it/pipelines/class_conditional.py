@@ -1,33 +1,46 @@
 # Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
-"""What every class-conditional pipeline has: labels as people write them, the schedule of guidance, decoding."""
+"""What every class-conditional pipeline has: labels, the loop that denoises under guidance, decoding.
+
+Shapes:
+    B images, C latent channels, H W sides of the latents in cells, O output channels of the denoiser
+    h w sides of what a call draws, in units of the denoiser: its `patch_size` cells along a side, a region of D2iT
+"""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from functools import cache
 from typing import Any
 
 import numpy as np
 import PIL.Image
 import torch
+from diffusers import DiffusionPipeline
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.utils.torch_utils import randn_tensor
 
-from ..limits import plain
-from ..words import close_to, composed, listed, shown
+from ..models.latent_codec import LatentCodec
 from .base import Pipeline, StrictPipeline
 from .calls import turn_of
+from .checks import SAMPLING_LIMITS, changed_by, check_components, size_of_call
+from .labels import class_ids, ids_of_names, label_id
 from .lora import LoraPipelineMixin
+from .sampling_steps import SamplingSteps
+from .schedulers import check_scheduler, is_flow
 
 
-KEPT = object()  # the dtype that models have: diffusers' `from_pipe` casts all to float32 where it is given none
-# Labels in these have no order, or no meaning
-_NO_ROW = (str, bytes, bytearray, Mapping, set, frozenset, np.ndarray, torch.Tensor)
+_KEPT = object()  # the dtype that models have: diffusers' `from_pipe` casts all to float32 where it is given none
 
 
 class ClassConditionalPipeline(LoraPipelineMixin, StrictPipeline):
-    """A pipeline of a denoiser with class labels, `transformer`, and of an autoencoder, `vae`.
+    """A pipeline of a denoiser with class labels, `transformer`, its `scheduler`, and of an autoencoder, `vae`.
 
-    A subclass registers its components and `id2label`, and makes `image_processor`.
+    A subclass registers these and what it has beside, then calls `_prepare`.
     """
 
+    _schedulers = ("scheduler",)
+    _limits = SAMPLING_LIMITS
     _callback_tensor_inputs = ["latents"]
     _current_timestep = None
 
@@ -39,9 +52,26 @@ class ClassConditionalPipeline(LoraPipelineMixin, StrictPipeline):
         if start > stop:
             raise ValueError(f"`guidance_interval` must be (start, stop) with start <= stop, got ({start}, {stop}).")
 
+    def _prepare(self, id2label: dict[int, str] | dict[str, str] | None) -> None:
+        """What a constructor does once its components are registered: names of classes, and whether all fits."""
+        # JSON has strings for keys, so the dictionary is kept as it will be read back.
+        if id2label is not None:
+            id2label = {str(key): id2label[key] for key in sorted(id2label, key=int)}
+        self.register_to_config(id2label=id2label)
+        check_components(self.vae, self.transformer, self.scheduler, self.id2label)
+        self._of_flow = is_flow(self.scheduler)
+        self.image_processor = VaeImageProcessor(do_resize=False)
+
+    @classmethod
+    def from_pipe(cls: type[Pipeline], pipeline: DiffusionPipeline, **kwargs: Any) -> Pipeline:
+        """As of diffusers; the models, which both pipelines then have, keep their dtypes where none is asked for."""
+        if not {"dtype", "torch_dtype"} & kwargs.keys():
+            kwargs["dtype"] = _KEPT
+        return super().from_pipe(pipeline, **kwargs)
+
     def to(self: Pipeline, *args: Any, **kwargs: Any) -> Pipeline:
         """As of diffusers; a call that is under way in another thread ends first."""
-        if kwargs.get("dtype") is KEPT:
+        if kwargs.get("dtype") is _KEPT:
             return self
         with nullcontext() if self.transformer is None else turn_of(self.transformer):
             return super().to(*args, **kwargs)
@@ -68,9 +98,9 @@ class ClassConditionalPipeline(LoraPipelineMixin, StrictPipeline):
             ValueError: a name is unknown (close ones are listed) or belongs to several classes, or the pipeline has no
                 names.
         """
-        ids_of_name = _ids_of_names(self.id2label or {})
+        ids_of_name = ids_of_names(self.id2label or {})
         labels = [label] if isinstance(label, str) else label
-        return [_label_id(one, self.id2label, ids_of_name) for one in labels]
+        return [label_id(one, self.id2label, ids_of_name) for one in labels]
 
     @property
     def guidance_scale(self) -> float:
@@ -90,12 +120,12 @@ class ClassConditionalPipeline(LoraPipelineMixin, StrictPipeline):
     @property
     def labels(self) -> dict[str, int]:
         """Ids of the classes by their names, each of several separated by commas; empty without names."""
-        return {name: ids[0] for name, ids in _ids_of_names(self.id2label or {}).items() if len(ids) == 1}
+        return {name: ids[0] for name, ids in ids_of_names(self.id2label or {}).items() if len(ids) == 1}
 
     @property
     def vae_scale_factor(self) -> int:
         """Pixels along a side of a cell of the latents."""
-        return self.vae.downsample_factor
+        return LatentCodec(self.vae).factor
 
     @property
     def num_timesteps(self) -> int:
@@ -112,6 +142,106 @@ class ClassConditionalPipeline(LoraPipelineMixin, StrictPipeline):
         """A callback may set `_interrupt` to stop denoising; what has been reached is decoded."""
         return self._interrupt
 
+    # -----------------------------------------------------------------------------------------------------------------
+    # The parts of a call
+    # -----------------------------------------------------------------------------------------------------------------
+
+    def begin_call(self, call: dict[str, Any]) -> list[int] | None:
+        """Check what all calls have, and forget the call before.
+
+        Args:
+            call: all arguments of `__call__` by name.
+
+        Returns:
+            Ids of the labels; None for an unconditional model.
+
+        Raises:
+            ValueError: an argument is out of range, unknown, or contradicts the components.
+        """
+        callback = call["callback_on_step_end"]
+        if isinstance(callback, PipelineCallback | MultiPipelineCallbacks):
+            call = call | {"callback_on_step_end_tensor_inputs": callback.tensor_inputs}
+        self.check_settings(call)
+        if self.vae is None and call["output_type"] != "latent":
+            raise ValueError(f"`output_type` must be 'latent' without a `vae`, got {call['output_type']!r}.")
+        check_scheduler(self.scheduler, self.transformer, self._of_flow)
+        ids = class_ids(call["class_labels"], self.transformer.config.num_classes, self.id2label)
+        self._guidance_scale, self._interrupt, self._cached_pass = call["guidance_scale"], False, None
+        self._attention_kwargs = call["attention_kwargs"]
+        return ids
+
+    def call_size(self, call: dict[str, Any], given: dict[str, tuple[int, int]] | None = None) -> tuple[int, int]:
+        """(h, w) of what a call draws: of `given` arguments, its latents, height and width, or as in training."""
+        given, latents = dict(given or {}), call["latents"]
+        if latents is not None:
+            given["latents"] = tuple(side // self.transformer.patch_size for side in latents.shape[-2:])
+        factor = None if self.vae is None else self.vae_scale_factor
+        return size_of_call(given, call["height"], call["width"], factor, self.transformer)
+
+    def prepare_latents(
+        self,
+        latents: torch.Tensor | None,
+        batch_size: int,
+        size: tuple[int, int],
+        generator: torch.Generator | list[torch.Generator] | None,
+    ) -> torch.Tensor:
+        """Noise to start from, (B, C, H, W) on the execution device, of a size (h, w): given, or drawn."""
+        sides = (side * self.transformer.patch_size for side in size)
+        shape = (batch_size, self.transformer.config.in_channels, *sides)
+        if latents is None:
+            return randn_tensor(shape, generator=generator, device=self._execution_device, dtype=torch.float32)
+        return latents.to(self._execution_device, torch.float32).expand(shape)
+
+    def denoise(
+        self,
+        latents: torch.Tensor,
+        steps: SamplingSteps,
+        conditions: dict[str, Any],
+        call: Mapping[str, Any],
+        put_back: Callable[[torch.Tensor, int], torch.Tensor] | None = None,
+        null_conditions: dict[str, torch.Tensor] | None = None,
+        notice: Callable[[Any], None] | None = None,
+    ) -> torch.Tensor:
+        """Latents (B, C, H, W) through all `steps`.
+
+        Args:
+            latents: a sample at the first step.
+            steps: of which some at the beginning may be left out, see `SamplingSteps.start_at`.
+            conditions: what the denoiser is given beside latents and timestep, by the names of its arguments.
+            call: arguments of `__call__`, of which guidance and callback are read.
+            put_back: called with the sample after step i and i; what it returns goes on.
+            null_conditions: of the conditions those that differ in passes without a label, beside the label.
+            notice: called with what the denoiser returned, of twice the batch where a step is guided.
+        """
+        total = steps.skipped + len(steps.timesteps)
+        self._num_timesteps = len(steps.timesteps)
+        callback, tensor_inputs = call["callback_on_step_end"], call["callback_on_step_end_tensor_inputs"]
+        if isinstance(callback, PipelineCallback | MultiPipelineCallbacks):
+            tensor_inputs = callback.tensor_inputs
+
+        @cache
+        def conditions_of(guided: bool) -> dict[str, Any]:
+            return self._guided(conditions, null_conditions or {}) if guided else conditions
+
+        conditions_of(self.do_classifier_free_guidance)  # now, so that no step has to wait for it
+        with self.progress_bar(total=self._num_timesteps) as progress_bar:
+            for i, t in enumerate(steps.timesteps):
+                if self.interrupt:
+                    break
+                self._current_timestep = t
+                progress = (steps.skipped + i) / total
+                scale = self._guidance_at(progress, call["guidance_interval"], call["guidance_power"])
+                model_input, timestep = steps.model_input(latents, t)
+                prediction = self._predict(model_input, timestep, conditions_of, scale, notice)  # (B, O, H, W)
+                latents = steps.step(prediction.to(latents.dtype), t, latents)
+                if put_back is not None:
+                    latents = put_back(latents, i)
+                if callback is not None:
+                    tensors = {name: latents for name in tensor_inputs}
+                    latents = steps.tie(changed_by(callback(self, i, t, tensors), latents))
+                progress_bar.update()
+        return latents
+
     def _guidance_at(self, progress: float, interval: tuple[float, float], power: float | None) -> float:
         """Guidance scale after a share `progress` of the steps: 1 outside the interval, where one pass is enough."""
         if self.transformer.config.num_classes is None or not interval[0] <= progress < interval[1]:
@@ -121,6 +251,41 @@ class ClassConditionalPipeline(LoraPipelineMixin, StrictPipeline):
             return self._guidance_scale
         # Power-cosine schedule of MDT (Gao et al., arXiv:2303.14389): from 1 at pure noise to the full scale.
         return 1 + (self._guidance_scale - 1) * (1 - math.cos(math.pi * progress**power)) / 2
+
+    def _guided(self, conditions: dict[str, Any], null_conditions: dict[str, torch.Tensor]) -> dict[str, Any]:
+        """The conditions of a batch twice: for the passes with a label and those without, (2 * B, ...)."""
+        null_ids = torch.full_like(conditions["class_labels"], self.transformer.config.num_classes)
+        null_conditions = {"class_labels": null_ids} | null_conditions
+        return conditions | {name: torch.cat([conditions[name], null]) for name, null in null_conditions.items()}
+
+    def _predict(
+        self,
+        model_input: torch.Tensor,
+        timestep: torch.Tensor,
+        conditions_of: Callable[[bool], dict[str, Any]],
+        scale: float,
+        notice: Callable[[Any], None] | None,
+    ) -> torch.Tensor:
+        """One prediction, (B, O, H, W), guided where the scale is not 1: in one pass of twice the batch."""
+        guided = scale != 1.0
+        if guided != self._cached_pass:
+            # What caches of diffusers hold is of the other pass, of a step long past, or of a failed call
+            self.transformer._reset_stateful_cache()
+            self._cached_pass = guided
+        if guided:
+            model_input = torch.cat([model_input, model_input])  # (2 * B, C, H, W)
+        with self.transformer.cache_context("guided" if guided else "cond"):
+            model_input, kwargs = model_input.to(self.transformer.dtype), {"attention_kwargs": self._attention_kwargs}
+            output = self.transformer(model_input, timestep, **conditions_of(guided), **kwargs)
+        if notice is not None:
+            notice(output)
+        prediction, channels = output.sample, self.transformer.config.in_channels
+        if guided:
+            prediction, null = prediction.chunk(2)
+            noise, null_noise = prediction[:, :channels], null[:, :channels]
+            noise = null_noise + scale * (noise - null_noise)
+            prediction = torch.cat([noise, prediction[:, channels:]], dim=1)
+        return prediction.clone()  # a CUDA graph writes its next output to the same place
 
     @torch.no_grad()
     def decode_latents(
@@ -138,134 +303,10 @@ class ClassConditionalPipeline(LoraPipelineMixin, StrictPipeline):
             return latents
         if self.vae is None:
             raise ValueError(f"`output_type` must be 'latent' without a `vae`, got {output_type!r}.")
-        pixels = self.vae.decode(self.vae.unscale_latents(latents).to(self.vae.dtype)).sample
+        pixels = LatentCodec(self.vae).decode(latents)
         if not pixels.isfinite().all():
             raise ValueError(
                 f"`vae` decoded finite latents, up to {latents.abs().max().item():.4g}, to images that are not finite"
                 f" in {self.vae.dtype}: its weights are damaged, or it needs another dtype."
             )
         return self.image_processor.postprocess(pixels.float(), output_type=output_type)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Labels, ids or names, to ids of the model
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def class_ids(
-    class_labels: int | str | list[int | str] | np.ndarray | torch.Tensor | None,
-    num_classes: int | None,
-    id2label: dict[int, str] | None,
-) -> list[int] | None:
-    """Ids of labels, each checked against the model and its names; None for an unconditional model.
-
-    Args:
-        class_labels: an id, a name, a list of either, or None. Digits in a string are a name where a class is called
-            so, else an id.
-        num_classes: classes of the model; None for an unconditional one.
-        id2label: the names; only these ids are valid. None allows every id of the model.
-
-    Raises:
-        ValueError: a label is unknown (close ones are named), given to an unconditional model, or missing.
-    """
-    if num_classes is None:
-        if class_labels is not None:
-            raise ValueError(f"`class_labels` {class_labels!r} were given to an unconditional model.")
-        return None
-    class_labels = plain(class_labels)
-    if isinstance(class_labels, (np.ndarray, torch.Tensor)) and class_labels.ndim == 2 and class_labels.shape[1] == 1:
-        class_labels = class_labels[:, 0].tolist()
-    elif isinstance(class_labels, Iterable) and not isinstance(class_labels, _NO_ROW):
-        class_labels = list(class_labels)
-    labels = [class_labels] if isinstance(class_labels, (int, float, str)) else class_labels
-    if labels is None or labels == []:
-        raise ValueError(f"`class_labels` are required: this model is class-conditional, got {class_labels!r}.")
-    if isinstance(labels, list) and len(labels) == 1 and isinstance(labels[0], list):
-        [labels] = labels
-    if not isinstance(labels, list) or not labels:
-        raise ValueError(f"`class_labels` must be an id, a name, or a row of them, got {shown(class_labels)}.")
-    ids = []
-    ids_of_name = _ids_of_names(id2label or {}) if any(isinstance(label, str) for label in labels) else {}
-    for label in labels:
-        if isinstance(label, str):
-            if not _is_number(label) or composed(label) in ids_of_name:
-                ids.append(_label_id(label, id2label, ids_of_name))
-                continue
-            label = int(label)
-        if isinstance(label, float) and label.is_integer():
-            label = int(label)  # a column of a table with a missing value holds floats
-        if isinstance(label, bool) or not isinstance(label, int):
-            raise ValueError(f"`class_labels` must be ids or names, got {label!r} of type {type(label).__name__}.")
-        known = range(num_classes) if id2label is None else sorted(id2label)
-        if label not in known:
-            close = sorted(known, key=lambda id: (abs(id - label), id))[:3]
-            named = [f"{id} ({id2label[id]})" if id2label else str(id) for id in close]
-            raise ValueError(f"`class_labels`: unknown class id {label}. Close ids: {', '.join(named)}.")
-        ids.append(int(label))
-    return ids
-
-
-def class_of(label: int, name: str, id2label: dict[int, str] | None, num_classes: int) -> int | None:
-    """The class of a model that a class of some data set is; None if the model has none like it.
-
-    It is found by its name, as a whole before one of several separated by commas; where classes of the model share
-    that name it is the one with the same number. A name that is a number is that class, and of a model without names
-    so is the label.
-
-    Args:
-        label: number of the class in the data set.
-        name: its name there.
-        id2label: the names of the model.
-        num_classes: of the model.
-    """
-    known = id2label or {id: str(id) for id in range(num_classes)}
-    if label in known and (name == str(label) or {*_names(name)} & {*_names(known[label])}):
-        return label
-    ids_of_name = _ids_of_names(known)
-    for one in _names(name):
-        try:
-            return _label_id(one, known, ids_of_name)
-        except ValueError:  # unknown, or of several classes
-            continue
-    number = int(name) if _is_number(name) else label if id2label is None else None
-    return number if number in known else None
-
-
-def _ids_of_names(id2label: dict[int, str]) -> dict[str, list[int]]:
-    """The ids of every name, whole or part: "maillot" is the class called so before "maillot, tank suit"."""
-    whole: dict[str, list[int]] = {}
-    parts: dict[str, list[int]] = {}
-    for id, names in id2label.items():
-        whole.setdefault(composed(names), []).append(id)
-        for name in {*_names(names)}:
-            parts.setdefault(name, []).append(id)
-    return parts | whole
-
-
-def _label_id(label: str, id2label: dict[int, str] | None, ids_of_name: dict[str, list[int]]) -> int:
-    """The only class of a name; `ids_of_name` are `_ids_of_names(id2label)`."""
-    if id2label is None:
-        raise ValueError(f"`class_labels` {label!r}: this pipeline has no `id2label`, pass ids.")
-    found = ids_of_name.get(composed(label), [])
-    if not found:  # in another case
-        folded = composed(label).casefold()
-        found = [id for name, ids in ids_of_name.items() if name.casefold() == folded for id in ids]
-        found = [*dict.fromkeys(found)]
-    if not found:
-        close = close_to(label, ids_of_name)
-        named = f"{'Close names' if close else 'Names'}: {listed(map(repr, close or sorted(ids_of_name)))}"
-        raise ValueError(f"`class_labels`: unknown class name {label!r}. {named}.")
-    if len(found) > 1:
-        raise ValueError(
-            f"`class_labels`: class name {label!r} belongs to several classes, {found}: pass one of these ids."
-        )
-    return found[0]
-
-
-def _names(names: str) -> list[str]:
-    """All that a class is called: its names as they stand, and each of those separated by commas."""
-    return [composed(names), *(part.strip() for part in composed(names).split(","))]
-
-
-def _is_number(text: str) -> bool:
-    return text.isascii() and text.isdecimal()

@@ -1,7 +1,7 @@
 # Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
 """What starts from a picture: reading it, its own map, its latents, and where among the steps an edit begins.
 
-Shapes as in `denoising`; a picture is (3, H, W) in [-1, 1].
+Shapes as in `grained`; a picture is (3, H, W) in [-1, 1].
 """
 
 from dataclasses import replace
@@ -13,8 +13,8 @@ from diffusers.utils import logging
 from ..data.images import ImageInput
 from ..grains import grain_map_from_entropy
 from .batches import Batch
-from .denoising import DenoisingPipeline
 from .grain_maps import DRAWN
+from .grained import GrainedPipeline
 from .pictures import fit_image, read_images
 from .tied_scheduler import TiedScheduler
 
@@ -22,11 +22,11 @@ from .tied_scheduler import TiedScheduler
 logger = logging.get_logger(__name__)
 
 
-class EditingPipeline(DenoisingPipeline):
+class EditingPipeline(GrainedPipeline):
     """A pipeline of D2iT whose first arguments are labels and an image."""
 
-    _limits = DenoisingPipeline._limits | {"strength": (0, 1), "padding_mask_crop": (0, 16_384)}
-    _map_names = (*DenoisingPipeline._map_names, "image", "draw")
+    _limits = GrainedPipeline._limits | {"strength": (0, 1), "padding_mask_crop": (0, 16_384)}
+    _map_names = (*GrainedPipeline._map_names, "image", "draw")
 
     def begin_edit(
         self, call: dict[str, Any]
@@ -71,7 +71,7 @@ class EditingPipeline(DenoisingPipeline):
             drawn: (B, h, w) bool, regions that the grain model draws for "draw".
         """
         maps, fine_ratios = [], []
-        for one, picture, ratio, is_drawn in zip(batch.maps, pixels, batch.fine_ratios, drawn):
+        for one, picture, ratio, is_drawn in zip(batch.each["grain_map"], pixels, batch.each["fine_ratio"], drawn):
             name = one if isinstance(one, str) else None
             if name == "image" or (name == "draw" and not is_drawn.all()):
                 entropy = self.vae.region_entropy(picture[None])
@@ -79,7 +79,7 @@ class EditingPipeline(DenoisingPipeline):
                 one = one.masked_fill(is_drawn.to(one.device), DRAWN) if name == "draw" else one
             maps.append(None if name == "draw" and is_drawn.all() else one)
             fine_ratios.append(ratio)
-        return replace(batch, maps=maps, fine_ratios=fine_ratios)
+        return replace(batch, each={"grain_map": maps, "fine_ratio": fine_ratios})
 
     def encode_images(self, pixels: torch.Tensor, grain_map: torch.Tensor) -> torch.Tensor:
         """Scaled latents of pictures under their maps, the means of the posterior: (B, C, h * R, w * R), tied."""

@@ -11,7 +11,7 @@ from diffusers.utils.torch_utils import randn_tensor
 
 from ..models.transformer_d2it_grain import D2iTGrainModel
 from .grain_maps import DRAWN
-from .tied_scheduler import step_generator_kwargs
+from .sampling_steps import step_generator_kwargs
 
 
 _CERTAIN = 1e4  # logits of a region that is held, beyond those of any model
@@ -73,7 +73,7 @@ def sample_grain_map(
     guided = num_classes is not None and guidance_scale != 1.0
     null_ids = torch.full_like(class_ids, num_classes) if guided else None
 
-    scheduler = copy.deepcopy(scheduler)  # as in TiedScheduler
+    scheduler = copy.deepcopy(scheduler)  # as in SamplingSteps
     scheduler.set_timesteps(num_inference_steps, device="cpu")
     step_kwargs = step_generator_kwargs(scheduler, generator)
     if held is not None:

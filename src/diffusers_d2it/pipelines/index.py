@@ -62,7 +62,7 @@ def read_index(cls: type, file: Path) -> dict[str, Any]:
                 if parameter.default is parameter.empty and name not in cls._optional_components:
                     raise ValueError(f"`{name}` is missing.")
             elif name in cls._models or name in cls._schedulers or is_component(index[name]):
-                _check_component(name, index[name], cls._models.get(name), name in cls._schedulers)
+                _check_component(name, index[name], cls._models.get(name, ()), name in cls._schedulers)
         _check_labels(index.get("id2label"))
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from None
@@ -82,27 +82,28 @@ def is_component(value: Any) -> bool:
     return isinstance(value, list) and len(value) == 2 and all(isinstance(part, str | None) for part in value)
 
 
-def _check_component(name: str, value: Any, model: type | None, is_scheduler: bool) -> None:
+def _check_component(name: str, value: Any, kinds: tuple[type, ...], is_scheduler: bool) -> None:
     """Raise a ValueError unless `value` is [library, class] of what a component may be. Nothing is imported.
 
-    It may be the model of this package that is expected, any scheduler of diffusers, or for a component that a
+    It may be a model of the classes that are expected, any scheduler of diffusers, or for a component that a
     subclass of the pipeline adds a class of diffusers or transformers; and a class of these kinds of the user's own,
     once its module has been imported.
     """
-    if model is not None and value == ["diffusers_d2it", model.__name__]:
+    expected = [[kind.__module__.partition(".")[0], kind.__name__] for kind in kinds]
+    if value in expected:
         return
     library, class_name = value if is_component(value) else (None, None)
     found = None
     if is_scheduler and library == "diffusers" and str(class_name).endswith("Scheduler"):
         if class_name in dir(diffusers.schedulers):  # names are looked up: getattr imports modules of diffusers alone
             found = getattr(diffusers.schedulers, class_name)
-    elif library in ("diffusers", "transformers") and model is None and not is_scheduler:
+    elif library in ("diffusers", "transformers") and not kinds and not is_scheduler:
         return
     elif library != "diffusers":
         found = getattr(sys.modules.get(library), str(class_name), None)
-    kind = SchedulerMixin if is_scheduler else model or torch.nn.Module
-    if not (isinstance(found, type) and issubclass(found, kind)):
-        expected = f"['diffusers_d2it', '{model.__name__}']" if model else "known"
+    known = SchedulerMixin if is_scheduler else kinds or torch.nn.Module
+    if not (isinstance(found, type) and issubclass(found, known)):
+        expected = " or ".join(map(str, expected)) or "known"
         expected = "a scheduler of diffusers" if is_scheduler else expected
         raise ValueError(
             f"`{name}` must be {expected}, or a class of that kind whose module has been imported, got {shown(value)}."

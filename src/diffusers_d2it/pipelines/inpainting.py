@@ -1,7 +1,7 @@
 # Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
 """What is new in a picture, in pixels, cells and codes; and pixels that are put back.
 
-Shapes as in `denoising`.
+Shapes as in `grained`.
 """
 
 import math

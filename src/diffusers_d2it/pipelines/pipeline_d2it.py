@@ -14,12 +14,13 @@ from ..grains import tie
 from ..limits import plain
 from ..words import shown
 from .calls import one_call, turn_of
-from .denoising import D2iTPipelineOutput, DenoisingPipeline
 from .grain_maps import MapInput
+from .grained import GrainedPipeline
+from .outputs import D2iTPipelineOutput
 from .tied_scheduler import TiedScheduler
 
 
-class D2iTPipeline(DenoisingPipeline):
+class D2iTPipeline(GrainedPipeline):
     r"""Class-conditional (or unconditional) generation with D2iT.
 
         pipe = D2iTPipeline.from_pretrained(bundled_checkpoint())
@@ -99,7 +100,8 @@ class D2iTPipeline(DenoisingPipeline):
             ValueError: an argument is out of range, unknown, or contradicts another or the model.
         """
         # 1. Arguments
-        batch, ids, size = self.begin(locals())
+        call = locals()
+        batch, ids, size = self.begin(call)
 
         # 2. Grain map
         grain_map = self.prepare_grain_map(batch, ids, size, grain_num_inference_steps, grain_guidance_scale)
@@ -111,16 +113,8 @@ class D2iTPipeline(DenoisingPipeline):
         steps = TiedScheduler(self.scheduler, layout, num_inference_steps, noise.device, batch.generator, **own)
 
         # 4. Denoise
-        latents = self.denoise(
-            steps.prior(noise),
-            steps,
-            layout,
-            ids,
-            guidance_interval,
-            guidance_power,
-            callback_on_step_end,
-            callback_on_step_end_tensor_inputs,
-        )  # (B, C, h * R, w * R)
+        conditions = {"grain_map": layout, "class_labels": ids}
+        latents = self.denoise(steps.prior(noise), steps, conditions, call)  # (B, C, h * R, w * R)
 
         # 5. Decode
         return self.output(self.decode_latents(latents, output_type), grain_map, return_dict)

@@ -9,9 +9,9 @@ import torch
 
 from ..data.images import ImageInput
 from .calls import one_call
-from .denoising import D2iTPipelineOutput
 from .editing import EditingPipeline, start_of_edit
 from .grain_maps import MapInput
+from .outputs import D2iTPipelineOutput
 from .tied_scheduler import TiedScheduler
 
 
@@ -77,7 +77,8 @@ class D2iTImg2ImgPipeline(EditingPipeline):
                 used; or the strength is less than a step.
         """
         # 1. Arguments and pictures
-        batch, ids, size, pictures = self.begin_edit(locals())
+        call = locals()
+        batch, ids, size, pictures = self.begin_edit(call)
         pixels = self.fit_images(pictures, batch, size)  # (B, 3, H, W)
 
         # 2. Grain map
@@ -93,16 +94,7 @@ class D2iTImg2ImgPipeline(EditingPipeline):
         latents = start_of_edit(steps, self.encode_images(pixels, grain_map), noise)  # (B, C, h * R, w * R)
 
         # 4. Denoise
-        latents = self.denoise(
-            latents,
-            steps,
-            layout,
-            ids,
-            guidance_interval,
-            guidance_power,
-            callback_on_step_end,
-            callback_on_step_end_tensor_inputs,
-        )
+        latents = self.denoise(latents, steps, {"grain_map": layout, "class_labels": ids}, call)
 
         # 5. Decode
         return self.output(self.decode_latents(latents, output_type), grain_map, return_dict)

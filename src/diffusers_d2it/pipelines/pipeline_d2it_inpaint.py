@@ -10,11 +10,10 @@ from diffusers.utils import logging
 
 from ..data.images import ImageInput
 from .calls import one_call
-from .checks import map_size
-from .denoising import D2iTPipelineOutput
 from .editing import EditingPipeline, start_of_edit
 from .grain_maps import MapInput, read_maps
 from .inpainting import crop_around, is_new, masks_of, paste_part, pasted_back, touched, whole_codes
+from .outputs import D2iTPipelineOutput
 from .pictures import MaskInput
 from .tied_scheduler import TiedScheduler
 
@@ -117,17 +116,7 @@ class D2iTInpaintPipeline(EditingPipeline):
         latents = torch.where(new_cells, start_of_edit(steps, kept, noise), steps.noised(kept, noise, 0))
 
         # 4. Denoise
-        latents = self.denoise(
-            latents,
-            steps,
-            layout,
-            ids,
-            guidance_interval,
-            guidance_power,
-            callback_on_step_end,
-            callback_on_step_end_tensor_inputs,
-            put_back,
-        )
+        latents = self.denoise(latents, steps, {"grain_map": layout, "class_labels": ids}, call, put_back)
 
         # 5. Decode
         if paste_back and output_type != "latent":
@@ -148,8 +137,7 @@ class D2iTInpaintPipeline(EditingPipeline):
         pictures = self.read_pictures(call["image"])
         masks = masks_of(call["mask_image"], pictures)
         maps = read_maps(call["grain_map"], self.transformer.config.num_grains, self._map_names)
-        given = (maps, call["latents"], call["height"], call["width"])
-        sides = self.image_size(map_size(*given, self.vae, self.transformer))
+        sides = self.image_size(self.map_size(call, maps))
         crops = [crop_around(one, mask, sides, call["padding_mask_crop"]) for one, mask in zip(pictures, masks)]
         boxes, parts, part_masks = zip(*crops)
         whole = {name: value for name, value in call.items() if name != "self"}

@@ -3,10 +3,8 @@
 
 import inspect
 
-from diffusers import DDPMScheduler, SchedulerMixin
+from diffusers import DDPMScheduler, ModelMixin, SchedulerMixin
 from diffusers.schedulers import KarrasDiffusionSchedulers
-
-from ..models.transformer_d2it_content import D2iTContentModel
 
 
 # Those that end at the data under a perfect prediction: others of diffusers fail, or end in noise without a word
@@ -23,7 +21,7 @@ def is_flow(scheduler: SchedulerMixin) -> bool:
     return _is_one_of(scheduler, _FLOW) or scheduler.config.get("prediction_type") == "flow_prediction"
 
 
-def check_scheduler(scheduler: SchedulerMixin, transformer: D2iTContentModel, of_flow: bool) -> None:
+def check_scheduler(scheduler: SchedulerMixin, transformer: ModelMixin, of_flow: bool) -> None:
     """Raise a ValueError unless a scheduler is known to work, and does what the model was trained for.
 
     A class of the user's own that is built on none of diffusers' is taken as it is.

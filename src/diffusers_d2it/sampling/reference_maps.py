@@ -11,7 +11,7 @@ from diffusers import DiffusionPipeline
 from ..data.images import UnusableImageError, decode_image, to_pixels
 from ..data.source import ImageSource, load_images
 from ..grains import grain_map_from_entropy
-from ..pipelines.class_conditional import class_of
+from ..pipelines.labels import class_of
 from ..words import listed, printable
 from .sets import SamplePlan
 

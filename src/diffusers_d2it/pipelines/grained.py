@@ -1,75 +1,33 @@
 # Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
-"""What generation and editing with D2iT share: components, maps, and the loop that denoises (Fig. 2, Stage 2).
+"""What generation and editing with D2iT share: components and grain maps (Fig. 2, Stage 2, of arXiv:2504.09454).
 
 Shapes:
     B images, C latent channels, H W image sides in pixels, f finest downsample factor, S region side in pixels
     h = H / S, w = W / S sides of the grain map, k grains, R = S / f cells along a side of a region
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-import PIL.Image
 import torch
-from diffusers import DiffusionPipeline, SchedulerMixin
-from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
-from diffusers.image_processor import VaeImageProcessor
+from diffusers import SchedulerMixin
 from diffusers.schedulers import KarrasDiffusionSchedulers
-from diffusers.utils import BaseOutput, make_image_grid
-from diffusers.utils.torch_utils import randn_tensor
 
 from ..data.images import ImageInput
-from ..grains import GrainLayout
 from ..limits import plain
 from ..models.autoencoder_kl_dynamic import DynamicAutoencoderKL
 from ..models.transformer_d2it_content import D2iTContentModel
 from ..models.transformer_d2it_grain import D2iTGrainModel
 from ..visualization import visualize_grain_map
-from ..words import counted
-from .base import Pipeline
 from .batches import Batch, make_batch
-from .checks import (
-    SAMPLING_LIMITS,
-    changed_by,
-    check_components,
-    check_inputs,
-    map_size,
-)
-from .class_conditional import KEPT, ClassConditionalPipeline, class_ids
+from .checks import check_grain_components, check_maps, check_noise
+from .class_conditional import ClassConditionalPipeline
 from .grain_maps import DRAWN, NAMES, as_regions, grain_map_from_image, read_maps
 from .grain_sampling import random_grain_map, sample_grain_map
-from .schedulers import check_scheduler, is_flow
+from .outputs import D2iTPipelineOutput
 from .tied_scheduler import TiedScheduler
 
 
-@dataclass
-class D2iTPipelineOutput(BaseOutput):
-    """Output of the pipelines; `output_type` decides the kind of its images."""
-
-    # B PIL images, array (B, H, W, 3) or tensor (B, 3, H, W) in [0, 1], or latents (B, C, H / f, W / f)
-    images: list[PIL.Image.Image] | np.ndarray | torch.Tensor
-    grain_maps: torch.Tensor  # the grain of every region, (B, h, w) int64, 0 = coarsest
-
-    def __repr__(self) -> str:
-        """One line: "3 images 128x128, fine share 0.48", the share of regions finer than the coarsest."""
-        share = (self.grain_maps > 0).float().mean()
-        first = self.images[0]
-        if isinstance(first, PIL.Image.Image):
-            size = f"{first.width}x{first.height}"
-        else:
-            size = "x".join(map(str, first.shape))
-        return f"{counted(len(self.images), 'image')} {size}, fine share {share:.2f}"
-
-    def _repr_png_(self) -> bytes | None:
-        """What a notebook shows: the images beside one another, None if they are not pictures."""
-        if not isinstance(self.images[0], PIL.Image.Image):
-            return None
-        return make_image_grid(self.images, rows=1, cols=len(self.images))._repr_png_()
-
-
-class DenoisingPipeline(ClassConditionalPipeline):
+class GrainedPipeline(ClassConditionalPipeline):
     r"""The family of D2iT: its members have the same components, and `from_pipe` makes one of another.
 
     Args:
@@ -93,10 +51,14 @@ class DenoisingPipeline(ClassConditionalPipeline):
     grain_scheduler: SchedulerMixin
 
     model_cpu_offload_seq = "grain_model->transformer->vae"
-    _models = {"vae": DynamicAutoencoderKL, "grain_model": D2iTGrainModel, "transformer": D2iTContentModel}
+    _models = {"vae": (DynamicAutoencoderKL,), "grain_model": (D2iTGrainModel,), "transformer": (D2iTContentModel,)}
     _schedulers = ("scheduler", "grain_scheduler")
     _optional_components = ["vae", "grain_model", "transformer", "grain_scheduler"]
-    _limits = SAMPLING_LIMITS
+    _limits = ClassConditionalPipeline._limits | {
+        "fine_ratio": (0, 1),
+        "grain_num_inference_steps": (1, 1_000_000),
+        "grain_guidance_scale": (-1e6, 1e6),
+    }
     _map_names = NAMES
 
     def __init__(
@@ -116,20 +78,8 @@ class DenoisingPipeline(ClassConditionalPipeline):
             scheduler=scheduler,
             grain_scheduler=grain_scheduler,
         )
-        # JSON has strings for keys, so the dictionary is kept as it will be read back.
-        if id2label is not None:
-            id2label = {str(key): id2label[key] for key in sorted(id2label, key=int)}
-        self.register_to_config(id2label=id2label)
-        check_components(vae, grain_model, transformer, scheduler, grain_scheduler, self.id2label)
-        self._of_flow = is_flow(scheduler)
-        self.image_processor = VaeImageProcessor(do_resize=False)
-
-    @classmethod
-    def from_pipe(cls: type[Pipeline], pipeline: DiffusionPipeline, **kwargs: Any) -> Pipeline:
-        """As of diffusers; the models, which both pipelines then have, keep their dtypes where none is asked for."""
-        if not {"dtype", "torch_dtype"} & kwargs.keys():
-            kwargs["dtype"] = KEPT
-        return super().from_pipe(pipeline, **kwargs)
+        self._prepare(id2label)
+        check_grain_components(vae, grain_model, transformer, grain_scheduler)
 
     # -----------------------------------------------------------------------------------------------------------------
     # Sizes and grain maps
@@ -205,7 +155,7 @@ class DenoisingPipeline(ClassConditionalPipeline):
             size: (h, w).
             num_inference_steps, guidance_scale: of the grain model.
         """
-        maps, fine_ratios, generator = batch.maps, batch.fine_ratios, batch.map_generator
+        maps, fine_ratios, generator = batch.each["grain_map"], batch.each["fine_ratio"], batch.map_generator
         device, num_grains = self._execution_device, self.transformer.config.num_grains
         random = [isinstance(one, str) and one == "random" for one in maps]
         if any(random):
@@ -257,85 +207,33 @@ class DenoisingPipeline(ClassConditionalPipeline):
         Raises:
             ValueError: an argument is out of range, unknown, or contradicts another or the model.
         """
-        callback = call["callback_on_step_end"]
-        if isinstance(callback, PipelineCallback | MultiPipelineCallbacks):
-            call = call | {"callback_on_step_end_tensor_inputs": callback.tensor_inputs}
-        self.check_settings(call)
-        if self.vae is None and call["output_type"] != "latent":
-            raise ValueError(f"`output_type` must be 'latent' without a `vae`, got {call['output_type']!r}.")
-        check_scheduler(self.scheduler, self.transformer, self._of_flow)
-        config = self.transformer.config
-        ids = class_ids(call["class_labels"], config.num_classes, self.id2label)
-        maps = read_maps(call["grain_map"], config.num_grains, self._map_names)
+        ids = self.begin_call(call)
+        maps = read_maps(call["grain_map"], self.transformer.config.num_grains, self._map_names)
+        ratios = call["fine_ratio"] if isinstance(call["fine_ratio"], list) else [call["fine_ratio"]]
         batch = make_batch(
-            ids, call["num_images_per_prompt"], maps, call["fine_ratio"], call["generator"], num_pictures
+            ids,
+            call["num_images_per_prompt"],
+            call["generator"],
+            num_pictures,
+            grain_map=maps,
+            fine_ratio=ratios,
         )
-        check_inputs(batch, call["fine_ratio"], call["latents"], self.transformer, self.grain_model is not None)
-        size = map_size(maps, call["latents"], call["height"], call["width"], self.vae, self.transformer)
-        self._guidance_scale, self._interrupt, self._cached_pass = call["guidance_scale"], False, None
-        self._attention_kwargs = call["attention_kwargs"]
+        check_noise(batch, call["latents"], self.transformer)
+        check_maps(batch, call["fine_ratio"], self.grain_model is not None)
+        size = self.map_size(call, maps)
         return batch, None if ids is None else torch.tensor(batch.ids, device=self._execution_device), size
 
-    def prepare_latents(
-        self,
-        latents: torch.Tensor | None,
-        batch_size: int,
-        size: tuple[int, int],
-        generator: torch.Generator | list[torch.Generator] | None,
-    ) -> torch.Tensor:
-        """Noise to start from, (B, C, h * R, w * R) on the execution device: given, or drawn."""
-        sides = (side * self.transformer.patch_size for side in size)
-        shape = (batch_size, self.transformer.config.in_channels, *sides)
-        if latents is None:
-            return randn_tensor(shape, generator=generator, device=self._execution_device, dtype=torch.float32)
-        return latents.to(self._execution_device, torch.float32).expand(shape)
+    def map_size(self, call: dict[str, Any], maps: list) -> tuple[int, int]:
+        """(h, w) of the maps of a call: of those in regions, or as `call_size`."""
+        sizes = sorted({tuple(one.shape) for one in maps if isinstance(one, torch.Tensor)})
+        if len(sizes) > 1:
+            raise ValueError(f"`grain_map` must be of one size, got maps of {sizes} regions.")
+        return self.call_size(call, {"grain_map": sizes[0]} if sizes else {})
 
-    def denoise(
-        self,
-        latents: torch.Tensor,
-        steps: TiedScheduler,
-        layout: GrainLayout,
-        class_ids: torch.Tensor | None,
-        guidance_interval: tuple[float, float],
-        guidance_power: float | None,
-        callback_on_step_end: Callable | None,
-        tensor_inputs: list[str],
-        put_back: Callable[[torch.Tensor, int], torch.Tensor] | None = None,
-    ) -> torch.Tensor:
-        """Latents (B, C, h * R, w * R) through all `steps`, tied after each.
-
-        Args:
-            latents: a sample at the first step.
-            steps: of which some at the beginning may be left out, see `TiedScheduler.start_at`.
-            layout: of the maps.
-            class_ids: (B,), or None.
-            guidance_interval, guidance_power, callback_on_step_end: as of a call.
-            tensor_inputs: what the callback receives.
-            put_back: called with the sample after step i and i; what it returns goes on.
-        """
-        total = steps.skipped + len(steps.timesteps)
-        self._num_timesteps = len(steps.timesteps)
-        if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
-            tensor_inputs = callback_on_step_end.tensor_inputs
-        passes = {False: (layout, class_ids)}
-        if class_ids is not None and self._guidance_scale != 1.0:  # now, so that no step has to wait for it
-            passes[True] = self._prepare_guided(layout, class_ids)
-        with self.progress_bar(total=self._num_timesteps) as progress_bar:
-            for i, t in enumerate(steps.timesteps):
-                if self.interrupt:
-                    break
-                self._current_timestep = t
-                scale = self._guidance_at((steps.skipped + i) / total, guidance_interval, guidance_power)
-                model_input, timestep = steps.model_input(latents, t)
-                prediction = self._predict(model_input, timestep, passes, scale)  # (B, O, h * R, w * R)
-                latents = steps.step(prediction.to(latents.dtype), t, latents)
-                if put_back is not None:
-                    latents = put_back(latents, i)
-                if callback_on_step_end is not None:
-                    tensors = {name: latents for name in tensor_inputs}
-                    latents = layout.tie(changed_by(callback_on_step_end(self, i, t, tensors), latents))
-                progress_bar.update()
-        layout.check_tied(latents)
+    def denoise(self, latents: torch.Tensor, steps: TiedScheduler, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """As of every pipeline, and every code of the result is one value."""
+        latents = super().denoise(latents, steps, *args, **kwargs)
+        steps.layout.check_tied(latents)
         return latents
 
     def output(self, images: Any, grain_map: torch.Tensor, return_dict: bool) -> D2iTPipelineOutput | tuple:
@@ -343,38 +241,6 @@ class DenoisingPipeline(ClassConditionalPipeline):
         self.maybe_free_model_hooks()
         return D2iTPipelineOutput(images=images, grain_maps=grain_map) if return_dict else (images, grain_map)
 
-    def _prepare_guided(self, layout: GrainLayout, class_ids: torch.Tensor) -> tuple[GrainLayout, torch.Tensor]:
-        """Layout and labels of a batch twice: for the passes with a label and those without."""
-        null_ids = torch.full_like(class_ids, self.transformer.config.num_classes)
-        both = self.transformer.prepare_grain_map(torch.cat([layout.grain_map, layout.grain_map]))
-        return both, torch.cat([class_ids, null_ids])  # of 2 * B
-
-    def _predict(
-        self,
-        model_input: torch.Tensor,
-        timestep: torch.Tensor,
-        passes: dict[bool, tuple[GrainLayout, torch.Tensor | None]],
-        scale: float,
-    ) -> torch.Tensor:
-        """One prediction, (B, O, h * R, w * R), guided where the scale is not 1: in one pass of twice the batch."""
-        guided = scale != 1.0
-        if guided != self._cached_pass:
-            # What caches of diffusers hold is of the other pass, of a step long past, or of a failed call
-            self.transformer._reset_stateful_cache()
-            self._cached_pass = guided
-        if guided not in passes:  # a callback has changed the scale
-            passes[guided] = self._prepare_guided(*passes[False])
-        layout, class_ids = passes[guided]
-        if guided:
-            model_input = torch.cat([model_input, model_input])  # (2 * B, C, h * R, w * R)
-        with self.transformer.cache_context("guided" if guided else "cond"):
-            model_input = model_input.to(self.transformer.dtype)
-            kwargs = {"attention_kwargs": self._attention_kwargs}
-            prediction = self.transformer(model_input, timestep, layout, class_ids, **kwargs).sample
-        channels = self.transformer.config.in_channels
-        if guided:
-            prediction, null = prediction.chunk(2)
-            noise, null_noise = prediction[:, :channels], null[:, :channels]
-            noise = null_noise + scale * (noise - null_noise)
-            prediction = torch.cat([noise, prediction[:, channels:]], dim=1)
-        return prediction.clone()  # a CUDA graph writes its next output to the same place
+    def _guided(self, conditions: dict[str, Any], null_conditions: dict[str, torch.Tensor]) -> dict[str, Any]:
+        layout = self.transformer.prepare_grain_map(torch.cat([conditions["grain_map"].grain_map] * 2))
+        return super()._guided(conditions, null_conditions) | {"grain_map": layout}
