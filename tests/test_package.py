@@ -26,6 +26,8 @@ PUBLIC = {
     "bundled_checkpoint",
     "D2iTContentModel",
     "DCDiTModel",
+    "DCDiTPipeline",
+    "DCDiTPipelineOutput",
     "D2iTGrainModel",
     "D2iTImg2ImgPipeline",
     "D2iTInpaintPipeline",
@@ -50,6 +52,7 @@ PUBLIC = {
     "region_entropy",
     "sample_grain_map",
     "tie",
+    "visualize_boundary_map",
     "visualize_grain_map",
 }
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from measuring import attempt
 
-from diffusers_d2it import D2iTImg2ImgPipeline, D2iTInpaintPipeline, D2iTPipeline
+from diffusers_d2it import D2iTImg2ImgPipeline, D2iTInpaintPipeline
 
 
 VALUES = [
@@ -25,6 +25,8 @@ FINE = {
     "guidance_scale": [-1, 0, 2.5],
     "grain_guidance_scale": [-1, 0, 2.5],
     "fine_ratio": [0, (None,), torch.full((3,), 0.5)],  # a tuple or row is a share for each image
+    "budget": [torch.full((3,), 0.5)],
+    "null_budget": [torch.full((3,), 0.5)],
     "grain_map": [(None,)],
     "strength": [0],
     "paste_back": [True],
@@ -39,13 +41,14 @@ def is_fine(name: str, value: object) -> bool:
     return any(type(value) is type(good) and repr(value) == repr(good) for good in FINE.get(name, []))
 
 
-def test_arguments_of_every_kind(make_pipeline, fault):
+def test_arguments_of_every_kind(make_pipeline, make_dcdit_pipeline, fault):
     count = fault("argument of the pipeline of the wrong kind or out of range")
     plain = make_pipeline()
     image = {"image": torch.rand(3, 32, 32)}
     mask = {"mask_image": torch.ones(32, 32, dtype=torch.bool)}
-    for cls, pictures in ((D2iTPipeline, {}), (D2iTImg2ImgPipeline, image), (D2iTInpaintPipeline, image | mask)):
-        pipe = cls(**plain.components)
+    changing, painting = (cls(**plain.components) for cls in (D2iTImg2ImgPipeline, D2iTInpaintPipeline))
+    for pipe, pictures in ((plain, {}), (changing, image), (painting, image | mask), (make_dcdit_pipeline(), {})):
+        cls = type(pipe)
         pipe.set_progress_bar_config(disable=True)
         for name in sorted(inspect.signature(cls.__call__).parameters.keys() - {"self", "return_dict"}):
             for value in VALUES:

@@ -10,11 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from cards import first_snippet
 from diffusers.utils.dynamic_modules_utils import get_relative_imports
 from loopback_hub import files_of
 
-from diffusers_d2it import D2iTPipeline, make_model_card
+from diffusers_d2it import D2iTPipeline, DCDiTPipeline, make_model_card
 from diffusers_d2it.hub.remote_code import bundled, remote_files
 
 
@@ -93,6 +94,23 @@ assert not [name for name in sys.modules if name.partition(".")[0] in ("diffuser
     assert D2iTPipeline.from_pretrained(tmp_path / "saved").id2label[7] == "class 7, synonym 7"
     index = (tmp_path / "saved" / "model_index.json").read_text()
     assert json.loads(index) == json.loads((saved / "model_index.json").read_text())
+
+
+def test_dcdit_with_an_autoencoder_of_diffusers_too(make_dcdit_pipeline, hub, tmp_path):
+    make_dcdit_pipeline().save_pretrained(tmp_path)
+    hub.run(pushed(tmp_path).replace("D2iTPipeline", "DCDiTPipeline"))
+    pipe, settings = DCDiTPipeline.from_pretrained(tmp_path), {"num_inference_steps": 2, "budget": 0.5}
+    expected = pipe([3], generator=torch.manual_seed(0), **settings).token_counts
+    card = (hub.repositories["user/tiny"] / "README.md").read_text()
+    hub.run(f"""{WITHOUT}
+{first_snippet(card)}
+assert output.images[0].size == (32, 32) and type(pipe.vae).__module__.startswith("diffusers.models.")
+import torch
+assert pipe([3], generator=torch.manual_seed(0), **{settings}).token_counts.tolist() == {expected.tolist()}
+pipe.save_pretrained({str(tmp_path / "saved")!r})
+""")
+    index = json.loads((tmp_path / "saved" / "model_index.json").read_text())
+    assert index == json.loads((tmp_path / "model_index.json").read_text())
 
 
 def test_main_stays_as_it_was_and_the_package_runs_no_code(saved, hub):
