@@ -74,6 +74,16 @@ def test_a_row_is_what_evaluate_finds_in_its_samples(rows, drawing, evaluator, m
     assert found["metric"] == "fd_conv" and found["value"] == pytest.approx(expected.value, rel=1e-9)
 
 
+def test_rows_of_the_other_model(make_dcdit_pipeline, evaluator):
+    """The same comparison, by what every adaptive model says of itself."""
+    drawing = Drawing(make_dcdit_pipeline(), torch.arange(8), num_inference_steps=3, batch_size=3)
+    argument = drawing.pipe.transformer.budget_argument
+    whole, half = compare(drawing, {"1": argument.at(1), "0.5": argument.at(0.5)}, evaluator, SHAPE, costs=True)
+    assert half.cost["tokens"]["backbone"] == pytest.approx(whole.cost["tokens"]["backbone"] / 2, abs=1)
+    assert half.cost["macs_per_forward"] < whole.cost["macs_per_forward"]
+    assert half.results[0]["protocol"]["samples"]["budget"] == 0.5
+
+
 def test_protocols_tell_the_rows_apart(rows):
     given, few, all_fine = (Result(**row.results[0]) for row in rows)
     said = {name: given.protocol["samples"][name] for name in ("grain_map", "checkpoint", "name")}

@@ -32,5 +32,5 @@ class TiedScheduler(SamplingSteps):
         self.layout = layout
 
     def tie(self, latents: torch.Tensor) -> torch.Tensor:
-        """All cells of a code as their mean."""
+        """Every cell of a code as its top-left one, which follows exactly the process that the code should follow."""
         return self.layout.tie(latents)
