@@ -18,7 +18,12 @@ from loopback_hub import MovingBranch, Uploads, files_of, run_with_hub, serve_hu
 from safetensors import SafetensorError
 
 from diffusers_d2it import D2iTGrainModel, D2iTPipeline
-from diffusers_d2it.conversion import convert_diffusers_dit, convert_dit_checkpoint
+from diffusers_d2it.conversion import (
+    convert_dcdit_checkpoint,
+    convert_diffusers_dit,
+    convert_dit_checkpoint,
+    upcycle_dit,
+)
 
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -183,13 +188,15 @@ def test_a_checkpoint_to_be_converted_runs_no_code(planted, canary, tmp_path, fa
     damaged = [b"", b"PK\x03\x04", planted["torch"][:100], b"<html>404</html>", b"\x80\x02."]
     for content in (planted["pickle"], planted["torch"], *damaged):
         file.write_bytes(content)
-        count.refused(partial(convert_dit_checkpoint, file), str(file), what=content[:10])
-        count.tried(content[:10], silent=canary.exists())
+        for convert in (convert_dit_checkpoint, convert_dcdit_checkpoint, upcycle_dit):
+            count.refused(partial(convert, file), str(file), what=(convert.__name__, content[:10]))
+            count.tried((convert.__name__, content[:10]), silent=canary.exists())
     DiTTransformer2DModel(num_layers=1, num_attention_heads=1, attention_head_dim=8).save_pretrained(tmp_path / "dit")
     (tmp_path / "dit" / WEIGHTS).unlink()
     (tmp_path / "dit" / PICKLED).write_bytes(planted["torch"])
-    count.refused(partial(convert_diffusers_dit, tmp_path / "dit"), PICKLED, what="folder")
-    count.tried("folder", silent=canary.exists())
+    for convert in (convert_diffusers_dit, upcycle_dit):
+        count.refused(partial(convert, tmp_path / "dit"), PICKLED, what=(convert.__name__, "folder"))
+        count.tried((convert.__name__, "folder"), silent=canary.exists())
 
 
 # ---- Names ----

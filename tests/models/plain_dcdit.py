@@ -63,27 +63,31 @@ def forward(model, latents: torch.Tensor, timestep: torch.Tensor, labels: torch.
     def rms_norm(x, name):
         return x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * w[f"{name}.weight"]
 
-    def layer_norm(x):
-        return (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True, unbiased=False) + 1e-6).sqrt()
+    def layer_norm(x, eps=1e-6):
+        return (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True, unbiased=False) + eps).sqrt()
 
     def stack(x, name):
         for k in range(config["num_conv_layers"]):
             block = f"{name}.blocks.{k}"
             y = conv(silu(group_norm(x, groups, f"{block}.norm1")), f"{block}.conv1")
-            y = y + linear(silu(c), f"{block}.time_emb_proj")[:, :, None, None]
+            y = y + linear(silu(of_stacks), f"{block}.time_emb_proj")[:, :, None, None]
             y = conv(silu(group_norm(y, groups, f"{block}.norm2")), f"{block}.conv2")
             x = y + (conv(x, f"{block}.conv_shortcut") if f"{block}.conv_shortcut.weight" in w else x)
         return rms_norm(x.permute(0, 2, 3, 1), f"{name}.norm")
 
-    def wave(place):  # (D / 2) of a row or column
+    def wave(cell):  # (D / 2) of a row or column
         steps = torch.arange(dim // 4, dtype=torch.float64) / (dim // 4)
-        angles = place * 10000.0**-steps
+        patch_size = config["position_patch_size"]
+        angles = ((cell + 0.5) / patch_size - 0.5) * 10000.0**-steps  # from middle to middle
         return torch.cat([angles.sin(), angles.cos()])
 
     frequencies = 10000.0 ** -(torch.arange(128, dtype=torch.float64) / 128)
     angles = timestep[:, None].double() * frequencies
     c = linear(torch.cat([angles.cos(), angles.sin()], 1).to(latents.dtype), "time_embed.mlp.linear_1")
     c = linear(silu(c), "time_embed.mlp.linear_2") + w["label_embed.weight"][labels]
+    of_stacks = c
+    if config["conditioning_norm"]:
+        of_stacks = layer_norm(c, eps=1e-5) * w["norm_conditioning.weight"] + w["norm_conditioning.bias"]
 
     features = stack(conv(latents, "conv_in"), "encoder")
     batch, height, width, _ = features.shape

@@ -17,6 +17,7 @@ OF_GRAINS = ["make_vae", "make_grain_model", "make_content_model"]
 TRANSFORMERS = [*OF_GRAINS[1:], "make_dcdit"]
 MODELS = {f"{name}-{grains}": (name, {"num_grains": grains}) for name in OF_GRAINS for grains in (2, 3)}
 MODELS["make_dcdit"] = ("make_dcdit", {})
+MODELS["make_dcdit-norm"] = ("make_dcdit", {"conditioning_norm": True})
 
 
 @pytest.fixture(params=MODELS)
@@ -250,6 +251,7 @@ def test_a_lora_adapter_starts_as_the_identity_and_alone_is_trained(make_transfo
         ("make_content_model", {"num_classes": None}),
         ("make_dcdit", {"out_channels": 8, "router": "cosine", "smoothing_sigma": 2.0}),
         ("make_dcdit", {"num_classes": None}),
+        ("make_dcdit", {"conditioning_norm": True, "position_patch_size": 2}),
     ],
 )
 @torch.no_grad()

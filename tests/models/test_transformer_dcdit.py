@@ -47,6 +47,7 @@ def test_sizes_of_the_paper(name):
         ({}, (8, 8)),
         ({"smoothing_sigma": 2.0, "out_channels": 8}, (5, 7)),
         ({"num_conv_layers": 1, "num_attention_heads": 3, "conv_reduction": 2, "norm_num_groups": 8}, (4, 9)),
+        ({"conditioning_norm": True, "position_patch_size": 2}, (5, 7)),
     ],
 )
 def test_is_the_plain_form(changes, sides, budgets):
@@ -133,6 +134,9 @@ def test_checkpointing_and_round_trip(tmp_path):
         ({"smoothing_sigma": 0.0}, "smoothing_sigma"),
         ({"out_channels": 5}, "out_channels"),
         ({"num_conv_layers": 0}, "num_conv_layers"),
+        ({"conditioning_norm": 1}, "conditioning_norm"),
+        ({"position_patch_size": 0}, "position_patch_size"),
+        ({"position_patch_size": 3}, "position_patch_size"),  # of 8 cells
     ],
 )
 def test_bad_configurations(changes, key):

@@ -8,7 +8,8 @@
     print(report)
 
 Where every region is fine, the converted model computes what its source computes; what a source cannot hold, the
-coarse grain, starts from the nearest thing it does hold. Every weight of the source and of the model is accounted for
+coarse grain, starts from the nearest thing it does hold. `upcycle_dit` takes only the blocks and embedders of a DiT,
+for a DC-DiT whose other parts are to be trained. Every weight of the source and of the model is accounted for
 in the `ConversionReport`: a weight that has no place, or that is missing, is an error.
 """
 
@@ -16,6 +17,7 @@ from .autoencoder_kl import convert_autoencoder_kl
 from .dcdit import convert_dcdit_checkpoint
 from .dit import convert_diffusers_dit, convert_dit_checkpoint
 from .transfer import ConversionReport, save_converted
+from .upcycling import upcycle_dit
 
 
 __all__ = [
@@ -25,4 +27,5 @@ __all__ = [
     "convert_diffusers_dit",
     "convert_dit_checkpoint",
     "save_converted",
+    "upcycle_dit",
 ]

@@ -77,13 +77,18 @@ def convert_dcdit_checkpoint(
         "num_classes": len(take(weights, "y_embedder.embedding_table.weight", source, ndim=2)) - 1,
         "sample_size": side,
         "conv_reduction": dim // width,
-        "smoothing_sigma": settings.get("smoothing_sigma", 2.0 if side**2 >= _WIDE_GRID else 1.0),
+        "smoothing_sigma": settings.get("smoothing_sigma", usual_sigma(side)),
     }
     if not settings:
         report.notes.append(f"no settings beside the weights: {heads} heads and a sigma of {sizes['smoothing_sigma']}")
     model = DCDiTModel(**sizes)
     transfer(weights, model, partial(origin_of, names=_NAMES), report)
     return model, report
+
+
+def usual_sigma(sample_size: int) -> float:
+    """Of the smoothing, as the release has it for latents of this side."""
+    return 2.0 if sample_size**2 >= _WIDE_GRID else 1.0
 
 
 def _count(pattern: str, weights: dict) -> int:

@@ -4,8 +4,9 @@
 import math
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import get_type_hints
+from typing import Any, get_type_hints
 
 import torch
 from diffusers import DiTTransformer2DModel
@@ -14,6 +15,7 @@ from ..limits import check_values
 from ..models.configs import LIMITS
 from ..models.layers import sincos_positions
 from ..models.transformer_d2it_content import D2iTContentModel
+from ..models.transformer_dcdit import DCDiTModel
 from .transfer import ConversionReport, check_config, read_checkpoint, read_folder, take, transfer
 
 
@@ -50,6 +52,17 @@ _DIFFUSERS = {
 }
 
 
+@dataclass(frozen=True)
+class DiTSource:
+    """A DiT as it was read."""
+
+    weights: dict[str, torch.Tensor]
+    names: dict[str, str]  # parts of the names in our models -> in these weights
+    patch_size: int
+    sizes: dict[str, Any]  # by the keys that the configurations of our models have for them
+    report: ConversionReport
+
+
 def convert_dit_checkpoint(
     path: str | Path,
     *,
@@ -80,20 +93,7 @@ def convert_dit_checkpoint(
             wrong shape; the positions are not DiT's; the patch size does not fit `num_grains`; the number of heads is
             not known.
     """
-    weights, source, _ = read_checkpoint(Path(path), plain_classes=["argparse.Namespace"])  # the flags of its training
-    report = ConversionReport(source)
-    dim, in_channels, patch_size, _ = take(weights, "x_embedder.proj.weight", source, ndim=4).shape
-    sizes = {
-        "in_channels": in_channels,
-        "out_channels": len(take(weights, "final_layer.linear.weight", source, ndim=2)) // patch_size**2,
-        "num_layers": len({match[1] for match in (re.match(r"blocks\.(\d+)\.", key) for key in weights) if match}),
-        "num_attention_heads": count_heads(num_attention_heads, dim, source),
-        "mlp_ratio": len(take(weights, "blocks.0.mlp.fc1.weight", source, ndim=2)) / dim,
-        "num_classes": len(take(weights, "y_embedder.embedding_table.weight", source, ndim=2)) - 1,
-        "sample_size": check_positions("pos_embed", weights, dim, report) * patch_size,
-    }
-    sizes |= {"attention_head_dim": dim // sizes["num_attention_heads"], "window_size": window_size}
-    return _convert(weights, _ORIGINAL, report, patch_size, num_grains, num_refine_layers, sizes)
+    return _convert(read_dit_checkpoint(path, num_attention_heads), num_grains, num_refine_layers, window_size)
 
 
 def convert_diffusers_dit(
@@ -121,6 +121,29 @@ def convert_diffusers_dit(
             embedders that differ between blocks, a patch size that does not fit `num_grains`; weights are missing,
             foreign or of a wrong shape.
     """
+    return _convert(read_diffusers_dit(folder, frequency_shift), num_grains, num_refine_layers, window_size)
+
+
+def read_dit_checkpoint(path: str | Path, num_attention_heads: int | None) -> DiTSource:
+    """A checkpoint of the original DiT, its sizes read off the shapes. Arguments and errors as of the conversion."""
+    weights, source, _ = read_checkpoint(Path(path), plain_classes=["argparse.Namespace"])  # the flags of its training
+    report = ConversionReport(source)
+    dim, in_channels, patch_size, _ = take(weights, "x_embedder.proj.weight", source, ndim=4).shape
+    sizes = {
+        "in_channels": in_channels,
+        "out_channels": len(take(weights, "final_layer.linear.weight", source, ndim=2)) // patch_size**2,
+        "num_layers": len({match[1] for match in (re.match(r"blocks\.(\d+)\.", key) for key in weights) if match}),
+        "num_attention_heads": count_heads(num_attention_heads, dim, source),
+        "mlp_ratio": len(take(weights, "blocks.0.mlp.fc1.weight", source, ndim=2)) / dim,
+        "num_classes": len(take(weights, "y_embedder.embedding_table.weight", source, ndim=2)) - 1,
+        "sample_size": check_positions("pos_embed", weights, dim, report) * patch_size,
+    }
+    sizes["attention_head_dim"] = dim // sizes["num_attention_heads"]
+    return DiTSource(weights, _ORIGINAL, patch_size, sizes, report)
+
+
+def read_diffusers_dit(folder: str | Path, frequency_shift: float) -> DiTSource:
+    """A folder of diffusers' DiT. Arguments and errors as of the conversion."""
     config, weights, source = read_folder(
         Path(folder), "transformer", ("DiTTransformer2DModel", "Transformer2DModel"), DiTTransformer2DModel
     )
@@ -156,50 +179,51 @@ def convert_diffusers_dit(
     sizes = {option: config[option] for option in kept} | {
         "mlp_ratio": len(take(weights, "transformer_blocks.0.ff.net.0.proj.weight", source, ndim=2)) / dim,
         "num_classes": config["num_embeds_ada_norm"],
-        "window_size": window_size,
         "frequency_shift": frequency_shift,
     }
-    return _convert(weights, _DIFFUSERS, report, patch_size, num_grains, num_refine_layers, sizes)
+    return DiTSource(weights, _DIFFUSERS, patch_size, sizes, report)
 
 
 def _convert(
-    weights: dict[str, torch.Tensor],
-    names: dict[str, str],
-    report: ConversionReport,
-    patch_size: int,
-    num_grains: int,
-    num_refine_layers: int | None,
-    sizes: dict[str, float],
+    dit: DiTSource, num_grains: int, num_refine_layers: int | None, window_size: int
 ) -> tuple[D2iTContentModel, ConversionReport]:
-    """Make a model, and fill it by a table of names."""
-    if patch_size != 2 ** (num_grains - 1):
+    """Make a content model of a DiT."""
+    report, num_layers = dit.report, dit.sizes["num_layers"]
+    if dit.patch_size != 2 ** (num_grains - 1):
         raise ValueError(
-            f"{report.source} has a patch size of {patch_size}: a D2iTContentModel has 2 ** (num_grains - 1), with"
+            f"{report.source} has a patch size of {dit.patch_size}: a D2iTContentModel has 2 ** (num_grains - 1), with"
             f" `num_grains` {num_grains} that is {2 ** (num_grains - 1)}."
         )
     if num_refine_layers is None:
-        num_refine_layers = max(1, round(sizes["num_layers"] / 6))
-    model = D2iTContentModel(num_grains=num_grains, num_refine_layers=num_refine_layers, **sizes)
+        num_refine_layers = max(1, round(num_layers / 6))
+    model = D2iTContentModel(
+        num_grains=num_grains, num_refine_layers=num_refine_layers, window_size=window_size, **dit.sizes
+    )
 
     def origin(target: str) -> tuple[list[str], Callable | None]:
         if target.startswith(_FRESH):
             return [], None
-        [key], make = origin_of(target, names)
+        [key], make = origin_of(target, dit.names)
         if target == "patch_embed.weight":  # a convolution over patches is linear in their values, as `patchify` has
             return [key], lambda weight: weight.flatten(1)
         return [key], make
 
-    transfer(weights, model, origin, report)
+    transfer(dit.weights, model, origin, report)
     report.notes.append(
-        f"all {sizes['num_layers']} layers are kept, and {num_refine_layers} of RefineNet added for each finer grain,"
+        f"all {num_layers} layers are kept, and {num_refine_layers} of RefineNet added for each finer grain,"
         " where the paper replaces some (Table 4)"
     )
+    note_variance(model, report)
+    return model, report
+
+
+def note_variance(model: D2iTContentModel | DCDiTModel, report: ConversionReport) -> None:
+    """Say in the report which schedulers a model of learned variance is for."""
     if model.out_channels != model.config.in_channels:
         report.notes.append(
             f"{model.out_channels} output channels, noise and variance: for schedulers with variance_type"
             ' "learned_range"'
         )
-    return model, report
 
 
 def origin_of(target: str, names: dict[str, str]) -> tuple[list[str], Callable | None]:

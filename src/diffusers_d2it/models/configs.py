@@ -48,6 +48,7 @@ LIMITS = {
     "num_conv_layers": (1, 16),
     "conv_reduction": (1, 64),
     "smoothing_sigma": (0.1, 100),
+    "position_patch_size": (1, 128),
     # Calibration
     "quantiles": (0, math.inf),
     "region_size": (1, 1024),
@@ -189,6 +190,11 @@ def check_chunking_model(config: Mapping[str, Any]) -> None:
     width = dim // config["conv_reduction"]
     if width % groups or width < 2 * groups:  # alone in its group a channel loses what conditions it
         raise ValueError(f"`norm_num_groups` must divide {width} channels into groups of two or more, got {groups}.")
+    if config["sample_size"] % config["position_patch_size"]:
+        raise ValueError(
+            f"`sample_size` must be a multiple of `position_patch_size` {config['position_patch_size']}, got"
+            f" {config['sample_size']}."
+        )
     convolutions = 2 * config["num_conv_layers"] * 18 * width * dim
     _check_transformer_parameters(config, config["num_layers"], convolutions)
 

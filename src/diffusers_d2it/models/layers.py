@@ -267,21 +267,25 @@ class ClassLabelsMixin:
         self.register_to_config(num_classes=num_classes)
 
 
-def sincos_positions(size: tuple[int, int], tokens: torch.Tensor) -> torch.Tensor:
+def sincos_positions(size: tuple[int, int], tokens: torch.Tensor, patch_size: int = 1) -> torch.Tensor:
     """Fixed 2-D sine-cosine positions of DiT for a grid of tokens of any shape: (h * w, D), like `tokens` (B, N, D).
 
     Computed once for a grid, not at every step. Positions are token indices, not rescaled to the training size: a
-    wider image has more positions, equally spaced.
+    wider image has more positions, equally spaced. With a `patch_size` p tokens are cells on a grid of patches of
+    p x p: row i lies at (i - (p - 1) / 2) / p, so that the mean row of the cells of a patch is the patch's own index.
     """
     compute = _sincos_positions if is_traced(tokens) else _kept_sincos_positions
-    return compute(*size, tokens.shape[-1], tokens.device, tokens.dtype)
+    return compute(*size, tokens.shape[-1], tokens.device, tokens.dtype, patch_size)
 
 
-def _sincos_positions(height: int, width: int, dim: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+def _sincos_positions(
+    height: int, width: int, dim: int, device: torch.device, dtype: torch.dtype, patch_size: int
+) -> torch.Tensor:
     with torch.inference_mode(False):  # what is kept must also serve a later training step
         rows = torch.arange(height, device=device, dtype=torch.float32)
         columns = torch.arange(width, device=device, dtype=torch.float32)
         grid = torch.stack(torch.meshgrid(columns, rows, indexing="xy"))  # the column comes first, as in DiT
+        grid = (grid - (patch_size - 1) / 2) / patch_size
         return get_2d_sincos_pos_embed_from_grid(dim, grid, output_type="pt").to(dtype)
 
 

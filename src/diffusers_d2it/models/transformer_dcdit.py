@@ -159,6 +159,10 @@ class DCDiTModel(ClassLabelsMixin, StrictModelMixin, AttentionMixin, CacheMixin,
         router: "predictability", or "cosine" as in the paper's first version.
         smoothing_sigma: of the smoothing behind the transformer, in cells: 1 for 32x32 cells, 2 for 64x64.
         frequency_shift: of the timestep embedding, in [0, 1]: 0 as in the original DiT, 1 as in diffusers' DiT.
+        conditioning_norm: the convolutions read the conditioning through a LayerNorm of theirs, so that it can stay
+            what blocks from another model have been trained with.
+        position_patch_size: side p in cells of the patches whose grid the positions are on: row i lies at
+            (i - (p - 1) / 2) / p. 1 for the grid of cells, that of a DiT for blocks that come from it.
 
     Raises:
         ValueError: a value is out of its range (`configs.LIMITS`), or contradicts another.
@@ -196,6 +200,8 @@ class DCDiTModel(ClassLabelsMixin, StrictModelMixin, AttentionMixin, CacheMixin,
         router: Literal["predictability", "cosine"] = "predictability",
         smoothing_sigma: float = 1.0,
         frequency_shift: float = 0.0,
+        conditioning_norm: bool = False,
+        position_patch_size: int = 1,
     ):
         self.check_config(self.config)
         super().__init__()
@@ -206,6 +212,8 @@ class DCDiTModel(ClassLabelsMixin, StrictModelMixin, AttentionMixin, CacheMixin,
 
         self.time_embed = TimestepEmbedder(dim, frequency_shift)
         self.label_embed = LabelEmbedder(num_classes, dim) if num_classes is not None else None
+
+        self.norm_conditioning = nn.LayerNorm(dim, eps=_EPS) if conditioning_norm else None
 
         # All cells, to features; which of them are tokens
         self.conv_in = nn.Conv2d(in_channels, width, 3, padding=1)
@@ -278,9 +286,10 @@ class DCDiTModel(ClassLabelsMixin, StrictModelMixin, AttentionMixin, CacheMixin,
         timestep = check_conditioning(hidden_states.shape[0], timestep, class_labels, num_classes, device)  # (B,)
         label_embedding = 0.0 if self.label_embed is None else self.label_embed(class_labels)  # (B, D)
         conditioning = self.time_embed(timestep, hidden_states.dtype) + label_embedding  # (B, D)
+        of_convolutions = conditioning if self.norm_conditioning is None else self.norm_conditioning(conditioning)
 
         # 1. Convolutions over all cells
-        features = self.encoder(self.conv_in(hidden_states), conditioning)  # (B, H, W, D)
+        features = self.encoder(self.conv_in(hidden_states), of_convolutions)  # (B, H, W, D)
 
         # 2. Router: the cells that are worth a token, as many of them as the budget allows
         with torch.autocast(device.type, enabled=False):
@@ -290,7 +299,8 @@ class DCDiTModel(ClassLabelsMixin, StrictModelMixin, AttentionMixin, CacheMixin,
 
         # 3. Transformer over these
         tokens = residual_stream(features.flatten(0, 2)[chunks.cells])  # (T, D)
-        positions = sincos_positions(probability.shape[1:], tokens[None])  # (H * W, D)
+        patch_size = self.config.position_patch_size
+        positions = sincos_positions(probability.shape[1:], tokens[None], patch_size)  # (H * W, D)
         tokens = tokens + positions[chunks.cells % len(positions)]
         modulating = F.silu(conditioning)
         for block in self.transformer_blocks:
@@ -301,7 +311,7 @@ class DCDiTModel(ClassLabelsMixin, StrictModelMixin, AttentionMixin, CacheMixin,
         with torch.autocast(device.type, enabled=False):
             cells = dechunk(tokens.float(), probability, chunks, self.config.smoothing_sigma)  # (B, H, W, D)
             cells = cells * confidence(probability)[..., None] + residual
-        cells = self.decoder(cells.to(features.dtype).permute(0, 3, 1, 2), conditioning)  # (B, H, W, E)
+        cells = self.decoder(cells.to(features.dtype).permute(0, 3, 1, 2), of_convolutions)  # (B, H, W, E)
         noise = self.norm_out(cells.flatten(1, 2), modulating)  # (B, H * W, O)
         noise = noise.transpose(1, 2).unflatten(2, probability.shape[1:])  # (B, O, H, W)
 
