@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from diffusers_d2it.models.chunking import Chunks, confidence, dechunk, keep_likeliest, nearest_kept, smooth
+from diffusers_d2it.models.layers import attend
 from diffusers_d2it.models.packed_attention import PackedAttention
 
 
@@ -103,12 +104,12 @@ def test_where_tokens_are(lengths):
 
 @pytest.mark.parametrize("lengths", LENGTHS)
 def test_packed_attention(lengths):
-    """Image by image, padded, and by a backend of diffusers are one function, gradients too."""
+    """Image by image, padded, and by a backend of diffusers are attention written out, gradients too."""
     torch.manual_seed(0)
     attention, chunks = PackedAttention(16, 2).double(), chunks_of(lengths)
     tokens = torch.randn(sum(lengths), 16, dtype=torch.float64, requires_grad=True)
-    plain = torch.cat([super(PackedAttention, attention).attend(*(x[None] for x in part))[0]
-                       for part in zip(*(x.split(lengths) for x in attention.project(tokens)))])  # fmt: skip
+    parts = zip(*(x.split(lengths) for x in attention.project(tokens)))
+    plain = torch.cat([attend(*(x.transpose(0, 1) for x in part)).transpose(0, 1) for part in parts])
     weight = torch.randn_like(plain)
     expected = torch.autograd.grad((weight * plain).sum(), tokens, retain_graph=True)[0]
     query, key, value = attention.project(tokens)
