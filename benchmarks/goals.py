@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
-"""The twelve goals of speed and memory: what is promised, and on which device. Claims name the goal they belong to.
+"""The sixteen goals of speed and memory: what is promised, and on which device. Claims name the goal they belong to.
 
 Goals for a GPU are meant for one of the H200 class.
 """
@@ -56,4 +56,18 @@ GOALS = {
         ("cpu", "cuda"),
     ),
     12: Goal("from_pretrained of XL in bf16: peak host memory at most 1.1 times the file", ("cpu",)),
+    13: Goal(
+        "packed block of DC-DiT on images of mixed lengths: at most 1.2 of DiT's on as many tokens in equal ones",
+        ("cpu", "cuda"),
+    ),
+    14: Goal(
+        "from tokens back to cells at most 0.6 of the form with all pairs (45 % of 32x32 cells), 0.5 (25 % of 64x64);"
+        " equal within 1e-6",
+        ("cpu",),
+    ),
+    15: Goal(
+        "seconds of a DC-DiT forward linear in its tokens (R^2 at least 0.99); at most 1.2 of DiT/2's a multiply-add",
+        ("cpu", "cuda"),
+    ),
+    16: Goal("guided step of DC-DiT with a null budget of 0.1 at most 0.72 of the full one", ("cpu", "cuda")),
 }

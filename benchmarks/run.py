@@ -34,6 +34,8 @@ BENCHMARKS = (
     "pipeline_overhead",
     "sampling_overhead",
     "loading",
+    "packed_chunks",
+    "chunk_forward",
     "training_step",
     "step_savers",
     "scaling",

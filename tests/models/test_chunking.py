@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from diffusers_d2it.models.chunking import Chunks, confidence, dechunk, keep_likeliest, nearest_kept, smooth
-from diffusers_d2it.models.packed_attention import PackedAttention, attend_by_image
+from diffusers_d2it.models.layers import attend
+from diffusers_d2it.models.packed_attention import PackedAttention
 
 
 SIDES = [(8, 8), (5, 9), (1, 6), (7, 1), (16, 3)]
@@ -76,26 +77,48 @@ def test_confidence_is_1_and_passes_the_gradient():
     assert p.grad.tolist() == [[[-1, -1, 1]]]
 
 
-LENGTHS = [(3, 1, 7), (5,), (4, 4, 4)]
+LENGTHS = [(3, 1, 7), (5,), (4, 4, 4), (1,), (1, 1)]
+
+
+def chunks_of(lengths: tuple[int, ...]) -> Chunks:
+    """Images of 3x3 cells that keep so many, here and there."""
+    torch.manual_seed(2)
+    rank = torch.rand(len(lengths), 9).argsort(dim=1)
+    return Chunks.of((rank < torch.tensor(lengths)[:, None]).view(-1, 3, 3))
+
+
+@pytest.mark.parametrize("lengths", LENGTHS)
+def test_where_tokens_are(lengths):
+    chunks = chunks_of(lengths)
+    assert chunks.lengths == lengths and chunks.starts.diff().tolist() == list(lengths) and chunks.starts[0] == 0
+    assert chunks.starts.dtype == torch.int32  # as kernels for several lengths take them
+    places = [(i, *cell) for i, mask in enumerate(chunks.kept) for cell in mask.nonzero().tolist()]
+    assert [(c // 9, c % 9 // 3, c % 3) for c in chunks.cells.tolist()] == places
+    assert chunks.images.tolist() == [image for image, _, _ in places]
+    padded = torch.zeros(chunks.is_token.shape, dtype=torch.bool).flatten()
+    padded[chunks.slots] = True
+    assert torch.equal(padded, chunks.is_token.flatten()) and chunks.is_token.shape[1] >= max(lengths)
+    assert chunks.slots.tolist() == sorted(chunks.slots.tolist())
+    assert chunks.is_token.sum(dim=1).tolist() == list(lengths)
 
 
 @pytest.mark.parametrize("lengths", LENGTHS)
 def test_packed_attention(lengths):
-    """Image by image, padded, and by a backend of diffusers are one function, gradients too."""
+    """Image by image, padded, and by a backend of diffusers are attention written out, gradients too."""
     torch.manual_seed(0)
-    attention = PackedAttention(16, 2).double()
+    attention, chunks = PackedAttention(16, 2).double(), chunks_of(lengths)
     tokens = torch.randn(sum(lengths), 16, dtype=torch.float64, requires_grad=True)
-    plain = torch.cat([super(PackedAttention, attention).attend(*(x[None] for x in part))[0]
-                       for part in zip(*(x.split(lengths) for x in attention.project(tokens)))])  # fmt: skip
+    parts = zip(*(x.split(lengths) for x in attention.project(tokens)))
+    plain = torch.cat([attend(*(x.transpose(0, 1) for x in part)).transpose(0, 1) for part in parts])
     weight = torch.randn_like(plain)
     expected = torch.autograd.grad((weight * plain).sum(), tokens, retain_graph=True)[0]
     query, key, value = attention.project(tokens)
     forms = {
-        "by image": attend_by_image(query, key, value, lengths),
-        "padded": attention._padded(query, key, value, lengths),
+        "by image": attention._by_image(query, key, value, chunks),
+        "padded": attention._padded(query, key, value, chunks),
     }
     attention.processor._attention_backend = "native"
-    forms["backend"] = attention.attend(query, key, value, lengths)
+    forms["backend"] = attention.attend(query, key, value, chunks)
     for form in forms.values():
         torch.testing.assert_close(form, plain, atol=1e-9, rtol=1e-9)
         found = torch.autograd.grad((weight * form).sum(), tokens, retain_graph=True)[0]

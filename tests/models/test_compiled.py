@@ -1,6 +1,7 @@
 # Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
-"""Compiled models and blocks, rounded layouts: the function of the plain ones, and one graph for all maps."""
+"""Compiled models and blocks: the function of the plain ones, and one graph for all maps and numbers of tokens."""
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -10,7 +11,7 @@ from grain_maps import random_latents
 from torch._dynamo.exc import TorchDynamoException
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from diffusers_d2it import D2iTContentModel
+from diffusers_d2it import D2iTContentModel, DCDiTModel
 from diffusers_d2it.grains import tie
 from diffusers_d2it.models.refine_net import pack_levels
 
@@ -107,6 +108,68 @@ def test_a_compiler_gives_the_same_numbers(make_content_model):
             output = model(latents, timesteps, grain_map, labels).sample
             expected = plain(latents, timesteps, grain_map, labels).sample
             torch.testing.assert_close(output, expected, atol=1e-5, rtol=1e-5)
+
+
+# ---- A number of tokens that changes ----
+
+
+BUDGETS = [1.0, 0.5, torch.tensor([0.3, 1.0, 0.02]), torch.tensor([1.0, 0.9, 1.0]), 0.01, 0.2]
+
+
+def chunked(make_dcdit, train: bool, **config) -> tuple[DCDiTModel, DCDiTModel]:
+    """A model whose router keeps most cells, and a copy."""
+    model = make_dcdit(**config)
+    with torch.no_grad():
+        model.boundary_router.score.weight.mul_(60)
+        model.boundary_router.score.bias.zero_()
+    return model.train(train), copy.deepcopy(model)
+
+
+def check_chunked(model: DCDiTModel, plain: DCDiTModel, train: bool, budgets: list) -> None:
+    """Noise, and gradients where it trains, of the same cells."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.set_grad_enabled(train):
+        for budget in budgets:
+            latents = torch.randn(3, 4, 8, 6, generator=generator)
+            arguments = latents, torch.tensor([999, 500, 3]), torch.tensor([0, 7, 10])
+            output, expected = (net(*arguments, budget=budget) for net in (model, plain))
+            assert output.kept.equal(expected.kept)
+            torch.testing.assert_close(output.sample, expected.sample, atol=1e-5, rtol=1e-5)
+            if train:
+                for net, found in ((model, output), (plain, expected)):
+                    net.zero_grad()
+                    (found.sample.square().mean() + found.boundary_probability.mean()).backward()
+                for ours, theirs in zip(model.parameters(), plain.parameters()):
+                    torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_one_graph_of_a_block_serves_every_number_of_tokens(make_dcdit, train):
+    model, plain = chunked(make_dcdit, train, num_layers=3)
+    counter = CompileCounterWithBackend("aot_eager" if train else "eager")
+    model.compile_repeated_blocks(backend=counter, fullgraph=True)
+    check_chunked(model, plain, train, BUDGETS)
+    assert counter.frame_count == 1
+
+
+def test_a_compiled_model_that_chunks_is_the_same_function(make_dcdit):
+    """It breaks where the number of tokens is read, and what follows is one graph for all of them."""
+    model, plain = chunked(make_dcdit, True)
+    counter = CompileCounterWithBackend("aot_eager")
+    model.compile(backend=counter)
+    check_chunked(model, plain, True, BUDGETS)
+    before = counter.frame_count
+    check_chunked(model, plain, True, [0.4, 0.7, torch.tensor([0.1, 0.2, 0.3])])
+    assert counter.frame_count == before
+
+
+def test_a_compiler_gives_the_same_numbers_of_chunks(make_dcdit):
+    model, plain = chunked(make_dcdit, False)
+    model.compile_repeated_blocks(fullgraph=True)
+    check_chunked(model, plain, False, BUDGETS[:3])
+
+
+# ---- Pictures, and errors ----
 
 
 @pytest.mark.skipif(is_torch_version("<", "2.13"), reason="an earlier torch cannot")

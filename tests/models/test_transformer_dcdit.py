@@ -4,6 +4,8 @@
 import plain_dcdit
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffusers_d2it import DCDiTModel, load_preset
 
@@ -107,6 +109,56 @@ def test_autocast_keeps_router_and_dechunking_in_float32():
     assert output.boundary_probability.dtype == torch.float32
     assert (output.kept == exact.kept).float().mean() > 0.9
     assert (output.sample - exact.sample).abs().mean() < 0.1 * exact.sample.abs().mean()
+
+
+class Waits(TorchFunctionMode):
+    """Notes what an accelerator is waited for: values of tensors that become Python's or shapes, and the way there."""
+
+    NAMES = {"tolist", "numpy", "cpu", "__array__", "tensor"}  # beside what operators do, as for item() and bool()
+
+    def __init__(self):
+        super().__init__()
+        self.found: list[str] = []
+        self.operators = _OperatorWaits(self.found)
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if getattr(func, "__name__", "") in self.NAMES:
+            self.found.append(func.__name__)
+        with self.operators:
+            return func(*args, **kwargs or {})
+
+
+class _OperatorWaits(TorchDispatchMode):
+    OF_VALUES = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+
+    def __init__(self, found: list[str]):
+        super().__init__()
+        self.found = found
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        reads = bool(self.OF_VALUES & set(func.tags))
+        if func is torch.ops.aten.index.Tensor:  # reads masks only
+            reads = any(index is not None and index.dtype == torch.bool for index in args[1])
+        if reads:
+            self.found.append(str(func))
+        return func(*args, **kwargs or {})
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("backend", [None, "native"])
+def test_the_device_is_waited_for_once(backend):
+    """For the lengths. Values of arguments are looked at where that costs nothing, on a CPU: here there are none."""
+    model, (latents, timesteps, _) = make(num_classes=None), inputs()
+    if backend is not None:
+        model.set_attention_backend(backend)
+    for number in (1.0, 0.3):
+        with Waits() as waits:
+            model(latents, timesteps, budget=number)
+        assert waits.found == ["tolist"]
+    with Waits() as waits:
+        latents[latents > 0].sum().item()
+        bool(torch.tensor(1).any())
+    assert len(waits.found) == 4
 
 
 def test_checkpointing_and_round_trip(tmp_path):

@@ -9,8 +9,10 @@ Shapes:
 from dataclasses import dataclass
 
 import torch
+import torch._dynamo
+import torch.nn.functional as F
 
-from ..limits import can_be_read, check_values
+from ..limits import can_be_read, check_values, is_traced
 
 
 NATURAL = 0.5  # boundary probability above which a cell wants to be a token
@@ -20,21 +22,50 @@ _NO_NEIGHBOUR = 1e-8  # added to sums of weights
 
 @dataclass(frozen=True)
 class Chunks:
-    """The cells that are kept, and where they are: made once a forward pass."""
+    """The cells that are kept, and where they are: made once a forward pass, for every block.
+
+    What compiled blocks read is tensors, whose T and N one graph takes as they come; N is M of the longest image.
+    """
 
     kept: torch.Tensor  # (B, H, W) bool
     cells: torch.Tensor  # (T,) int64, their places among all B * L cells
     images: torch.Tensor  # (T,) int64, the image of each
     lengths: tuple[int, ...]  # M of each image
+    starts: torch.Tensor  # (B + 1,) int32, where the tokens of each image begin, and T
+    is_token: torch.Tensor  # (B, N) bool, which places of a batch are taken that is padded to the longest image
+    slots: torch.Tensor  # (T,) int64, where among these B * N each token stands
 
     @classmethod
+    @torch.compiler.disable  # a graph would be one of these lengths
     def of(cls, kept: torch.Tensor) -> "Chunks":
         """From which cells are kept, (B, H, W) bool. The numbers of an accelerator are read here, once."""
-        lengths = tuple(kept.flatten(1).sum(dim=1).tolist())
+        number = kept.flatten(1).sum(dim=1)  # (B,)
+        lengths = tuple(number.tolist())
+        longest = max(2, *lengths)  # for compilers a dimension of 1 is another case
         cells = torch.nonzero_static(kept.flatten(), size=sum(lengths))[:, 0]
-        return cls(kept, cells, cells // kept[0].numel(), lengths)
+        images = cells // kept[0].numel()
+        starts = F.pad(number.cumsum(0), (1, 0))
+        is_token = torch.arange(longest, device=kept.device) < number[:, None]
+        in_image = torch.arange(len(cells), device=kept.device) - starts.index_select(0, images)
+        return cls(
+            kept=kept,
+            cells=of_any_size(cells, 0),
+            images=of_any_size(images, 0),
+            lengths=lengths,
+            starts=starts.to(torch.int32),
+            is_token=of_any_size(is_token, 1),
+            slots=of_any_size(images * longest + in_image, 0),
+        )
 
 
+def of_any_size(tensor: torch.Tensor, dim: int) -> torch.Tensor:
+    """The tensor, for which a compiled block that takes it makes one graph for all sizes of a dimension."""
+    if not is_traced(tensor):
+        torch._dynamo.maybe_mark_dynamic(tensor, dim)
+    return tensor
+
+
+@torch.compiler.disable  # and one of this budget
 def keep_likeliest(probability: torch.Tensor, budget: float | torch.Tensor = 1.0) -> torch.Tensor:
     """The natural cells without the least probable of them, as many as the budget takes away.
 
@@ -66,7 +97,7 @@ def _budgets(budget: float | torch.Tensor, probability: torch.Tensor) -> torch.T
         check_values({"budget": budget}, {"budget": float}, {"budget": (0, 1)}, exact=False)
         if budget == 0:
             raise ValueError("`budget` must be larger than 0: every image keeps a token.")
-        return torch.tensor(float(budget), device=probability.device)
+        return torch.full((), float(budget), device=probability.device)  # no copy that a device is waited for
     if budget.shape not in ((), (len(probability),)):
         raise ValueError(
             f"`budget` must be a number or one for each image, ({len(probability)},), got {tuple(budget.shape)}."

@@ -2,79 +2,63 @@
 """Attention within each of several images whose tokens lie one after the other, padded only where it must be.
 
 Shapes:
-    B images, T tokens of all of them, M of the longest, A heads, E = D / A
+    B images, M tokens of one, T of all, N of the longest, A heads, E = D / A
 """
 
 import torch
-import torch.nn.functional as F
 from diffusers.models.attention_dispatch import dispatch_attention_fn
-from diffusers.utils import is_torch_version
-from torch.nn.utils.rnn import pad_sequence
 
 from ..limits import is_traced
+from .chunking import Chunks
 from .layers import SelfAttention
-
-
-_HALF = (torch.float16, torch.bfloat16)
-_HAS_VARLEN = is_torch_version(">=", "2.10")
 
 
 class PackedAttention(SelfAttention):
     """Self-attention over tokens (T, D), each of which attends to those of its image."""
 
-    def attend(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lengths: tuple[int, ...]
-    ) -> torch.Tensor:
+    def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, chunks: Chunks) -> torch.Tensor:
         """Each (T, A, E) -> the same.
 
         Image by image on a CPU, by torch's kernel for several lengths in half precision on CUDA, and padded to the
-        longest image elsewhere, and where a backend of diffusers was chosen.
-
-        Args:
-            query, key, value: (T, A, E).
-            lengths: number of tokens of each image; they sum to T.
+        longest image elsewhere, in a graph, which serves all lengths, and where a backend of diffusers was chosen.
         """
-        if self.processor._attention_backend is not None or is_traced(query):
-            return self._padded(query, key, value, lengths)
-        if query.device.type == "cpu":
-            return attend_by_image(query, key, value, lengths)
-        if query.device.type == "cuda" and query.dtype in _HALF and _HAS_VARLEN:
-            return attend_by_varlen(query, key, value, lengths)
-        return self._padded(query, key, value, lengths)
+        if self.processor._attention_backend is None and not is_traced(query):
+            if query.device.type == "cpu":
+                return self._by_image(query, key, value, chunks)
+            if _takes_varlen(query):
+                return attend_by_varlen(query, key, value, chunks)
+        return self._padded(query, key, value, chunks)
 
-    def _padded(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lengths: tuple[int, ...]
-    ) -> torch.Tensor:
-        query, key, value = (pad_sequence(x.split(lengths), batch_first=True) for x in (query, key, value))
-        is_token = (
-            torch.arange(max(lengths), device=query.device) < torch.tensor(lengths, device=query.device)[:, None]
-        )
+    def _by_image(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, chunks: Chunks) -> torch.Tensor:
+        parts = zip(*(x.split(chunks.lengths) for x in (query, key, value)))  # each (M, A, E)
+        return torch.cat([SelfAttention.attend(self, *(x[None] for x in part))[0] for part in parts])  # (T, A, E)
+
+    def _padded(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, chunks: Chunks) -> torch.Tensor:
         attended = dispatch_attention_fn(
-            query,
-            key,
-            value,
-            attn_mask=is_token[:, None, None],  # (B, 1, 1, M)
+            *(_pad_to_longest(x, chunks) for x in (query, key, value)),  # (B, N, A, E)
+            attn_mask=chunks.is_token[:, None, None],  # (B, 1, 1, N)
             backend=self.processor._attention_backend,
             parallel_config=self.processor._parallel_config,
         )
-        return attended[is_token]  # (T, A, E)
+        return attended.flatten(0, 1).index_select(0, chunks.slots)  # (T, A, E)
 
 
-def attend_by_image(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lengths: tuple[int, ...]
-) -> torch.Tensor:
-    """One call an image; each (T, A, E)."""
-    parts = zip(*(x.transpose(0, 1).split(lengths, dim=1) for x in (query, key, value)))  # (A, its tokens, E)
-    return torch.cat([F.scaled_dot_product_attention(*(x[None] for x in part))[0] for part in parts], dim=1).transpose(
-        0, 1
-    )
-
-
-def attend_by_varlen(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lengths: tuple[int, ...]
-) -> torch.Tensor:
+def attend_by_varlen(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, chunks: Chunks) -> torch.Tensor:
     """torch's own kernel for sequences of several lengths: CUDA, half precision; each (T, A, E)."""
     from torch.nn.attention.varlen import varlen_attn
 
-    ends = torch.tensor((0, *lengths), dtype=torch.int32).cumsum(0, dtype=torch.int32).to(query.device)
-    return varlen_attn(query, key, value, ends, ends, max(lengths), max(lengths))
+    longest = chunks.is_token.shape[1]
+    return varlen_attn(query, key, value, chunks.starts, chunks.starts, longest, longest)
+
+
+def _takes_varlen(query: torch.Tensor) -> bool:
+    """Whether `attend_by_varlen` can: its kernel asks for a GPU of 2020 or later."""
+    is_half = query.dtype in (torch.float16, torch.bfloat16)
+    return query.device.type == "cuda" and is_half and torch.cuda.get_device_capability(query.device) >= (8, 0)
+
+
+def _pad_to_longest(tokens: torch.Tensor, chunks: Chunks) -> torch.Tensor:
+    """(T, A, E) -> (B, N, A, E), zero where no token is."""
+    batch, longest = chunks.is_token.shape
+    padded = tokens.new_zeros(batch * longest, *tokens.shape[1:]).index_copy(0, chunks.slots, tokens)
+    return padded.unflatten(0, (batch, longest))

@@ -21,7 +21,7 @@ from diffusers.utils import BaseOutput, apply_lora_scale
 from torch import nn
 
 from ..budgets import BudgetArgument
-from .chunking import Chunks, confidence, dechunk, keep_likeliest
+from .chunking import Chunks, confidence, dechunk, keep_likeliest, of_any_size
 from .configs import check_chunking_model
 from .layers import (
     ClassLabelsMixin,
@@ -137,7 +137,7 @@ class ChunkBlock(DiTBlock):
     def forward(self, tokens: torch.Tensor, conditioning: torch.Tensor, chunks: Chunks) -> torch.Tensor:
         """tokens (T, D), conditioning (B, D) after its SiLU -> (T, D)."""
         modulation = self.adaln(conditioning).index_select(0, chunks.images)  # (T, 6 * D)
-        return self.modulated(tokens, modulation, chunks.lengths)
+        return self.modulated(tokens, modulation, chunks)
 
 
 class DCDiTModel(ClassLabelsMixin, StrictModelMixin, AttentionMixin, CacheMixin, SafeAdapterMixin, ConfigMixin):
@@ -301,7 +301,7 @@ class DCDiTModel(ClassLabelsMixin, StrictModelMixin, AttentionMixin, CacheMixin,
         tokens = residual_stream(features.flatten(0, 2)[chunks.cells])  # (T, D)
         patch_size = self.config.position_patch_size
         positions = sincos_positions(probability.shape[1:], tokens[None], patch_size)  # (H * W, D)
-        tokens = tokens + positions[chunks.cells % len(positions)]
+        tokens = of_any_size(tokens + positions[chunks.cells % len(positions)], 0)
         modulating = F.silu(conditioning)
         for block in self.transformer_blocks:
             tokens = run_block(self, block, tokens, modulating, chunks)  # (T, D)
