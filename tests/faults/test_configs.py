@@ -12,7 +12,7 @@ import torch
 from alike import same_weights
 from measuring import attempt
 
-from diffusers_d2it import D2iTContentModel, D2iTGrainModel, D2iTPipeline, DynamicAutoencoderKL
+from diffusers_d2it import D2iTContentModel, D2iTGrainModel, D2iTPipeline, DCDiTModel, DynamicAutoencoderKL
 
 
 # What each key holds, written down independently of the library: its kind, and whether it may be null
@@ -34,6 +34,13 @@ KINDS = {
         "num_layers": "whole", "num_refine_layers": "whole", "num_attention_heads": "whole",
         "attention_head_dim": "whole", "mlp_ratio": "positive", "num_classes": "whole?", "window_size": "whole",
         "frequency_shift": "number",
+    },
+    DCDiTModel: {
+        "sample_size": "whole", "in_channels": "whole", "out_channels": "whole?", "num_layers": "whole",
+        "num_conv_layers": "whole", "num_attention_heads": "whole", "attention_head_dim": "whole",
+        "mlp_ratio": "positive", "num_classes": "whole?", "conv_reduction": "whole", "norm_num_groups": "whole",
+        "router": "text", "smoothing_sigma": "positive", "frequency_shift": "number", "conditioning_norm": "flag",
+        "position_patch_size": "whole",
     },
 }  # fmt: skip
 CALIBRATION_KINDS = {
@@ -65,6 +72,7 @@ HARMLESS = {
     D2iTContentModel: [
         ("sample_size", 64), ("frequency_shift", 1), ("out_channels", 4), ("_name_or_path", "user/repo"),
     ],
+    DCDiTModel: [("sample_size", 64), ("smoothing_sigma", 2), ("position_patch_size", 2), ("out_channels", 4)],
 }  # fmt: skip
 # Values that a model may have, but not one with these weights
 OF_OTHER_WEIGHTS = {
@@ -76,6 +84,10 @@ OF_OTHER_WEIGHTS = {
     D2iTContentModel: [
         ("num_layers", 1), ("num_refine_layers", 16), ("attention_head_dim", 64), ("window_size", 8),
     ],
+    DCDiTModel: [
+        ("num_layers", 1), ("num_conv_layers", 3), ("conv_reduction", 8), ("router", "cosine"),
+        ("conditioning_norm", True), ("num_classes", None),
+    ],
 }  # fmt: skip
 # Values that are each in range, and ask for hundreds of gigabytes together
 HUGE = [
@@ -84,6 +96,8 @@ HUGE = [
     (D2iTGrainModel, {"num_layers": 96, "num_attention_heads": 64, "attention_head_dim": 128}),
     (D2iTContentModel, {"num_attention_heads": 256, "attention_head_dim": 1024}),
     (D2iTContentModel, {"num_classes": 1_000_000, "num_attention_heads": 256, "attention_head_dim": 128}),
+    (DCDiTModel, {"num_attention_heads": 256, "attention_head_dim": 1024}),
+    (DCDiTModel, {"num_conv_layers": 16, "num_attention_heads": 64, "attention_head_dim": 128}),
 ]
 
 
@@ -102,13 +116,15 @@ def hostile_values(kind: str, current: object) -> list:
 
 
 @pytest.fixture
-def saved(tmp_path, make_pipeline) -> dict[type, tuple[Path, dict, torch.nn.Module]]:
+def saved(tmp_path, make_pipeline, make_dcdit) -> dict[type, tuple[Path, dict, torch.nn.Module]]:
     """The folder of each class, without a manifest; its configuration; and the model."""
     pipe = make_pipeline()
     pipe.vae.register_to_config(shift_factor=0.1)
     pipe.save_pretrained(tmp_path)
     (tmp_path / "manifest.json").unlink()
-    models = {name: getattr(pipe, name) for name in ("vae", "grain_model", "transformer")}
+    models = {name: getattr(pipe, name) for name in ("vae", "grain_model", "transformer")} | {"dcdit": make_dcdit()}
+    models["dcdit"].save_pretrained(tmp_path / "dcdit")
+    (tmp_path / "dcdit" / "manifest.json").unlink()
     return {
         type(model): (tmp_path / name, json.loads((tmp_path / name / "config.json").read_text()), model)
         for name, model in models.items()
