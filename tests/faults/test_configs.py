@@ -97,7 +97,7 @@ HUGE = [
     (D2iTContentModel, {"num_attention_heads": 256, "attention_head_dim": 1024}),
     (D2iTContentModel, {"num_classes": 1_000_000, "num_attention_heads": 256, "attention_head_dim": 128}),
     (DCDiTModel, {"num_attention_heads": 256, "attention_head_dim": 1024}),
-    (DCDiTModel, {"num_conv_layers": 16, "num_attention_heads": 64, "attention_head_dim": 128}),
+    (DCDiTModel, {"num_attention_heads": 64, "attention_head_dim": 128, "num_conv_layers": 16, "conv_reduction": 1}),
 ]
 
 

@@ -2,6 +2,7 @@
 """DC-DiT written down once more, cell by cell and pair by pair, for comparison: slow, and of no module of ours."""
 
 import math
+from fractions import Fraction
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +12,7 @@ def kept_of(probability: torch.Tensor, budget: float) -> list[int]:
     """Raster indices of the kept cells of an image, probability (H, W)."""
     values = probability.flatten().tolist()
     natural = [i for i, p in enumerate(values) if p > 0.5]
-    number = min(math.floor(torch.tensor(float(len(natural))) * (1 - torch.tensor(budget))), len(natural) - 1)
+    number = min(math.floor(len(natural) * (1 - Fraction(str(budget)))), len(natural) - 1)
     fallen = sorted(natural, key=lambda i: (values[i], i))[:number]
     return sorted(set(natural) - set(fallen))
 

@@ -18,6 +18,7 @@ from ..limits import can_be_read, check_values, is_traced
 NATURAL = 0.5  # boundary probability above which a cell wants to be a token
 _NEVER_0_NOR_1 = 1e-4  # distance that the probability keeps from both in smoothing
 _NO_NEIGHBOUR = 1e-8  # added to sums of weights
+_ROUNDING = 1e-3  # of a number of cells: in float32 five times (1 - 0.8) is less than one
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ def keep_likeliest(probability: torch.Tensor, budget: float | torch.Tensor = 1.0
     budgets = _budgets(budget, probability)
     natural = (probability > NATURAL).flatten(1)  # (B, L)
     number = natural.sum(dim=1)  # (B,)
-    falling = (number * (1 - budgets)).floor().minimum(number - 1)
+    falling = (number * (1 - budgets) + _ROUNDING).floor().minimum(number - 1)
     from_least = probability.flatten(1).masked_fill(~natural, torch.inf).argsort(dim=1, stable=True)
     rank = from_least.argsort(dim=1)  # of each cell
     return (natural & (rank >= falling[:, None])).view_as(probability)
