@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from diffusers_d2it import D2iTGrainModel, D2iTPipeline
 from diffusers_d2it.conversion import convert_autoencoder_kl
+from diffusers_d2it.models.autoencoder_kl import load_autoencoder_kl
 
 
 load = D2iTGrainModel.from_pretrained
@@ -265,11 +266,11 @@ def test_a_tensor_in_two_shards_is_refused(folder, index, fault):
     count.refused(partial(load, folder), str(folder / INDEX), other, name, what=name)
 
 
-@pytest.mark.parametrize("read", [load, convert_autoencoder_kl])
+@pytest.mark.parametrize("read", [load, convert_autoencoder_kl, load_autoencoder_kl])
 def test_an_absurd_header_is_refused_from_its_first_bytes(tmp_path, fault, read):
     """safetensors itself reads headers of up to 100 MB."""
     count = fault("header that is absurdly long, or contradicts itself")
-    if read == convert_autoencoder_kl:
+    if read != load:
         AutoencoderKL(norm_num_groups=4, block_out_channels=(4,), sample_size=8).save_pretrained(tmp_path)
     else:
         D2iTGrainModel(num_layers=1, num_attention_heads=1, attention_head_dim=4).save_pretrained(tmp_path)
@@ -372,4 +373,17 @@ def test_foreign_weights_are_read_with_the_same_care(tmp_path, fault, repeats):
             fine = {key for key in expected.state_dict() if ".f2." not in key and "down_blocks.1" not in key}
             same = all(torch.equal(found.result.state_dict()[key], expected.state_dict()[key]) for key in fine)
             problem = None if same else "was accepted with other weights"
+        count.tried(f"{mutate.__name__}: {problem}", silent=problem is not None)
+
+
+def test_an_autoencoder_kl_is_read_with_the_same_care(tmp_path, fault, repeats):
+    count = fault("safetensors of an AutoencoderKL, mutated")
+    model = AutoencoderKL(norm_num_groups=4, block_out_channels=(4,), sample_size=8)
+    model.save_pretrained(tmp_path)
+    content = (tmp_path / WEIGHTS).read_bytes()
+    rng = random.Random(0)
+    for trial in range(repeats(60, 1000)):
+        mutate = MUTATIONS[trial % len(MUTATIONS)]
+        (tmp_path / WEIGHTS).write_bytes(mutate(content, rng))
+        problem = problem_of(attempt(partial(load_autoencoder_kl, tmp_path)), model, tmp_path.name)
         count.tried(f"{mutate.__name__}: {problem}", silent=problem is not None)

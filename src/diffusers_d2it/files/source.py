@@ -121,6 +121,19 @@ def pin(name: str, arguments: dict[str, Any]) -> dict[str, Any]:
     return found | {"force_download": bool(arguments.get("force_download")), "revision": revision.resolved}
 
 
+def find_model(name: str | os.PathLike, subfolder: str | None, variant: str | None, arguments: dict[str, Any]) -> Path:
+    """The folder of a model: inside of a folder, or downloaded from the Hub.
+
+    Raises:
+        ValueError: `name` is neither a folder nor a name of the Hub, or as for `download_model`.
+        OSError: as for `download_model`.
+    """
+    check_source(name, subfolder, variant)
+    if os.path.isdir(name):
+        return Path(name, subfolder or "")
+    return download_model(name, subfolder, variant, arguments)
+
+
 def download_model(name: str, subfolder: str | None, variant: str | None, arguments: dict[str, Any]) -> Path:
     """Download what a model of one variant is made of, at one commit, and return its folder in the cache.
 

@@ -33,6 +33,8 @@ LIMITS = {
     "norm_num_groups": (1, 1024),
     "scaling_factor": (1e-6, 1e6),
     "shift_factor": (-1e6, 1e6),
+    "latents_mean": (-1e6, 1e6),
+    "latents_std": (1e-6, 1e6),
     "grain_ratios": (0, 1),
     # D2iTGrainModel and D2iTContentModel
     "num_grains": (2, 8),

@@ -14,7 +14,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import logging
 
 from ..files.folders import STAGING, read_json, save_folder
-from ..files.source import HUB_ARGUMENTS, WithoutOrigin, check_source, download_model, public_config, refuse_code
+from ..files.source import HUB_ARGUMENTS, WithoutOrigin, find_model, public_config, refuse_code
 from ..files.weights import (
     check_finite,
     check_fits,
@@ -79,21 +79,14 @@ class StrictModelMixin(SingleFileMixin, WithoutOrigin, ModelMixin):
         anew = kwargs.pop("ignore_mismatched_sizes", False) and "num_classes" in init_parameters(cls)
         num_classes = kwargs.pop("num_classes", None) if anew else None
         subfolder, variant = str(kwargs.pop("subfolder", None) or "") or None, kwargs.pop("variant", None)
-        check_source(pretrained_model_name_or_path, subfolder, variant)
-        if os.path.isdir(pretrained_model_name_or_path):
-            folder = Path(pretrained_model_name_or_path, subfolder or "")
-        else:
-            folder = download_model(pretrained_model_name_or_path, subfolder, variant, kwargs)
+        folder = find_model(pretrained_model_name_or_path, subfolder, variant, kwargs)
         cls._check_folder(folder, variant, kwargs)
         return_info = kwargs.pop("output_loading_info", False)
         options = {key: value for key, value in kwargs.items() if key not in HUB_ARGUMENTS}
         options |= {"variant": variant, "use_safetensors": True, "output_loading_info": True}
         model, info = super().from_pretrained(str(folder), **options)
         model.register_to_config(_name_or_path=pretrained_model_name_or_path)
-        for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
-            if info[kind]:
-                first = sorted(map(str, info[kind]))[0]
-                raise ValueError(f"{cls.__name__} in {folder}: {len(info[kind])} {kind}, such as {first}.")
+        check_loaded(cls, folder, info)
         if num_classes not in (None, model.config.get("num_classes")):
             logger.warning("%s: a new `label_embed` of %d classes begins.", folder, num_classes)
             model.start_new_classes(num_classes)
@@ -102,11 +95,7 @@ class StrictModelMixin(SingleFileMixin, WithoutOrigin, ModelMixin):
     @classmethod
     def _check_folder(cls, folder: Path, variant: str | None, kwargs: dict[str, Any]) -> None:
         """Check all files of a model that are going to be read, and that they fit one another."""
-        records = sealed_files(folder)  # puts in order what a killed process left, so it comes first
-        for legacy in folder.glob(f"*.{variant}.*index.json"):  # of shards, which diffusers would read instead
-            raise ValueError(f"{legacy} must not be there: no index of this form is read.")
-        files = weight_files(folder, variant)
-        check_sealed([folder / CONFIG, *files], records)
+        files = checked_files(folder, variant)
         config = cls._read_config(folder / CONFIG, kwargs)
         tensors = read_headers(files)
         if config.get("quantization_config") is None and kwargs.get("quantization_config") is None:
@@ -121,27 +110,8 @@ class StrictModelMixin(SingleFileMixin, WithoutOrigin, ModelMixin):
     @classmethod
     def _read_config(cls, file: Path, kwargs: dict[str, Any]) -> dict[str, Any]:
         """The configuration that a file and the arguments make together, checked, with every key."""
-        stored = read_json(file)
-        defaults = {name: parameter.default for name, parameter in init_parameters(cls).items()}
-        overrides = {key: value for key, value in kwargs.items() if key in defaults}
-        source = str(file) if not overrides else f"{file} with the arguments {', '.join(sorted(overrides))}"
-        public = public_config(stored)
-        unknown = sorted(map(shown, public.keys() - _known_keys(cls)))
-        if unknown:  # of a newer version, or of another tool
-            logger.warning("%s: %s is not used, as a %s has no such key.", file, listed(unknown), cls.__name__)
-        public = {key: value for key, value in public.items() if key in _known_keys(cls)}
-        config = defaults | public | overrides
         known = [base.__name__ for base in cls.__mro__ if issubclass(base, StrictModelMixin)][:-1]
-        try:
-            if (name := stored.get("_class_name")) not in known:
-                raise ValueError(f"`_class_name` must be {' or '.join(known)}, got {shown(name)}.")
-            if "_use_default_values" in stored:  # would make others of the keys not count
-                raise ValueError("`_use_default_values` must not be in a file.")
-            check_values(public, FURTHER_KEYS, LIMITS)
-            cls.check_config(config)
-        except ValueError as error:
-            raise ValueError(f"{source}: {error}") from error
-        return config
+        return read_config(cls, file, kwargs, known, cls.check_config)
 
     def save_pretrained(
         self,
@@ -247,6 +217,70 @@ class SafeAdapterMixin(PeftAdapterMixin):
         """
         refuse_unsafe(safe_serialization, use_flashpack=False)
         super().save_lora_adapter(save_directory, *args, **kwargs)
+
+
+def checked_files(folder: Path, variant: str | None) -> list[Path]:
+    """The files of a model's weights, of `weight_files`, once they and its configuration are what manifests list.
+
+    Raises:
+        MissingFileError: there are none.
+        ValueError: a file is damaged, not what is listed, or an index of shards that is not checked.
+    """
+    records = sealed_files(folder)  # puts in order what a killed process left, so it comes first
+    for legacy in folder.glob(f"*.{variant}.*index.json"):  # of shards, which diffusers would read instead
+        raise ValueError(f"{legacy} must not be there: no index of this form is read.")
+    files = weight_files(folder, variant)
+    check_sealed([folder / CONFIG, *files], records)
+    return files
+
+
+def read_config(
+    cls: type,
+    file: Path,
+    overrides: Mapping[str, Any],
+    class_names: list[str],
+    check: Callable[[Mapping[str, Any]], None],
+) -> dict[str, Any]:
+    """The configuration that a file and some arguments make together, checked, with every key of the constructor.
+
+    Args:
+        cls: the class that it is for.
+        file: config.json.
+        overrides: replace keys of the file; what is no key is left out.
+        class_names: what the file may call the class.
+        check: raises a ValueError if a value is not as it must be.
+
+    Raises:
+        ValueError: the file is missing, damaged, of another class, or refused by `check`; it is named.
+    """
+    stored = read_json(file)
+    defaults = {name: parameter.default for name, parameter in init_parameters(cls).items()}
+    overrides = {key: value for key, value in overrides.items() if key in defaults}
+    source = str(file) if not overrides else f"{file} with the arguments {', '.join(sorted(overrides))}"
+    public = public_config(stored)
+    unknown = sorted(map(shown, public.keys() - _known_keys(cls)))
+    if unknown:  # of a newer version, or of another tool
+        logger.warning("%s: %s is not used, as a %s has no such key.", file, listed(unknown), cls.__name__)
+    public = {key: value for key, value in public.items() if key in _known_keys(cls)}
+    config = defaults | public | overrides
+    try:
+        if (name := stored.get("_class_name")) not in class_names:
+            raise ValueError(f"`_class_name` must be {' or '.join(class_names)}, got {shown(name)}.")
+        if "_use_default_values" in stored:  # would make others of the keys not count
+            raise ValueError("`_use_default_values` must not be in a file.")
+        check_values(public, FURTHER_KEYS, LIMITS)
+        check(config)
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from error
+    return config
+
+
+def check_loaded(cls: type, folder: Path, info: Mapping[str, Any]) -> None:
+    """Raise a ValueError if `from_pretrained` of diffusers notes that weights were not those of the model."""
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
+        if info[kind]:
+            first = sorted(map(str, info[kind]))[0]
+            raise ValueError(f"{cls.__name__} in {folder}: {len(info[kind])} {kind}, such as {first}.")
 
 
 def init_parameters(cls: type) -> dict[str, inspect.Parameter]:
