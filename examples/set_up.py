@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from diffusers import DiffusionPipeline, ModelMixin
+from diffusers import AutoencoderKL, DiffusionPipeline, ModelMixin
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch.optim.lr_scheduler import LRScheduler
@@ -43,7 +43,7 @@ _FREE = frozenset(
 def second_stage_data(
     args: argparse.Namespace,
     accelerator: Accelerator,
-    vae: DynamicAutoencoderKL,
+    vae: DynamicAutoencoderKL | AutoencoderKL,
     bad_images: BadImages,
     moments: bool = True,
 ) -> LatentCache | ImageDataset | ImageStream:

@@ -154,7 +154,7 @@ def main(args: argparse.Namespace) -> None:
     begun = load_start(args, D2iTContentModel, "transformer")  # before the data, which may take minutes
 
     # 1. Data
-    vae = load_autoencoder(args.vae, args.resolution).to(accelerator.device)
+    vae = load_autoencoder(args.vae, args.resolution, with_grains=True).to(accelerator.device)
     bad_images = BadImages(os.path.join(args.output_dir, "bad_images.jsonl"))
     data = second_stage_data(args, accelerator, vae, bad_images)
     num_classes = data.num_classes

@@ -88,7 +88,7 @@ def main(args: argparse.Namespace) -> None:
     begun = load_start(args, D2iTGrainModel, "grain_model")
 
     # 1. Data
-    vae = load_autoencoder(args.vae, args.resolution)
+    vae = load_autoencoder(args.vae, args.resolution, with_grains=True)
     bad_images = BadImages(os.path.join(args.output_dir, "bad_images.jsonl"))
     data = second_stage_data(args, accelerator, vae, bad_images, moments=False)
     num_classes = data.num_classes

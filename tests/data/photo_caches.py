@@ -3,7 +3,8 @@
 
 from pathlib import Path
 
-from diffusers_d2it.data.latent_cache import LatentCachePlan, describe_vae
+from diffusers_d2it.data.latent_cache import LatentCachePlan
+from diffusers_d2it.models import LatentCodec
 
 
 SHARD = "shard-00001"  # of the fixture `cache`, its second one
@@ -22,7 +23,7 @@ def make_plan(vae, num_rows: int = 8, rows_per_shard: int = 3, flips: bool = Tru
         "num_classes": 2,
         "id2label": {0: "earth", 1: "sky"},
     }
-    return LatentCachePlan(**(describe_vae(vae) | fields | overrides))
+    return LatentCachePlan(**(LatentCodec(vae).describe() | fields | overrides))
 
 
 class Photographs:

@@ -3,6 +3,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import torch
 from accelerate import Accelerator
 from image_files import encode, flip_bit, photo
 from photo_caches import CODES, SHARD, contents, make_plan
+from safetensors import safe_open
 from script_runs import TWO_PROCESSES, call, in_two_processes, run
 
 from diffusers_d2it.data import latent_cache_writer
@@ -62,6 +64,22 @@ def test_a_damaged_shard_is_written_again_and_the_others_are_kept(cache, make_va
     assert all(any(name in str(one.message) for one in warned) for name in (SHARD, "shard-00002"))
     assert contents(cache) == before
     assert (cache / "shard-00000" / "codes.safetensors").stat() == kept
+
+
+def test_a_cache_of_an_autoencoder_kl_is_continued_to_the_same_files(make_autoencoder_kl, write_cache, tmp_path):
+    write_cache(tmp_path, make_autoencoder_kl())
+    before = contents(tmp_path)
+    (tmp_path / "manifest.json").unlink()
+    shutil.rmtree(tmp_path / "shard-00000")
+    flip_bit(tmp_path / CODES, -5)
+    with pytest.warns(UserWarning, match=SHARD):
+        write_cache(tmp_path, make_autoencoder_kl())
+    assert contents(tmp_path) == before
+    with safe_open(tmp_path / CODES, "pt") as file:
+        assert {*file.keys()} == {"moments.0", "class_labels", "rows"}
+        assert file.get_slice("moments.0").get_shape() == [3, 2, 8, 8, 8]
+    with pytest.raises(ValueError, match="autoencoder|vae_fingerprint"):
+        write_cache(tmp_path, make_autoencoder_kl(seed=5))
 
 
 def test_a_shard_must_be_what_the_plan_says(make_vae, tmp_path, photos):

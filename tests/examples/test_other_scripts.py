@@ -12,9 +12,10 @@ import PIL.Image
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils import DistributedType
-from script_runs import EXAMPLES, TWO_PROCESSES, call, load_script, run
+from script_runs import EXAMPLES, TWO_PROCESSES, call, call_train, load_script, run
 
 from diffusers_d2it import DynamicAutoencoderKL, load_preset
+from diffusers_d2it.data import LatentCache
 from diffusers_d2it.data.images import to_pixels
 from diffusers_d2it.entropy import EntropyCalibration
 from diffusers_d2it.pixels import to_uint8
@@ -43,6 +44,20 @@ def test_calibration_is_the_same_streamed_and_by_two_processes(folder, dvae, tmp
     DynamicAutoencoderKL.from_pretrained(dvae / "vae", calibration=None).save_pretrained(vae)
     call("calibrate_dvae.py", *source, "--vae", vae, "--max_images", "5")
     assert DynamicAutoencoderKL.from_pretrained(vae).config.calibration["num_images"] == 5
+
+
+def test_codes_of_an_autoencoder_kl_are_cached_and_models_of_grains_refuse_it(
+    folder, make_autoencoder_kl, grain_arguments, tmp_path, capsys
+):
+    make_autoencoder_kl().save_pretrained(tmp_path / "vae")
+    flags = ["--vae", tmp_path / "vae", "--resolution", 32]
+    call("cache_latents.py", *flags, "--train_data_dir", folder, "--output_dir", tmp_path / "cache")
+    said = capsys.readouterr().out
+    assert "8 images" in said and "next:" not in said
+    cache = LatentCache(tmp_path / "cache", make_autoencoder_kl(), seed=0, resolution=32)
+    assert len(cache) == 8 and [one.shape for one in cache[0]["moments"]] == [(8, 8, 8)]
+    with pytest.raises(ValueError, match="`vae`.*DynamicAutoencoderKL.*'AutoencoderKL'"):
+        call_train("train_grain.py", tmp_path / "grain", 1, *grain_arguments, *flags)
 
 
 def test_demo_draws_the_bundled_checkpoint(tmp_path):

@@ -17,11 +17,12 @@ from small_runs import SmallRun
 
 from diffusers_d2it import D2iTGrainModel, D2iTPipeline, DynamicAutoencoderKL
 from diffusers_d2it.conversion.transfer import ConversionReport, save_converted
-from diffusers_d2it.data.latent_cache import LatentCache, LatentCachePlan, describe_vae
+from diffusers_d2it.data.latent_cache import LatentCache, LatentCachePlan
 from diffusers_d2it.data.latent_cache_writer import EncodedRows, write_latent_cache
 from diffusers_d2it.files import lock, write_json_durably
 from diffusers_d2it.hub.card import make_model_card
 from diffusers_d2it.hub.push import write_card
+from diffusers_d2it.models import LatentCodec
 from diffusers_d2it.training import find_checkpoint
 
 
@@ -149,8 +150,8 @@ class SaveCache(Way):
     def __init__(self, folder, components):
         super().__init__(folder, components)
         self.plan = LatentCachePlan(
-            **describe_vae(components.vae), resolution=32, flips=False, source="numbers", data_fingerprint="x",
-            num_rows=6, rows_per_shard=2, num_classes=None, id2label=None,
+            **LatentCodec(components.vae).describe(), resolution=32, flips=False, source="numbers",
+            data_fingerprint="x", num_rows=6, rows_per_shard=2, num_classes=None, id2label=None,
         )  # fmt: skip
 
     def save(self, version):

@@ -7,6 +7,7 @@ from accelerate import Accelerator
 from script_runs import load_script
 from small_runs import SmallRun
 
+from diffusers_d2it.models import LatentCodec
 from diffusers_d2it.training import find_checkpoint, identity_of
 
 
@@ -101,7 +102,9 @@ def test_the_length_of_a_run_is_fixed_where_its_schedule_ends_with_it(make_grain
     assert all(isinstance(value, (int, float, str, bool)) for value in checkpoints.scalars().values())
 
 
-def test_identity_changes_with_weights_thresholds_and_data_and_not_with_the_folder(make_vae):
+def test_identity_changes_with_weights_thresholds_scale_and_data_and_not_with_the_folder(
+    make_vae, make_autoencoder_kl
+):
     vae, same, other = make_vae(), make_vae(), make_vae(seed=1)
     same.register_to_config(_name_or_path="elsewhere")
     assert identity_of(Data("images"), vae) == identity_of(Data("images"), same) != identity_of(Data("images"), other)
@@ -109,6 +112,10 @@ def test_identity_changes_with_weights_thresholds_and_data_and_not_with_the_fold
     shifted["quantiles"] = [0.9 * quantile for quantile in shifted["quantiles"]]
     assert identity_of(Data("images"), make_vae(calibration=shifted)) != identity_of(Data("images"), vae)
     assert identity_of(Data("others"), vae) != identity_of(Data("images"), vae)
+    plain, scaled = make_autoencoder_kl(), make_autoencoder_kl(latents_mean=[0.0] * 4, latents_std=[2.0] * 4)
+    same = LatentCodec(make_autoencoder_kl())
+    assert identity_of(Data("images"), plain) == identity_of(Data("images"), same)
+    assert identity_of(Data("images"), plain) != identity_of(Data("images"), scaled)
 
 
 @pytest.mark.parametrize(

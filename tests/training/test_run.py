@@ -4,8 +4,10 @@
 import pytest
 import torch
 from accelerate import Accelerator
+from alike import same_weights
 from torch.utils.data import DataLoader
 
+from diffusers_d2it import DynamicAutoencoderKL
 from diffusers_d2it.grains import grain_map_from_entropy, tie
 from diffusers_d2it.training import Run, draw_fine_ratio, grain_signals, load_autoencoder, make_accelerator
 
@@ -137,3 +139,17 @@ def test_an_autoencoder_that_is_not_there_or_does_not_suit_is_named(make_vae, tm
     make_vae().save_pretrained(tmp_path / "run" / "vae")
     with pytest.raises(ValueError, match=problem):
         load_autoencoder(str(tmp_path / vae), resolution)
+
+
+def test_either_autoencoder_is_loaded_frozen_or_the_one_with_grains_alone(make_vae, make_autoencoder_kl, tmp_path):
+    for name, vae in (("d2it", make_vae()), ("kl", make_autoencoder_kl())):
+        vae.save_pretrained(tmp_path / name)
+        loaded = load_autoencoder(str(tmp_path / name), 32)
+        assert type(loaded) is type(vae) and same_weights(loaded, vae)
+        assert not loaded.training and not any(weight.requires_grad for weight in loaded.parameters())
+    assert isinstance(load_autoencoder(str(tmp_path / "d2it"), 32, with_grains=True), DynamicAutoencoderKL)
+    with pytest.raises(ValueError, match="`vae`.*kl.*DynamicAutoencoderKL.*'AutoencoderKL'"):
+        load_autoencoder(str(tmp_path / "kl"), 32, with_grains=True)
+    assert load_autoencoder(str(tmp_path / "kl"), 36)  # a multiple of its cell
+    with pytest.raises(ValueError, match="`resolution`.* 4,.* 34"):
+        load_autoencoder(str(tmp_path / "kl"), 34)

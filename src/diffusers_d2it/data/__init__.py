@@ -3,7 +3,7 @@
 
 from .bad_images import BadImages
 from .images import UnusableImageError, check_resolution, decode_image, to_pixels
-from .latent_cache import LatentCache, LatentCachePlan, describe_vae, read_codes, read_entropy
+from .latent_cache import LatentCache, LatentCachePlan, read_codes, read_entropy
 from .latent_cache_writer import EncodedRows, encode_images, encode_shards, write_latent_cache
 from .loaders import (
     ImageDataset,
@@ -33,7 +33,6 @@ __all__ = [
     "batches_from",
     "check_resolution",
     "decode_image",
-    "describe_vae",
     "encode_images",
     "encode_shards",
     "first_batches",

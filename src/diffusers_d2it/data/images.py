@@ -61,10 +61,10 @@ def decode_image(encoded: dict) -> PIL.Image.Image:
         raise UnusableImageError(f"{error or type(error).__name__}") from error
 
 
-def check_resolution(resolution: int, region_size: int) -> None:
-    """Raise a ValueError unless the resolution is a multiple of the region size."""
-    if resolution < 1 or resolution % region_size:
-        raise ValueError(f"`resolution` must be a multiple of {region_size}, the region size, got {resolution}.")
+def check_resolution(resolution: int, unit: int) -> None:
+    """Raise a ValueError unless the resolution is a multiple of the side of a region, or of the cell of one grain."""
+    if resolution < 1 or resolution % unit:
+        raise ValueError(f"`resolution` must be a multiple of {unit}, as the autoencoder asks for, got {resolution}.")
 
 
 def check_size(found: tuple[int, int], size: tuple[int, int]) -> None:

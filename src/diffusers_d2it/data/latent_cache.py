@@ -2,6 +2,7 @@
 """Train from codes that were encoded once: a latent cache on disk, and the data set that reads it.
 
 What is read are posteriors at every grain, not samples at one: a step still draws its own noise, flip and fine ratio.
+An `AutoencoderKL` has one grain, and its caches no entropy.
 
     plan.json                      what is cached, of which autoencoder and which images; written first
     shard-00000/codes.safetensors  the codes of rows 0 ... rows_per_shard - 1 of the images
@@ -13,12 +14,11 @@ manifest is there.
 
 Tensors of a shard of n images, V = 2 for an image and its mirror, V = 1 without flips:
     moments.<grain>  (n, V, 2C, H/f, W/f) float16, means and log-variances on the grain's own grid; 0 is the coarsest
-    entropy          (n, h, w) float32, nats; of the image, that of the mirror is its mirror
+    entropy          (n, h, w) float32, nats; of the image, that of the mirror is its mirror; with several grains
     class_labels     (n,) int64, 0 without labels
     rows             (n,) int64, numbers of the images in the data set, ascending
 """
 
-import hashlib
 import json
 import random
 from bisect import bisect_right
@@ -30,14 +30,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from diffusers import AutoencoderKL
 from safetensors import SafetensorError, safe_open
 
-from ..entropy import NUM_BINS, SIGMA
 from ..files import is_sealed, read_json
 from ..files import verify as verify_folder
 from ..files.folders import MANIFEST, check_file, file_sha256, settle
-from ..files.source import public_config
 from ..models.autoencoder_kl_dynamic import DynamicAutoencoderKL
+from ..models.latent_codec import LatentCodec
 from ..words import differences
 from .images import check_resolution
 from .loaders import Epochs
@@ -48,57 +48,19 @@ CODES = "codes.safetensors"
 BAD_IMAGES = "bad_images.json"
 
 _FORMAT = "latent cache of diffusers-d2it"
-_VERSION = 2  # 1 had indices of its own in the place of manifests
-
-# What `encode_grains` and `region_entropy` do not read: a cache outlives a tuned decoder or a new calibration.
-_MODULES_OF_DECODING = ("decoder.", "post_quant_conv.")
-_CONFIG_OF_DECODING = {
-    "out_channels",
-    "decoder_block_out_channels",
-    "use_post_quant_conv",
-    "sample_size",
-    "scaling_factor",
-    "shift_factor",
-    "grain_ratios",
-    "calibration",
-}
-
-
-def vae_fingerprint(vae: DynamicAutoencoderKL) -> str:
-    """SHA-256 of all that decides how an autoencoder encodes: configuration, names, shapes and float32 weights.
-
-    The decoder has no part in it, nor have scale, shift and thresholds, which are applied to codes after they are
-    read. The bins and the width by which the calibration counts entropy have one.
-    """
-    calibration = vae.config.calibration or {}
-    config = {key: value for key, value in public_config(vae.config).items() if key not in _CONFIG_OF_DECODING}
-    config.update(num_bins=calibration.get("num_bins", NUM_BINS), sigma=calibration.get("sigma", SIGMA))
-    sha256 = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
-    for name, tensor in sorted(vae.state_dict().items()):
-        if not name.startswith(_MODULES_OF_DECODING):
-            sha256.update(f"\n{name} {tuple(tensor.shape)}\n".encode())
-            sha256.update(tensor.to("cpu", torch.float32).contiguous().numpy())
-    return sha256.hexdigest()
-
-
-def describe_vae(vae: DynamicAutoencoderKL) -> dict:
-    """The fields of a plan that an autoencoder decides."""
-    return {
-        "vae_fingerprint": vae_fingerprint(vae),
-        "scaling_factor": vae.config.scaling_factor,
-        "shift_factor": vae.config.shift_factor or 0.0,
-        "downsample_factors": list(vae.config.downsample_factors),
-        "latent_channels": vae.config.latent_channels,
-    }
+_VERSION = 3  # 2 did not say of which autoencoder, 1 had indices of its own in the place of manifests
 
 
 @dataclass(frozen=True)
 class LatentCachePlan:
     """What a cache holds, decided before the first image is encoded."""
 
-    vae_fingerprint: str  # this and the next four are those of `describe_vae`
+    autoencoder: str  # name of its class; this and the next seven are those of `LatentCodec.describe`
+    vae_fingerprint: str
     scaling_factor: float  # of the autoencoder; the stored moments are not scaled
     shift_factor: float  # 0.0 for none
+    latents_mean: list[float] | None  # by channel
+    latents_std: list[float] | None
     downsample_factors: list[int]  # finest first
     latent_channels: int  # C
     resolution: int  # side of the images in pixels
@@ -115,6 +77,10 @@ class LatentCachePlan:
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` of a latent cache must be at least 1, got {getattr(self, name)}.")
         check_resolution(self.resolution, self.downsample_factors[-1])
+
+    @property
+    def has_entropy(self) -> bool:
+        return self.autoencoder == "DynamicAutoencoderKL"
 
     @property
     def num_shards(self) -> int:
@@ -190,12 +156,13 @@ class LatentCache(Epochs):
         latents = vae.scale_latents(vae.posterior(moments, grain_map).sample())
 
     Items are {"moments": [(2C, h, w), (2C, 2h, 2w) ... (2C, H/f, W/f)], coarsest first, "entropy": (h, w),
-    "class_labels": int64 scalar}, float32; the label is 0 without labels. Images are read from the disk one by one:
-    memory does not grow with the cache.
+    "class_labels": int64 scalar}, float32; the label is 0 without labels. Those of an `AutoencoderKL` have one grain
+    and no entropy, and `LatentCodec` reads either. Images are read from the disk one by one: memory does not grow with
+    the cache.
 
     Args:
         folder: the cache.
-        vae: the autoencoder that the codes are for; None skips its comparison with the one that encoded.
+        vae: the autoencoder that the codes are for, or its codec; None skips its comparison with the one that encoded.
         seed: with the epoch and the number of the image in its data set it decides every flip.
         resolution: side of the images in pixels that training expects; None for whatever the cache has.
         moments: False leaves them out: the grain model is trained on entropy alone.
@@ -215,7 +182,7 @@ class LatentCache(Epochs):
     def __init__(
         self,
         folder: str | Path,
-        vae: DynamicAutoencoderKL | None,
+        vae: DynamicAutoencoderKL | AutoencoderKL | LatentCodec | None,
         *,
         seed: int,
         resolution: int | None = None,
@@ -237,7 +204,7 @@ class LatentCache(Epochs):
                 " same command of examples/cache_latents.py again."
             )
         verify_folder(self.folder)
-        expected = {} if vae is None else describe_vae(vae)
+        expected = {} if vae is None else LatentCodec(vae).describe()
         if resolution is not None:
             expected["resolution"] = resolution
         differ = differences({name: getattr(self.plan, name) for name in expected}, expected)
@@ -274,12 +241,13 @@ class LatentCache(Epochs):
         """
         shards, positions = zip(*map(self._find, indices))
         flips = [self._draws_flip(row) for row in _gather(shards, "rows", positions).tolist()]
-        entropy = _gather(shards, "entropy", positions)
-        for one, flip in zip(entropy, flips):
-            if flip:
-                one[:] = one[:, ::-1].copy()
-        labels = _gather(shards, "class_labels", positions)
-        batch = {"entropy": torch.from_numpy(entropy), "class_labels": torch.from_numpy(labels)}
+        batch = {"class_labels": torch.from_numpy(_gather(shards, "class_labels", positions))}
+        if self.plan.has_entropy:
+            entropy = _gather(shards, "entropy", positions)
+            for one, flip in zip(entropy, flips):
+                if flip:
+                    one[:] = one[:, ::-1].copy()
+            batch["entropy"] = torch.from_numpy(entropy)
         if self.moments:
             places = list(zip(positions, map(int, flips)))
             grains = [_gather(shards, f"moments.{grain}", places) for grain in range(self._num_grains)]
@@ -335,8 +303,7 @@ def read_codes(vae: DynamicAutoencoderKL, batch: dict) -> tuple[list[torch.Tenso
         What `DynamicAutoencoderKL.encode_grains` and `region_entropy` give: (B, 2C, h, w) ... (B, 2C, H/f, W/f),
         coarsest first, and (B, h, w).
     """
-    moments = batch["moments"] if "moments" in batch else vae.encode_grains(batch["pixels"])
-    return moments, read_entropy(vae, batch)
+    return LatentCodec(vae).moments(batch), read_entropy(vae, batch)
 
 
 def _gather(shards: list[dict[str, np.ndarray]], name: str, places: list) -> np.ndarray:

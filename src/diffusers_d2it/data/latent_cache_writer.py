@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from diffusers import AutoencoderKL
 from safetensors.torch import save_file
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
@@ -21,6 +22,7 @@ from tqdm.auto import tqdm
 from ..files import lock, on_main_process, remove_folder, save_folder, seal, sweep, verify, write_json_durably
 from ..files.folders import MANIFEST, file_sha256, names_in
 from ..models.autoencoder_kl_dynamic import DynamicAutoencoderKL
+from ..models.latent_codec import LatentCodec
 from ..words import differences, listed
 from .images import UnusableImageError, decode_image, to_pixels
 from .latent_cache import BAD_IMAGES, CODES, PLAN, LatentCachePlan, read_bad_images, shard_folder, shard_metadata
@@ -39,7 +41,9 @@ class EncodedRows:
 
 
 @torch.no_grad()
-def encode_images(vae: DynamicAutoencoderKL, pixels: torch.Tensor, flips: bool) -> dict[str, torch.Tensor]:
+def encode_images(
+    vae: DynamicAutoencoderKL | AutoencoderKL | LatentCodec, pixels: torch.Tensor, flips: bool
+) -> dict[str, torch.Tensor]:
     """The codes of images (B, 3, H, W) in [-1, 1] and of their mirrors, as a shard holds them, on the CPU.
 
     A mirrored image is encoded by itself: a convolutional encoder does not commute with mirroring.
@@ -47,9 +51,10 @@ def encode_images(vae: DynamicAutoencoderKL, pixels: torch.Tensor, flips: bool) 
     Raises:
         ValueError: a moment is not finite in float16.
     """
+    codec = LatentCodec(vae)
     views = [pixels, pixels.flip(-1)] if flips else [pixels]
     tensors = {}
-    for grain, moments in enumerate(zip(*(vae.encode_grains(view) for view in views))):
+    for grain, moments in enumerate(zip(*map(codec.encode, views))):
         codes = torch.stack(moments, dim=1)  # (B, V, 2C, h, w)
         half = codes.half()
         if not half.isfinite().all():
@@ -58,11 +63,13 @@ def encode_images(vae: DynamicAutoencoderKL, pixels: torch.Tensor, flips: bool) 
                 f" {codes.abs().max().item():.4g}: this autoencoder cannot be cached."
             )
         tensors[f"moments.{grain}"] = half.cpu().contiguous()
-    return {**tensors, "entropy": vae.region_entropy(pixels).cpu()}
+    if codec.has_grains:
+        tensors["entropy"] = codec.vae.region_entropy(pixels).cpu()
+    return tensors
 
 
 def encode_shards(
-    vae: DynamicAutoencoderKL,
+    vae: DynamicAutoencoderKL | AutoencoderKL | LatentCodec,
     source: ImageSource,
     plan: LatentCachePlan,
     shards: list[int],
@@ -73,7 +80,7 @@ def encode_shards(
     """Number and contents of each of some shards, encoded on the device of the autoencoder.
 
     Args:
-        vae, source, plan: the autoencoder, the images, and what the cache holds.
+        vae, source, plan: the autoencoder or its codec, the images, and what the cache holds.
         shards: their numbers.
         batch_size: rows encoded at once; part of the result by its last bits.
         num_workers: processes that decode images.
@@ -82,7 +89,7 @@ def encode_shards(
     Raises:
         ValueError: a moment is not finite in float16.
     """
-    rows = {shard: plan.rows(shard) for shard in shards}
+    codec, rows = LatentCodec(vae), {shard: plan.rows(shard) for shard in shards}
     batches = {shard: [all[i : i + batch_size] for i in range(0, len(all), batch_size)] for shard, all in rows.items()}
     decoded = DataLoader(
         _DecodedRows(source, plan.resolution),
@@ -92,7 +99,7 @@ def encode_shards(
     )
     decoded = iter(tqdm(decoded, desc="batches", disable=not progress))
     for shard in shards:
-        encoded = [_encode_rows(vae, batch, plan.flips) for batch in islice(decoded, len(batches[shard]))]
+        encoded = [_encode_rows(codec, batch, plan.flips) for batch in islice(decoded, len(batches[shard]))]
         full = [batch.tensors for batch in encoded if batch.tensors]
         tensors = {name: torch.cat([one[name] for one in full]) for name in (full[0] if full else ())}
         yield shard, EncodedRows(tensors, [image for batch in encoded for image in batch.bad_images])
@@ -121,12 +128,12 @@ class _DecodedRows(Dataset):
         return EncodedRows({"pixels": torch.stack(images), **numbers}, bad_images)
 
 
-def _encode_rows(vae: DynamicAutoencoderKL, decoded: EncodedRows, flips: bool) -> EncodedRows:
+def _encode_rows(codec: LatentCodec, decoded: EncodedRows, flips: bool) -> EncodedRows:
     if not decoded.tensors:
         return decoded
     numbers, rows = dict(decoded.tensors), decoded.tensors["rows"]
     try:
-        codes = encode_images(vae, numbers.pop("pixels").to(vae.device), flips)
+        codes = encode_images(codec, numbers.pop("pixels").to(codec.vae.device), flips)
     except ValueError as error:
         raise ValueError(f"images of rows {rows[0].item()} to {rows[-1].item()}: {error}") from error
     return EncodedRows(codes | numbers, decoded.bad_images)
@@ -237,7 +244,8 @@ def _check(plan: LatentCachePlan, shard: int, contents: EncodedRows) -> dict[str
         f"moments.{grain}": (torch.float16, (views, 2 * plan.latent_channels, side << grain, side << grain))
         for grain in range(len(plan.downsample_factors))
     }
-    expected["entropy"] = (torch.float32, (side, side))
+    if plan.has_entropy:
+        expected["entropy"] = (torch.float32, (side, side))
     expected["class_labels"] = expected["rows"] = (torch.int64, ())
     num_images = len(rows) - len(contents.bad_images)
     if not num_images:

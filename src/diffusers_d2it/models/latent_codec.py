@@ -46,9 +46,11 @@ class LatentCodec:
         images = codec.decode(latents)
 
     Args:
-        vae: the autoencoder.
+        vae: the autoencoder, or a codec of it.
 
     Attributes:
+        vae: the autoencoder.
+        has_grains: whether it is D2iT's.
         factors: pixels along a side of a cell of each grain, finest first.
         channels: C.
 
@@ -56,7 +58,8 @@ class LatentCodec:
         ValueError: it is neither.
     """
 
-    def __init__(self, vae: DynamicAutoencoderKL | AutoencoderKL):
+    def __init__(self, vae: "DynamicAutoencoderKL | AutoencoderKL | LatentCodec"):
+        vae = vae.vae if isinstance(vae, LatentCodec) else vae
         model = getattr(vae, "_orig_mod", vae)  # under torch.compile
         if not isinstance(model, DynamicAutoencoderKL | AutoencoderKL):
             raise ValueError(f"`vae` must be a DynamicAutoencoderKL or an AutoencoderKL, got {type(model).__name__}.")
@@ -71,14 +74,29 @@ class LatentCodec:
         """f of the latents: the finest."""
         return self.factors[0]
 
+    @property
+    def unit(self) -> int:
+        """What sides of images must be multiples of, in pixels: a region of D2iT's autoencoder, a cell of another."""
+        return self.factors[-1]
+
     # -----------------------------------------------------------------------------------------------------------------
     # From images to latents, and back
     # -----------------------------------------------------------------------------------------------------------------
 
     def encode(self, pixels: torch.Tensor) -> list[torch.Tensor]:
-        """Means and log-variances of each grain, coarsest first, (B, 2C, H / F, W / F); of one without grains one."""
+        """Means and log-variances of each grain, coarsest first, (B, 2C, H / F, W / F); of one without grains one.
+
+        Raises:
+            ValueError: the images have another number of channels, or sides that are not multiples of `unit`.
+        """
         if self.has_grains:
             return self.vae.encode_grains(pixels)
+        channels = self.vae.config.in_channels
+        if pixels.ndim != 4 or pixels.shape[1] != channels or any(side % self.unit for side in pixels.shape[2:]):
+            raise ValueError(
+                f"`pixels` must have shape (B, {channels}, H, W), H and W multiples of {self.unit}, got"
+                f" {tuple(pixels.shape)}."
+            )
         return [self.vae.encode(pixels).latent_dist.parameters]
 
     def moments(self, batch: Mapping[str, Any]) -> list[torch.Tensor]:
@@ -119,6 +137,21 @@ class LatentCodec:
     # What a cache and a resumed run compare
     # -----------------------------------------------------------------------------------------------------------------
 
+    def describe(self) -> dict[str, Any]:
+        """What a cache says of the autoencoder that its codes are of: the fields of a `LatentCachePlan`."""
+        config = self.vae.config
+        mean, deviation = (config.get(key) for key in ("latents_mean", "latents_std"))
+        return {
+            "autoencoder": "DynamicAutoencoderKL" if self.has_grains else "AutoencoderKL",
+            "vae_fingerprint": self.fingerprint(),
+            "scaling_factor": config.scaling_factor,
+            "shift_factor": config.shift_factor or 0.0,
+            "latents_mean": mean and list(mean),
+            "latents_std": deviation and list(deviation),
+            "downsample_factors": self.factors,
+            "latent_channels": self.channels,
+        }
+
     def fingerprint(self) -> str:
         """SHA-256 of all that decides how it encodes: configuration, names, shapes and float32 weights.
 
@@ -131,7 +164,8 @@ class LatentCodec:
             calibration = self.vae.config.calibration or {}
             config.update(num_bins=calibration.get("num_bins", NUM_BINS), sigma=calibration.get("sigma", SIGMA))
         sha256 = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
-        for name, tensor in sorted(self.vae.state_dict().items()):
+        model = getattr(self.vae, "_orig_mod", self.vae)
+        for name, tensor in sorted(model.state_dict().items()):
             if not name.startswith(_MODULES_OF_DECODING):
                 sha256.update(f"\n{name} {tuple(tensor.shape)}\n".encode())
                 sha256.update(tensor.to("cpu", torch.float32).contiguous().numpy())

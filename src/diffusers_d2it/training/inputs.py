@@ -9,46 +9,68 @@ import os
 from typing import Any
 
 import torch
+from diffusers import AutoencoderKL
 
 from ..data.images import check_resolution
-from ..data.latent_cache import LatentCache, describe_vae
+from ..data.latent_cache import LatentCache
 from ..data.loaders import ImageDataset, ImageStream
-from ..files.folders import digest
+from ..files.folders import digest, read_json
+from ..files.source import find_model
 from ..grains import grain_map_from_entropy
+from ..models.autoencoder_kl import load_autoencoder_kl
 from ..models.autoencoder_kl_dynamic import DynamicAutoencoderKL
+from ..models.latent_codec import LatentCodec
+from ..models.strict import CONFIG
+from ..words import shown
 
 
-def load_autoencoder(vae: str, resolution: int) -> DynamicAutoencoderKL:
-    """The autoencoder of a folder or a name of the Hub, frozen.
+def load_autoencoder(vae: str, resolution: int, *, with_grains: bool = False) -> DynamicAutoencoderKL | AutoencoderKL:
+    """The autoencoder of a folder or a name of the Hub, frozen: D2iT's or an `AutoencoderKL`, as its config.json says.
+
+    Args:
+        vae: the folder or the name.
+        resolution: side of the images in pixels.
+        with_grains: D2iT's alone will do.
 
     Raises:
-        ValueError: there is none, or `resolution`, the side of the images in pixels, does not suit its regions.
+        ValueError: there is none, it is of another class, or `resolution` is no multiple of its region or cell.
     """
+    loaders = {"DynamicAutoencoderKL": DynamicAutoencoderKL.from_pretrained}
+    if not with_grains:
+        loaders["AutoencoderKL"] = load_autoencoder_kl
     try:
-        loaded = DynamicAutoencoderKL.from_pretrained(vae).requires_grad_(False).eval()
+        folder = find_model(vae, None, None, {})
+        name = read_json(folder / CONFIG).get("_class_name")
+        if name not in loaders:
+            raise ValueError(f"`_class_name` in {CONFIG} must be {' or '.join(loaders)}, got {shown(name)}.")
+        loaded = loaders[name](folder).requires_grad_(False).eval()
     except (OSError, ValueError) as error:
         inside = os.path.join(vae, "vae")
         hint = f" It is a pipeline: did you mean {inside}?" if os.path.isfile(f"{vae}/model_index.json") else ""
         raise ValueError(f"`vae` {vae}: {error}{hint}") from error
-    check_resolution(resolution, loaded.region_size)
+    loaded.register_to_config(_name_or_path=vae)
+    check_resolution(resolution, LatentCodec(loaded).unit)
     return loaded
 
 
 def identity_of(
-    data: LatentCache | ImageDataset | ImageStream, vae: DynamicAutoencoderKL | None = None
+    data: LatentCache | ImageDataset | ImageStream,
+    vae: DynamicAutoencoderKL | AutoencoderKL | LatentCodec | None = None,
 ) -> dict[str, Any]:
     """What a run must find again when it is resumed: the same data; in the second stage the same codes and thresholds.
 
     Args:
         data: what it learns from.
-        vae: the autoencoder of the second stage.
+        vae: the autoencoder of the second stage, or its codec.
     """
     num_images = None if isinstance(data, ImageStream) else len(data)
     identity = {"data": {"num_images": num_images, "fingerprint": data.fingerprint}}
     if vae is None:
         return identity
-    thresholds = [vae.config.calibration, vae.config.grain_ratios]
-    return identity | {"autoencoder": digest({**describe_vae(vae), "thresholds": thresholds})}
+    codec = LatentCodec(vae)
+    config = codec.vae.config
+    thresholds = [config.calibration, config.grain_ratios] if codec.has_grains else None
+    return identity | {"autoencoder": digest({**codec.describe(), "thresholds": thresholds})}
 
 
 def draw_fine_ratio(ratios: list[float] | None, generator: torch.Generator) -> float | None:
