@@ -29,10 +29,10 @@ from diffusers_d2it.data import (
     EncodedRows,
     LatentCache,
     LatentCachePlan,
-    describe_vae,
     encode_images,
     write_latent_cache,
 )
+from diffusers_d2it.models import LatentCodec
 from diffusers_d2it.training import run as training_run
 
 
@@ -55,7 +55,7 @@ def write_cache(folder: Path, vae: DynamicAutoencoderKL, num_images: int, rows_p
     """Cache crops of photographs and their mirrors."""
     pixels = crops(num_images)
     plan = LatentCachePlan(
-        **describe_vae(vae),
+        **LatentCodec(vae).describe(),
         resolution=RESOLUTION,
         flips=True,
         source="crops of photographs of scikit-image",
