@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import (
+    AutoencoderKL,
     AutoPipelineForText2Image,
     DDPMScheduler,
     DiffusionPipeline,
@@ -19,6 +20,7 @@ from diffusers import (
 )
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
+from safetensors.torch import load_file, save_file
 
 from diffusers_d2it import DCDiTPipeline, visualize_boundary_map
 from diffusers_d2it.evaluation.cost import ForwardMeter
@@ -195,6 +197,28 @@ def test_saved_it_draws_the_same(make_dcdit_pipeline, make_dcdit, request, tmp_p
         torch.testing.assert_close(call(loaded, "class 1", **settings).images, expected, atol=1e-3, rtol=1e-4)
     again, drawn = DCDiTPipeline.from_pipe(loaded), call(loaded, 1, **settings).images
     assert again.transformer is loaded.transformer and call(again, 1, **settings).images.equal(drawn)
+
+
+def test_an_autoencoder_of_diffusers_is_whole_and_tells_no_path(make_dcdit_pipeline, make_autoencoder_kl, tmp_path):
+    make_autoencoder_kl().save_pretrained(tmp_path / "vae")
+    make_dcdit_pipeline(vae=AutoencoderKL.from_pretrained(tmp_path / "vae")).save_pretrained(tmp_path / "pipe")
+    config, weights = (
+        tmp_path / "pipe" / "vae" / name for name in ("config.json", "diffusion_pytorch_model.safetensors")
+    )
+    assert str(tmp_path) not in config.read_text()
+    (tmp_path / "pipe" / "manifest.json").unlink()
+    tensors = load_file(weights)
+    name = next(iter(tensors))
+    for changed in (
+        {key: value for key, value in tensors.items() if key != name},
+        tensors | {name: tensors[name] * torch.nan},
+        tensors | {"foreign": tensors[name].clone()},
+    ):
+        save_file(changed, weights)
+        with pytest.raises(ValueError, match=str(tmp_path / "pipe" / "vae")):
+            DCDiTPipeline.from_pretrained(tmp_path / "pipe")
+    save_file(tensors, weights)
+    DCDiTPipeline.from_pretrained(tmp_path / "pipe")
 
 
 def test_weights_that_lie_elsewhere(pipe, make_dcdit_pipeline, tmp_path):

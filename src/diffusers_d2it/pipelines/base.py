@@ -13,9 +13,10 @@ from diffusers.utils import logging
 from huggingface_hub import ModelCard, hf_hub_download
 
 from ..files.folders import read_json, save_folder
-from ..files.source import HUB_ARGUMENTS, PARTS, WithoutOrigin, check_source, pin, refuse_code
+from ..files.source import HUB_ARGUMENTS, PARTS, WithoutOrigin, check_source, pin, refuse_code, without_origin
 from ..files.weights import check_sealed, sealed_files
 from ..limits import check_values
+from ..models.autoencoder_kl import check_autoencoder_kl
 from ..models.strict import init_parameters, refuse_unsafe, saving
 from ..optional import naming_what_is_broken
 from .index import INDEX, check_scheduler_file, is_component, let_diffusers_load, read_index
@@ -84,7 +85,7 @@ class StrictPipeline(WithoutOrigin, DiffusionPipeline):
         folder = pretrained_model_name_or_path
         if not os.path.isdir(folder):
             folder = cls.download(folder, **kwargs)
-        cls._check_folder(Path(folder), kwargs.keys())
+        cls._check_folder(Path(folder), kwargs.keys(), kwargs.get("variant"))
         index = read_json(Path(folder, INDEX))
         let_diffusers_load([index[name] for name in init_parameters(cls) if is_component(index.get(name))])
         options = {key: value for key, value in kwargs.items() if key not in HUB_ARGUMENTS}
@@ -111,8 +112,8 @@ class StrictPipeline(WithoutOrigin, DiffusionPipeline):
         return super().download(pretrained_model_name, **kwargs | hub | {"use_safetensors": True})
 
     @classmethod
-    def _check_folder(cls, folder: Path, given: Collection[str]) -> None:
-        """Check the files of a pipeline but those of its models, which check their own, and components `given`."""
+    def _check_folder(cls, folder: Path, given: Collection[str], variant: str | None) -> None:
+        """Check the files of a pipeline but those of our models, which check their own, and components `given`."""
         records = sealed_files(folder)
         check_sealed([folder / INDEX], records)
         index = read_index(cls, folder / INDEX)
@@ -128,6 +129,8 @@ class StrictPipeline(WithoutOrigin, DiffusionPipeline):
             if name in cls._schedulers:
                 check_sealed([part / "scheduler_config.json"], records)
                 check_scheduler_file(part / "scheduler_config.json")
+            elif name in cls._models and [library, class_name] == ["diffusers", "AutoencoderKL"]:
+                check_autoencoder_kl(part, variant)
 
     # -----------------------------------------------------------------------------------------------------------------
     # Saving
@@ -173,7 +176,9 @@ class StrictPipeline(WithoutOrigin, DiffusionPipeline):
         def write(path: str) -> None:
             with saving(path, folder):
                 save(path, variant=variant, max_shard_size=max_shard_size)
-                self._check_folder(Path(path), ())
+                for config in Path(path).glob("*/config.json"):  # a model of diffusers says where it was loaded from
+                    config.write_text(without_origin(config.read_text(encoding="utf-8")), encoding="utf-8")
+                self._check_folder(Path(path), (), variant)
 
         save_folder(folder, write)
         if push_to_hub:
