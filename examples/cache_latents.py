@@ -93,9 +93,8 @@ def main(args: argparse.Namespace) -> None:
         )
         if bad_images:
             print(f"{counted(len(bad_images), 'image')} left out, with the reasons in bad_images.json of the shards")
-        if codec.has_grains:
-            flags = {"latent_cache": args.output_dir, "vae": args.vae, "resolution": args.resolution}
-            print(next_command("train_grain.py", **flags))
+        following = "train_grain.py" if codec.has_grains else "train_dcdit.py"
+        print(next_command(following, latent_cache=args.output_dir, vae=args.vae, resolution=args.resolution))
 
 
 if __name__ == "__main__":

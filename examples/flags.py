@@ -35,13 +35,13 @@ def training_parser(description: str) -> argparse.ArgumentParser:
     return parser
 
 
-def second_stage_parser(description: str) -> argparse.ArgumentParser:
+def second_stage_parser(description: str, with_grains: bool = True) -> argparse.ArgumentParser:
     """The flags that the scripts of the second stage share; `check_second_stage` belongs to them."""
     parser = make_parser(description)
     add_data_arguments(parser, required=False)  # or --latent_cache
-    add_second_stage_arguments(parser)
+    add_second_stage_arguments(parser, with_grains)
     add_class_arguments(parser)
-    add_training_arguments(parser)
+    add_training_arguments(parser, with_grains)
     add_hub_arguments(parser)
     return parser
 
@@ -90,8 +90,8 @@ def add_class_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--id2label", help="JSON file {id: name}; default: the names that the data set declares")
 
 
-def add_training_arguments(parser: argparse.ArgumentParser) -> None:
-    """Optimisation, checkpoints and logging."""
+def add_training_arguments(parser: argparse.ArgumentParser, with_grains: bool = True) -> None:
+    """Optimisation, checkpoints and logging; and the fine ratio, of a model `with_grains`."""
     group = parser.add_argument_group("training")
     group.add_argument("--output_dir", required=True, help="checkpoints, samples, logs and the final model go here")
     group.add_argument("--seed", type=natural, default=0, help="fixes initialisation, order, flips and noise")
@@ -106,14 +106,15 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--lr_warmup_steps", type=natural, default=0, help="updates of warm-up")
     group.add_argument("--max_grad_norm", type=weight, default=1.0, help="gradients are clipped to this norm")
     group.add_argument("--ema_decay", type=share, default=0.9999, help="decay of the weights' average (sec. 4.1)")
-    group.add_argument(
-        "--fine_ratio",
-        type=share,
-        nargs="+",
-        action=_FineRatio,
-        metavar="RATIO",
-        help="share of fine regions: one number, or two between which every batch draws its own",
-    )
+    if with_grains:
+        group.add_argument(
+            "--fine_ratio",
+            type=share,
+            nargs="+",
+            action=_FineRatio,
+            metavar="RATIO",
+            help="share of fine regions: one number, or two between which every batch draws its own",
+        )
     group.add_argument(
         "--mixed_precision",
         choices=["no", "bf16", "fp16", "auto"],
@@ -142,12 +143,24 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--report_to", default="tensorboard", help="tracker known to accelerate, or 'none'")
 
 
-def add_second_stage_arguments(parser: argparse.ArgumentParser) -> None:
-    """What the grain model and the content model have in common, and the autoencoder has not."""
+def add_second_stage_arguments(parser: argparse.ArgumentParser, with_grains: bool) -> None:
+    """What the models of the second stage have in common, and the autoencoder has not."""
     group = parser.add_argument_group("second stage")
-    group.add_argument("--vae", required=True, help="folder or Hub name of a DynamicAutoencoderKL from train_dvae.py")
+    kinds = "a DynamicAutoencoderKL from train_dvae.py" + ("" if with_grains else ", or of an AutoencoderKL")
+    group.add_argument("--vae", required=True, help=f"folder or Hub name of {kinds}")
     group.add_argument("--latent_cache", help="folder written by cache_latents.py, instead of images")
     group.add_argument("--label_dropout", type=share, default=0.1, help="share of labels dropped, for guidance")
+
+
+def add_alignment_arguments(parser: argparse.ArgumentParser) -> None:
+    """Representation alignment of the content model, or of DC-DiT; `check_second_stage` belongs to it."""
+    group = parser.add_argument_group("representation alignment (REPA)")
+    group.add_argument(
+        "--alignment",
+        help="network to align with: facebook/dinov2-base or another vision transformer, or efficientnet-lite0",
+    )
+    group.add_argument("--alignment_layer", type=positive, help="block that is aligned; default: a third of the way")
+    group.add_argument("--alignment_weight", type=weight, default=0.5, help="weight of the alignment loss")
 
 
 def check_second_stage(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
@@ -157,6 +170,8 @@ def check_second_stage(parser: argparse.ArgumentParser, args: argparse.Namespace
         parser.error(f"--latent_cache holds images and labels already: it does not go with --{given[0]}")
     if args.latent_cache is None and args.train_data_dir is None and args.dataset_name is None:
         parser.error("pass --latent_cache, --train_data_dir or --dataset_name")
+    if getattr(args, "alignment", None) is not None and args.latent_cache is not None:
+        parser.error("--alignment needs the images: pass --train_data_dir or --dataset_name, not --latent_cache")
 
 
 def add_hub_arguments(parser: argparse.ArgumentParser) -> None:

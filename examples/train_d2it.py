@@ -11,7 +11,7 @@ a complete D2iTPipeline.
 import argparse
 
 from command_line import begin, next_command, positive, weight
-from flags import OBJECTIVES, check_second_stage, second_stage_parser
+from flags import OBJECTIVES, add_alignment_arguments, check_second_stage, second_stage_parser
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -43,21 +43,13 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         action="store_true",
         help="with --push_to_hub: also push code, to a branch that loads without this package",
     )
-    group = parser.add_argument_group("representation alignment (REPA)")
-    group.add_argument(
-        "--alignment",
-        help="network to align with: facebook/dinov2-base or another vision transformer, or efficientnet-lite0",
-    )
-    group.add_argument("--alignment_layer", type=positive, help="block that is aligned; default: a third of the way")
-    group.add_argument("--alignment_weight", type=weight, default=0.5, help="weight of the alignment loss")
+    add_alignment_arguments(parser)
     args = parser.parse_args(arguments)
     check_second_stage(parser, args)
     if args.lora_rank is not None and args.init_from is None:
         parser.error("--lora_rank needs --init_from, the model that gets the adapters")
     if args.lora_rank is not None and args.hub_remote_code:
         parser.error("--hub_remote_code pushes the code of a pipeline, and --lora_rank trains adapters alone")
-    if args.alignment is not None and args.latent_cache is not None:
-        parser.error("--alignment needs the images: pass --train_data_dir or --dataset_name, not --latent_cache")
     return args
 
 

@@ -40,6 +40,7 @@ PUBLIC = {
     "grain_map_from_image",
     "grain_map_from_mask",
     "GrainLayout",
+    "LatentCodec",
     "list_bundled_checkpoints",
     "list_presets",
     "list_samplers",

@@ -20,6 +20,7 @@ from .entropy import region_entropy
 from .grains import GrainLayout, tie
 from .hub.card import make_model_card
 from .models.autoencoder_kl_dynamic import DynamicAutoencoderKL
+from .models.latent_codec import LatentCodec
 from .models.layers import DiTBlock, SelfAttentionProcessor
 from .models.refine_net import RefineBlock
 from .models.transformer_d2it_content import D2iTContentModel
@@ -62,6 +63,7 @@ __all__ = [
     "D2iTPipelineOutput",
     "DynamicAutoencoderKL",
     "GrainLayout",
+    "LatentCodec",
     "ModelMixin",
     "bundled_checkpoint",
     "evaluate",

@@ -2,13 +2,13 @@
 """What the training scripts share. Their loops, with the step, the gate and what saves and stops, stand in them."""
 
 from .adapters import add_adapters, save_adapters
-from .alignment import Alignment
+from .alignment import Alignment, patches_of
 from .checkpoints import Checkpoints, find_checkpoint, found_checkpoints, trained_weights, use_ema
 from .compiling import compile_blocks
 from .discriminator import PatchDiscriminator
 from .gate import FiniteGate
-from .inputs import draw_fine_ratio, draw_grain_map, drop_labels, identity_of, load_autoencoder
-from .measures import bar_of, count_entropy, grain_signals, measure_latents
+from .inputs import draw_budget, draw_fine_ratio, draw_grain_map, drop_labels, identity_of, load_autoencoder
+from .measures import bar_of, count_entropy, grain_signals, measure_latents, token_signals, warn_of_few_tokens
 from .perceptual import PerceptualLoss
 from .run import Run, make_accelerator
 
@@ -24,6 +24,7 @@ __all__ = [
     "Run",
     "compile_blocks",
     "count_entropy",
+    "draw_budget",
     "draw_fine_ratio",
     "draw_grain_map",
     "drop_labels",
@@ -34,7 +35,10 @@ __all__ = [
     "load_autoencoder",
     "make_accelerator",
     "measure_latents",
+    "patches_of",
     "save_adapters",
+    "token_signals",
     "trained_weights",
     "use_ema",
+    "warn_of_few_tokens",
 ]

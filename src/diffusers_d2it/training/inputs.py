@@ -8,6 +8,7 @@ Shapes:
 import os
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import AutoencoderKL
 
@@ -92,6 +93,16 @@ def draw_grain_map(
     """The grain map (B, h, w) of a batch by its entropy (B, h, w), and its fine ratio, of `draw_fine_ratio`."""
     ratio = draw_fine_ratio(ratios, generator)
     return grain_map_from_entropy(entropy, vae.thresholds(ratio)), ratio
+
+
+def draw_budget(budgets: list[float], warmup_steps: int, seed: int, step: int) -> float:
+    """The budget of an update of DC-DiT: 1 for the first of them, then one of these, the same in all processes.
+
+    It follows from the seed and the number of the update, so a resumed run draws what it would have drawn.
+    """
+    if step < warmup_steps:
+        return 1.0
+    return budgets[np.random.default_rng((seed, step)).integers(len(budgets))]
 
 
 def drop_labels(

@@ -1,5 +1,7 @@
 # Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
-"""What is measured: over a data set the entropy of its regions and the scale of its latents, in a batch its grains."""
+"""What is measured: over a data set the entropy of its regions and the scale of its latents, in a batch its grains
+and tokens.
+"""
 
 from collections.abc import Iterable, Iterator
 from itertools import islice
@@ -7,6 +9,7 @@ from typing import TypeVar
 
 import torch
 from accelerate import Accelerator
+from diffusers.utils import logging
 from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
@@ -17,11 +20,16 @@ from ..data.source import ImageSource
 from ..entropy import EntropyCalibration
 from ..grains import fine_share, grain_map_to_cells
 from ..models.autoencoder_kl_dynamic import DynamicAutoencoderKL
+from ..models.chunking import NATURAL
+from ..models.transformer_dcdit import DCDiTOutput
 
+
+logger = logging.get_logger(__name__)
 
 T = TypeVar("T")
 
 _COUNTED_AT_ONCE = 32  # images
+_PATIENCE = 300  # updates between two warnings of few tokens
 
 
 def count_entropy(
@@ -107,6 +115,43 @@ def measure_latents(
     for grain, (count, total, square) in enumerate(moments):
         statistics[f"latent_std_grain_{grain}"] = (square / count - (total / count) ** 2).sqrt().item()
     return statistics
+
+
+def token_signals(output: DCDiTOutput, timesteps: torch.Tensor, compression: float) -> dict[str, torch.Tensor]:
+    """Whether the router of DC-DiT finds its share of tokens, and where.
+
+    Args:
+        output: of a batch.
+        timesteps: (B,), in 0 ... 1000.
+        compression: N.
+
+    Returns:
+        "natural_share", of the cells that the router wants as tokens; "natural_drift", how far that is from 1 / N;
+        "kept_share", what the budget leaves of it; "natural_share_noisy" and "natural_share_clean", that of the images
+        in the noisiest and in the cleanest third of the timesteps: NaN where none of the batch is there.
+    """
+    natural = (output.boundary_probability.detach() > NATURAL).float().mean(dim=(1, 2))  # (B,)
+    share, third = natural.mean(), 1000 / 3
+    return {
+        "natural_share": share,
+        "natural_drift": share - 1 / compression,
+        "kept_share": output.kept.float().mean(),
+        "natural_share_noisy": natural[timesteps >= 2 * third].mean(),
+        "natural_share_clean": natural[timesteps < third].mean(),
+    }
+
+
+def warn_of_few_tokens(share: float, compression: float, step: int) -> None:
+    """Say every 300 updates that the share of natural cells is still under a quarter of 1 / N.
+
+    A new router wants hardly a token, and the loss of the share pulls them up within a hundred updates or so.
+    """
+    if step % _PATIENCE == 0 and share < 1 / (4 * compression):
+        logger.warning(
+            "update %d: the router wants %.3g of the cells as tokens, less than a quarter of 1 / %g: raise"
+            " `ratio_weight`, or the learning rate.",
+            *(step, share, compression),
+        )
 
 
 def grain_signals(
