@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
-"""What `examples/sample_d2it.py` costs beyond its denoiser and decoder.
+"""What `examples/sample.py` costs beyond its denoiser and decoder.
 
     python benchmarks/sampling_overhead.py --device cuda     # content-xl, grain-s, dvae-f8f16; bf16, eager
     python benchmarks/sampling_overhead.py                   # the bundled checkpoint, 64 px; fp32, eager
@@ -29,7 +29,7 @@ WAITING = "last PNGs, checks, .npz, protocol"
 
 def time_sets(bench: Bench, flags: list[str]) -> list[dict[str, float]]:
     """Milliseconds of every set and of its parts, after one to warm up."""
-    script, watch, clock = load_script("sample_d2it"), Stopwatch(bench), bench.clock
+    script, watch, clock = load_script("sample"), Stopwatch(bench), bench.clock
     enter, finish = SampleFolder.__enter__, SampleFolder.finish
     times, turns = {}, []
 
@@ -75,7 +75,7 @@ def measure(bench: Bench, preset: str, num_images: int, batch_size: int, num_inf
     once = statistics.median(turn[WAITING] / rest for rest, turn in zip(outside, turns))
     bench.note("of it once for a set, or after the last image", once)
     images = f"{num_images} images in batches of {batch_size}"
-    return f"sample_d2it.py with {preset}: {images}, {num_inference_steps} steps, guided"
+    return f"sample.py with {preset}: {images}, {num_inference_steps} steps, guided"
 
 
 if __name__ == "__main__":

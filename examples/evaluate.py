@@ -33,7 +33,7 @@ from flags import METRICS, PAIR_METRICS
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = make_parser(__doc__)
     task = parser.add_mutually_exclusive_group(required=True)
-    task.add_argument("--samples", help="folder of images, or .npz: from sample_d2it.py or from elsewhere")
+    task.add_argument("--samples", help="folder of images, or .npz: from sample.py or from elsewhere")
     task.add_argument("--reconstruction", metavar="CHECKPOINT", help="a pipeline, or a DynamicAutoencoderKL")
     task.add_argument(
         "--save_statistics", type=output_file, metavar="FILE", help="write statistics of --reference to this .npz"

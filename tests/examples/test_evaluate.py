@@ -100,7 +100,7 @@ def test_an_autoencoder_is_measured_on_a_data_set(folders, tmp_path):
 
 def test_samples_bring_the_protocol_of_their_sampling(folders, tmp_path):
     arguments = ["--output_dir", tmp_path / "samples", "--num_images", 12, "--batch_size", 12]
-    call("sample_d2it.py", *arguments, "--num_inference_steps", 2)
+    call("sample.py", *arguments, "--num_inference_steps", 2)
     large = write_images(tmp_path / "reference", crops(12, seed=1, side=64))
     arguments = ["--samples", tmp_path / "samples", "--reference", large, "--metrics", "fid", "is", *NETWORK]
     found = evaluated(tmp_path / "results.json", *arguments)

@@ -182,9 +182,15 @@ def folder(tmp_path) -> Path:
 def fill(accelerator, folder) -> Callable[..., tuple[list[range], dict]]:
     """fill(format, plan): draw what is missing in the folder; the batches that were, and the protocol."""
 
-    def fill(format: str = "png", plan: SamplePlan = PLAN, stop_after: int | None = None, **sampling):
+    def fill(
+        format: str = "png",
+        plan: SamplePlan = PLAN,
+        stop_after: int | None = None,
+        share: str = "fine_share",
+        **sampling,
+    ):
         sampling = plan.describe() | sampling
-        with SampleFolder(folder, plan, sampling, SIZE, format, accelerator, "mine") as samples:
+        with SampleFolder(folder, plan, sampling, SIZE, format, accelerator, "mine", share) as samples:
             for batch in samples.batches[:stop_after]:
                 shares = torch.tensor([i / 16 for i in batch])
                 samples.write(batch, torch.stack([picture(i) for i in batch]), shares)
@@ -296,6 +302,15 @@ def test_folders_that_hold_something_else_are_left_alone(fill, folder):
         fill()
 
 
+def test_a_share_stands_in_pngs_and_protocol_by_its_name(fill, folder):
+    protocol = fill(share="token_share")[1]
+    assert protocol["mean_token_share"] == sum(range(10)) / 160 and "mean_fine_share" not in protocol
+    with Image.open(folder / "000003.png") as stored:
+        assert stored.text == {"token_share": "0.1875", "class_label": "3"}
+    with pytest.raises(ValueError, match="000000.png .*fine_share"):
+        fill(share="fine_share", format="both")
+
+
 def test_one_run_at_a_time(fill, folder):
     fill()
     (folder / "000001.png").unlink()
@@ -341,7 +356,7 @@ def test_pngs_can_be_packed_later_and_both_tell_their_classes(fill, folder):
 
 def test_a_disk_that_fails_is_noticed(accelerator, folder):
     with pytest.raises(OSError):
-        with SampleFolder(folder, PLAN, PLAN.describe(), SIZE, "png", accelerator, "mine") as samples:
+        with SampleFolder(folder, PLAN, PLAN.describe(), SIZE, "png", accelerator, "mine", "fine_share") as samples:
             os.rmdir(samples._staging)
             samples.write(range(0, 4), torch.zeros(4, 3, *SIZE), torch.zeros(4))
             samples.finish()
@@ -351,7 +366,7 @@ def test_a_disk_that_fails_is_noticed(accelerator, folder):
 
 def test_no_more_than_one_batch_waits_to_be_written(accelerator, folder):
     plan = SamplePlan(60, 3)
-    with SampleFolder(folder, plan, plan.describe(), SIZE, "png", accelerator, "mine") as samples:
+    with SampleFolder(folder, plan, plan.describe(), SIZE, "png", accelerator, "mine", "fine_share") as samples:
         for batch in samples.batches:
             samples.write(batch, torch.zeros(len(batch), 3, *SIZE), torch.zeros(len(batch)))
             assert len(samples._pending) <= 3

@@ -31,7 +31,7 @@ from ..words import composed, counted, listed, printable
 
 logger = logging.getLogger(__name__)
 
-_SAMPLES = "images.npz"  # as examples/sample_d2it.py names it
+_SAMPLES = "images.npz"  # as examples/sample.py names it
 _MAX_NAMED = 10  # images in one error
 _DATA_SETS = (".parquet", ".tar")
 
@@ -94,7 +94,7 @@ class ImageSet:
         if self._labels is None:
             raise ValueError(
                 f"{self.name} does not tell the classes of its images: a data set with labels does, and so do samples"
-                " of sample_d2it.py."
+                " of sample.py."
             )
         return self._labels
 

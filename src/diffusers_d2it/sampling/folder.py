@@ -2,7 +2,7 @@
 """A folder of samples that many processes fill, and that is filled on after an interruption.
 
     protocol.json     what the images are; written first, and again when all of them are there
-    000000.png ...    the images; in each of them stand its class and the fine share of its grain map
+    000000.png ...    the images; in each of them stand its class and what share of it got the most work
     images.npz        all of them as one file, if it is asked for: `arr_0`, uint8 (N, H, W, 3)
     manifest.json     seals the protocol and the .npz; written last. PNGs have checksums of their own
 
@@ -43,14 +43,15 @@ FORMATS = ("png", "npz", "both")
 
 _THREADS = 4  # that encode and decode PNGs, which needs no interpreter
 _COMPRESSION = 1  # of zlib: a third of the time of its default for 7 % more bytes, on a photograph
-_LABEL, _FINE_SHARE = "class_label", "fine_share"  # as they are called in a PNG
+_LABEL = "class_label"  # as it is called in a PNG
 _END = b"\0\0\0\0IEND\xae\x42\x60\x82"  # of every PNG
 
 
 class SampleFolder:
     """Keeps a set of samples: says which are missing, writes them, and completes the protocol.
 
-        with SampleFolder(output_dir, plan, sampling, (256, 256), "png", accelerator, checkpoint) as samples:
+        how = (output_dir, plan, sampling, (256, 256), "png", accelerator, checkpoint)
+        with SampleFolder(*how, share="fine_share") as samples:
             for batch in samples.batches:
                 images, fine_shares = draw(batch)
                 samples.write(batch, images, fine_shares)
@@ -66,6 +67,8 @@ class SampleFolder:
         format: "png", "npz", or "both"; with "npz" the PNGs are removed when the .npz is there.
         accelerator: its processes share the batches; each must see the folder.
         checkpoint: what the user calls it, for the protocol.
+        share: what PNGs call the share that is handed over with an image, such as "fine_share" of its grain map; the
+            protocol has its mean, "mean_fine_share".
 
     Attributes:
         batches: numbers of the images of each batch that this process has to draw. A batch of which some images are
@@ -87,11 +90,12 @@ class SampleFolder:
         format: str,
         accelerator: Accelerator,
         checkpoint: str,
+        share: str,
     ):
         if format not in FORMATS:
             raise ValueError(f"`format` must be {', '.join(FORMATS)}, got {format!r}.")
         self.path, self.plan, self.size, self.format = Path(path), plan, tuple(size), format
-        self.accelerator = accelerator
+        self.accelerator, self.share = accelerator, share
         self.protocol = new_protocol(sampling, accelerator.device, checkpoint)
         self.batches: list[range] = []
         self.num_missing = 0
@@ -120,8 +124,8 @@ class SampleFolder:
     def __exit__(self, *error) -> None:
         self._stack.close()
 
-    def write(self, batch: range, images: torch.Tensor, fine_shares: torch.Tensor) -> None:
-        """Hand over images of these numbers, (B, 3, H, W) in [0, 1], and the fine shares of their maps, (B,).
+    def write(self, batch: range, images: torch.Tensor, shares: torch.Tensor) -> None:
+        """Hand over images of these numbers, (B, 3, H, W) in [0, 1], and the share of each, (B,).
 
         They are written while the next batch is drawn. Waits for what was handed over before.
 
@@ -132,7 +136,7 @@ class SampleFolder:
         self._wait()
         self._pending = [
             self._pool.submit(self._write_png, image, rows, share)
-            for image, rows, share in zip(batch, pixels, fine_shares.tolist(), strict=True)
+            for image, rows, share in zip(batch, pixels, shares.tolist(), strict=True)
             if image in self._missing
         ]
 
@@ -151,9 +155,9 @@ class SampleFolder:
         for future in self._pending:
             future.result()
 
-    def _write_png(self, image: int, pixels: np.ndarray, fine_share: float) -> None:
+    def _write_png(self, image: int, pixels: np.ndarray, share: float) -> None:
         info = PngInfo()
-        for key, value in self._texts(image, fine_share).items():
+        for key, value in self._texts(image, share).items():
             info.add_text(key, value)
         path = self.image_path(image)
         staged = self._staging / path.name
@@ -161,7 +165,7 @@ class SampleFolder:
         staged.replace(path)
 
     def _read_png(self, image: int, decode: bool) -> tuple[float, np.ndarray | None]:
-        """Fine share and, if asked for, pixels (H, W, 3) of an image; its checksums are checked in any case."""
+        """The share and, if asked for, the pixels (H, W, 3) of an image; its checksums are checked in any case."""
         path = self.image_path(image)
         try:
             data = path.read_bytes()
@@ -173,19 +177,19 @@ class SampleFolder:
             pixels = np.asarray(Image.open(io.BytesIO(data), formats=["PNG"])) if decode else None
         except Exception as error:  # damaged files raise anything
             raise UnusableImageError(f"{path.name}: {error or type(error).__name__}") from error
-        texts = {key: found[key] for key in (_LABEL, _FINE_SHARE) if key in found}
-        expected = self._texts(image, texts.get(_FINE_SHARE))
-        if _FINE_SHARE not in texts or (mode, size, texts) != ("RGB", self.size, expected):
+        texts = {key: found[key] for key in (_LABEL, self.share) if key in found}
+        expected = self._texts(image, texts.get(self.share))
+        if self.share not in texts or (mode, size, texts) != ("RGB", self.size, expected):
             raise ValueError(
                 f"{path} is not image {image} of these samples, and is not written over: expected"
                 f" {self.size[0]}x{self.size[1]} RGB with {expected}, got {size[0]}x{size[1]} {mode} with {texts}."
             )
-        return float(texts[_FINE_SHARE]), pixels
+        return float(texts[self.share]), pixels
 
-    def _texts(self, image: int, fine_share: object) -> dict[str, str]:
+    def _texts(self, image: int, share: object) -> dict[str, str]:
         """What a PNG says of itself."""
         label = self.plan.label(image)
-        return {_FINE_SHARE: str(fine_share)} | ({} if label is None else {_LABEL: str(label)})
+        return {self.share: str(share)} | ({} if label is None else {_LABEL: str(label)})
 
     def _open(self) -> tuple[dict[str, Any], set[int], bool]:
         """Take the folder; its protocol, the images that are to be drawn, and whether the .npz is whole."""
@@ -250,7 +254,7 @@ class SampleFolder:
             if self._missing:
                 run |= {"num_processes": self.accelerator.num_processes, "num_drawn": self.num_missing}
                 run |= {"seconds": round(seconds, 3), "images_per_second": round(self.num_missing / seconds, 3)}
-            self.protocol["mean_fine_share"] = math.fsum(shares) / len(shares)
+            self.protocol[f"mean_{self.share}"] = math.fsum(shares) / len(shares)
             self._write_protocol(complete=True)
             seal(self.path, [self.path / PROTOCOL, *([self.path / NPZ] if self.format != "png" else [])])
         if self.format == "npz":
@@ -259,7 +263,7 @@ class SampleFolder:
         return self.protocol
 
     def _check_all(self, shares: list[float], decode: bool) -> Iterator[np.ndarray | None]:
-        """Check every image and note its fine share; their pixels in batches, if they are asked for."""
+        """Check every image and note its share; their pixels in batches, if they are asked for."""
         for batch in tqdm(self.plan.batches(), desc="packing" if decode else "checking"):
             try:
                 read = list(self._pool.map(partial(self._read_png, decode=decode), batch))

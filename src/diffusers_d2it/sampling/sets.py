@@ -11,7 +11,7 @@ A protocol (`protocol.json`) is a dictionary of JSON values:
     environment       device and versions, which decide about their last bits
     run               how it went: name of the checkpoint, processes, batch sizes, seconds ...; no part in the images
                       but by rounding
-    mean_fine_share   of the grain maps of all images, once it is complete
+    mean_fine_share   of the grain maps of all images, once it is complete; of DC-DiT mean_token_share, of their cells
 """
 
 import json
@@ -26,12 +26,12 @@ from typing import Any, get_type_hints
 import diffusers
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline
 
 from ..files.folders import digest, file_sha256, read_json
 from ..files.source import public_config
 from ..files.weights import weight_files
 from ..limits import check_values
+from ..pipelines.base import StrictPipeline
 from ..words import listed, without_paths
 
 
@@ -159,7 +159,7 @@ def read_protocol(folder: str | Path) -> dict[str, Any]:
     return protocol
 
 
-def describe_checkpoint(folder: str | Path, pipe: DiffusionPipeline) -> dict[str, Any]:
+def describe_checkpoint(folder: str | Path, pipe: StrictPipeline) -> dict[str, Any]:
     """A checkpoint by its contents, wherever it lies: a folder, and the pipeline that was loaded from there.
 
     Returns:
@@ -167,7 +167,7 @@ def describe_checkpoint(folder: str | Path, pipe: DiffusionPipeline) -> dict[str
         shards that of their names and hashes.
     """
     weights, configs = {}, {}
-    for component in ("vae", "grain_model", "transformer"):
+    for component in pipe._models:
         if (model := getattr(pipe, component)) is not None:
             files = weight_files(Path(folder, component))
             hashes = {path.name: file_sha256(path) for path in files if path.suffix == ".safetensors"}

@@ -1,8 +1,10 @@
 # Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
-r"""Draw a set of samples, for a metric: any number of images, over any number of processes.
+r"""Draw a set of samples of D2iT or DC-DiT, for a metric: any number of images, over any number of processes.
 
-    python examples/sample_d2it.py --checkpoint runs/d2it/pipeline --num_images 50000 --batch_size 64 \
+    python examples/sample.py --checkpoint runs/d2it/pipeline --num_images 50000 --batch_size 64 \
         --guidance_scale 1.5 --output_dir samples
+    python examples/sample.py --checkpoint runs/dcdit/pipeline --num_images 50000 --batch_size 64 \
+        --guidance_scale 1.5 --budget 0.5 --null_budget 0.1 --output_dir half
 
 --output_dir gets 000000.png and so on, or one images.npz (`arr_0`, uint8 NHWC), or both, and protocol.json, which says
 how they were drawn. What is promised:
@@ -12,7 +14,7 @@ how they were drawn. What is promised:
   classes have one image more.
 - Batches are of consecutive images, so the number of processes changes no bit, on one kind of machine with as many
   threads. Another --batch_size changes what floating point does to them: on a CPU, in float32, one value in ten
-  thousand, by one level of 255.
+  thousand of the bundled checkpoint's, by one level of 255.
 - Killed at any moment, the same command goes on, and the set becomes what it would have been. Damaged images are
   drawn again. A folder with samples of another protocol is refused.
 """
@@ -53,8 +55,8 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--grain_source",
         choices=["predicted", "true", "random", "coarse", "fine"],
-        default="predicted",
-        help="grain maps: of the grain model, of photographs (--reference_data), of random regions, or uniform",
+        help="D2iT's maps: of the grain model (predicted, the default), of photographs (--reference_data), of random"
+        " regions, or uniform",
     )
     parser.add_argument("--fine_ratio", type=share, help="share of fine regions; default: as the checkpoint has it")
     parser.add_argument("--grain_num_inference_steps", type=positive, help="steps of the grain model; default: 10")
@@ -62,6 +64,8 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--reference_data", help="photographs for --grain_source true: a folder, file or Hub name as in training"
     )
+    parser.add_argument("--budget", type=share, help="share of the cells that DC-DiT may keep as tokens; default: 1")
+    parser.add_argument("--null_budget", type=share, help="that of passes without a label; default: --budget")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of the models")
     return parser.parse_args(arguments)
 
@@ -73,15 +77,29 @@ import inspect
 import os
 from dataclasses import replace
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 from diffusers import DDPMScheduler
+from huggingface_hub import hf_hub_download
 from tqdm.auto import tqdm
 
-from diffusers_d2it import D2iTPipeline, bundled_checkpoint, load_sampler
+from diffusers_d2it import (
+    D2iTImg2ImgPipeline,
+    D2iTInpaintPipeline,
+    D2iTPipeline,
+    D2iTPipelineOutput,
+    DCDiTPipeline,
+    DCDiTPipelineOutput,
+    bundled_checkpoint,
+    load_sampler,
+)
+from diffusers_d2it.files.folders import read_json
+from diffusers_d2it.files.source import check_source, pin
 from diffusers_d2it.grains import fine_share
+from diffusers_d2it.pipelines.index import INDEX
 from diffusers_d2it.pipelines.labels import class_ids
 from diffusers_d2it.sampling import (
     ReferenceMaps,
@@ -90,22 +108,51 @@ from diffusers_d2it.sampling import (
     describe_checkpoint,
     describe_scheduler,
 )
-from diffusers_d2it.words import counted
+from diffusers_d2it.words import counted, shown
 
 
-def load_pipeline(args: argparse.Namespace, device: torch.device) -> tuple[D2iTPipeline, str]:
-    """The pipeline, and the folder where its files lie."""
-    folder = args.checkpoint if os.path.isdir(args.checkpoint) else D2iTPipeline.download(args.checkpoint)
-    pipe = D2iTPipeline.from_pretrained(folder, dtype=getattr(torch, args.dtype)).to(device)
+# What draws a checkpoint of the class that its index names, and the flags that are of it alone
+PIPELINES = {one.__name__: D2iTPipeline for one in (D2iTPipeline, D2iTImg2ImgPipeline, D2iTInpaintPipeline)}
+PIPELINES |= {DCDiTPipeline.__name__: DCDiTPipeline}
+FLAGS = {
+    D2iTPipeline: "grain_source reference_data fine_ratio grain_num_inference_steps grain_guidance_scale".split(),
+    DCDiTPipeline: ["budget", "null_budget"],
+}
+SHARES = {D2iTPipeline: "fine_share", DCDiTPipeline: "token_share"}  # as records call it
+GUIDANCE = ["guidance_scale", "guidance_interval", "guidance_power"]
+
+Pipeline = D2iTPipeline | DCDiTPipeline
+
+
+def find_checkpoint(checkpoint: str) -> tuple[type[Pipeline], str]:
+    """The class of the pipeline that draws a checkpoint, and the folder where its files lie.
+
+    Raises:
+        ValueError: it is no folder or name on the Hub, or of another class.
+        OSError: the Hub does not have it or cannot be reached.
+    """
+    check_source(checkpoint, None, None)
+    is_folder = os.path.isdir(checkpoint)
+    hub = {} if is_folder else pin(checkpoint, {})  # of one commit
+    file = Path(checkpoint, INDEX) if is_folder else Path(hf_hub_download(checkpoint, INDEX, **hub))
+    name = read_json(file).get("_class_name")
+    if name not in list(PIPELINES):  # a list itself where code lies beside it
+        raise ValueError(f"{file}: `_class_name` must be {' or '.join(PIPELINES)}, got {shown(name)}.")
+    return PIPELINES[name], checkpoint if is_folder else PIPELINES[name].download(checkpoint, **hub)
+
+
+def load_pipeline(args: argparse.Namespace, kind: type[Pipeline], folder: str, device: torch.device) -> Pipeline:
+    """The pipeline, with the scheduler that is asked for."""
+    pipe = kind.from_pretrained(folder, dtype=getattr(torch, args.dtype)).to(device)
     pipe.set_progress_bar_config(disable=True)
     if args.scheduler == "ddpm":
         pipe.scheduler = ancestral_sampler(pipe)
     elif args.scheduler is not None:
         pipe.scheduler = load_sampler(args.scheduler, pipe.scheduler)
-    return pipe, folder
+    return pipe
 
 
-def ancestral_sampler(pipe: D2iTPipeline) -> DDPMScheduler:
+def ancestral_sampler(pipe: Pipeline) -> DDPMScheduler:
     """DDPM's sampler on the noise schedule of the checkpoint, with the variance of a model that predicts one."""
     config = pipe.scheduler.config
     if "beta_schedule" not in config or config.get("prediction_type") == "flow_prediction":
@@ -115,13 +162,16 @@ def ancestral_sampler(pipe: D2iTPipeline) -> DDPMScheduler:
     return DDPMScheduler.from_config(pipe.scheduler.config, timestep_spacing="trailing", **settings)
 
 
-def check_flags(args: argparse.Namespace, pipe: D2iTPipeline) -> None:
+def check_flags(args: argparse.Namespace, pipe: Pipeline) -> None:
     """Raise a ValueError that names a flag which the checkpoint or another flag leaves without a meaning."""
-    source = args.grain_source
+    draws_maps, source = isinstance(pipe, D2iTPipeline), args.grain_source or "predicted"
     unmet = []  # flags, and what they would need
+    for kind, flags in FLAGS.items():
+        if not isinstance(pipe, kind):
+            unmet.append((flags, f"a checkpoint of {kind.__name__}: this one is of {type(pipe).__name__}"))
     if pipe.transformer.config.num_classes is None:
-        of_classes = ["labels", "class_labels", "guidance_scale", "guidance_interval", "guidance_power"]
-        unmet.append(([*of_classes, "grain_guidance_scale"], "a model with classes: this checkpoint is unconditional"))
+        of_classes = ["labels", "class_labels", *GUIDANCE, "grain_guidance_scale", "null_budget"]
+        unmet.append((of_classes, "a model with classes: this checkpoint is unconditional"))
     if source != "predicted":
         unmet.append((["grain_num_inference_steps", "grain_guidance_scale"], "--grain_source predicted"))
     if source in ("coarse", "fine"):
@@ -134,11 +184,11 @@ def check_flags(args: argparse.Namespace, pipe: D2iTPipeline) -> None:
             raise ValueError(f"--{given[0]} needs {need}.")
     if source == "true" and args.reference_data is None:
         raise ValueError("--grain_source true needs --reference_data, photographs to take the maps from.")
-    if source == "predicted" and pipe.grain_model is None:
+    if draws_maps and source == "predicted" and pipe.grain_model is None:
         raise ValueError("--grain_source predicted needs a grain model, and this checkpoint has none: pass another.")
 
 
-def find_classes(args: argparse.Namespace, pipe: D2iTPipeline) -> tuple[int, ...] | None:
+def find_classes(args: argparse.Namespace, pipe: Pipeline) -> tuple[int, ...] | None:
     """Ids of the classes, None for an unconditional model."""
     num_classes = pipe.transformer.config.num_classes
     if num_classes is None:
@@ -147,45 +197,56 @@ def find_classes(args: argparse.Namespace, pipe: D2iTPipeline) -> tuple[int, ...
     return tuple(class_ids(words, num_classes, pipe.id2label))
 
 
-def pipeline_settings(args: argparse.Namespace) -> dict:
+def pipeline_settings(args: argparse.Namespace, kind: type[Pipeline]) -> dict:
     """What every call of the pipeline is given."""
-    names = [
-        "guidance_scale",
-        "guidance_interval",
-        "guidance_power",
-        "grain_num_inference_steps",
-        "grain_guidance_scale",
-    ]
-    call = inspect.signature(D2iTPipeline.__call__).parameters
-    defaults = {name: call[name].default for name in names}
+    call = inspect.signature(kind.__call__).parameters
+    defaults = {name: call[name].default for name in (*GUIDANCE, *FLAGS[kind]) if name in call}
     given = {name: value for name in defaults if (value := getattr(args, name)) is not None}
-    settings = {"num_inference_steps": args.num_inference_steps, "fine_ratio": args.fine_ratio} | defaults | given
-    D2iTPipeline.check_settings(settings)
+    settings = {"num_inference_steps": args.num_inference_steps} | defaults | given
+    kind.check_settings(settings)
     return settings
 
 
-def describe(args: argparse.Namespace, folder: str, pipe: D2iTPipeline, plan: SamplePlan, settings: dict) -> dict:
+def describe(args: argparse.Namespace, folder: str, pipe: Pipeline, plan: SamplePlan, settings: dict) -> dict:
     """The part of the protocol that says what the images are."""
     guidance = None
     if plan.classes is not None:
-        guidance = {name: settings[f"guidance_{name}"] for name in ("scale", "interval", "power")}
-    grain_maps = {"source": args.grain_source, "fine_ratio": args.fine_ratio}
-    if args.grain_source == "predicted":
-        grain_maps |= {
-            "scheduler": describe_scheduler(pipe.grain_scheduler),
-            "num_inference_steps": settings["grain_num_inference_steps"],
-            "guidance_scale": None if guidance is None else settings["grain_guidance_scale"],
-        }
+        guidance = {name.removeprefix("guidance_"): settings[name] for name in GUIDANCE}
+    if isinstance(pipe, D2iTPipeline):
+        work = {"grain_maps": describe_grain_maps(args, pipe, guidance, settings)}
+    else:
+        budgets = settings["budget"], settings["null_budget"]
+        null_budget = budgets[0] if budgets[1] is None else budgets[1]
+        work = {"budget": budgets[0], "null_budget": None if guidance is None else null_budget}
     return {
         "checkpoint": describe_checkpoint(folder, pipe),
-        "resolution": [pipe.transformer.config.sample_size * pipe.vae.downsample_factor] * 2,
+        "resolution": [pipe.transformer.config.sample_size * pipe.vae_scale_factor] * 2,
         "dtype": args.dtype,
         **plan.describe(),
         "scheduler": describe_scheduler(pipe.scheduler),
         "num_inference_steps": settings["num_inference_steps"],
         "guidance": guidance,
-        "grain_maps": grain_maps,
+        **work,
     }
+
+
+def describe_grain_maps(args: argparse.Namespace, pipe: D2iTPipeline, guidance: dict | None, settings: dict) -> dict:
+    """The part of the protocol that says where D2iT's grain maps come from."""
+    grain_maps = {"source": args.grain_source or "predicted", "fine_ratio": args.fine_ratio}
+    if grain_maps["source"] == "predicted":
+        grain_maps |= {
+            "scheduler": describe_scheduler(pipe.grain_scheduler),
+            "num_inference_steps": settings["grain_num_inference_steps"],
+            "guidance_scale": None if guidance is None else settings["grain_guidance_scale"],
+        }
+    return grain_maps
+
+
+def shares_of(output: D2iTPipelineOutput | DCDiTPipelineOutput, pipe: Pipeline) -> torch.Tensor:
+    """The share of each image that got the most work, (B,): of its regions, or of its cells, mean of the steps."""
+    if isinstance(output, D2iTPipelineOutput):
+        return fine_share(output.grain_maps, pipe.transformer.config.num_grains)
+    return output.token_counts.float().mean(dim=1) / output.boundary_maps[0].numel()
 
 
 def main(args: argparse.Namespace) -> None:
@@ -199,36 +260,40 @@ def main(args: argparse.Namespace) -> None:
     torch.backends.cudnn.deterministic = True
 
     plan = SamplePlan(args.num_images, args.batch_size, args.seed, scheme=args.labels or "balanced")
-    settings = pipeline_settings(args)
-    pipe, folder = load_pipeline(args, accelerator.device)
+    kind, folder = find_checkpoint(args.checkpoint)
+    settings = pipeline_settings(args, kind)
+    pipe = load_pipeline(args, kind, folder, accelerator.device)
     check_flags(args, pipe)
     plan = replace(plan, classes=find_classes(args, pipe))
     sampling = describe(args, folder, pipe, plan, settings)
-    size = sampling["resolution"]
-    grain_map = None if args.grain_source == "predicted" else args.grain_source
+    size, true_maps = sampling["resolution"], None
     if args.grain_source == "true":
         true_maps = ReferenceMaps(args.reference_data, pipe, plan, size[0], settings.pop("fine_ratio"))
         sampling["grain_maps"]["reference_data"] = true_maps.describe()
         accelerator.print(true_maps.source)
+    elif args.grain_source not in (None, "predicted"):
+        settings["grain_map"] = args.grain_source
 
-    with SampleFolder(args.output_dir, plan, sampling, size, args.format, accelerator, args.checkpoint) as samples:
+    how = (args.output_dir, plan, sampling, size, args.format, accelerator, args.checkpoint)
+    with SampleFolder(*how, share=SHARES[kind]) as samples:
         accelerator.print(
             f"{args.output_dir}: {samples.num_missing} of {counted(plan.num_images, 'image')} to be drawn"
         )
         for batch in tqdm(samples.batches, desc="batches", disable=not accelerator.is_main_process):
+            if true_maps is not None:
+                settings["grain_map"] = true_maps(batch)
             output = pipe(
                 plan.labels(batch),
                 num_images_per_prompt=len(batch) if plan.classes is None else 1,
-                grain_map=true_maps(batch) if args.grain_source == "true" else grain_map,
                 generator=plan.generators(batch),
                 output_type="pt",
                 **settings,
             )
-            samples.write(batch, output.images, fine_share(output.grain_maps, pipe.transformer.config.num_grains))
+            samples.write(batch, output.images, shares_of(output, pipe))
         protocol = samples.finish()
-    share = protocol["mean_fine_share"]
+    mean = f"mean_{SHARES[kind]}"
     images = counted(plan.num_images, "image")
-    accelerator.print(f"{args.output_dir}: {images}, mean fine share of their grain maps {share:.3f}")
+    accelerator.print(f"{args.output_dir}: {images}, {mean.replace('_', ' ')} {protocol[mean]:.3f}")
     accelerator.print(next_command("evaluate.py", samples=args.output_dir))
 
 

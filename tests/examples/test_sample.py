@@ -1,6 +1,7 @@
 # Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
 """Sets of samples by the script: the same whoever draws them and however often they are interrupted."""
 
+import hashlib
 import json
 import os
 import re
@@ -14,14 +15,16 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
+from loopback_hub import serve_hub
 from PIL import Image
 from script_runs import TWO_PROCESSES, call, in_two_processes, run
 
-from diffusers_d2it import D2iTPipeline, load_sampler
+from diffusers_d2it import D2iTImg2ImgPipeline, D2iTPipeline, DCDiTPipeline, load_sampler
 from diffusers_d2it.sampling import SampleFolder
 
 
-SCRIPT = "sample_d2it.py"
+SCRIPT = "sample.py"
+LITE = {"budget": 0.5, "null_budget": 0.1}
 NAMES = {4: "astronaut", 1: "cat", 7: "coffee"}  # as three of the class folders of photographs are called
 
 
@@ -64,6 +67,20 @@ def drawn(checkpoint, tmp_path_factory) -> tuple[Path, dict]:
     return folder, draw(checkpoint, folder)
 
 
+@pytest.fixture(scope="module")
+def dcdit(make_dcdit_pipeline, tmp_path_factory) -> Path:
+    """A tiny pipeline of DC-DiT, of 32-pixel images and the same classes."""
+    folder = tmp_path_factory.mktemp("dcdit")
+    make_dcdit_pipeline(id2label=NAMES).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def drawn_by_dcdit(dcdit, tmp_path_factory) -> tuple[Path, dict]:
+    folder = tmp_path_factory.mktemp("drawn_by_dcdit") / "set"
+    return folder, draw(dcdit, folder, **LITE)
+
+
 # ---- The same set ----
 
 
@@ -78,6 +95,28 @@ def test_an_image_is_what_its_protocol_says(checkpoint, drawn):
         assert np.abs(image - np.asarray(output.images[0])).max() <= 1
         assert text == {"class_label": str(label), "fine_share": str(output.grain_maps.float().mean().item())}
     assert sampling["labels"]["classes"] == [1, 4, 7]
+
+
+def test_an_image_of_dcdit_is_what_its_protocol_says(dcdit, drawn_by_dcdit):
+    folder, protocol = drawn_by_dcdit
+    sampling = protocol["sampling"]
+    pipe, shares = DCDiTPipeline.from_pretrained(dcdit), []
+    for i, (image, text) in enumerate(zip(pixels(folder), texts(folder), strict=True)):
+        how = {"budget": sampling["budget"], "null_budget": sampling["null_budget"], "return_boundary_maps": "all"}
+        seed = (sampling["noise_seeds"]["first"] + i) % 2**32
+        label, generator = sampling["labels"]["classes"][i % 3], torch.Generator().manual_seed(seed)
+        output = pipe(label, num_inference_steps=2, generator=generator, **how)
+        assert np.abs(image - np.asarray(output.images[0])).max() <= 1
+        shares.append(output.boundary_maps.float().mean().item())
+        assert text == {"class_label": str(label), "token_share": str(shares[-1])}
+    assert len(set(shares)) > 1 and protocol["mean_token_share"] == pytest.approx(np.mean(shares))
+    assert "mean_fine_share" not in protocol and "grain_maps" not in sampling
+    assert (sampling["budget"], sampling["null_budget"], sampling["resolution"]) == (0.5, 0.1, [32, 32])
+    hashes = sampling["checkpoint"]["weights_sha256"]
+    assert hashes == {
+        name: hashlib.sha256((dcdit / name / "diffusion_pytorch_model.safetensors").read_bytes()).hexdigest()
+        for name in ("vae", "transformer")
+    }
 
 
 def test_two_processes_draw_the_same_files(checkpoint, drawn, tmp_path):
@@ -131,8 +170,9 @@ def test_another_batch_size_changes_at_most_the_last_bit(checkpoint, drawn, batc
     assert protocol["mean_fine_share"] == drawn[1]["mean_fine_share"]
 
 
-def test_a_set_goes_on_where_it_was_killed(checkpoint, drawn, tmp_path):
-    output = tmp_path / "set"
+@pytest.mark.parametrize("model, whole, budgets", [("checkpoint", "drawn", {}), ("dcdit", "drawn_by_dcdit", LITE)])
+def test_a_set_goes_on_where_it_was_killed(model, whole, budgets, request, tmp_path):
+    checkpoint, (whole, _), output = request.getfixturevalue(model), request.getfixturevalue(whole), tmp_path / "set"
     pid = os.fork()
     if pid == 0:
         write = SampleFolder.write
@@ -145,15 +185,15 @@ def test_a_set_goes_on_where_it_was_killed(checkpoint, drawn, tmp_path):
 
         SampleFolder.write = killed_at_the_last_batch
         sys.stdout = sys.stderr = open(os.devnull, "w")
-        call(SCRIPT, *flags(checkpoint, output))
+        call(SCRIPT, *flags(checkpoint, output, **budgets))
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
     written = pngs(output)
     assert 0 < len(written) < 10 and list(output.glob(".staging-*"))
     assert json.loads((output / "protocol.json").read_text())["complete"] is False
 
-    protocol = draw(checkpoint, output)
-    assert pngs(output) == pngs(drawn[0]) and not list(output.glob(".staging-*"))
+    protocol = draw(checkpoint, output, **budgets)
+    assert pngs(output) == pngs(whole) and not list(output.glob(".staging-*"))
     assert protocol["complete"] and protocol["run"]["num_drawn"] == 10 - len(written)
 
 
@@ -172,6 +212,28 @@ def test_a_moved_checkpoint_goes_on_and_another_is_refused(checkpoint, drawn, ma
     with pytest.raises(ValueError, match=differ):
         draw(checkpoint, tmp_path / "set", num_inference_steps=3, guidance_scale=1.5)
     assert pngs(tmp_path / "set") == before == pngs(drawn[0])
+
+
+def test_another_budget_is_another_set(dcdit, drawn_by_dcdit):
+    folder, _ = drawn_by_dcdit
+    before = pngs(folder)
+    with pytest.raises(ValueError, match="sampling.budget 0.5, not 1.0; sampling.null_budget 0.1, not 0.2"):
+        draw(dcdit, folder, null_budget=0.2)
+    assert pngs(folder) == before
+
+
+def test_a_pipeline_of_the_hub_is_drawn_by_its_kind(dcdit, drawn_by_dcdit, tmp_path):
+    with serve_hub({"user/dcdit": dcdit}) as endpoint:
+        hub = {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "0"}
+        run(SCRIPT, *flags("user/dcdit", tmp_path / "set", **LITE), **hub)
+    assert pngs(tmp_path / "set") == pngs(drawn_by_dcdit[0])
+
+
+def test_a_pipeline_for_editing_draws_as_well(checkpoint, drawn, tmp_path):
+    pipe = D2iTImg2ImgPipeline.from_pipe(D2iTPipeline.from_pretrained(checkpoint))
+    pipe.save_pretrained(tmp_path / "editing")
+    draw(tmp_path / "editing", tmp_path / "set")
+    assert pngs(tmp_path / "set") == pngs(drawn[0])
 
 
 # ---- What is drawn ----
@@ -263,6 +325,26 @@ def test_an_unconditional_model_with_a_scheduler_that_draws_noise(make_pipeline,
             draw(tmp_path / "pipe", tmp_path / "set", **flag)
 
 
+def test_dcdit_without_classes_and_without_flags(make_dcdit_pipeline, tmp_path):
+    make_dcdit_pipeline(num_classes=None).save_pretrained(tmp_path / "pipe")
+    protocol = draw(tmp_path / "pipe", tmp_path / "set", num_images=2, scheduler="unipc", format="both")
+    sampling = protocol["sampling"]
+    assert sampling["scheduler"]["class"] == "UniPCMultistepScheduler"
+    assert (sampling["guidance"], sampling["budget"], sampling["null_budget"]) == (None, 1.0, None)
+    assert [set(text) for text in texts(tmp_path / "set")] == [{"token_share"}] * 2
+    with pytest.raises(ValueError, match="--null_budget needs .*classes"):
+        draw(tmp_path / "pipe", tmp_path / "none", null_budget=0.1)
+
+
+def test_passes_without_a_label_have_the_budget_of_the_others(dcdit, tmp_path):
+    protocols = [
+        draw(dcdit, tmp_path / f"{len(given)}", num_images=2, **given)
+        for given in ({"budget": 0.4}, {"budget": 0.4, "null_budget": 0.4})
+    ]
+    assert protocols[0]["sampling"] == protocols[1]["sampling"]
+    assert pngs(tmp_path / "1") == pngs(tmp_path / "2")
+
+
 # ---- What is refused ----
 
 
@@ -277,12 +359,41 @@ def test_an_unconditional_model_with_a_scheduler_that_draws_noise(make_pipeline,
         ({"reference_data": "photos"}, "--reference_data needs --grain_source"),
         ({"grain_source": "fine", "fine_ratio": 0.5}, "--fine_ratio needs --grain_source"),
         ({"grain_source": "random", "grain_num_inference_steps": 5}, "--grain_num_inference_steps needs"),
+        ({"budget": 0.5}, "--budget needs a checkpoint of DCDiTPipeline"),
+        ({"null_budget": 0.5}, "--null_budget needs a checkpoint of DCDiTPipeline"),
     ],
 )
 def test_flags_that_make_no_sense_are_refused_and_nothing_is_written(checkpoint, changed, message, tmp_path):
     with pytest.raises(ValueError, match=re.escape(message)):
         draw(checkpoint, tmp_path / "set", **changed)
     assert not list((tmp_path / "set").iterdir())
+
+
+@pytest.mark.parametrize(
+    "changed, message",
+    [
+        ({"grain_source": "predicted"}, "--grain_source needs a checkpoint of D2iTPipeline"),
+        ({"reference_data": "photos"}, "--reference_data needs a checkpoint of D2iTPipeline"),
+        ({"fine_ratio": 0.5}, "--fine_ratio needs a checkpoint of D2iTPipeline"),
+        ({"grain_guidance_scale": 1}, "--grain_guidance_scale needs a checkpoint of D2iTPipeline"),
+        ({"grain_num_inference_steps": 5}, "--grain_num_inference_steps needs a checkpoint of D2iTPipeline"),
+        ({"budget": 0}, "`budget`"),
+        ({"null_budget": 0}, "`null_budget`"),
+    ],
+)
+def test_flags_that_dcdit_has_no_use_for_are_refused(dcdit, changed, message, tmp_path):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        draw(dcdit, tmp_path / "set", **changed)
+    assert not list((tmp_path / "set").iterdir())
+
+
+@pytest.mark.parametrize("name", ["DiTPipeline", ["pipeline", "D2iTPipeline"], None])
+def test_a_pipeline_of_another_class_is_refused_by_name(checkpoint, name, tmp_path):
+    index = json.loads((checkpoint / "model_index.json").read_text()) | {"_class_name": name}
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=f"model_index.json.*D2iTPipeline.*DCDiTPipeline.*{re.escape(repr(name))}"):
+        draw(tmp_path / "other", tmp_path / "set")
 
 
 def test_photographs_that_cannot_be_used_are_left_out(checkpoint, folder, tmp_path, caplog):
