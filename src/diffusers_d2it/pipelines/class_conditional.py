@@ -46,7 +46,7 @@ class ClassConditionalPipeline(LoraPipelineMixin, StrictPipeline):
 
     @classmethod
     def check_settings(cls, settings: Mapping[str, Any]) -> None:
-        """As of `StrictPipeline`, but for labels (see `prepare_labels`); an interval must not end before it begins."""
+        """As of `StrictPipeline`, but for labels (see `class_ids`); an interval must not end before it begins."""
         super().check_settings({name: value for name, value in settings.items() if name != "class_labels"})
         start, stop = settings.get("guidance_interval", (0, 1))
         if start > stop:

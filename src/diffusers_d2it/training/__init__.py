@@ -6,6 +6,7 @@ from .alignment import Alignment, patches_of
 from .checkpoints import Checkpoints, find_checkpoint, found_checkpoints, trained_weights, use_ema
 from .compiling import compile_blocks
 from .discriminator import PatchDiscriminator
+from .distillation import Distillation
 from .gate import FiniteGate
 from .inputs import draw_budget, draw_fine_ratio, draw_grain_map, drop_labels, identity_of, load_autoencoder
 from .measures import bar_of, count_entropy, grain_signals, measure_latents, token_signals, warn_of_few_tokens
@@ -16,6 +17,7 @@ from .run import Run, make_accelerator
 __all__ = [
     "Alignment",
     "Checkpoints",
+    "Distillation",
     "FiniteGate",
     "add_adapters",
     "bar_of",
