@@ -151,13 +151,17 @@ def smooth(tokens: torch.Tensor, probability: torch.Tensor, chunks: Chunks, sigm
     """
     batch, height, width = probability.shape
     weights = probability.flatten()[chunks.cells].clamp(_NEVER_0_NOR_1, 1 - _NEVER_0_NOR_1)[:, None]  # (T, 1)
-    weighted = torch.cat([weights * tokens, weights], dim=1)  # (T, D + 1)
-    grid = weighted.new_zeros(batch * height * width, weighted.shape[1]).index_copy(0, chunks.cells, weighted)
-    grid = grid.view(batch, height, -1)  # (B, H, W * (D + 1))
-    grid = torch.matmul(_gaussian(height, sigma, grid), grid).view(batch * height, width, -1)
-    sums = torch.matmul(_gaussian(width, sigma, grid), grid).flatten(0, 1)[chunks.cells]  # (T, D + 1)
-    neighbours = sums[:, :-1] / (sums[:, -1:] + _NO_NEIGHBOUR)
-    return weights * tokens + (1 - weights) * neighbours
+    along_columns, along_rows = (_gaussian(side, sigma, tokens) for side in (height, width))
+
+    def summed(values: torch.Tensor) -> torch.Tensor:
+        """Of all tokens around each, (T, E) -> (T, E)."""
+        grid = values.new_zeros(batch * height * width, values.shape[1]).index_copy(0, chunks.cells, values)
+        grid = torch.matmul(along_columns, grid.view(batch, height, -1))  # (B, H, W * E)
+        grid = torch.matmul(along_rows, grid.view(batch * height, width, -1))  # (B * H, W, E)
+        return grid.flatten(0, 1).index_select(0, chunks.cells)
+
+    neighbours = summed(weights * tokens) / (summed(weights) + _NO_NEIGHBOUR)
+    return torch.lerp(neighbours, tokens, weights)
 
 
 def dechunk(tokens: torch.Tensor, probability: torch.Tensor, chunks: Chunks, sigma: float) -> torch.Tensor:
