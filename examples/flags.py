@@ -152,8 +152,17 @@ def add_second_stage_arguments(parser: argparse.ArgumentParser, with_grains: boo
     group.add_argument("--label_dropout", type=share, default=0.1, help="share of labels dropped, for guidance")
 
 
-def add_alignment_arguments(parser: argparse.ArgumentParser) -> None:
-    """Representation alignment of the content model, or of DC-DiT; `check_second_stage` belongs to it."""
+def add_denoiser_arguments(parser: argparse.ArgumentParser) -> None:
+    """What the content model and DC-DiT have in common, each with a pipeline; `check_second_stage` belongs to it."""
+    group = parser.add_argument_group("denoising")
+    group.add_argument("--objective", choices=OBJECTIVES, default="epsilon", help="what is predicted")
+    group.add_argument("--learn_sigma", action="store_true", help="predict the variance too, trained by the VLB")
+    group.add_argument("--snr_gamma", type=weight, help="min-SNR weighting of the timesteps; 5 is usual")
+    group.add_argument(
+        "--hub_remote_code",
+        action="store_true",
+        help="with --push_to_hub: also push code, to a branch that loads without this package",
+    )
     group = parser.add_argument_group("representation alignment (REPA)")
     group.add_argument(
         "--alignment",

@@ -11,7 +11,7 @@ a complete D2iTPipeline.
 import argparse
 
 from command_line import begin, next_command, positive, weight
-from flags import OBJECTIVES, add_alignment_arguments, check_second_stage, second_stage_parser
+from flags import add_denoiser_arguments, check_second_stage, second_stage_parser
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -26,9 +26,6 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     group.add_argument(
         "--lora_rank", type=positive, help="train adapters (LoRA) of --init_from instead of its weights"
     )
-    group.add_argument("--objective", choices=OBJECTIVES, default="epsilon", help="what is predicted")
-    group.add_argument("--learn_sigma", action="store_true", help="predict the variance too, trained by the VLB")
-    group.add_argument("--snr_gamma", type=weight, help="min-SNR weighting of the timesteps; 5 is usual")
     group.add_argument(
         "--grain_weights", type=weight, nargs="+", help="loss weight of a cell of each grain, coarsest first (Eq. 11)"
     )
@@ -38,12 +35,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         default="float32",
         help="of the residual stream under --mixed_precision: bfloat16 takes less memory and time, and rounds more",
     )
-    group.add_argument(
-        "--hub_remote_code",
-        action="store_true",
-        help="with --push_to_hub: also push code, to a branch that loads without this package",
-    )
-    add_alignment_arguments(parser)
+    add_denoiser_arguments(parser)
     args = parser.parse_args(arguments)
     check_second_stage(parser, args)
     if args.lora_rank is not None and args.init_from is None:

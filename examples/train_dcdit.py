@@ -11,8 +11,8 @@ DCDiTPipeline. A model of `upcycle_dit` (--init_from) is trained on with its emb
 
 import argparse
 
-from command_line import begin, next_command, number, positive, share, weight
-from flags import OBJECTIVES, add_alignment_arguments, check_second_stage, second_stage_parser
+from command_line import begin, natural, next_command, number, positive, weight
+from flags import add_denoiser_arguments, check_second_stage, second_stage_parser
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -23,9 +23,6 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     start.add_argument(
         "--init_from", help="folder of a DCDiTModel or of a pipeline to start from; other classes begin anew"
     )
-    group.add_argument("--objective", choices=OBJECTIVES, default="epsilon", help="what is predicted")
-    group.add_argument("--learn_sigma", action="store_true", help="predict the variance too, trained by the VLB")
-    group.add_argument("--snr_gamma", type=weight, help="min-SNR weighting of the timesteps; 5 is usual")
     group.add_argument(
         "--compression", type=number(float, 1.01), default=4.0, help="N: one cell in N is to be a token"
     )
@@ -37,19 +34,17 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     group.add_argument(
         "--budgets",
-        type=share,
+        type=number(float, 0.01, 1),
         nargs="+",
         default=[0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0],
         help="shares of the tokens of which an update draws one; 1 alone trains for no other",
     )
     group.add_argument(
-        "--budget_warmup_steps", type=positive, default=5000, help="updates before which the budget is 1"
+        "--budget_warmup_steps", type=natural, default=5000, help="updates before which the budget is 1"
     )
-    add_alignment_arguments(parser)
+    add_denoiser_arguments(parser)
     args = parser.parse_args(arguments)
     check_second_stage(parser, args)
-    if min(args.budgets) < 0.01:
-        parser.error(f"--budgets must be at least 0.01, got {min(args.budgets)}")
     if args.ratio_group_size is not None and args.train_batch_size % args.ratio_group_size:
         sizes = f"--ratio_group_size {args.ratio_group_size} must divide --train_batch_size {args.train_batch_size}"
         parser.error(sizes)
@@ -153,10 +148,10 @@ def main(args: argparse.Namespace) -> None:
         "out_channels": (2 if args.learn_sigma else 1) * codec.channels,
         "sample_size": args.resolution // codec.factor,
     }
+    if args.init_from is not None and begun.config.conditioning_norm:  # upcycled: its blocks read on what they know
+        for embedder in filter(None, (begun.time_embed, begun.label_embed)):
+            embedder.requires_grad_(False)  # a table of other classes is another one, and learnt
     transformer = make_model(DCDiTModel, begun, sizes, other_classes=True)
-    if transformer.config.conditioning_norm:  # upcycled: blocks go on to read what they know
-        for embedder in (transformer.time_embed, transformer.label_embed):
-            embedder.requires_grad_(False)
     if args.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
     if args.compile:
@@ -225,11 +220,13 @@ def main(args: argparse.Namespace) -> None:
                 optimizer.zero_grad()
                 lr_scheduler.step()
 
-        run.note(losses | token_signals(output, timesteps, args.compression))
+        signals = token_signals(output, timesteps, args.compression)
+        run.note(losses | signals | {"budget": noise.new_full((), budget)})
         if not accelerator.sync_gradients:
             continue
-        logged = run.end_of_step(gradient_norm=norm, budget=budget)
-        warn_of_few_tokens(logged["natural_share"], args.compression, run.step)
+        logged = run.end_of_step(gradient_norm=norm)
+        if accelerator.is_main_process:
+            warn_of_few_tokens(logged["natural_share"], args.compression, run.step)
         if run.saves:
             checkpoints.save(run.step)
         if run.exit_code:
@@ -260,7 +257,7 @@ def main(args: argparse.Namespace) -> None:
             sample_image=run.sample_path,
             built_on=(args.vae,),
         )
-        print(next_command("sample.py", rest="", checkpoint=folder))
+        print(next_command("sample.py", checkpoint=folder))
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ STAGES = {
     "train_dvae.py": ["--output_dir", "runs", "--max_train_steps", "1"],
     "cache_latents.py": ["--vae", "vae", "--output_dir", "cache"],
     "train_grain.py": ["--vae", "vae", "--output_dir", "runs", "--max_train_steps", "1"],
+    "train_dcdit.py": ["--vae", "vae", "--output_dir", "runs", "--max_train_steps", "1"],
     "train_d2it.py": ["--vae", "vae", "--grain", "grain", "--output_dir", "runs", "--max_train_steps", "1"],
 }
 

@@ -2,6 +2,7 @@
 """One tiny run of each script, shared by the tests: eight photographs of eight classes, 32 pixels, five steps.
 
 folder -> dvae -> cache -> grain -> d2it
+folder -> kl_cache -> dcdit
 """
 
 from pathlib import Path
@@ -62,4 +63,41 @@ def d2it_arguments(cache, dvae, grain) -> list:
 def d2it(d2it_arguments, tmp_path_factory) -> Path:
     output = tmp_path_factory.mktemp("runs") / "d2it"
     call_train("train_d2it.py", output, STEPS, *d2it_arguments, "--preset", "content-tiny")
+    return output
+
+
+@pytest.fixture(scope="session")
+def autoencoder_kl(make_autoencoder_kl, tmp_path_factory) -> Path:
+    output = tmp_path_factory.mktemp("models") / "autoencoder_kl"
+    make_autoencoder_kl().save_pretrained(output)
+    return output
+
+
+@pytest.fixture(scope="session")
+def kl_cache(folder, autoencoder_kl, tmp_path_factory) -> Path:
+    output = tmp_path_factory.mktemp("runs") / "kl_cache"
+    flags = ["--train_data_dir", folder, "--vae", autoencoder_kl, "--resolution", 32, "--output_dir", output]
+    call("cache_latents.py", *flags)
+    return output
+
+
+@pytest.fixture(scope="session")
+def dcdit_arguments(kl_cache, autoencoder_kl) -> list:
+    """A preset or a start is still to be named. Means of these budgets are none of them."""
+    arguments = ["--latent_cache", kl_cache, "--vae", autoencoder_kl, "--report_to", "tensorboard"]
+    return [*arguments, "--budget_warmup_steps", 2, "--budgets", 0.1, 0.3, 0.6, 1]
+
+
+@pytest.fixture(scope="session")
+def dcdit_start(make_dcdit, tmp_path_factory) -> Path:
+    """Of ten classes. It keeps about two cells of five, and a new one hardly any."""
+    output = tmp_path_factory.mktemp("models") / "dcdit"
+    make_dcdit().save_pretrained(output)
+    return output
+
+
+@pytest.fixture(scope="session")
+def dcdit(dcdit_arguments, dcdit_start, tmp_path_factory) -> Path:
+    output = tmp_path_factory.mktemp("runs") / "dcdit"
+    call_train("train_dcdit.py", output, STEPS, *dcdit_arguments, "--init_from", dcdit_start)
     return output

@@ -47,13 +47,12 @@ def test_calibration_is_the_same_streamed_and_by_two_processes(folder, dvae, tmp
 
 
 def test_codes_of_an_autoencoder_kl_are_cached_and_models_of_grains_refuse_it(
-    folder, make_autoencoder_kl, grain_arguments, tmp_path, capsys
+    folder, make_autoencoder_kl, autoencoder_kl, grain_arguments, tmp_path, capsys
 ):
-    make_autoencoder_kl().save_pretrained(tmp_path / "vae")
-    flags = ["--vae", tmp_path / "vae", "--resolution", 32]
+    flags = ["--vae", autoencoder_kl, "--resolution", 32]
     call("cache_latents.py", *flags, "--train_data_dir", folder, "--output_dir", tmp_path / "cache")
     said = capsys.readouterr().out
-    assert "8 images" in said and "next:" not in said
+    assert "8 images" in said and "train_dcdit.py" in said.split("next:")[1]
     cache = LatentCache(tmp_path / "cache", make_autoencoder_kl(), seed=0, resolution=32)
     assert len(cache) == 8 and [one.shape for one in cache[0]["moments"]] == [(8, 8, 8)]
     with pytest.raises(ValueError, match="`vae`.*DynamicAutoencoderKL.*'AutoencoderKL'"):

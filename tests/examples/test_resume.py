@@ -9,36 +9,53 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from script_runs import SHARDED_PROCESSES, TWO_PROCESSES, call, call_train, run, train, training_flags
+from script_runs import SHARDED_PROCESSES, TWO_PROCESSES, call, call_train, logged, run, train, training_flags
+
+from diffusers_d2it.training import draw_budget
 
 
-def test_two_processes_share_the_work(d2it_arguments, tmp_path):
-    arguments = [*d2it_arguments, "--preset", "content-tiny", "--train_batch_size", 1]
-    train("train_d2it.py", tmp_path, 2, *arguments, launch=TWO_PROCESSES, ACCELERATE_USE_CPU="true")
+@pytest.mark.parametrize("name, preset", [("d2it", "content-tiny"), ("dcdit", "dcdit-tiny")])
+def test_two_processes_share_the_work(name, preset, request, tmp_path):
+    script, arguments = f"train_{name}.py", request.getfixturevalue(f"{name}_arguments")
+    arguments = [*arguments, "--preset", preset, "--train_batch_size", 1]
+    train(script, tmp_path, 2, *arguments, launch=TWO_PROCESSES, ACCELERATE_USE_CPU="true")
     states = sorted(path.name for path in (tmp_path / "checkpoint-2").glob("random_state_*"))
     assert states == ["random_state_0.json", "random_state_1.json"]
     assert (tmp_path / "pipeline" / "model_index.json").is_file()
     # One process would see half as many images in an update, in another order
     resume = ["--resume_from_checkpoint", "latest"]
     with pytest.raises(ValueError, match="checkpoint-2.*num_processes 2.* 1"):
-        call_train("train_d2it.py", tmp_path, 3, *arguments, *resume)
+        call_train(script, tmp_path, 3, *arguments, *resume)
 
 
-def test_a_sharded_run_ends_in_the_weights_of_an_averaged_one(grain_arguments, tmp_path):
+@pytest.mark.parametrize("name, result", [("grain", "grain_model"), ("dcdit", "pipeline/transformer")])
+def test_a_sharded_run_ends_in_the_weights_of_an_averaged_one(name, result, request, tmp_path):
     averaged, sharded = tmp_path / "averaged", tmp_path / "sharded"
-    arguments = [*grain_arguments, "--train_batch_size", 1]
-    train("train_grain.py", averaged, 4, *arguments, launch=TWO_PROCESSES, ACCELERATE_USE_CPU="true")
-    script = Path(__file__).parents[1] / "launched_script.py"
-    flags = ["sharded", "train_grain.py", *training_flags(sharded, 4), *arguments]
-    run(script, *flags, launch=SHARDED_PROCESSES, ACCELERATE_USE_CPU="true")
+    script, arguments = f"train_{name}.py", request.getfixturevalue(f"{name}_arguments")
+    arguments = [*arguments, "--train_batch_size", 1]
+    if name == "dcdit":
+        arguments += ["--init_from", request.getfixturevalue("dcdit_start")]
+    train(script, averaged, 4, *arguments, launch=TWO_PROCESSES, ACCELERATE_USE_CPU="true")
+    flags = ["sharded", script, *training_flags(sharded, 4), *arguments]
+    launched = Path(__file__).parents[1] / "launched_script.py"
+    run(launched, *flags, launch=SHARDED_PROCESSES, ACCELERATE_USE_CPU="true")
     weights = "diffusion_pytorch_model.safetensors"
-    for name in ("model", "model_ema"):
-        of_averaged, of_sharded = (load_file(one / "checkpoint-4" / name / weights) for one in (averaged, sharded))
+    for part in ("model", "model_ema"):
+        of_averaged, of_sharded = (load_file(one / "checkpoint-4" / part / weights) for one in (averaged, sharded))
         torch.testing.assert_close(of_averaged, of_sharded, rtol=1e-5, atol=1e-7)
-    torch.testing.assert_close(load_file(sharded / "grain_model" / weights), of_sharded, rtol=0, atol=0)
+    torch.testing.assert_close(load_file(sharded / result / weights), of_sharded, rtol=0, atol=0)
+    if name == "dcdit":  # a mean over processes: both have drawn the same
+        budgets = {step + 1: draw_budget([0.1, 0.3, 0.6, 1.0], 2, 7, step) for step in range(4)}
+        assert [logged(one)["budget"] for one in (averaged, sharded)] == [pytest.approx(budgets)] * 2
 
 
 # ---- What is refused ----
+
+
+def test_budgets_must_be_those_of_the_checkpoint(dcdit, dcdit_arguments, dcdit_start, tmp_path):
+    arguments = [*dcdit_arguments, "--init_from", dcdit_start, "--resume_from_checkpoint", dcdit / "checkpoint-4"]
+    with pytest.raises(ValueError, match="checkpoint-4.*budgets.*0.3.*0.4"):
+        call_train("train_dcdit.py", tmp_path, 6, *arguments, "--budgets", 0.1, 0.4, 0.6, 1)
 
 
 @pytest.mark.parametrize("of_photos, flag", [(False, ["--seed", 8]), (True, ["--num_classes", 9])])

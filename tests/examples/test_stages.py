@@ -14,8 +14,17 @@ from safetensors.torch import load_file
 from script_runs import STEPS, call, call_train, logged, train
 from vision_models import save_vision_model
 
-from diffusers_d2it import D2iTContentModel, D2iTGrainModel, D2iTPipeline, DynamicAutoencoderKL, load_preset
+from diffusers_d2it import (
+    D2iTContentModel,
+    D2iTGrainModel,
+    D2iTPipeline,
+    DCDiTModel,
+    DCDiTPipeline,
+    DynamicAutoencoderKL,
+    load_preset,
+)
 from diffusers_d2it.data.images import to_pixels
+from diffusers_d2it.training import draw_budget
 
 
 CLASSES = ["astronaut", "cat", "coffee", "galaxies", "motorcycle", "retina", "rocket", "tissue"]
@@ -121,6 +130,79 @@ def test_output_loads_in_the_pipeline(d2it, grain):
     assert (d2it / "pipeline" / "samples.png").is_file()
 
 
+def test_output_of_dcdit_loads_in_its_pipeline(dcdit):
+    pipe = DCDiTPipeline.from_pretrained(dcdit / "pipeline")
+    assert pipe.id2label == dict(enumerate(CLASSES))
+    output = pipe("cat", budget=0.5, num_inference_steps=2)
+    assert output.images[0].size == (32, 32) and output.boundary_maps.shape == (1, 8, 8)
+    assert PIL.Image.open(dcdit / "samples" / f"step-{STEPS:07d}.png").size == (8 * 32, 2 * 32)
+    card = (dcdit / "pipeline" / "README.md").read_text()
+    assert "photos, 32x32" in card and "DCDiTPipeline" in card
+    commands = [line.split()[1] for line in card.splitlines() if line.startswith("python ")]
+    assert commands == ["train_dcdit.py"]
+    assert (dcdit / "pipeline" / "samples.png").is_file()
+
+
+def test_dcdit_logs_its_budgets_and_what_becomes_of_its_tokens(dcdit):
+    scalars = logged(dcdit)
+    assert scalars["budget"] == pytest.approx(budgets_of(STEPS))
+    signals = ["mse", "ratio", "natural_share", "natural_drift", "kept_share", "natural_share_noisy"]
+    assert all(len(scalars[name]) == STEPS for name in signals)
+    for step, share in scalars["natural_share"].items():
+        assert scalars["natural_drift"][step] == pytest.approx(share - 0.25)
+        assert 0.1 < share < 0.8
+        assert scalars["kept_share"][step] == pytest.approx(share * scalars["budget"][step], abs=1 / 64)
+    assert all(
+        loss == pytest.approx(scalars["mse"][step] + 0.03 * scalars["ratio"][step])
+        for step, loss in scalars["loss"].items()
+    )
+
+
+def budgets_of(steps: int) -> dict[int, float]:
+    """Of `dcdit_arguments`, by the number of the update."""
+    return {step + 1: draw_budget([0.1, 0.3, 0.6, 1.0], 2, 7, step) for step in range(steps)}
+
+
+@pytest.mark.parametrize("of_images", [False, True])
+def test_dcdit_on_the_finest_grain_of_a_dynamic_autoencoder_in_passes_of_one_budget(
+    folder, cache, dvae, dcdit_arguments, tmp_path, of_images
+):
+    data = ["--train_data_dir", folder] if of_images else ["--latent_cache", cache]
+    arguments = [*data, "--vae", dvae / "vae", *dcdit_arguments[4:], "--gradient_accumulation_steps", 3]
+    arguments += ["--gradient_checkpointing", "--ratio_group_size", 1, "--preset", "dcdit-tiny"]
+    call_train("train_dcdit.py", tmp_path / "run", 4, *arguments)
+    assert logged(tmp_path / "run")["budget"] == pytest.approx(budgets_of(4))
+    pipe = DCDiTPipeline.from_pretrained(tmp_path / "run" / "pipeline")
+    assert isinstance(pipe.vae, DynamicAutoencoderKL) and pipe.transformer.config.sample_size == 8
+    assert pipe("rocket", num_inference_steps=2).images[0].size == (32, 32)
+
+
+@pytest.mark.parametrize("num_classes", [8, 5])
+def test_an_upcycled_dcdit_keeps_its_embedders_but_for_other_classes(
+    make_dcdit, dcdit_arguments, tmp_path, num_classes
+):
+    start = make_dcdit(num_classes, conditioning_norm=True, position_patch_size=2)
+    start.save_pretrained(tmp_path / "start")
+    arguments = [*dcdit_arguments, "--init_from", tmp_path / "start", "--learning_rate", 0.01, "--ema_decay", 0.5]
+    call_train("train_dcdit.py", tmp_path / "run", 2, *arguments, "--checkpointing_steps", 1)
+    for part in ("model", "model_ema"):
+        first, second = (DCDiTModel.from_pretrained(tmp_path / "run" / f"checkpoint-{i}" / part) for i in (1, 2))
+        assert same_weights(second.time_embed, start.time_embed)
+        same = {name: torch.equal(weight, second.state_dict()[name]) for name, weight in first.state_dict().items()}
+        changing = {name for name in same if not name.startswith(("time_embed", "label_embed"))}
+        changing |= {"label_embed.weight"} if num_classes == 5 else set()
+        assert {name for name in same if not same[name]} == changing
+        assert second.config.num_classes == 8
+    if num_classes == 8:
+        assert same_weights(second.label_embed, start.label_embed)
+    else:  # "no class" stays, but for two updates of 0.01
+        torch.testing.assert_close(second.label_embed.weight[-1], start.label_embed.weight[-1], atol=0.021, rtol=0)
+    call_train("train_dcdit.py", tmp_path / "parts", 1, *arguments)
+    call_train("train_dcdit.py", tmp_path / "parts", 2, *arguments, "--resume_from_checkpoint", "latest")
+    resumed = DCDiTModel.from_pretrained(tmp_path / "parts" / "checkpoint-2" / "model_ema")
+    assert same_weights(resumed, second)
+
+
 def test_unconditional_training_with_three_grains_from_images(folder, tmp_path, capsys):
     plain = tmp_path / "plain"
     plain.mkdir()
@@ -153,6 +235,14 @@ def test_unconditional_training_with_three_grains_from_images(folder, tmp_path, 
     call("demo.py", "--checkpoint", tmp_path / "d2it" / "pipeline", "--output", picture, "--num_inference_steps", 2)
     assert PIL.Image.open(picture).size[0] > 0
 
+    arguments = ["--preset", "dcdit-tiny", *arguments[4:], "--report_to", "tensorboard"]
+    call_train("train_dcdit.py", tmp_path / "dcdit", 3, *data, *arguments)
+    scalars = logged(tmp_path / "dcdit")["alignment"]
+    assert scalars[1] == pytest.approx(1, abs=0.5) and scalars[3] != scalars[1]
+    pipe = DCDiTPipeline.from_pretrained(tmp_path / "dcdit" / "pipeline")
+    assert pipe.transformer.config.num_classes is None and pipe.scheduler.config.use_flow_sigmas
+    assert len(pipe(num_inference_steps=2).images) == 1
+
 
 def test_a_stream_of_tars_trains_and_resumes(tmp_path, capsys):
     tars = tmp_path / "tars"
@@ -173,25 +263,32 @@ def test_a_stream_of_tars_trains_and_resumes(tmp_path, capsys):
     assert same_weights(whole, parts) and whole.config.num_classes == 3
 
 
-def test_learned_variance_velocity_and_min_snr_from_given_weights_pushed_to_a_hub(d2it_arguments, tmp_path):
-    start = D2iTContentModel(**load_preset("content-tiny") | {"num_classes": 8, "out_channels": 8})
+@pytest.mark.parametrize(
+    "given, cls, preset, pipeline",
+    [("d2it", D2iTContentModel, "content-tiny", D2iTPipeline), ("dcdit", DCDiTModel, "dcdit-tiny", DCDiTPipeline)],
+)
+def test_learned_variance_velocity_and_min_snr_from_given_weights_pushed_to_a_hub(
+    given, cls, preset, pipeline, request, tmp_path
+):
+    start = cls(**load_preset(preset) | {"num_classes": 8, "out_channels": 8})
     start.save_pretrained(tmp_path / "start")
-    arguments = [*d2it_arguments, "--init_from", tmp_path / "start", "--learning_rate", 0]
+    arguments = request.getfixturevalue(f"{given}_arguments")
+    arguments = [*arguments, "--init_from", tmp_path / "start", "--learning_rate", 0]
     arguments += ["--objective", "v_prediction", "--learn_sigma", "--snr_gamma", 5]
     repositories, uploads = {}, Uploads(tmp_path / "hub")
     with serve_hub(repositories, uploads) as endpoint:
         hub = {"HF_ENDPOINT": endpoint, "HF_TOKEN": TOKEN, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "0"}
         arguments += ["--push_to_hub", "--hub_model_id", "user/tiny", "--hub_private_repo", "--license", "cc0-1.0"]
         arguments += ["--hub_remote_code"]
-        train("train_d2it.py", tmp_path / "run", 1, *arguments, "--report_to", "tensorboard", **hub)
+        train(f"train_{given}.py", tmp_path / "run", 1, *arguments, "--report_to", "tensorboard", **hub)
     assert uploads.visibility == {"user/tiny": "private"}
     assert list(uploads.branches) == [("user/tiny", "remote-code")]
     pushed = repositories["user/tiny"]
     card = (pushed / "README.md").read_text()
-    assert "license: cc0-1.0" in card and 'D2iTPipeline.from_pretrained("user/tiny")' in card
+    assert "license: cc0-1.0" in card and f'{pipeline.__name__}.from_pretrained("user/tiny")' in card
     assert str(tmp_path) not in card
 
-    pipe = D2iTPipeline.from_pretrained(pushed)
+    pipe = pipeline.from_pretrained(pushed)
     assert pipe.scheduler.config.prediction_type == "v_prediction"
     assert same_weights(pipe.transformer, start)  # at a rate of 0
     assert logged(tmp_path / "run")["vlb"][1] > 0

@@ -56,11 +56,11 @@ class Count:
 
 
 @pytest.fixture(scope="session")
-def inputs(tmp_path_factory, make_pipeline):
+def inputs(tmp_path_factory, make_pipeline, make_dcdit):
     """What the training scripts read."""
     from training_runs import Inputs  # here: most tests need no datasets
 
-    return Inputs(tmp_path_factory.mktemp("inputs"), make_pipeline(num_classes=None))
+    return Inputs(tmp_path_factory.mktemp("inputs"), make_pipeline(num_classes=None), make_dcdit(None))
 
 
 @pytest.fixture

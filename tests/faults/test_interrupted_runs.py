@@ -17,7 +17,7 @@ from diffusers_d2it.files import lock
 from diffusers_d2it.files.folders import verify
 
 
-SCRIPTS = ["train_grain.py", "train_d2it.py", "train_dvae.py"]
+SCRIPTS = ["train_grain.py", "train_d2it.py", "train_dcdit.py", "train_dvae.py"]
 
 
 @pytest.fixture(scope="module")

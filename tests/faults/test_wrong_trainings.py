@@ -15,12 +15,15 @@ from diffusers_d2it.files.folders import verify
 from diffusers_d2it.training import found_checkpoints
 
 
-SIGNALS = {"loss", "gradient_norm", "images_per_second", "fine_share", "fine_drift"}
+SIGNALS = {"loss", "gradient_norm", "images_per_second"}
+GRAINS = SIGNALS | {"fine_share", "fine_drift"}
+TOKENS = {"natural_share", "natural_drift", "kept_share", "budget"}
 LATENTS = {"latent_std_grain_0", "latent_std_grain_1"}
 LOGGED = {
-    "train_grain.py": SIGNALS | {"accuracy"},
-    "train_d2it.py": SIGNALS | LATENTS | {"mse_grain_0", "mse_grain_1"},
-    "train_dvae.py": SIGNALS | LATENTS | {"l1", "kl"},
+    "train_grain.py": GRAINS | {"accuracy"},
+    "train_d2it.py": GRAINS | LATENTS | {"mse_grain_0", "mse_grain_1"},
+    "train_dcdit.py": SIGNALS | TOKENS | {"mse", "ratio", "natural_share_noisy", "natural_share_clean"},
+    "train_dvae.py": GRAINS | LATENTS | {"l1", "kl"},
 }
 
 
@@ -42,7 +45,7 @@ def test_a_training_that_learns_nothing_fails_the_smoke_test(script, inputs, tmp
     curves = logged(tmp_path / "learns")
     assert LOGGED[script] <= curves.keys()
     assert all(len(curves[name]) == 30 for name in LOGGED[script])
-    assert all(math.isfinite(value) for name in SIGNALS for value in curves[name].values())
+    assert all(math.isfinite(value) for name in LOGGED[script] & (GRAINS | TOKENS) for value in curves[name].values())
     assert all(value > 0 for name in ("gradient_norm", "images_per_second") for value in curves[name].values())
 
 

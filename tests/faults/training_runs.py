@@ -21,28 +21,31 @@ from injection import in_child
 from script_runs import load_script
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from diffusers_d2it import D2iTPipeline
+from diffusers_d2it import D2iTPipeline, DCDiTModel
 from diffusers_d2it.training import run
 
 
 BATCHES = "batches.jsonl"
 LOSSES = {"train_grain.py": "grain_loss", "train_d2it.py": "content_losses", "train_dvae.py": "dvae_loss"}
+LOSSES["train_dcdit.py"] = "dcdit_losses"
 STEPS = 10  # eight photographs in batches of two: two epochs and a half
 
 
 class Inputs:
-    """What the scripts read: photographs, an autoencoder, their cache, and a grain model.
+    """What the scripts read: photographs, an autoencoder, their cache, a grain model, and a DC-DiT to start from.
 
     Args:
         folder: empty; all of it is put in there.
         components: of 32-pixel images.
+        dcdit: of their finest cells; a new one has hardly a token.
     """
 
-    def __init__(self, folder: Path, components: D2iTPipeline):
+    def __init__(self, folder: Path, components: D2iTPipeline, dcdit: DCDiTModel):
         self.folder = folder
         write_folder(folder / "photos", {f"{i}.png": encode(photo(i, 32)) for i in range(8)})
         components.vae.save_pretrained(folder / "vae")
         components.grain_model.save_pretrained(folder / "grain" / "grain_model")
+        dcdit.save_pretrained(folder / "dcdit")
         scheduler = DDIMScheduler(prediction_type="sample", clip_sample=False)
         scheduler.save_pretrained(folder / "grain" / "grain_scheduler")
         of_cache = {"train_data_dir": folder / "photos", "vae": folder / "vae", "output_dir": folder / "cache"}
@@ -58,6 +61,9 @@ class Inputs:
         flags |= {"latent_cache": self.folder / "cache", "vae": self.folder / "vae"}
         if script == "train_grain.py":
             return flags | {"preset": "grain-tiny", "gradient_accumulation_steps": 3}
+        if script == "train_dcdit.py":
+            flags |= {"init_from": self.folder / "dcdit", "budget_warmup_steps": 2}
+            return flags | {"gradient_accumulation_steps": 2}
         return flags | {"preset": "content-tiny", "grain": self.folder / "grain"}
 
 

@@ -1,6 +1,8 @@
 # Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
 """What stands around the steps: the folder of a run, what its logs say, the smoke test, what a batch draws."""
 
+import math
+
 import pytest
 import torch
 from accelerate import Accelerator
@@ -9,7 +11,17 @@ from torch.utils.data import DataLoader
 
 from diffusers_d2it import DynamicAutoencoderKL
 from diffusers_d2it.grains import grain_map_from_entropy, tie
-from diffusers_d2it.training import Run, draw_fine_ratio, grain_signals, load_autoencoder, make_accelerator
+from diffusers_d2it.models.transformer_dcdit import DCDiTOutput
+from diffusers_d2it.training import (
+    Run,
+    draw_budget,
+    draw_fine_ratio,
+    grain_signals,
+    load_autoencoder,
+    make_accelerator,
+    token_signals,
+    warn_of_few_tokens,
+)
 
 
 class Numbers(torch.utils.data.Dataset):
@@ -50,6 +62,22 @@ def test_losses_are_means_over_the_forward_passes_of_an_update_and_what_is_due_i
     assert due == [(False, False, 0), (True, False, 0), (True, True, 0)]
     rest = make_run(accelerator, step=2).batches(accelerator.prepare(DataLoader(Numbers(), 4)))
     assert next(rest)[1].initial_seed() in seeds  # the fifth batch
+
+
+def test_a_mean_is_over_the_passes_that_have_a_value_and_a_bad_loss_shows():
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=3)
+    run = make_run(accelerator)
+    nan, inf = math.nan, math.inf
+    run.note({"loss": torch.tensor(1.0), "somewhere": torch.tensor(nan), "nowhere": torch.tensor(nan)})
+    run.note({"loss": torch.tensor(2.0), "somewhere": torch.tensor(5.0), "nowhere": torch.tensor(nan)})
+    run.note({"loss": torch.tensor(6.0), "somewhere": torch.tensor(6.0), "nowhere": torch.tensor(nan)})
+    values = run.end_of_step()
+    assert (values["loss"], values["somewhere"]) == (3, 5.5) and math.isnan(values["nowhere"])
+    for bad in ({"loss": nan, "mse": nan}, {"loss": inf, "mse": inf}):
+        run.note({"loss": torch.tensor(1.0), "mse": torch.tensor(1.0)})
+        run.note({name: torch.tensor(value) for name, value in bad.items()})
+        values = run.end_of_step()
+        assert not math.isfinite(values["loss"]) and not math.isfinite(values["mse"])
 
 
 @pytest.mark.parametrize("step, falls", [(0, True), (0, False), (5, True)])
@@ -129,6 +157,51 @@ def test_fine_ratio_of_a_batch():
     draws = [draw_fine_ratio([0.2, 0.6], generator) for _ in range(1000)]
     assert 0.2 <= min(draws) < 0.21 and 0.59 < max(draws) <= 0.6
     assert sum(draws) / 1000 == pytest.approx(0.4, abs=0.02)
+
+
+BUDGETS = [0.4, 0.6, 0.8, 1.0]
+
+
+def test_budget_of_an_update():
+    draws = [draw_budget(BUDGETS, 100, 7, step) for step in range(1100)]
+    assert draws[:100] == [1.0] * 100 and draws == [draw_budget(BUDGETS, 100, 7, step) for step in range(1100)]
+    assert all(draws[100:].count(budget) == pytest.approx(250, abs=60) for budget in BUDGETS)
+    assert draws[200:] == [draw_budget(BUDGETS, 0, 7, step) for step in range(200, 1100)]
+    assert draws != [draw_budget(BUDGETS, 100, 8, step) for step in range(1100)]
+    assert draw_budget(BUDGETS, 0, 7, 0) in BUDGETS and draw_budget([0.5], 0, 7, 3) == 0.5
+
+
+def test_signals_of_tokens_tell_their_share_its_drift_and_that_at_either_end_of_the_noise():
+    probability = torch.tensor([[[1.0, 0.4], [0.5, 1.0]], [[1.0, 0.6], [0.7, 1.0]], [[1.0, 0.2], [0.9, 1.0]]])
+    kept = probability > 0.8
+    output = DCDiTOutput(sample=torch.zeros(3, 4, 2, 2), boundary_probability=probability, kept=kept)
+
+    def signals(*timesteps: float) -> dict[str, float]:
+        return {name: value.item() for name, value in token_signals(output, torch.tensor(timesteps), 4).items()}
+
+    found = signals(667.0, 999.0, 333.0)
+    assert found == pytest.approx(
+        {
+            "natural_share": 9 / 12,
+            "natural_drift": 9 / 12 - 1 / 4,
+            "kept_share": 7 / 12,
+            "natural_share_noisy": 6 / 8,
+            "natural_share_clean": 3 / 4,
+        }
+    )
+    in_the_middle = signals(334, 500, 666)
+    assert math.isnan(in_the_middle["natural_share_noisy"]) and math.isnan(in_the_middle["natural_share_clean"])
+    assert in_the_middle["natural_share"] == found["natural_share"]
+
+
+@pytest.mark.parametrize(
+    "share, step, warns", [(0.06, 300, True), (0.06, 900, True), (0.06, 301, False), (0.0625, 300, False)]
+)
+def test_a_router_that_wants_hardly_a_token_is_told_of_now_and_then(share, step, warns, caplog):
+    warn_of_few_tokens(share, 4.0, step)
+    assert len(caplog.messages) == warns
+    assert all("300" in text or "900" in text for text in caplog.messages)
+    assert all("0.06" in text and "`ratio_weight`" in text for text in caplog.messages)
 
 
 @pytest.mark.parametrize(

@@ -3,13 +3,13 @@
 and tokens.
 """
 
+import logging
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import TypeVar
 
 import torch
 from accelerate import Accelerator
-from diffusers.utils import logging
 from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
@@ -24,7 +24,7 @@ from ..models.chunking import NATURAL
 from ..models.transformer_dcdit import DCDiTOutput
 
 
-logger = logging.get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -127,17 +127,21 @@ def token_signals(output: DCDiTOutput, timesteps: torch.Tensor, compression: flo
 
     Returns:
         "natural_share", of the cells that the router wants as tokens; "natural_drift", how far that is from 1 / N;
-        "kept_share", what the budget leaves of it; "natural_share_noisy" and "natural_share_clean", that of the images
-        in the noisiest and in the cleanest third of the timesteps: NaN where none of the batch is there.
+        "kept_share", of the cells that the budget leaves; "natural_share_noisy" and "natural_share_clean", the natural
+        share of the images in the noisiest and in the cleanest third of the timesteps: NaN where none is there.
     """
     natural = (output.boundary_probability.detach() > NATURAL).float().mean(dim=(1, 2))  # (B,)
     share, third = natural.mean(), 1000 / 3
+
+    def share_where(there: torch.Tensor) -> torch.Tensor:
+        return (natural * there).sum() / there.sum()  # to pick them out would wait for the device
+
     return {
         "natural_share": share,
         "natural_drift": share - 1 / compression,
         "kept_share": output.kept.float().mean(),
-        "natural_share_noisy": natural[timesteps >= 2 * third].mean(),
-        "natural_share_clean": natural[timesteps < third].mean(),
+        "natural_share_noisy": share_where(timesteps >= 2 * third),
+        "natural_share_clean": share_where(timesteps < third),
     }
 
 

@@ -194,7 +194,8 @@ class Run:
         """Count an update, log it and ask whether the run is to stop.
 
         Args:
-            scalars: what is logged beside what was noted, which is logged as means over forward passes and processes.
+            scalars: what is logged beside what was noted, which is logged as means over forward passes and processes:
+                over those that are no NaN, the sign of what a batch did not have, unless the loss is one too.
 
         Returns:
             What was logged; "images_per_second", of all processes, among it.
@@ -202,7 +203,10 @@ class Run:
         self.step += 1
         names = list(self._noted[0])
         stacked = torch.stack([torch.stack([noted[name] for name in names]) for noted in self._noted])
-        values = dict(zip(names, self.accelerator.reduce(stacked.mean(dim=0), "mean").tolist()))
+        absent = stacked.isnan() & ~stacked[:, [names.index("loss")]].isnan()
+        sums = torch.stack([stacked.masked_fill(absent, 0).sum(dim=0), (~absent).float().sum(dim=0)])
+        total, count = self.accelerator.reduce(sums, "sum")
+        values = dict(zip(names, (total / count).tolist()))
         values |= {name: float(value) for name, value in scalars.items()}
         now = time.perf_counter()
         num_images = len(self._noted) * self.train_batch_size * self.accelerator.num_processes
