@@ -35,8 +35,8 @@ from flags import hub_arguments, image_arguments, run_arguments
 _FREE = frozenset(
     "output_dir resume_from_checkpoint max_train_steps checkpointing_steps checkpoints_total_limit validation_steps"
     " report_to dataloader_num_workers gradient_checkpointing compile push_to_hub hub_model_id hub_private_repo"
-    " hub_remote_code license train_data_dir latent_cache vae grain init_from alignment calibration_images fid_model"
-    " skip_nonfinite_steps".split()
+    " hub_remote_code license train_data_dir latent_cache vae grain init_from distill_from alignment"
+    " calibration_images fid_model skip_nonfinite_steps".split()
 )
 
 

@@ -33,6 +33,11 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         help="images over which the share is a mean, 16 in the paper; default: those of a forward pass",
     )
     group.add_argument(
+        "--distill_from",
+        help="DiT that --init_from was upcycled from, a file or a folder: the blocks learn what its blocks do first",
+    )
+    group.add_argument("--distill_steps", type=positive, default=5000, help="updates of that")
+    group.add_argument(
         "--budgets",
         type=number(float, 0.01, 1),
         nargs="+",
@@ -48,6 +53,8 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     if args.ratio_group_size is not None and args.train_batch_size % args.ratio_group_size:
         sizes = f"--ratio_group_size {args.ratio_group_size} must divide --train_batch_size {args.train_batch_size}"
         parser.error(sizes)
+    if args.distill_from is not None and args.init_from is None:
+        parser.error("--distill_from needs --init_from, a model that examples/convert_dcdit.py --upcycle made")
     return args
 
 
@@ -68,6 +75,7 @@ from diffusers_d2it.losses import mse_loss, ratio_loss, variance_loss
 from diffusers_d2it.objectives import DiffusionObjective, FlowMatchingObjective, make_objective
 from diffusers_d2it.training import (
     Alignment,
+    Distillation,
     FiniteGate,
     compile_blocks,
     draw_budget,
@@ -152,6 +160,9 @@ def main(args: argparse.Namespace) -> None:
         for embedder in filter(None, (begun.time_embed, begun.label_embed)):
             embedder.requires_grad_(False)  # a table of other classes is another one, and learnt
     transformer = make_model(DCDiTModel, begun, sizes, other_classes=True)
+    distillation = None
+    if args.distill_from is not None:
+        distillation = Distillation.from_dit(transformer.to(accelerator.device), args.distill_from)
     if args.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
     if args.compile:
@@ -193,6 +204,9 @@ def main(args: argparse.Namespace) -> None:
     run = run_of(args, accelerator, step)
     model.train()
     for batch, generator in run.batches(loader):
+        if distillation is not None and run.step >= args.distill_steps:
+            distillation.remove()
+            distillation = None
         with accelerator.accumulate(model, alignment):
             with torch.no_grad():
                 latents = codec.scale(codec.posterior(codec.moments(batch)).sample(generator))
@@ -205,6 +219,9 @@ def main(args: argparse.Namespace) -> None:
                 output = model(noised, timesteps, class_labels, budget=budget)
             predicted = output.sample, output.boundary_probability
             losses = dcdit_losses(args, objective, *predicted, latents, noise, noised, timesteps)
+            if distillation is not None:
+                losses["distillation"] = distillation(output.kept, output.sample, noised, timesteps, class_labels)
+                losses["loss"] = losses["distillation"] + args.ratio_weight * losses["ratio"]
             if network is not None:
                 size = tuple(side // 2 for side in latents.shape[2:])
                 with accelerator.autocast():

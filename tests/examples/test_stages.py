@@ -8,6 +8,7 @@ import PIL.Image
 import pytest
 import torch
 from alike import same_weights
+from diffusers import DiTTransformer2DModel
 from image_files import encode, photo, truncated_jpeg, write_tar
 from loopback_hub import TOKEN, Uploads, serve_hub
 from safetensors.torch import load_file
@@ -23,6 +24,7 @@ from diffusers_d2it import (
     DynamicAutoencoderKL,
     load_preset,
 )
+from diffusers_d2it.conversion import upcycle_dit
 from diffusers_d2it.data.images import to_pixels
 from diffusers_d2it.training import draw_budget
 
@@ -201,6 +203,27 @@ def test_an_upcycled_dcdit_keeps_its_embedders_but_for_other_classes(
     call_train("train_dcdit.py", tmp_path / "parts", 2, *arguments, "--resume_from_checkpoint", "latest")
     resumed = DCDiTModel.from_pretrained(tmp_path / "parts" / "checkpoint-2" / "model_ema")
     assert same_weights(resumed, second)
+
+
+def test_an_upcycled_dcdit_learns_from_its_dit_first(dcdit_arguments, tmp_path):
+    dit = DiTTransformer2DModel(2, 32, in_channels=4, num_layers=2, sample_size=8, patch_size=2, num_embeds_ada_norm=8)
+    first, second = dit.transformer_blocks
+    second.norm1.emb.load_state_dict(first.norm1.emb.state_dict())  # as trained ones have them
+    dit.save_pretrained(tmp_path / "dit")
+    student, _ = upcycle_dit(tmp_path / "dit", norm_num_groups=4)
+    student.save_pretrained(tmp_path / "start")
+    arguments = [*dcdit_arguments, "--init_from", tmp_path / "start", "--checkpointing_steps", 1]
+    arguments += ["--distill_from", tmp_path / "dit", "--distill_steps", 2]
+    call_train("train_dcdit.py", tmp_path / "run", 3, *arguments)
+    scalars = logged(tmp_path / "run")
+    assert list(scalars["distillation"]) == [1, 2]
+    for step, loss in scalars["loss"].items():
+        learnt = scalars["distillation"].get(step, scalars["mse"][step])
+        assert loss == pytest.approx(learnt + 0.03 * scalars["ratio"][step])
+    for steps, resume in ((1, []), (3, ["--resume_from_checkpoint", "latest"])):
+        call_train("train_dcdit.py", tmp_path / "parts", steps, *arguments, *resume)
+    last = [DCDiTModel.from_pretrained(tmp_path / run / "checkpoint-3" / "model") for run in ("run", "parts")]
+    assert same_weights(*last)
 
 
 def test_unconditional_training_with_three_grains_from_images(folder, tmp_path, capsys):

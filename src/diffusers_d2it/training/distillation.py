@@ -6,10 +6,13 @@ Shapes:
     h w sides in patches of the DiT, p = H / h
 """
 
+from pathlib import Path
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..conversion.dit import convert_diffusers_dit, convert_dit_checkpoint
 from ..models.transformer_d2it_content import D2iTContentModel
 from ..models.transformer_dcdit import DCDiTModel
 from .alignment import patches_of
@@ -21,7 +24,7 @@ class Distillation:
     A token is a cell, and is compared with the patch that it lies in. (The paper's first version says that outputs of
     blocks are compared, and not which with which.)
 
-        distillation = Distillation(student, teacher)
+        distillation = Distillation.from_dit(student, "DiT-XL-2-256x256.pt")
         output = student(noised, timesteps, class_labels)
         loss = distillation(output.kept, output.sample, noised, timesteps, class_labels)
 
@@ -47,10 +50,30 @@ class Distillation:
         self.teacher = teacher.requires_grad_(False).eval()
         self._tokens: list[torch.Tensor] = []
         self._patches: list[torch.Tensor] = []
-        for block in student.transformer_blocks:
-            block.register_forward_hook(self._keep_tokens)
-        for block in teacher.transformer_blocks:
-            block.register_forward_hook(self._keep_patches)
+        hooks = [(student, self._keep_tokens), (teacher, self._keep_patches)]
+        self._handles = [
+            block.register_forward_hook(hook) for model, hook in hooks for block in model.transformer_blocks
+        ]
+
+    @classmethod
+    def from_dit(cls, student: DCDiTModel, path: str | Path) -> "Distillation":
+        """With the DiT of a file of the original or of a folder of diffusers, as `upcycle_dit` reads them.
+
+        Raises:
+            ValueError: there is none, or as above.
+        """
+        config = student.config
+        sizes = {"num_grains": config.position_patch_size.bit_length(), "num_refine_layers": 1}
+        if Path(path).is_dir():
+            teacher, _ = convert_diffusers_dit(path, frequency_shift=config.frequency_shift, **sizes)
+        else:
+            teacher, _ = convert_dit_checkpoint(path, num_attention_heads=config.num_attention_heads, **sizes)
+        return cls(student, teacher.to(student.device))
+
+    def remove(self) -> None:
+        """End it: blocks keep nothing any more."""
+        for handle in self._handles:
+            handle.remove()
 
     def _keep_tokens(self, block: nn.Module, inputs: tuple, tokens: torch.Tensor) -> None:
         if torch.is_grad_enabled():  # not those of samples drawn meanwhile
