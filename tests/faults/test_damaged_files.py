@@ -11,7 +11,7 @@ import pytest
 from image_files import flip_bit
 from ways_of_saving import SaveCache, SaveCheckpoint, SaveModel, SavePipeline
 
-from diffusers_d2it import D2iTGrainModel, D2iTPipeline
+from diffusers_d2it import D2iTGrainModel, D2iTPipeline, DCDiTPipeline
 from diffusers_d2it.data.latent_cache import LatentCache
 from diffusers_d2it.files.folders import MANIFEST
 from diffusers_d2it.training import find_checkpoint
@@ -86,13 +86,16 @@ def test_a_checkpoint_under_another_name_or_without_a_manifest_is_not_one(tmp_pa
             find_checkpoint(way.accelerator, tmp_path, tmp_path / name)
 
 
-def test_models_and_pipelines(tmp_path, make_pipeline, fault):
+def test_models_and_pipelines(tmp_path, make_pipeline, make_dcdit_pipeline, fault):
     of_model, of_pipeline = fault("file of a saved model damaged"), fault("file of a saved pipeline damaged")
     components = make_pipeline()
     for way in (SaveModel(tmp_path, components), SavePipeline(tmp_path, components)):
         way.save(1)
     try_damages(of_model, tmp_path / "model", lambda: D2iTGrainModel.from_pretrained(tmp_path / "model"), False)
     try_damages(of_pipeline, tmp_path / "pipeline", lambda: D2iTPipeline.from_pretrained(tmp_path / "pipeline"), False)
+    folder = tmp_path / "dcdit"  # with an autoencoder of diffusers
+    make_dcdit_pipeline().save_pretrained(folder)
+    try_damages(of_pipeline, folder, lambda: DCDiTPipeline.from_pretrained(folder), False)
 
 
 def test_latent_caches(tmp_path, make_pipeline, fault):

@@ -15,9 +15,10 @@ import pytest
 import torch
 from diffusers import AutoModel, DiffusionPipeline, DiTTransformer2DModel
 from loopback_hub import MovingBranch, Uploads, files_of, run_with_hub, serve_hub
+from measuring import attempt
 from safetensors import SafetensorError
 
-from diffusers_d2it import D2iTGrainModel, D2iTPipeline
+from diffusers_d2it import D2iTGrainModel, D2iTPipeline, DCDiTPipeline
 from diffusers_d2it.conversion import (
     convert_dcdit_checkpoint,
     convert_diffusers_dit,
@@ -197,6 +198,29 @@ def test_a_checkpoint_to_be_converted_runs_no_code(planted, canary, tmp_path, fa
     for convert in (convert_diffusers_dit, upcycle_dit):
         count.refused(partial(convert, tmp_path / "dit"), PICKLED, what=(convert.__name__, "folder"))
         count.tried((convert.__name__, "folder"), silent=canary.exists())
+
+
+def test_an_autoencoder_of_diffusers_is_no_way_in(make_dcdit_pipeline, tmp_path, planted, canary, fault):
+    """diffusers reads a pickle where it finds no safetensors, and whatever class an index names."""
+    count, named = fault("pickle planted in the place of weights"), fault("model_index.json that names something else")
+    root = tmp_path / "dcdit"
+    make_dcdit_pipeline().save_pretrained(root)
+    (root / "manifest.json").unlink()
+    folder, index = root / "vae", json.loads((root / "model_index.json").read_text())
+    whole = (folder / WEIGHTS).read_bytes()
+    for kind in ("pickle", "torch"):
+        for name in (WEIGHTS, PICKLED, "pytorch_model.bin"):
+            (folder / WEIGHTS).unlink(missing_ok=True)
+            (folder / name).write_bytes(planted[kind])
+            count.refused(partial(DCDiTPipeline.from_pretrained, root), str(folder), what=(kind, name))
+            of_diffusers = attempt(partial(DiffusionPipeline.from_pretrained, root))  # in its own words
+            count.tried((kind, name), silent=canary.exists() or of_diffusers.error is None)
+            (folder / name).unlink()
+    (folder / WEIGHTS).write_bytes(whole)
+    others = [["diffusers", "UNet2DModel"], ["diffusers_d2it", "DCDiTModel"], ["os", "system"], ["transformers", "X"]]
+    for value in others:
+        (root / "model_index.json").write_text(json.dumps(index | {"vae": value}))
+        named.refused(partial(DCDiTPipeline.from_pretrained, root), str(root / "model_index.json"), "vae", what=value)
 
 
 # ---- Names ----
