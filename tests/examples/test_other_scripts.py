@@ -81,7 +81,7 @@ def test_photographs_at_several_budgets(tmp_path, load_photos):
 
 RECIPES = sorted(path.relative_to(EXAMPLES.parent).as_posix() for path in (EXAMPLES / "configs").rglob("*.txt"))
 SCRIPTS = {"dvae": ("train_dvae.py", 4), "grain": ("train_grain.py", 6), "content": ("train_d2it.py", 8)}
-SCRIPTS["decoder"] = SCRIPTS["dvae"]
+SCRIPTS |= {"decoder": SCRIPTS["dvae"], "dcdit": ("train_dcdit.py", 6)}
 LAUNCHES = {
     "one-gpu.yaml": (DistributedType.NO, 1, 1),
     "eight-gpus.yaml": (DistributedType.MULTI_GPU, 1, 8),
@@ -112,6 +112,20 @@ def test_the_papers_recipes_are_its_eight_hundred_epochs(dataset, num_images, mo
     assert 8 * args.train_batch_size * args.gradient_accumulation_steps == 256
     assert args.max_train_steps == num_images // 256 * 800
     assert (args.learning_rate, args.ema_decay, args.preset) == (1e-4, 0.9999, f"content-{model}")
+
+
+@pytest.mark.parametrize("size, steps", [("s", 421_000), ("b", 408_000), ("l", 486_000), ("xl", 495_000)])
+def test_recipes_of_dcdit_are_those_of_its_paper(size, steps, monkeypatch):
+    # Table 6: batch 256, groups of 16 images, one cell in four, budgets after 5,000 updates, of shares 0, 0.1 ... 0.6
+    monkeypatch.chdir(EXAMPLES.parent)
+    recipe = f"@examples/configs/imagenet-256/dcdit-{size}.txt"
+    args = load_script("train_dcdit.py").parse_args([recipe, *"--latent_cache c --output_dir o --vae v".split()])
+    assert 8 * args.train_batch_size * args.gradient_accumulation_steps == 256 and args.ratio_group_size == 16
+    assert (args.compression, args.ratio_weight, args.budget_warmup_steps) == (4, 0.03, 5000)
+    assert args.budgets == pytest.approx([1 - dropped / 10 for dropped in range(6, -1, -1)])
+    assert (args.learning_rate, args.weight_decay, args.ema_decay, args.max_grad_norm) == (1e-4, 0, 0.9999, 1)
+    assert (args.label_dropout, args.learn_sigma, args.objective) == (0.1, True, "epsilon")
+    assert (args.max_train_steps, args.preset) == (steps, f"dcdit-{size}")
 
 
 @pytest.mark.parametrize("name", sorted(path.name for path in (EXAMPLES / "configs" / "accelerate").iterdir()))

@@ -60,7 +60,7 @@ def inputs(tmp_path_factory, make_pipeline, make_dcdit):
     """What the training scripts read."""
     from training_runs import Inputs  # here: most tests need no datasets
 
-    return Inputs(tmp_path_factory.mktemp("inputs"), make_pipeline(num_classes=None), make_dcdit(None))
+    return Inputs(tmp_path_factory.mktemp("inputs"), make_pipeline(num_classes=None), make_dcdit(None, seed=0))
 
 
 @pytest.fixture

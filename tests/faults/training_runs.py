@@ -37,7 +37,7 @@ class Inputs:
     Args:
         folder: empty; all of it is put in there.
         components: of 32-pixel images.
-        dcdit: of their finest cells; a new one has hardly a token.
+        dcdit: of their finest cells, with many tokens: a new one has hardly one, of which a budget takes nothing.
     """
 
     def __init__(self, folder: Path, components: D2iTPipeline, dcdit: DCDiTModel):

@@ -26,9 +26,9 @@ from diffusers import DDPMScheduler
 from safetensors.torch import save_file
 from torch import nn
 
-from diffusers_d2it import D2iTContentModel, D2iTGrainModel, DynamicAutoencoderKL, load_preset
+from diffusers_d2it import D2iTContentModel, D2iTGrainModel, DCDiTModel, DynamicAutoencoderKL, load_preset
 from diffusers_d2it.grains import GrainLayout
-from diffusers_d2it.losses import dvae_loss, grain_loss, multi_grained_loss
+from diffusers_d2it.losses import dvae_loss, grain_loss, mse_loss, multi_grained_loss, ratio_loss
 from diffusers_d2it.training.checkpoints import is_sharded
 
 
@@ -64,6 +64,14 @@ def make_randomized(cls: type[nn.Module], preset: str) -> nn.Module:
     return model.double()
 
 
+def make_dcdit() -> nn.Module:
+    model = make_randomized(DCDiTModel, "dcdit-tiny")
+    with torch.no_grad():  # far from one half, which rounding would cross, on both sides
+        model.boundary_router.score.weight.mul_(1000)
+        model.boundary_router.score.bias.fill_(-4)
+    return model
+
+
 def make_autoencoder() -> nn.Module:
     torch.manual_seed(0)
     return DvaeStep(DynamicAutoencoderKL(**load_preset("dvae-tiny"))).double()
@@ -92,6 +100,13 @@ def grain_model_loss(model: nn.Module, step: int, rows: slice) -> torch.Tensor:
     return grain_loss(model(noised, timesteps, labels, share).logits, grain_map)["loss"]
 
 
+def dcdit_loss(model: nn.Module, step: int, rows: slice) -> torch.Tensor:
+    _, timesteps, labels = (values[rows] for values in conditions(step))
+    latents, noise = (draw(seed, BATCH, 4, 8, 8)[rows] for seed in (step, 50 + step))
+    output = model(SCHEDULER.add_noise(latents, noise, timesteps), timesteps, labels, budget=0.6)
+    return mse_loss(output.sample, noise) + ratio_loss(output.boundary_probability, 4.0, group_size=1)
+
+
 def autoencoder_loss(model: nn.Module, step: int, rows: slice) -> torch.Tensor:
     pixels = draw(step, BATCH, 3, 32, 32)[rows].clamp(-1, 1)
     generator = torch.Generator().manual_seed(step)
@@ -103,8 +118,9 @@ STEPS = {
     "autoencoder": Step(make_autoencoder, autoencoder_loss),
     "grain": Step(partial(make_randomized, D2iTGrainModel, "grain-tiny"), grain_model_loss),
     "content": Step(partial(make_randomized, D2iTContentModel, "content-tiny"), content_loss),
+    "dcdit": Step(make_dcdit, dcdit_loss),
 }
-SHARDED = ("grain", "content")
+SHARDED = ("grain", "content", "dcdit")
 
 
 def train(step: Step, model: nn.Module, rows: slice, backward: Callable, optimizer) -> dict[str, torch.Tensor]:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from diffusers_d2it import DynamicAutoencoderKL
-from diffusers_d2it.losses import dvae_loss, multi_grained_loss
+from diffusers_d2it.losses import dvae_loss, mse_loss, multi_grained_loss, ratio_loss
 from diffusers_d2it.training import compile_blocks
 
 
@@ -80,3 +80,23 @@ def test_compiled_blocks_of_the_content_model_have_the_gradients_of_eager_ones(m
     assert same_directions(written_out, native)
     assert any(not torch.equal(written_out[name], native[name]) for name in native)
     assert_compiled_like_eager(model, gradients_in)
+
+
+def test_compiled_blocks_of_dcdit_have_the_gradients_of_eager_ones_on_any_number_of_tokens(make_dcdit):
+    model = make_dcdit().train()
+    generator = torch.Generator().manual_seed(0)
+    latents, noise = (torch.randn(4, 4, 8, 8, generator=generator) for _ in range(2))
+    timesteps, labels = torch.tensor([100, 300, 500, 700]), torch.tensor([0, 2, 1, 0])
+    budgets, counts = (1.0, 0.4), set()
+
+    def gradients_in(context) -> dict[str, torch.Tensor]:
+        loss = 0.0
+        for budget in budgets:
+            with context:
+                output = model(latents, timesteps, labels, budget=budget)
+            counts.add(int(output.kept.sum()))
+            loss = loss + mse_loss(output.sample, noise) + 0.03 * ratio_loss(output.boundary_probability, 4.0)
+        return gradients(model, loss)
+
+    assert_compiled_like_eager(model, gradients_in)
+    assert max(counts) > 2 * min(counts) > 20
