@@ -101,7 +101,7 @@ def check_command(words: list[str]) -> None:
 
 def check_script(script: str, *words: str) -> None:
     """Raise unless a script of the repository takes these words."""
-    path, argv, known = Path(script), sys.argv, {*sys.modules}
+    path, argv, known, places = Path(script), sys.argv, {*sys.modules}, [*sys.path]
     assert (ROOT / path).is_file(), script
     sys.argv = [script, *words]
     sys.path.insert(0, str(ROOT / path.parent))
@@ -118,10 +118,12 @@ def check_script(script: str, *words: str) -> None:
         raise AssertionError(f"{shlex.join([script, *words])}: exit status {end.code}, see stderr") from None
     finally:
         sys.argv = argv
-        sys.path.remove(str(ROOT / path.parent))
+        sys.path[:] = places
+        folders = [ROOT / name for name in ("examples", "reproduction", "benchmarks")]
         for name in {*sys.modules} - known:
-            if str(getattr(sys.modules[name], "__file__", None) or "").startswith(str(ROOT / path.parent)):
-                del sys.modules[name]  # folders have modules of the same name
+            # Folders have modules of the same name, and the folder of a page is gone when it ends
+            if Path(getattr(sys.modules[name], "__file__", None) or "").resolve().parent in folders:
+                del sys.modules[name]
 
 
 @contextmanager
