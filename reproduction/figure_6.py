@@ -51,11 +51,9 @@ def curves_table(curves: dict[str, list[dict]], judged: list[dict]) -> str:
     head = [cell for own, other in PAIRS.items() for cell in (other, own, f"{own} is ahead")]
     lines = [f"| steps | {' | '.join(head)} |", "|---|" + "---|" * len(head)]
     for steps in sorted({one["steps"] for one in judged}):
-        cells = [
-            x
-            for own, other in PAIRS.items()
-            for x in (distances[other, steps], distances[own, steps], verdicts[own, steps])
-        ]
+        # Steps at equal seconds are those of one objective alone
+        keys = [key for own, other in PAIRS.items() for key in ((distances, other), (distances, own), (verdicts, own))]
+        cells = [found.get((name, steps), "") for found, name in keys]
         lines.append(f"| {steps} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
