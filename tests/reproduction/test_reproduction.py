@@ -10,10 +10,11 @@ import datasets
 import PIL.Image
 import pytest
 import torch
+from diffusers import DDPMScheduler
 from photographs import load_photographs
 from script_runs import call
 
-from diffusers_d2it import D2iTContentModel
+from diffusers_d2it import D2iTContentModel, DCDiTModel
 from diffusers_d2it.grains import tie
 
 
@@ -165,3 +166,28 @@ def test_samples_that_are_not_tied(make_pipeline):
     assert torch.equal(images, tie(images, coarse))
     pipe(**inputs, callback_on_step_end=keep, generator=torch.manual_seed(0))
     assert torch.equal(seen[-1], tie(seen[-1], coarse))
+
+
+def test_dcdit_in_miniature(photographs, tmp_path, monkeypatch, capsys):
+    """Arms differ by what they say, and what is measured of a model is what a plain pass says."""
+    dcdit = importlib.import_module("dcdit")
+    monkeypatch.setattr(dcdit, "call", lambda script, *flags: call(script, *flags))
+    flags = ["--data", photographs, "--work_dir", tmp_path, "--steps", 2, "--seeds", 0, "--num_images", 8]
+    flags += ["--arms", "dc-dit", "residual at zero", "--output_dir", tmp_path]
+    monkeypatch.setattr(sys, "argv", ["dcdit.py", *map(str, flags)])
+    dcdit.main()
+    found = json.loads((tmp_path / "dcdit-small.json").read_text())["arms"]
+    assert list(found) == ["dc-dit", "residual at zero"] and "| residual at zero |" in capsys.readouterr().out
+    first, zero = (tmp_path / "runs" / f"{arm}-0-start" for arm in ("dc-dit", "residual-at-zero"))
+    first, zero = (DCDiTModel.from_pretrained(one) for one in (first, zero))
+    assert first.residual_proj.weight.any() and not zero.residual_proj.weight.any()
+    latents, labels = dcdit.validation(tmp_path / "cache-validation", 8)
+    model = DCDiTModel.from_pretrained(tmp_path / "runs" / "dc-dit-0" / "checkpoint-2" / "model_ema")
+    noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))
+    noised = DDPMScheduler().add_noise(latents, noise, torch.tensor([500]))
+    with torch.no_grad():
+        output = model(noised, 500, labels, budget=0.4)
+    [run], place = found["dc-dit"]["2"], dcdit.TIMESTEPS.index(500)
+    assert run["error"]["0.4"][place] == pytest.approx((output.sample - noise).square().mean().item(), rel=1e-4)
+    natural = (output.boundary_probability > 0.5).float().mean().item()
+    assert run["natural_share"][place] == pytest.approx(natural, abs=1e-3)
