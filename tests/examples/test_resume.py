@@ -28,22 +28,36 @@ def test_two_processes_share_the_work(name, preset, request, tmp_path):
         call_train(script, tmp_path, 3, *arguments, *resume)
 
 
-def test_a_sharded_run_ends_in_the_weights_of_an_averaged_one(dcdit_arguments, dcdit_start, tmp_path):
-    """Of the model whose number of tokens is another one in every pass and process."""
+@pytest.mark.parametrize("name, result", [("grain", "grain_model"), ("dcdit", "pipeline/transformer")])
+def test_a_sharded_run_ends_in_the_weights_of_an_averaged_one(name, result, request, tmp_path):
     averaged, sharded = tmp_path / "averaged", tmp_path / "sharded"
-    arguments = [*dcdit_arguments, "--train_batch_size", 1, "--init_from", dcdit_start]
-    train("train_dcdit.py", averaged, 4, *arguments, launch=TWO_PROCESSES, ACCELERATE_USE_CPU="true")
-    flags = ["sharded", "train_dcdit.py", *training_flags(sharded, 4), *arguments]
+    script, arguments = f"train_{name}.py", request.getfixturevalue(f"{name}_arguments")
+    arguments = [*arguments, "--train_batch_size", 1]
+    if name == "dcdit":  # whose number of tokens is another one in every pass and process
+        arguments += ["--init_from", request.getfixturevalue("dcdit_start")]
+    train(script, averaged, 4, *arguments, launch=TWO_PROCESSES, ACCELERATE_USE_CPU="true")
+    flags = ["sharded", script, *training_flags(sharded, 4), *arguments]
     launched = Path(__file__).parents[1] / "launched_script.py"
     run(launched, *flags, launch=SHARDED_PROCESSES, ACCELERATE_USE_CPU="true")
     weights = "diffusion_pytorch_model.safetensors"
     for part in ("model", "model_ema"):
         of_averaged, of_sharded = (load_file(one / "checkpoint-4" / part / weights) for one in (averaged, sharded))
-        torch.testing.assert_close(of_averaged, of_sharded, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(load_file(sharded / "pipeline" / "transformer" / weights), of_sharded, rtol=0, atol=0)
-    # Means over processes: both have drawn the same
-    budgets = {step + 1: draw_budget([0.1, 0.3, 0.6, 1.0], 2, 7, step) for step in range(4)}
-    assert [logged(one)["budget"] for one in (averaged, sharded)] == [pytest.approx(budgets)] * 2
+        if name == "grain":
+            torch.testing.assert_close(of_averaged, of_sharded, rtol=1e-5, atol=1e-7)
+            continue
+        # AdamW makes much of the rounding of a gradient that is almost zero: compared is what four updates moved
+        start = load_file(request.getfixturevalue("dcdit_start") / weights)
+        differing, moved = (
+            torch.cat(
+                [(of_averaged[key] - other[key]).flatten() for key in start if key != "label_embed.weight"]
+            ).norm()
+            for other in (of_sharded, start)
+        )
+        assert differing < 1e-4 * moved
+    torch.testing.assert_close(load_file(sharded / result / weights), of_sharded, rtol=0, atol=0)
+    if name == "dcdit":  # means over processes: both have drawn the same
+        budgets = {step + 1: draw_budget([0.1, 0.3, 0.6, 1.0], 2, 7, step) for step in range(4)}
+        assert [logged(one)["budget"] for one in (averaged, sharded)] == [pytest.approx(budgets)] * 2
 
 
 # ---- What is refused ----

@@ -126,11 +126,13 @@ def test_gradient_checkpointing_runs_blocks_again_and_changes_nothing(make, inpu
 def test_bfloat16_is_close_to_float32(make, inputs_for):
     model = make()
     inputs = inputs_for(model)
+    if isinstance(model, DCDiTModel):  # all cells are tokens: else those at one half are in one of the two alone
+        model.boundary_router.score.bias.fill_(10.0)
+        inputs["budget"] = torch.ones(3)
     exact = run(model, inputs)
     rough = run(model.to(torch.bfloat16), inputs, torch.bfloat16)
     assert rough.dtype == torch.bfloat16
-    limit = 0.15 if isinstance(model, DCDiTModel) else 0.05  # a few cells are tokens in one alone
-    assert (rough.float() - exact).norm() < limit * exact.norm()
+    assert (rough.float() - exact).norm() < 0.05 * exact.norm()
 
 
 # ---- Conditions of both transformers ----

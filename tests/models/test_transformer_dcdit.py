@@ -4,6 +4,7 @@
 import plain_dcdit
 import pytest
 import torch
+from alike import same_weights
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -172,8 +173,7 @@ def test_checkpointing_and_round_trip(tmp_path):
     for weight, gradient in zip(model.parameters(), gradients):
         torch.testing.assert_close(weight.grad, gradient)
     model.eval().save_pretrained(tmp_path)
-    again = DCDiTModel.from_pretrained(tmp_path, torch_dtype=torch.float64)
-    assert again(*given, return_dict=False)[0].equal(sample)
+    assert same_weights(DCDiTModel.from_pretrained(tmp_path), model.float())
 
 
 @pytest.mark.parametrize(
@@ -208,3 +208,23 @@ def test_bad_latents_and_labels():
         model(latents[:, :3], timesteps, labels)
     with pytest.raises(ValueError, match="`class_labels`"):
         model(latents, timesteps, labels + 1)
+
+
+@torch.no_grad()
+def test_the_router_of_a_model_in_half_precision_is_not(make_dcdit, tmp_path):
+    """Which cells are tokens is decided in float32, of the same features."""
+    make_dcdit().save_pretrained(tmp_path)
+    exact, rough = (DCDiTModel.from_pretrained(tmp_path, dtype=dtype) for dtype in (torch.float32, torch.bfloat16))
+    assert (
+        rough.dtype
+        == torch.bfloat16
+        == rough.conv_in.weight.dtype
+        == rough.transformer_blocks[0].ff.linear_1.weight.dtype
+    )
+    assert rough.residual_proj.weight.dtype == rough.boundary_router.proj.weight.dtype == torch.float32
+    features = torch.randn(2, 8, 8, 64)
+    found = [model._boundary_probability(features) for model in (exact, rough)]
+    assert found[0].equal(found[1]) and 0 < (found[0] > 0.5).float().mean() < 1
+    latents, timesteps, labels = torch.randn(2, 4, 8, 8), torch.tensor([999, 3]), torch.tensor([0, 10])
+    output = rough(latents.bfloat16(), timesteps, labels, budget=0.5)
+    assert output.sample.dtype == torch.bfloat16 and output.sample.isfinite().all()

@@ -174,6 +174,7 @@ class DCDiTModel(ClassLabelsMixin, StrictModelMixin, AttentionMixin, CacheMixin,
     _supports_gradient_checkpointing = True
     _no_split_modules = ["ChunkBlock", "ResnetBlock2D"]
     _repeated_blocks = ["ChunkBlock"]
+    _keep_in_fp32_modules = ["boundary_router", "residual_proj"]  # loaded in half precision: which cells are tokens
     _skip_layerwise_casting_patterns = [
         "conv_in",
         "norm",
