@@ -116,12 +116,12 @@ def picture_box(label: str, alt_text: str, height: int | None = SIDE) -> gr.Imag
     )
 
 
-def editor_box(label: str, colours: list[str], sources: tuple[str, ...] = ()) -> gr.ImageEditor:
+def editor_box(label: str, colours: list[str]) -> gr.ImageEditor:
     return gr.ImageEditor(
         label=label,
         type="pil",
         format="png",
-        sources=sources,
+        sources=(),
         transforms=(),
         layers=False,
         brush=gr.Brush(default_size=20, colors=colours, default_color=colours[0], color_mode="fixed"),
@@ -212,13 +212,23 @@ def paint_tab(pipe: D2iTPipeline, above: list, tab: gr.Tab) -> None:
 def edit_tab(pipe: D2iTPipeline, above: list, drawn: gr.Image) -> None:
     with gr.Row():
         with gr.Column(min_width=300):
-            editor = editor_box("A picture", [MASK], ("upload", "clipboard"))
+            with gr.Row(equal_height=True):
+                # A box of its own: the editor would draw and send a photograph at the size of the camera
+                upload = gr.Image(
+                    label="Upload a picture",
+                    placeholder="drop or choose it",
+                    sources=["upload", "clipboard"],
+                    type="pil",
+                    height=120,
+                    buttons=[],
+                )
+                take = gr.Button("Take the drawn picture")
+            editor = editor_box("What is edited", [MASK])
             how = gr.Radio(EDITS, value=EDITS[0], label="What to do")
             strength = gr.Slider(
                 0, 1, 0.5, step=0.05, label="Strength of a variation: 0 keeps the picture", visible=False
             )
-            with gr.Row():
-                button, take = gr.Button("Edit", variant="primary"), gr.Button("Take the drawn picture")
+            button = gr.Button("Edit", variant="primary")
             words = words_box("Upload a picture, or take the drawn one; then paint over what is to be new.")
         with gr.Column(min_width=300):
             picture = picture_box("Edited", "The picture after the edit", SIDE + 90)
@@ -231,15 +241,15 @@ def edit_tab(pipe: D2iTPipeline, above: list, drawn: gr.Image) -> None:
     def begin_edit(editor: dict | None, how: str, strength: float, *above: Any) -> Iterator[tuple]:
         return edit(pipe, editor, how, strength, *above)
 
-    def uploaded(editor: dict) -> tuple:
-        smaller, words = reduced(editor)
-        return None if smaller is None else on_canvas(smaller), words
+    def uploaded(picture: Image.Image) -> tuple:
+        picture, words = reduced(picture)
+        return gr.Image(None), on_canvas(picture), words
 
     def varies(how: str) -> dict:
         return gr.update(visible=how == EDITS[1])
 
     how.change(varies, how, strength, show_progress="hidden", api_name=False)
-    on(editor.upload, uploaded, [editor], [editor, words], "uploaded")
+    on(upload.upload, uploaded, [upload], [upload, editor, words], "uploaded")
     on(take.click, take_drawn, [drawn], [editor, words], "take_drawn")
     on(button.click, begin_edit, [editor, how, strength, *above], [picture, words], "edit")
 

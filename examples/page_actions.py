@@ -236,15 +236,15 @@ def quiet(pipe: D2iTPipeline) -> D2iTPipeline:
     return pipe
 
 
-def reduced(editor: dict[str, Any]) -> tuple[Image.Image | None, str]:
-    """(a smaller one, or None, words) of a picture that was uploaded."""
-    picture = editor["background"]
-    if picture is None or max(picture.size) <= LARGEST:
-        return None, "Paint over what is to be new, or vary the whole picture."
+def reduced(picture: Image.Image) -> tuple[Image.Image, str]:
+    """(it, or a smaller one where a brush would be too thin, words) of a picture that was uploaded."""
     smaller = picture.copy()
     smaller.thumbnail((LARGEST, LARGEST))
-    words = f"The picture of {picture.width}x{picture.height} pixels was reduced to {smaller.width}x{smaller.height}."
-    return smaller, words
+    if smaller.size == picture.size:
+        return picture, "Paint over what is to be new, or vary the whole picture."
+    return smaller, (
+        f"The picture of {picture.width}x{picture.height} pixels was reduced to {smaller.width}x{smaller.height}."
+    )
 
 
 def edit(pipe: D2iTPipeline, editor: dict | None, how: str, strength: float, *above: Any) -> Iterator[tuple]:

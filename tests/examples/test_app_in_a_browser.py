@@ -107,6 +107,10 @@ def button(page, name: str):
     return page.get_by_role("button", name=name, exact=True).click
 
 
+def upload(page, path: Path) -> None:
+    page.locator("input[type=file]").first.set_input_files(path)
+
+
 def tab(page, name: str) -> None:
     page.get_by_role("tab", name=name).click()
 
@@ -216,8 +220,8 @@ def test_a_photograph_is_filled_and_varied(visit, tmp_path):
     choose(page, "parachute")
     page.get_by_label("Seed").fill("6")
     tab(page, "Edit")
-    page.wait_for_timeout(1500)
-    page.locator("input[type=file]").last.set_input_files(tmp_path / "launch.png")
+    upload(page, tmp_path / "launch.png")
+    words_of(page).filter(has_text="Paint over").wait_for()
     page.wait_for_timeout(1500)
     page.get_by_label("Brush").last.click()
     page.wait_for_timeout(300)
@@ -238,11 +242,12 @@ def test_a_photograph_is_filled_and_varied(visit, tmp_path):
 
 
 def test_a_photograph_of_a_telephone_is_reduced(visit, tmp_path):
-    Image.fromarray(data.rocket()).resize((4000, 3000)).save(tmp_path / "large.jpg")
+    lying = Image.Exif()
+    lying[0x0112] = 6  # Orientation: to be turned to the right
+    Image.fromarray(data.rocket()).resize((3000, 4000)).save(tmp_path / "large.jpg", exif=lying)
     page = visit()
     tab(page, "Edit")
-    page.wait_for_timeout(1000)
-    page.locator("input[type=file]").last.set_input_files(tmp_path / "large.jpg")
+    upload(page, tmp_path / "large.jpg")
     words_of(page).filter(has_text="4000x3000 pixels was reduced to 1024x768").wait_for()
     assert not page.get_by_label("Strength").last.is_visible()
     page.get_by_label("vary the whole picture").check()
