@@ -6,9 +6,11 @@
 
 The weights are random. A new router keeps next to nothing, so the bias of its score is set to the quantile that makes
 a quarter of the cells of these inputs natural, the share that training aims at; what it keeps lies anywhere, which
-changes no time. The original DiT has the same width, heads and blocks. Multiply-adds are counted by `FlopCounterMode`:
-those of matrix products, convolutions and attention.
+changes no time. The original DiT has the same width, heads and blocks. Tokens and multiply-adds are those of
+`ForwardMeter`.
 """
+
+from collections.abc import Callable
 
 import torch
 from common import Bench, Flag, main
@@ -18,6 +20,7 @@ from peers import ORIGINAL, cast
 from torch import nn
 
 from diffusers_d2it import DCDiTModel, load_preset
+from diffusers_d2it.evaluation import ForwardMeter
 
 
 NATURAL_SHARE = 0.25
@@ -46,6 +49,13 @@ def r_squared(x: list[float], y: list[float]) -> float:
     return torch.corrcoef(torch.tensor([x, y], dtype=torch.float64))[0, 1].item() ** 2
 
 
+def cost(model: DCDiTModel, forward: Callable[[], object]) -> tuple[float, float]:
+    """(tokens, multiply-adds) of an image, mean over the batch."""
+    with ForwardMeter(model, counts_macs=True) as meter:
+        forward()
+    return sum(meter.tokens.values()), meter.macs
+
+
 @torch.no_grad()
 def measure(bench: Bench, preset: str, guided_preset: str, batch_size: int) -> str:
     torch.manual_seed(0)
@@ -60,13 +70,14 @@ def measure_budgets(bench: Bench, preset: str, batch_size: int) -> None:
     names = ("num_layers", "num_attention_heads", "attention_head_dim", "sample_size", "num_classes")
     dit = cast(OriginalDiT(DiTShape(*(config[name] for name in names))).eval(), bench.device, inputs[0].dtype)
     sides = {f"budget {budget}": lambda budget=budget: model(*inputs, budget=budget) for budget in BUDGETS}
-    tokens = {name: forward().kept.sum().item() for name, forward in sides.items()}
+    costs = {name: cost(model, forward) for name, forward in sides.items()}
+    tokens, macs = ({name: one[which] for name, one in costs.items()} for which in (0, 1))
     sides[ORIGINAL] = lambda: dit(*inputs)
-    macs = {name: count_operations(forward) / 2 for name, forward in sides.items()}
+    macs[ORIGINAL] = count_operations(sides[ORIGINAL]) / 2 / batch_size
     median = bench.time(sides)
     for budget in BUDGETS:
         name = f"budget {budget}"
-        bench.note(f"tokens an image, {name}", tokens[name] / batch_size)
+        bench.note(f"tokens an image, {name}", tokens[name])
         bench.note(f"multiply-adds / {ORIGINAL}'s, {name}", macs[name] / macs[ORIGINAL])
         bench.note(f"time / {ORIGINAL}'s, {name}", median[name] / median[ORIGINAL])
     linear = r_squared(list(tokens.values()), [median[name] for name in tokens])
@@ -88,7 +99,7 @@ def measure_guided(bench: Bench, preset: str, batch_size: int) -> None:
     budgets = {name: torch.ones(2 * batch_size, device=bench.device) for name in ("full guidance", "cheap guidance")}
     budgets["cheap guidance"][batch_size:] = NULL_BUDGET
     sides = {name: lambda budget=budget: model(*inputs, budget=budget) for name, budget in budgets.items()}
-    full, cheap = (count_operations(forward) for forward in sides.values())
+    (_, full), (_, cheap) = (cost(model, forward) for forward in sides.values())
     bench.note(f"multiply-adds, cheap / full guidance, null budget {NULL_BUDGET}", cheap / full)
     median = bench.time(sides)
     ratio = median["cheap guidance"] / median["full guidance"]

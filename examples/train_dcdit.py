@@ -55,6 +55,8 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error(sizes)
     if args.distill_from is not None and args.init_from is None:
         parser.error("--distill_from needs --init_from, a model that examples/convert_dcdit.py --upcycle made")
+    if args.distill_from is not None and args.objective != "epsilon":
+        parser.error(f"--distill_from needs --objective epsilon, which a DiT predicts, got {args.objective}")
     return args
 
 

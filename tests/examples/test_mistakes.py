@@ -31,6 +31,7 @@ FLAGS = [
     ("train_dcdit.py", f"{TRAIN} --compression 1", ["--compression", "1.01"]),
     ("train_dcdit.py", f"{TRAIN} --ratio_group_size 3", ["--ratio_group_size 3", "--train_batch_size 32"]),
     ("train_dcdit.py", f"{TRAIN} --distill_from d", ["--distill_from", "--init_from"]),
+    ("train_dcdit.py", f"{TRAIN} --init_from m --distill_from d --objective v_prediction", ["--objective", "epsilon"]),
     ("train_dcdit.py", f"{TRAIN} --alignment a", ["--alignment", "--latent_cache"]),
     ("train_dcdit.py", f"{TRAIN} --preset p --init_from i", ["--preset", "--init_from"]),
     ("train_dcdit.py", f"{TRAIN} --fine_ratio 0.5", ["--fine_ratio"]),
