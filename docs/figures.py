@@ -98,7 +98,7 @@ FIGURES: dict[str, Callable[..., str]] = {
     "claims": lambda name: claims_table(result(name)["claims"]),
     "reconstructions": lambda name: reconstructions_table(result(name)["reconstructions"]),
     "curves": lambda name: curves_table(result(name)["curves"], result(name)["claims"]),
-    "budget": lambda name: budget_table(result(name)["ratios"], result(name)["real_images"]),
+    "budget": lambda name: budget_table(result(name)["rows"], result(name)["real_images"]),
     "goals": goals_table,
     "savers": lambda name: savers_table(result(name)["savers"]),
     "coherence": coherence,

@@ -199,10 +199,11 @@ def add_hub_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_report_arguments(parser: argparse.ArgumentParser) -> None:
-    """Checkpoint, data, features and sampling: shared by the reports on a checkpoint."""
+def add_report_arguments(parser: argparse.ArgumentParser, several: bool = False) -> None:
+    """Checkpoint, or several, data, features and sampling: shared by the reports on checkpoints."""
     group = parser.add_argument_group("checkpoint")
-    group.add_argument("--checkpoint", help="folder or Hub name of a pipeline; default: the bundled one")
+    what = "folders or Hub names of pipelines" if several else "folder or Hub name of a pipeline"
+    group.add_argument("--checkpoint", nargs="+" if several else None, help=f"{what}; default: the bundled one")
     add_data_arguments(parser)
     add_class_arguments(parser)
     parser.set_defaults(resolution=None)  # that of the checkpoint

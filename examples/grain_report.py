@@ -38,6 +38,7 @@ from typing import Any
 
 import torch
 
+from diffusers_d2it import D2iTPipeline
 from diffusers_d2it.evaluation import (
     MAP_SOURCES,
     Drawing,
@@ -139,18 +140,21 @@ def report_text(rows: Sequence[dict], real: Sequence[dict], diagnostics: dict) -
 
 def main(args: argparse.Namespace) -> None:
     report = prepare(args, Path(f"{os.path.normpath(args.output)}.bad_images.jsonl"))
-    accelerator, drawing, data = report.accelerator, report.drawing, report.data
+    accelerator, data = report.accelerator, report.data
+    ((name, drawing),) = report.drawings.items()
+    if not isinstance(drawing.pipe, D2iTPipeline):
+        raise ValueError(f"--checkpoint {name} must be of D2iT, which has maps, got {type(drawing.pipe).__name__}.")
     images, others = counted(len(data.images), "image"), counted(len(data.reference), "other")
     accelerator.print(f"{data.description}: {images} with their maps, {others}")
 
     true_maps = drawing.true_maps(data.images)
     maps = {source: drawing.maps(source, true_maps) for source in MAP_SOURCES}
-    rows = table_5(drawing, maps, report.evaluator, report.protocol, progress=True)
+    rows = table_5(drawing, maps, report.evaluator, progress=True)
     diagnostics = grain_diagnostics(drawing, data.images, maps)
     if accelerator.is_main_process:
         found = {"table_5": rows, "real_images": report.real, "diagnostics": diagnostics}
         print(report_text(rows, report.real, diagnostics))  # before it is saved, which may fail
-        save_report(args.output, {"protocol": report.describe(), **found})
+        save_report(args.output, {"protocol": report.describe() | drawing.describe(), **found})
         if report.bad_images.summary():
             print(report.bad_images.summary())
         print(f"{args.output}: all of it, with the protocol")

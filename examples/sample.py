@@ -74,32 +74,22 @@ if __name__ == "__main__":
     ARGS = begin(parse_args)  # before torch is imported, which takes seconds
 
 import inspect
-import os
 from dataclasses import replace
 from datetime import timedelta
-from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
+from checkpoint_kinds import SHARES, Pipeline, find_checkpoint, shares_of
 from diffusers import DDPMScheduler
-from huggingface_hub import hf_hub_download
 from tqdm.auto import tqdm
 
 from diffusers_d2it import (
-    D2iTImg2ImgPipeline,
-    D2iTInpaintPipeline,
     D2iTPipeline,
-    D2iTPipelineOutput,
     DCDiTPipeline,
-    DCDiTPipelineOutput,
     bundled_checkpoint,
     load_sampler,
 )
-from diffusers_d2it.files.folders import read_json
-from diffusers_d2it.files.source import check_source, pin
-from diffusers_d2it.grains import fine_share
-from diffusers_d2it.pipelines.index import INDEX
 from diffusers_d2it.pipelines.labels import class_ids
 from diffusers_d2it.sampling import (
     ReferenceMaps,
@@ -108,37 +98,15 @@ from diffusers_d2it.sampling import (
     describe_checkpoint,
     describe_scheduler,
 )
-from diffusers_d2it.words import counted, shown
+from diffusers_d2it.words import counted
 
 
-# What draws a checkpoint of the class that its index names, and the flags that are of it alone
-PIPELINES = {one.__name__: D2iTPipeline for one in (D2iTPipeline, D2iTImg2ImgPipeline, D2iTInpaintPipeline)}
-PIPELINES |= {DCDiTPipeline.__name__: DCDiTPipeline}
+# The flags that are of one kind of checkpoint alone
 FLAGS = {
     D2iTPipeline: "grain_source reference_data fine_ratio grain_num_inference_steps grain_guidance_scale".split(),
     DCDiTPipeline: ["budget", "null_budget"],
 }
-SHARES = {D2iTPipeline: "fine_share", DCDiTPipeline: "token_share"}  # as records call it
 GUIDANCE = ["guidance_scale", "guidance_interval", "guidance_power"]
-
-Pipeline = D2iTPipeline | DCDiTPipeline
-
-
-def find_checkpoint(checkpoint: str) -> tuple[type[Pipeline], str]:
-    """The class of the pipeline that draws a checkpoint, and the folder where its files lie.
-
-    Raises:
-        ValueError: it is no folder or name on the Hub, or of another class.
-        OSError: the Hub does not have it or cannot be reached.
-    """
-    check_source(checkpoint, None, None)
-    is_folder = os.path.isdir(checkpoint)
-    hub = {} if is_folder else pin(checkpoint, {})  # of one commit
-    file = Path(checkpoint, INDEX) if is_folder else Path(hf_hub_download(checkpoint, INDEX, **hub))
-    name = read_json(file).get("_class_name")
-    if name not in list(PIPELINES):  # a list itself where code lies beside it
-        raise ValueError(f"{file}: `_class_name` must be {' or '.join(PIPELINES)}, got {shown(name)}.")
-    return PIPELINES[name], checkpoint if is_folder else PIPELINES[name].download(checkpoint, **hub)
 
 
 def load_pipeline(args: argparse.Namespace, kind: type[Pipeline], folder: str, device: torch.device) -> Pipeline:
@@ -220,7 +188,7 @@ def describe(args: argparse.Namespace, folder: str, pipe: Pipeline, plan: Sample
         work = {"budget": budgets[0], "null_budget": None if guidance is None else null_budget}
     return {
         "checkpoint": describe_checkpoint(folder, pipe),
-        "resolution": [pipe.transformer.config.sample_size * pipe.vae_scale_factor] * 2,
+        "resolution": [pipe.trained_side] * 2,
         "dtype": args.dtype,
         **plan.describe(),
         "scheduler": describe_scheduler(pipe.scheduler),
@@ -240,13 +208,6 @@ def describe_grain_maps(args: argparse.Namespace, pipe: D2iTPipeline, guidance: 
             "guidance_scale": None if guidance is None else settings["grain_guidance_scale"],
         }
     return grain_maps
-
-
-def shares_of(output: D2iTPipelineOutput | DCDiTPipelineOutput, pipe: Pipeline) -> torch.Tensor:
-    """The share of each image that got the most work, (B,): of its regions, or of its cells, mean of the steps."""
-    if isinstance(output, D2iTPipelineOutput):
-        return fine_share(output.grain_maps, pipe.transformer.config.num_grains)
-    return output.token_counts.float().mean(dim=1) / output.boundary_maps[0].numel()
 
 
 def main(args: argparse.Namespace) -> None:

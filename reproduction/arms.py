@@ -35,6 +35,17 @@ ARMS = {
 
 
 @dataclass(frozen=True)
+class ChunkedArm:
+    """A model over the finest latents that is trained as examples/train_dcdit.py does, a token one cell in four."""
+
+    every_cell: bool = False  # DiT/1 in the place of DC-DiT
+    budgets: tuple[float, ...] = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)  # of which an update draws one
+
+
+CHUNKED_ARMS = {"dc-dit": ChunkedArm(), "dit-1": ChunkedArm(every_cell=True, budgets=(1.0,))}
+
+
+@dataclass(frozen=True)
 class Preset:
     """Size of the study."""
 
@@ -61,7 +72,7 @@ PRESETS = {
     # A few seconds on photographs of any kind: that the scripts run
     "smoke": Preset(
         resolution=32, grain_preset="grain-tiny", grain_steps=2,
-        num_layers=6, num_attention_heads=1, head_dim=16, batch_size=4, steps=4, learning_rate=1e-3, warmup=0,
+        num_layers=6, num_attention_heads=1, head_dim=32, batch_size=4, steps=4, learning_rate=1e-3, warmup=0,
         ema_decay=0.5, num_samples=8, seeds=(0,), sampling_steps=2, classifier_epochs=1,
         timed_steps=1,
     ),
@@ -80,15 +91,24 @@ PRESETS = {
 }  # fmt: skip
 
 
-def model_config(arm: Arm, preset: Preset) -> dict:
-    """Configuration of an arm's content model.
+def find_arm(name: str) -> Arm | ChunkedArm:
+    return (ARMS | CHUNKED_ARMS)[name]
+
+
+def model_config(arm: Arm | ChunkedArm, preset: Preset) -> dict:
+    """Configuration of an arm's content model, all of one width and number of blocks.
 
     A model without RefineNet has one that is never called: the configuration knows no 0.
     """
+    width = {"num_attention_heads": preset.num_attention_heads, "attention_head_dim": preset.head_dim}
+    if isinstance(arm, ChunkedArm):
+        return load_preset("dcdit-tiny") | {"num_layers": preset.num_layers} | width
     num_refine_layers = round(preset.num_layers * arm.refine_share)  # of 6 or 12 layers, as those of the paper
-    return load_preset("content-tiny") | {
-        "num_layers": preset.num_layers - num_refine_layers,
-        "num_refine_layers": max(1, num_refine_layers),
-        "num_attention_heads": preset.num_attention_heads,
-        "attention_head_dim": preset.head_dim,
-    }
+    return (
+        load_preset("content-tiny")
+        | {
+            "num_layers": preset.num_layers - num_refine_layers,
+            "num_refine_layers": max(1, num_refine_layers),
+        }
+        | width
+    )

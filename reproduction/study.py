@@ -19,8 +19,8 @@ from functools import cache, cached_property
 from pathlib import Path
 
 import torch
-from arms import ARMS, PRESETS, model_config
-from step_times import measure_step_times
+from arms import ARMS, CHUNKED_ARMS, PRESETS, ChunkedArm, find_arm, model_config
+from step_costs import measure_step_costs
 
 from diffusers_d2it import DynamicAutoencoderKL, bundled_checkpoint
 from diffusers_d2it.data import LatentCache
@@ -31,6 +31,7 @@ from diffusers_d2it.words import differences
 
 HERE = Path(__file__).parent
 EXAMPLES = HERE.parent / "examples"
+ADAPTIVE = ("d2it", "dc-dit", "dit", "dit-1")  # arms of adaptive.py
 AUTOENCODER = Path(bundled_checkpoint()) / "vae"  # of all arms
 
 
@@ -49,7 +50,7 @@ class Study:
 
     def _check_work_dir(self, preset: str) -> None:
         """Note what the study is of in its work folder, and refuse a folder of another one."""
-        arms = {name: asdict(arm) for name, arm in ARMS.items()}
+        arms = {name: asdict(arm) for name, arm in (ARMS | CHUNKED_ARMS).items()}
         identity = {"preset": {"name": preset} | asdict(self.preset), "arms": arms, "data": str(self.data)}
         identity |= {"vae": weights_digest(DynamicAutoencoderKL.from_pretrained(AUTOENCODER))}
         identity |= {"device": self.device.type, "features": self.features, "weights": self.weights}
@@ -116,23 +117,41 @@ class Study:
         return flags + (["--resume_from_checkpoint", "latest"] if folder.exists() else [])
 
     @cached_property
-    def step_seconds(self) -> dict[str, float]:
-        """Seconds of a training step of every arm, measured once."""
-        path = self.work_dir / "step_seconds.json"
+    def _step_costs(self) -> dict[str, dict[str, float]]:
+        """What a training step of every arm costs, measured once."""
+        path = self.work_dir / "step_costs.json"
         if not path.exists():
             cache = LatentCache(self.latent_cache, self.vae, seed=0)
-            write_json(path, measure_step_times(cache, self.vae, self.preset, self.device))
+            write_json(path, measure_step_costs(cache, self.vae, self.preset, self.device))
         return json.loads(path.read_text())
+
+    @property
+    def step_seconds(self) -> dict[str, float]:
+        """Seconds of a training step of every arm."""
+        return self._step_costs["seconds"]
+
+    @property
+    def macs(self) -> dict[str, float]:
+        """Multiply-adds of an image in a forward pass of the training of every arm."""
+        return self._step_costs["macs"]
 
     def steps_at_equal_seconds(self, arm: str) -> int:
         """Steps that an arm takes while d2it takes those of the preset."""
         return max(1, round(self.preset.steps * self.step_seconds["d2it"] / self.step_seconds[arm]))
 
+    def steps_at_equal_macs(self, arm: str) -> int:
+        """Steps after which an arm has spent the multiply-adds that d2it spends in those of the preset."""
+        return max(1, round(self.preset.steps * self.macs["d2it"] / self.macs[arm]))
+
+    def lengths(self, arm: str) -> list[int]:
+        """Steps of a training: equal ones, at equal seconds, and where it is asked for at equal multiply-adds."""
+        lengths = {self.preset.steps, self.steps_at_equal_seconds(arm)}
+        return sorted(lengths | ({self.steps_at_equal_macs(arm)} if arm in ADAPTIVE else set()))
+
     def checkpoints(self, arm: str) -> list[int]:
-        """Steps after which the weights of an arm are kept: regularly, at equal steps, and at equal seconds."""
+        """Steps after which the weights of an arm are kept: regularly, and those of its lengths."""
         every = self._steps_between_checkpoints
-        last = max(self.preset.steps, self.steps_at_equal_seconds(arm))
-        return sorted({*range(every, last + 1, every), self.preset.steps, self.steps_at_equal_seconds(arm)})
+        return sorted({*range(every, max(self.lengths(arm)) + 1, every), *self.lengths(arm)})
 
     @property
     def _steps_between_checkpoints(self) -> int:
@@ -141,7 +160,7 @@ class Study:
     def train(self, arm: str, seed: int) -> Path:
         """The folder of a trained run, with a checkpoint at each of its steps."""
         folder = self.work_dir / "runs" / f"{arm}-{seed}"
-        for steps in sorted({self.preset.steps, self.steps_at_equal_seconds(arm)}):
+        for steps in self.lengths(arm):
             if not (folder / f"checkpoint-{steps}").exists():
                 self._call(HERE / "train_arm.py", *self._flags(arm, seed, steps, folder))
         return folder
@@ -150,7 +169,7 @@ class Study:
         """Train these arms for every seed, `jobs` at a time: the first seed of all of them comes first."""
         _ = self.latent_cache, self.step_seconds, self.grain_folder(0.5)  # while nothing else runs
         for arm in arms:
-            write_json(self.work_dir / f"{arm}.json", model_config(ARMS[arm], self.preset))
+            write_json(self.work_dir / f"{arm}.json", model_config(find_arm(arm), self.preset))
         runs = [(arm, seed) for seed in self.preset.seeds for arm in arms]
         if self.jobs == 1:
             for run in runs:
@@ -160,12 +179,18 @@ class Study:
             list(pool.map(self.train, *zip(*runs)))
 
     def _flags(self, arm: str, seed: int, steps: int, folder: Path) -> list:
-        ablated, config = ARMS[arm], self.work_dir / f"{arm}.json"
-        flags = ["--grain", self.grain_folder(0.5), "--preset", config, "--max_train_steps", steps]
-        flags += ["--output_dir", folder, "--fine_ratio", ablated.fine_ratio, "--objective", ablated.objective]
+        ablated, config = find_arm(arm), self.work_dir / f"{arm}.json"
+        flags = ["--preset", config, "--max_train_steps", steps, "--output_dir", folder]
+        flags += self._training_flags(folder, seed)
+        if isinstance(ablated, ChunkedArm):
+            flags += ["--every_cell"] if ablated.every_cell else []
+            warmup = ["--budget_warmup_steps", self.preset.warmup]
+            return [*flags, "--dcdit", "--budgets", *ablated.budgets, *warmup]
+        flags += ["--grain", self.grain_folder(0.5), "--fine_ratio", ablated.fine_ratio]
+        flags += ["--objective", ablated.objective]
         flags += ["--without_refine_net"] if ablated.refine_share == 0 else []
         flags += [] if ablated.tied_noise else ["--independent_noise"]
-        return flags + ["--grain_weights", *ablated.grain_weights, *self._training_flags(folder, seed)]
+        return flags + ["--grain_weights", *ablated.grain_weights]
 
     def _call(self, script: Path, *flags) -> None:
         """Run a script to its end; where it fails, the error ends with what it said last."""
@@ -198,7 +223,7 @@ def make_parser(description: str) -> argparse.ArgumentParser:
 def main() -> None:
     args = make_parser(__doc__).parse_args()
     with lock(args.work_dir):
-        Study(args).train_all(list(ARMS))
+        Study(args).train_all([*ARMS, *CHUNKED_ARMS])
 
 
 if __name__ == "__main__":

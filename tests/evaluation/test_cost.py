@@ -112,7 +112,7 @@ def test_what_another_model_keeps_is_counted(make_dcdit):
 
 def test_cost_of_calls_by_hand():
     def call(num_images: int, seconds: float, steps: list[float], share: float) -> TimedCall:
-        return TimedCall(num_images, seconds, steps, {"backbone": 16, "refine": 100 * share}, {"share": share})
+        return TimedCall(num_images, seconds, steps, {"backbone": 16, "refine": 100 * share})
 
     calls = [
         call(4, 8.0, [1.0, 2.0], 0.5),
@@ -122,7 +122,6 @@ def test_cost_of_calls_by_hand():
     ]
     assert cost_of(calls) == {
         "tokens": {"backbone": 16, "refine": 700 / 13},
-        "averaged": {"share": 7 / 13},
         "seconds_per_image": 2,
         "seconds_per_step": 0.5,
     }

@@ -22,6 +22,7 @@ from diffusers_d2it.pixels import to_uint8
 
 pytestmark = pytest.mark.filterwarnings("ignore:fd_small_network. there are no more images")
 BUDGET = ["budget.json", "budget.md", "budget.png"]
+GUIDANCE = ([], ["--guidance_scale", 2], ["--num_inference_steps", 4])
 
 
 def read_json(path: Path) -> dict:
@@ -41,6 +42,15 @@ def flags(folder, make_pipeline, tmp_path_factory) -> list:
     flags = ["--checkpoint", checkpoint, "--train_data_dir", folder, "--features", "metric_inputs:small_network"]
     flags += ["--metrics", "fid", "precision", "--num_images", 4, "--num_reference_images", 4]
     return [*flags, "--num_inference_steps", 2, "--grain_num_inference_steps", 2, "--batch_size", 3]
+
+
+@pytest.fixture(scope="module")
+def other(folder, make_dcdit_pipeline, tmp_path_factory) -> Path:
+    """A DC-DiT of the same classes, under other numbers again."""
+    names = sorted(path.name for path in folder.iterdir())
+    checkpoint = tmp_path_factory.mktemp("other")
+    make_dcdit_pipeline(id2label=dict(enumerate(names))).save_pretrained(checkpoint)
+    return checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -75,26 +85,51 @@ def test_report_holds_table_5_with_protocols_and_the_diagnostics_and_is_printed(
     assert "| real images | " in printed and "PSNR of reconstructions by grain" in printed
 
 
-def test_budget_is_a_file_a_table_and_a_plot(flags, tmp_path, capsys):
+def test_budgets_of_both_models_are_a_file_a_table_and_a_plot(flags, other, tmp_path, capsys):
     (tmp_path / "notes.txt").write_text("mine")
-    call("budget_report.py", *flags, "--output_dir", tmp_path)
+    checkpoints = [str(flags[1]), str(other)]
+    call("budget_report.py", *flags, "--checkpoint", *checkpoints, "--budgets", 0.25, 1, "--output_dir", tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == [*BUDGET, "notes.txt"]
     budget = read_json(tmp_path / "budget.json")
-    rows = budget["ratios"]
-    assert [row["fine_ratio"] for row in rows] == [0, 0.25, 0.5, 0.75, 1] == [row["fine_share"] for row in rows]
-    assert [row["fine_tokens"] for row in rows] == [0, 16, 32, 48, 64]
-    assert [row["results"][0]["protocol"]["samples"]["fine_ratio"] for row in rows] == [0, 0.25, 0.5, 0.75, 1]
+    rows = budget["rows"]
+    assert [(row["checkpoint"], row["budget"]) for row in rows] == [
+        (name, b) for name in checkpoints for b in (0.25, 1)
+    ]
+    assert [row["tokens"].get("refine") for row in rows] == [16, 64, None, None]
+    few, all_natural = (row["tokens"]["backbone"] for row in rows[2:])
+    assert few == pytest.approx(all_natural / 4, abs=1)
+    asked = [row["results"][0]["protocol"]["samples"] for row in rows]
+    assert [(one.get("fine_ratio"), one.get("budget")) for one in asked] == [
+        (0.25, None),
+        (1, None),
+        (None, 0.25),
+        (None, 1),
+    ]
+    assert [("reconstruction_psnr_db" in row) for row in rows] == [True, True, False, False]
     assert all(row["seconds_per_image"] > 0 for row in rows) and budget["protocol"]["machine"]["num_processes"] == 1
+    assert list(budget["protocol"]["checkpoints"]) == checkpoints
     table = (tmp_path / "budget.md").read_text()
-    assert table.startswith("4 samples at each ratio: 2 steps, guidance 1, seed 0, float32 on ")
-    assert len([line for line in table.splitlines() if line.startswith("| 0.")]) == 3
+    assert table.startswith("4 samples a row: 2 steps, guidance 1, seed 0, float32 on ")
     picture = PIL.Image.open(tmp_path / "budget.png")
     assert picture.size[0] > 500 and len(picture.convert("RGB").getcolors(2**20)) > 10
     lines = capsys.readouterr().out.splitlines()
-    lines = lines[lines.index(next(line for line in lines if line.startswith("| fine ratio"))) :]
-    assert lines[0].endswith("| PSNR, dB | tokens | GMAC / forward pass | s / image | ms / step |")
-    assert lines[3].startswith("| 0.25 | ") and " | 16 + 16 | " in lines[3]
-    assert lines[7].startswith("| real images | ") and {line.count("|") for line in lines[:8]} == {9}
+    lines = lines[lines.index(next(line for line in lines if line.startswith("|  | budget"))) :]
+    assert lines[0].endswith("| PSNR, dB | tokens | GMAC / image | s / image | ms / step |")
+    assert lines[2].startswith(f"| {checkpoints[0]} | 0.25 | ") and " | 16 + 16 | " in lines[2]
+    assert lines[6].startswith("| real images | ") and {line.count("|") for line in lines[:7]} == {10}
+
+
+def test_multiply_adds_of_all_passes(flags, other, tmp_path):
+    """Guided every step has two passes, of DC-DiT each with tokens of its own."""
+    plain, guided, longer = ([*flags, "--checkpoint", flags[1], other, "--budgets", 1, *more] for more in GUIDANCE)
+    found = []
+    for number, arguments in enumerate((plain, guided, longer)):
+        call("budget_report.py", *arguments, "--output_dir", tmp_path / str(number))
+        found.append([row["gmac"] for row in read_json(tmp_path / str(number) / "budget.json")["rows"]])
+    plain, guided, longer = found
+    # Of grains, not of images, is the embedding of grains; and DC-DiT keeps what it keeps
+    assert guided == [pytest.approx(2 * plain[0], rel=0.02), pytest.approx(2 * plain[1], rel=0.2)]
+    assert longer == [pytest.approx(2 * plain[0]), pytest.approx(2 * plain[1], rel=0.2)]
 
 
 def test_reconstruction_at_a_ratio_is_that_of_the_autoencoder(make_pipeline):
@@ -123,18 +158,18 @@ def assert_close(found, expected) -> None:
 def test_two_processes_find_what_one_does(flags, report, tmp_path):
     paths = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
     environment = {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": paths}
-    of_budget = ["--fine_ratios", 0, 0.5, "--output_dir", tmp_path]
+    of_budget = ["--budgets", 0, 0.5, "--output_dir", tmp_path]
     for script, own in (("grain_report.py", ["--output", tmp_path / "report.json"]), ("budget_report.py", of_budget)):
         result = run(script, *flags, *own, launch=TWO_PROCESSES, **environment)
         assert result.stdout.count("| real images |") == 1  # the main process alone prints
     assert sorted(path.name for path in tmp_path.iterdir()) == [*BUDGET, "report.json"]
     assert_close(read_json(tmp_path / "report.json"), report[0])
 
-    call("budget_report.py", *flags, "--fine_ratios", 0, 0.5, "--output_dir", tmp_path / "alone")
+    call("budget_report.py", *flags, "--budgets", 0, 0.5, "--output_dir", tmp_path / "alone")
     alone, together = (read_json(path / "budget.json") for path in (tmp_path / "alone", tmp_path))
     assert [budget["protocol"].pop("machine")["num_processes"] for budget in (alone, together)] == [1, 2]
     for budget in (alone, together):
-        assert all(row.pop("seconds_per_image") + row.pop("seconds_per_step") > 0 for row in budget["ratios"])
+        assert all(row.pop("seconds_per_image") + row.pop("seconds_per_step") > 0 for row in budget["rows"])
     assert_close(together, alone)
 
 
@@ -153,7 +188,6 @@ OF_BUDGET = ("budget_report.py", "--output_dir", "budget")
         (GRAIN, ["--unconditional"], "photos has no classes.* 10"),
         (GRAIN, ["--checkpoint", "nowhere"], "--checkpoint nowhere"),
         (OF_BUDGET, ["--num_images", 5], "`num_images` 5 .*`num_reference_images` 4 .* 9"),
-        (OF_BUDGET, ["--fine_ratios", 0.5, 0.5], r"`fine_ratios`.*\[0.5, 0.5\]"),
     ],
 )
 def test_what_is_wrong_is_named_before_anything_is_drawn(flags, tmp_path, script, wrong, message):
@@ -180,7 +214,13 @@ def test_without_matplotlib_nothing_is_drawn(flags, tmp_path, monkeypatch):
     assert not list((tmp_path / "budget").iterdir())
 
 
-def test_checkpoints_that_cannot_be_reported_on(flags, make_pipeline, tmp_path):
+def test_checkpoints_that_cannot_be_reported_on(flags, other, make_pipeline, tmp_path):
     make_pipeline(grain_model=None, grain_scheduler=None).save_pretrained(tmp_path / "without")
     with pytest.raises(ValueError, match="--checkpoint .*without.*grain model"):
         call("grain_report.py", *flags, "--checkpoint", tmp_path / "without", "--output", tmp_path / "report.json")
+    with pytest.raises(ValueError, match=rf"--checkpoint {other} .*DCDiTPipeline"):
+        call("grain_report.py", *flags, "--checkpoint", other, "--output", tmp_path / "report.json")
+    with pytest.raises(ValueError, match=r"`budget`.*\[0.01, 1\].*0"):
+        call("budget_report.py", *flags, "--checkpoint", other, "--budgets", 0, "--output_dir", tmp_path / "budget")
+    with pytest.raises(ValueError, match=f"--checkpoint .*{other} {other}"):
+        call("budget_report.py", *flags, "--checkpoint", other, other, "--output_dir", tmp_path / "budget")

@@ -8,11 +8,12 @@ Shapes:
 """
 
 import inspect
+import math
 import platform
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -47,7 +48,7 @@ class ForwardMeter:
             raise ValueError(f"`transformer` must have a budget, got a {type(transformer).__name__}.")
         self._signature = inspect.signature(transformer.forward)
         self._tokens: list[dict[str, torch.Tensor]] = []
-        self._macs: list[float] = []
+        self._macs: list[tuple[float, int]] = []  # of each pass, and its images
         self._starts: list = []
 
     def __enter__(self) -> "ForwardMeter":
@@ -67,7 +68,7 @@ class ForwardMeter:
             # Attention as two matrix products: a fused kernel that the counter does not know would count as nothing
             with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
                 output = self._forward(*args, **kwargs)
-            self._macs.append(counter.get_total_flops() / 2 / len(next(iter(inputs.values()))))
+            self._macs.append((counter.get_total_flops() / 2, len(next(iter(inputs.values())))))
         else:
             output = self._forward(*args, **kwargs)
         tokens = self.transformer.count_tokens(inputs, output)
@@ -83,7 +84,12 @@ class ForwardMeter:
     @property
     def macs(self) -> float:
         """Multiply-adds of an image in a pass, mean over passes."""
-        return statistics.fmean(self._macs)
+        return statistics.fmean(macs / number for macs, number in self._macs)
+
+    @property
+    def total_macs(self) -> float:
+        """Multiply-adds of all images in all passes."""
+        return math.fsum(macs for macs, _ in self._macs)
 
     def step_seconds(self) -> list[float]:
         """Seconds from the start of each pass to that of the next one: of the denoising steps but the last."""
@@ -110,7 +116,6 @@ class TimedCall:
     seconds: float  # of the whole call
     step_seconds: list[float]  # of its denoising steps
     tokens: dict[str, float]  # of an image by stage, mean over its images
-    averaged: dict[str, float] = field(default_factory=dict)  # what else was found of its images, means
 
 
 def cost_of(calls: Sequence[TimedCall]) -> dict[str, Any]:
@@ -119,7 +124,7 @@ def cost_of(calls: Sequence[TimedCall]) -> dict[str, Any]:
     The last batch may be smaller than the others, and an image of it dearer: its time does not count.
 
     Returns:
-        "tokens" by stage; "averaged"; "seconds_per_image", of the whole call; "seconds_per_step", both passes if
+        "tokens" by stage; "seconds_per_image", of the whole call; "seconds_per_step", both passes if
         guided: None with a single step.
     """
     num_images = sum(call.num_images for call in calls)
@@ -127,13 +132,11 @@ def cost_of(calls: Sequence[TimedCall]) -> dict[str, Any]:
     timed = [call for call in calls if call.num_images == full]
     steps = [seconds for call in timed for seconds in call.step_seconds]
 
-    def mean(kind: str) -> dict[str, float]:
-        parts = [(getattr(call, kind), call.num_images) for call in calls]
-        return {name: sum(part[name] * number for part, number in parts) / num_images for name in parts[0][0]}
-
+    stages = calls[0].tokens
     return {
-        "tokens": mean("tokens"),
-        "averaged": mean("averaged"),
+        "tokens": {
+            stage: sum(call.tokens[stage] * call.num_images for call in calls) / num_images for stage in stages
+        },
         "seconds_per_image": statistics.median(call.seconds for call in timed) / full,
         "seconds_per_step": statistics.median(steps) / full if steps else None,
     }

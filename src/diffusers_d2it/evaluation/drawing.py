@@ -8,8 +8,8 @@ Shapes:
     N images, H W their sides in pixels, h w sides of a map in regions
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -49,16 +49,17 @@ class Drawing:
     batch_size: int = 32  # images in a forward pass, in measurements without sampling too
     seed: int = 0  # with the number of an image it fixes all that is random
     accelerator: Accelerator | None = None  # its processes share the batches
+    checkpoint: Mapping[str, Any] = field(default_factory=dict)  # what protocols say of it
 
     def __post_init__(self):
         if (self.labels is None) != (self.pipe.transformer.config.num_classes is None):
             asked = "given, as the model has classes" if self.labels is None else "None, as the model has no classes"
             raise ValueError(f"`labels` must be {asked}.")
 
-    def describe(self) -> dict[str, int | float]:
+    def describe(self) -> dict[str, Any]:
         """The part of a protocol that this decides."""
         names = ("num_inference_steps", "guidance_scale", "seed")
-        return {name: getattr(self, name) for name in names} | self._of_maps
+        return {**self.checkpoint, **{name: getattr(self, name) for name in names}, **self._of_maps}
 
     @property
     def _of_maps(self) -> dict[str, int]:

@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
-"""One checkpoint drawn in several ways: how good the images are by arguments of the pipeline, and what they cost.
+"""A checkpoint drawn in several ways: how good the images are by arguments of the pipeline, and what they cost.
 
 Table 5 of arXiv:2504.09454 is such a comparison (examples/grain_report.py), and so are budgets (budget_report.py).
 
@@ -12,7 +12,7 @@ Shapes:
 """
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from typing import Any
@@ -25,6 +25,7 @@ from ..data.loaders import usable_images
 from ..data.source import ImageSource
 from ..files import gather, on_main_process
 from ..pipelines.pipeline_d2it import D2iTPipeline
+from ..pipelines.pipeline_dcdit import DCDiTPipeline
 from ..pixels import to_uint8, unit_to_uint8
 from ..sampling.reference_maps import classes_of_checkpoint
 from ..words import counted, listed
@@ -35,7 +36,7 @@ from .images import ImageSet
 
 
 _NUM_IMAGES = 1000, 5000  # of a report, and those it compares with
-_COUNTED_IMAGES, _COUNTED_STEPS = 8, 10  # of which multiply-adds are counted
+_COUNTED_IMAGES = 8  # of which multiply-adds are counted
 
 
 @dataclass(frozen=True)
@@ -45,11 +46,13 @@ class Row:
     name: str
     results: list[dict]  # of `evaluate`, as dictionaries {"metric", "value", "protocol", "deviation"}
     images: torch.Tensor  # that were drawn, (N, 3, H, W) uint8
-    cost: dict[str, Any] | None = None  # of an image: `cost_of` the calls, and "macs_per_forward"; None: not asked for
+    cost: dict[str, Any] | None = (
+        None  # of an image: `cost_of` the calls, and "macs" of all its passes; None: not asked
+    )
 
 
 def compare(
-    drawing: Drawing,
+    drawing: Drawing | Mapping[str, Drawing],
     rows: Mapping[str, Mapping[str, Any]],
     evaluator: Evaluator,
     shape: tuple[int, int, int, int],
@@ -57,7 +60,6 @@ def compare(
     title: str = "samples, {}",
     protocol: Mapping[str, Any] | None = None,
     costs: bool = False,
-    averaged: Callable[[Any], dict[str, torch.Tensor]] | None = None,
     progress: bool = False,
 ) -> list[Row]:
     """How good images are, and what they cost, by arguments of the pipeline; labels and noise are those of all rows.
@@ -65,49 +67,52 @@ def compare(
     The rows take turns batch by batch, so that whatever slows the machine down slows all of them.
 
     Args:
-        drawing: how images are drawn.
+        drawing: how images are drawn, in all rows or in each by its name: rows may be of several checkpoints. These
+            have one number of images, one batch size and one accelerator.
         rows: the arguments of the pipeline for each row, by its name. A tensor has a part for each image, (N, ...).
         evaluator: metrics and reference.
         shape: (N, 3, H, W) of the images of a row.
         title: what protocols call the images of a row, with its name for {}.
         protocol: what else they say of the samples beside the arguments of the row; of a tensor they say its name.
         costs: whether cost is measured. Seconds of several processes are those of processes that work side by side.
-        averaged: what else is averaged with the costs, (B,) by names, from an output of the pipeline.
         progress: show a bar.
 
     Raises:
         ValueError: there are other than N labels; or what `evaluate` and the pipeline raise.
     """
+    drawings = drawing if isinstance(drawing, Mapping) else dict.fromkeys(rows, drawing)
+    first = next(iter(drawings.values()))
     size, calls = shape[2:], {name: [] for name in rows}
 
     def draw(images: slice) -> torch.Tensor:
         drawn = []
         for name, arguments in rows.items():
             if costs:
-                samples, call = _timed_call(drawing, images, size, arguments, averaged)
+                samples, call = _timed_call(drawings[name], images, size, arguments)
                 calls[name].append(call)
             else:
-                samples = unit_to_uint8(drawing.call(images, size, **arguments).images).cpu()
+                samples = unit_to_uint8(drawings[name].call(images, size, **arguments).images).cpu()
             drawn.append(samples)
         return torch.stack(drawn, dim=1)
 
     if costs:
-        warm_up = replace(drawing, num_inference_steps=min(2, drawing.num_inference_steps))
-        for arguments in rows.values():
-            _timed_call(warm_up, slice(0, min(shape[0], drawing.batch_size)), size, arguments, None)
+        for name, arguments in rows.items():
+            warm_up = replace(drawings[name], num_inference_steps=min(2, drawings[name].num_inference_steps))
+            _timed_call(warm_up, slice(0, min(shape[0], first.batch_size)), size, arguments)
     samples = torch.zeros(shape[0], len(rows), *shape[1:], dtype=torch.uint8)
-    samples = drawing.over_images(draw, samples, "sampling" if progress else None)
-    parts = gather(drawing.accelerator, calls)
+    samples = first.over_images(draw, samples, "sampling" if progress else None)
+    parts = gather(first.accelerator, calls)
 
     found = []
     for (name, arguments), images in zip(rows.items(), samples.unbind(1)):
         plain = {key: name if isinstance(value, torch.Tensor) else value for key, value in arguments.items()}
-        told = {**drawing.describe(), **plain, **(protocol or {})}
-        results = evaluator(ImageSet.from_tensor(images, title.format(name), told, drawing.labels))
+        one = drawings[name]
+        told = {**one.describe(), **plain, **(protocol or {})}
+        results = evaluator(ImageSet.from_tensor(images, title.format(name), told, one.labels))
         cost = None
         if costs:
-            macs = on_main_process(drawing.accelerator, lambda a=arguments: _count_macs(drawing, shape, a))
-            cost = cost_of([call for part in parts for call in part[name]]) | {"macs_per_forward": macs}
+            macs = on_main_process(first.accelerator, lambda one=one, a=arguments: _count_macs(one, shape, a))
+            cost = cost_of([call for part in parts for call in part[name]]) | {"macs": macs}
         found.append(Row(name, [asdict(result) for result in results], images, cost))
     return found
 
@@ -117,7 +122,6 @@ def _timed_call(
     images: slice,
     size: tuple[int, int],
     arguments: Mapping[str, Any],
-    averaged: Callable[[Any], dict[str, torch.Tensor]] | None,
 ) -> tuple[torch.Tensor, TimedCall]:
     """Images of a batch on the CPU, and what they cost."""
     start = time.perf_counter()
@@ -125,17 +129,16 @@ def _timed_call(
         output = drawing.call(images, size, **arguments)
         samples = unit_to_uint8(output.images).cpu()  # which waits for the device
     seconds = time.perf_counter() - start
-    found = {} if averaged is None else {name: one.double().mean().item() for name, one in averaged(output).items()}
-    return samples, TimedCall(len(samples), seconds, meter.step_seconds(), meter.tokens, found)
+    return samples, TimedCall(len(samples), seconds, meter.step_seconds(), meter.tokens)
 
 
 def _count_macs(drawing: Drawing, shape: tuple[int, ...], arguments: Mapping[str, Any]) -> float:
-    """Multiply-adds of an image in a pass without guidance, mean over the first images of a row and over steps."""
-    alone = replace(drawing, guidance_scale=1.0, num_inference_steps=min(_COUNTED_STEPS, drawing.num_inference_steps))
+    """Multiply-adds of an image in all passes of a call, mean over the first images of a row, drawn one by one."""
+    number = min(_COUNTED_IMAGES, drawing.batch_size, shape[0])
     with ForwardMeter(drawing.pipe.transformer, counts_macs=True) as meter:
-        for image in range(min(_COUNTED_IMAGES, drawing.batch_size, shape[0])):
-            alone.call(slice(image, image + 1), shape[2:], **arguments, output_type="latent")
-    return meter.macs
+        for image in range(number):
+            drawing.call(slice(image, image + 1), shape[2:], **arguments, output_type="latent")
+    return meter.total_macs / number
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -155,7 +158,7 @@ class LabelledImages:
 
 def draw_labelled_images(
     source: ImageSource,
-    pipe: D2iTPipeline,
+    pipe: D2iTPipeline | DCDiTPipeline,
     num_images: int | None,
     num_reference_images: int | None,
     bad_images: BadImages,
@@ -180,8 +183,8 @@ def draw_labelled_images(
         ValueError: the data set has too few images, other classes than the checkpoint, or none; or the resolution does
             not suit the checkpoint.
     """
-    resolution = resolution or pipe.transformer.config.sample_size * pipe.vae.downsample_factor
-    check_resolution(resolution, pipe.vae.region_size)
+    resolution = resolution or pipe.trained_side
+    check_resolution(resolution, pipe.vae_scale_factor * pipe.transformer.patch_size)
     classes = None if pipe.transformer.config.num_classes is None else _known_classes(source, pipe)
     asked = num_images, num_reference_images
     num_images, num_reference_images = (default if one is None else one for one, default in zip(asked, _NUM_IMAGES))
@@ -211,7 +214,7 @@ def draw_labelled_images(
     return LabelledImages(images, labels, ImageSet.from_tensor(reference, description), description)
 
 
-def _known_classes(source: ImageSource, pipe: D2iTPipeline) -> dict[int, int]:
+def _known_classes(source: ImageSource, pipe: D2iTPipeline | DCDiTPipeline) -> dict[int, int]:
     classes = classes_of_checkpoint(source, pipe)
     missing = [repr(source.id2label[label]) for label, id in classes.items() if id is None]
     if missing:

@@ -128,6 +128,11 @@ class ClassConditionalPipeline(LoraPipelineMixin, StrictPipeline):
         return LatentCodec(self.vae).factor
 
     @property
+    def trained_side(self) -> int:
+        """Pixels along a side of the images that the transformer was trained on."""
+        return self.transformer.config.sample_size * self.vae_scale_factor
+
+    @property
     def num_timesteps(self) -> int:
         """Number of steps of the running or last call."""
         return self._num_timesteps

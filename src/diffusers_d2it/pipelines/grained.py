@@ -93,7 +93,7 @@ class GrainedPipeline(ClassConditionalPipeline):
         """
         if self.vae is None:
             raise ValueError("`vae` is None: without it there are no sides in pixels.")
-        side = self.vae.config.sample_size if self.transformer is None else self._trained_side
+        side = self.vae.config.sample_size if self.transformer is None else self.trained_side
         region = self.vae.region_size
         sides = [side if one is None else plain(one) for one in (height, width)]
         if any(not isinstance(one, int) or one < region or one % region for one in sides):
@@ -101,10 +101,6 @@ class GrainedPipeline(ClassConditionalPipeline):
                 f"`height` and `width` must be multiples of the region size {region}, got {sides[0]} and {sides[1]}."
             )
         return sides[0] // region, sides[1] // region
-
-    @property
-    def _trained_side(self) -> int:
-        return self.transformer.config.sample_size * self.vae.downsample_factor
 
     def image_size(self, size: tuple[int, int]) -> tuple[int, int]:
         """(H, W) of the image of a map of these sides."""
