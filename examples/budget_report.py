@@ -172,7 +172,7 @@ def plot_budget(rows: Sequence[dict], path: str | Path) -> None:
                     panel.annotate(f"{row['budget']:g}", place, xytext=(4, 4), textcoords="offset points")
             panel.set_xlabel(title)
             panel.set_ylabel(metric)
-            panel.set_xlim(left=0)
+            panel.set_xlim(0, 1.1 * max(row[cost] for row in rows))
             panel.grid(alpha=0.3)
             panel.legend()
     figure.savefig(path, dpi=150, format="png")
