@@ -37,9 +37,7 @@ class CellDiT(DCDiTModel):
         """As of `DCDiTModel`: the probability of every cell is 1."""
         batch, _, height, width = hidden_states.shape
         timestep = torch.as_tensor(timestep, device=hidden_states.device).expand(batch)
-        conditioning = F.silu(
-            self.time_embed(timestep, hidden_states.dtype) + self.label_embed(class_labels)
-        )  # (B, D)
+        conditioning = self.time_embed(timestep, hidden_states.dtype) + self.label_embed(class_labels)  # (B, D)
         chunks = Chunks.of(hidden_states.new_ones(batch, height, width, dtype=torch.bool))
         cells = self.conv_in(hidden_states).flatten(2).transpose(1, 2)  # (B, H * W, D)
         tokens = (cells + sincos_positions((height, width), cells)).flatten(0, 1)

@@ -29,6 +29,23 @@ def plot_curves(path: Path, curves: dict[str, list[dict]]) -> None:
     _save(figure, path)
 
 
+def plot_costs(path: Path, table: dict[str, dict]) -> None:
+    """Fréchet distance after equal updates over what the rows of each model cost to draw; guided ones are left out."""
+    figure, both = _figure()
+    plain = {name: row for name, row in table.items() if name.count(",") == 1}
+    for axes, (cost, title) in zip(both, (("gmac", "GMAC of an image"), ("milliseconds", "milliseconds of a step"))):
+        for arm in dict.fromkeys(row["arm"] for row in plain.values()):
+            points = {name: row for name, row in plain.items() if row["arm"] == arm}
+            positions = [row[cost] for row in points.values()]
+            distances = [row["equal_steps"]["frechet_distance"] for row in points.values()]
+            _draw(axes, positions, distances, next(iter(points)).split(",")[0])
+            for name, place in zip(points, zip(positions, map(statistics.mean, distances))):
+                axes.annotate(name.split(", ")[1], place, xytext=(4, 4), textcoords="offset points", fontsize="small")
+        axes.set(xlabel=title, ylabel="Fréchet distance", xlim=(0, None))
+        axes.legend()
+    _save(figure, path)
+
+
 def _figure() -> tuple:
     from matplotlib.figure import Figure
 

@@ -14,7 +14,7 @@ from diffusers import DDPMScheduler
 from photographs import load_photographs
 from script_runs import call
 
-from diffusers_d2it import D2iTContentModel, DCDiTModel
+from diffusers_d2it import D2iTContentModel, DCDiTModel, load_preset
 from diffusers_d2it.grains import tie
 
 
@@ -81,6 +81,24 @@ def test_each_script_in_its_smallest_preset(script, photographs, work_dir, tmp_p
         assert distances and all(value > 0 for of_seeds in distances for value in of_seeds)
 
 
+def test_both_adaptive_models_and_dit(photographs, work_dir, tmp_path, in_this_process, monkeypatch):
+    flags = ["--data", photographs, "--work_dir", work_dir, "--preset", "smoke", "--output_dir", tmp_path]
+    monkeypatch.setattr(sys, "argv", ["adaptive.py", *map(str, flags)])
+    importlib.import_module("adaptive").main()
+    result = json.loads((tmp_path / "adaptive-smoke.json").read_text())
+    rows, macs = result["rows"], result["training_step"]["macs"]
+    assert (tmp_path / "adaptive-smoke.png").is_file() and len(result["claims"]) == 9
+    # Of 64 cells: 16 regions of which half are fine; DiT/2 and DiT/1
+    assert rows["D2iT, 0.5"]["tokens"] == {"backbone": 16, "refine": 32}
+    assert rows["DiT/2, 1"]["tokens"] == {"backbone": 16} and rows["DiT/1, 1"]["tokens"] == {"backbone": 64}
+    assert rows["DC-DiT, 0.4"]["tokens"]["backbone"] <= rows["DC-DiT, 1"]["tokens"]["backbone"]
+    assert rows["DC-DiT, 1, guided"]["gmac"] > 1.9 * rows["DC-DiT, 1"]["gmac"]
+    for name, row in rows.items():
+        equal = row.get("equal_macs")
+        if equal is not None:
+            assert equal["steps"] * macs[row["arm"]] == pytest.approx(4 * macs["d2it"], abs=macs[row["arm"]] / 2), name
+
+
 def test_several_processes_score_the_same(photographs, work_dir, tmp_path, in_this_process, monkeypatch):
     """Once all is trained: the scores that are kept are read, and whatever is missing is scored, by two processes."""
     flags = ["--data", photographs, "--work_dir", work_dir, "--preset", "smoke"]
@@ -128,6 +146,30 @@ def test_a_work_folder_of_another_study_is_refused(photographs, tmp_path):
     study.Study(parser.parse_args([*flags, "smoke"]))
     with pytest.raises(ValueError, match="preset.name.*small.*smoke|preset.name.*smoke.*small"):
         study.Study(parser.parse_args([*flags, "small"]))
+
+
+def test_dit_of_cells_is_a_plain_transformer_over_all_of_them(tmp_path):
+    """Its blocks by those of a network that is given all cells as a sequence of one image; it is loaded as others."""
+    cell_dit, layers = importlib.import_module("cell_dit"), importlib.import_module("diffusers_d2it.models.layers")
+    model = cell_dit.CellDiT(**load_preset("dcdit-tiny")).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    model.save_pretrained(tmp_path)
+    model = cell_dit.CellDiT.from_pretrained(tmp_path)
+    latents, labels = torch.randn(2, 4, 8, 8), torch.tensor([0, 1])
+    conditioning = model.time_embed(torch.tensor([5, 900]), torch.float32) + model.label_embed(labels)
+    weight = model.conv_in.weight.flatten(1)  # (D, C)
+    tokens = latents.flatten(2).transpose(1, 2) @ weight.T + model.conv_in.bias
+    tokens = tokens + layers.sincos_positions((8, 8), tokens)
+    conditioning = torch.nn.functional.silu(conditioning)
+    for block in model.transformer_blocks:
+        plain = layers.DiTBlock(64, 2)
+        plain.load_state_dict(block.state_dict())
+        tokens = plain(tokens, conditioning)
+    expected = model.norm_out(tokens, conditioning).transpose(1, 2).view(2, 4, 8, 8)
+    output = model(latents, torch.tensor([5, 900]), labels, budget=0.5)
+    torch.testing.assert_close(output.sample, expected)
+    assert output.kept.all()
 
 
 def test_a_model_without_refine_net_is_the_rough_prediction(make_content_model):
