@@ -36,6 +36,7 @@ BENCHMARKS = (
     "loading",
     "packed_chunks",
     "chunk_forward",
+    "chunk_training",
     "training_step",
     "step_savers",
     "scaling",
