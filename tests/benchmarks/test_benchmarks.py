@@ -75,4 +75,4 @@ def test_the_table_shows_every_goal(tmp_path, monkeypatch, capsys):
     assert sum(line.strip()[0].isdigit() for line in lines) == len(run.GOALS) == 17
     assert [line.split()[:3] for line in lines if "of a CPU" in line] == [["CPU", "NOT", "REACHED"]]
     assert [line.split()[:2] for line in lines if "of none" in line] == [["CPU", "reached"]]
-    assert sum(line.split() == ["GPU", "not", "measured"] for line in lines) == 11
+    assert sum(line.split() == ["GPU", "not", "measured"] for line in lines) == 12
