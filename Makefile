@@ -54,7 +54,7 @@ test-oldest: setup.py constraints.txt
 
 # What tests skip where these are not installed: integer weights and ONNX
 test-optional: $(VENV)/.dev $(VENV)/.onnx $(VENV)/.quantization
-	$(BIN)/python -m pytest tests/models/test_quantized.py tests/models/test_export.py
+	$(BIN)/python -m pytest -n logical --maxprocesses 2 --dist loadfile tests/models/test_quantized.py tests/models/test_export.py
 
 # The page in a headless Chromium, of the system: `apt-get install chromium`, or CHROMIUM=/path/to/it. Without one only
 # that is skipped. SCREENSHOTS=docs writes the pictures of docs/page.md

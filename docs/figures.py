@@ -20,6 +20,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 sys.path += [str(ROOT / name) for name in ("examples", "reproduction", "benchmarks")]
 
+from arithmetic import models_table, runs_table  # noqa: E402
 from budget_report import budget_table  # noqa: E402
 from figure_5 import reconstructions_table  # noqa: E402
 from figure_6 import curves_table  # noqa: E402
@@ -100,6 +101,8 @@ FIGURES: dict[str, Callable[..., str]] = {
     "curves": lambda name: curves_table(result(name)["curves"], result(name)["claims"]),
     "budget": lambda name: budget_table(result(name)["rows"], result(name)["real_images"]),
     "goals": goals_table,
+    "models": lambda name: models_table(result(name)["models"]),
+    "runs": lambda name: runs_table(result(name)["models"]),
     "savers": lambda name: savers_table(result(name)["savers"]),
     "coherence": coherence,
     "in_painted": in_painted,

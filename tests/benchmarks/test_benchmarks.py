@@ -8,6 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from diffusers_d2it import D2iTContentModel, load_preset
+from diffusers_d2it.grains import tie
 
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
@@ -76,3 +82,44 @@ def test_the_table_shows_every_goal(tmp_path, monkeypatch, capsys):
     assert [line.split()[:3] for line in lines if "of a CPU" in line] == [["CPU", "NOT", "REACHED"]]
     assert [line.split()[:2] for line in lines if "of none" in line] == [["CPU", "reached"]]
     assert sum(line.split() == ["GPU", "not", "measured"] for line in lines) == 12
+
+
+def test_arithmetic_counts_what_a_real_pass_does_and_keeps():
+    arithmetic = importlib.import_module("arithmetic")
+    config = load_preset("content-tiny") | {"sample_size": 8}
+    model = D2iTContentModel(**config).train()
+    maps = torch.tensor([[[0, 1, 1, 0], [0, 0, 1, 1], [0, 0, 0, 0], [1, 0, 1, 1]]] * 2)
+    storages, inputs = {}, (torch.randn(2, 4, 8, 8), torch.zeros(2), model.prepare_grain_map(maps))
+    inputs[0][:] = tie(inputs[0], maps)
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+        return tensor
+
+    counter = FlopCounterMode(display=False)
+    hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
+    attention = sdpa_kernel(SDPBackend.FLASH_ATTENTION)
+    with hooks, torch.autocast("cpu", torch.bfloat16), counter, attention:
+        model(*inputs, torch.zeros(2, dtype=torch.int64))
+    with torch.device("meta"):
+        without_data = D2iTContentModel(**config)
+    macs, kept = arithmetic.kept(without_data, maps)
+    assert macs == counter.get_total_flops() / 2
+    assert kept == pytest.approx(sum(storage.nbytes() for storage in storages.values()), rel=0.02)
+
+
+def test_arithmetic_of_runs():
+    """More GPUs take as many hours in all; what is sharded shrinks with them, what does not fit is computed again."""
+    arithmetic = importlib.import_module("arithmetic")
+    counted = {"parameters": 1e9, "gmac": 100.0, "kept_bytes": 2**29, "kept_bytes_checkpointed": 2**25}
+    counted |= {"block_parameters": 1e7}
+    one, eight, many = (arithmetic.run_of(counted, gpus) for gpus in (1, 8, 64))
+    assert one["A100"]["gpu_hours"] == pytest.approx(many["A100"]["gpu_hours"]) and one["traffic_gb"] == 0
+    hours = 1_281_167 * 400 * 6 * 100e9 / (0.4 * 312e12) / 3600
+    assert one["A100"]["gpu_hours"] == pytest.approx(hours)
+    assert [run["images_a_gpu"] for run in (one, eight, many)] == [64, 32, 4]
+    assert one["memory_gib"]["DDP"] == pytest.approx((22e9 + 64 * 2**29) / 2**30)
+    assert many["memory_gib"]["DDP"] - many["memory_gib"]["FSDP2"] > 18 > eight["traffic_gb"] > 6.9
+    larger = arithmetic.run_of(counted | {"kept_bytes": 2**32}, 8)
+    assert larger["checkpointing"] and larger["images_a_gpu"] == 32
+    assert larger["A100"]["hours"] == pytest.approx(eight["A100"]["hours"] * 4 / 3)
