@@ -20,6 +20,8 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 sys.path += [str(ROOT / name) for name in ("examples", "reproduction", "benchmarks")]
 
+import dcdit  # noqa: E402
+from adaptive import adaptive_table, seen_table  # noqa: E402
 from arithmetic import models_table, runs_table  # noqa: E402
 from budget_report import budget_table  # noqa: E402
 from figure_5 import reconstructions_table  # noqa: E402
@@ -100,6 +102,11 @@ FIGURES: dict[str, Callable[..., str]] = {
     "reconstructions": lambda name: reconstructions_table(result(name)["reconstructions"]),
     "curves": lambda name: curves_table(result(name)["curves"], result(name)["claims"]),
     "budget": lambda name: budget_table(result(name)["rows"], result(name)["real_images"]),
+    "adaptive": lambda name: adaptive_table(result(name)["rows"]),
+    "seen": lambda name: seen_table(result(name)["claims"]),
+    "parts": lambda name, steps: dcdit.table(result(name)["arms"], int(steps)),
+    "shares": lambda name: dcdit.shares_table(result(name)["arms"]),
+    "claims_of_parts": lambda name: dcdit.claims_table(result(name)["arms"]),
     "goals": goals_table,
     "models": lambda name: models_table(result(name)["models"]),
     "runs": lambda name: runs_table(result(name)["models"]),

@@ -25,7 +25,7 @@ from arms import CHUNKED_ARMS, find_arm
 from cell_dit import CellDiT
 from dcdit import MovedBoundaries
 from plots import plot_costs
-from report import open_study, protocol, spread, verdict
+from report import SEEN, open_study, protocol, spread, verdict
 from scoring import Scorer
 from study import ADAPTIVE, Study, make_parser, write_json
 from train_arm import without_refine_net
@@ -36,7 +36,6 @@ from diffusers_d2it.evaluation import Drawing, Evaluator, ImageSet, compare
 
 MODELS = {"d2it": "D2iT", "dc-dit": "DC-DiT", "dit": "DiT/2", "dit-1": "DiT/1"}
 GUIDANCE = 1.5
-SEEN = {"holds": "seen", "cannot be told": "not seen", "does not hold": "opposite"}
 TURNS = 5  # of the timed steps
 
 

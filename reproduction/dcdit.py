@@ -11,6 +11,7 @@ latents have detail; and the error with as many boundaries at random places. Wha
 
 import argparse
 import os
+import statistics
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +21,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from report import RESULTS, spread, verdict
+from report import RESULTS, SEEN, spread, verdict
 from study import EXAMPLES, write_json
 from torch import nn
 from torch.utils.data import DataLoader
@@ -154,14 +155,15 @@ def measure(folder: Path, latents: torch.Tensor, labels: torch.Tensor) -> dict[s
     """What a model does on latents (N, C, H, W): lists over TIMESTEPS.
 
     Returns:
-        "error" by budget, "random", that of moved boundaries under the whole budget, "natural_share", and
-        "detail", the correlation over images and cells of being natural with the local spread of the latents.
+        "error" by budget, as it is written, "random", that of moved boundaries under the whole budget,
+        "natural_share", and "detail", the correlation over images and cells of being natural with the local spread of
+        the latents.
     """
     model, objective = DCDiTModel.from_pretrained(folder).eval(), DiffusionObjective()
     noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))
     spread_of = local_spread(latents)
-    found: dict[str, Any] = {
-        "error": {budget: [] for budget in BUDGETS},
+    measured: dict[str, Any] = {
+        "error": {f"{budget:g}": [] for budget in BUDGETS},
         "random": [],
         "natural_share": [],
         "detail": [],
@@ -178,13 +180,13 @@ def measure(folder: Path, latents: torch.Tensor, labels: torch.Tensor) -> dict[s
     for timestep in TIMESTEPS:
         for budget in BUDGETS:
             error, natural = run(timestep, budget)
-            found["error"][budget].append(error)
-        found["natural_share"].append(natural.float().mean().item())
+            measured["error"][f"{budget:g}"].append(error)
+        measured["natural_share"].append(natural.float().mean().item())
         pair = torch.stack([natural.float().flatten(), spread_of.flatten()])
-        found["detail"].append(torch.corrcoef(pair)[0, 1].item())
+        measured["detail"].append(torch.corrcoef(pair)[0, 1].item())
     model.boundary_router = moved
-    found["random"] = [run(timestep, 1.0)[0] for timestep in TIMESTEPS]
-    return found
+    measured["random"] = [run(timestep, 1.0)[0] for timestep in TIMESTEPS]
+    return measured
 
 
 def local_spread(latents: torch.Tensor) -> torch.Tensor:
@@ -201,37 +203,83 @@ def validation(folder: Path, num_images: int) -> tuple[torch.Tensor, torch.Tenso
     return codec.scale(codec.posterior(codec.moments(batch)).mode()), batch["class_labels"]
 
 
-def table(rows: dict[str, dict[int, list[dict]]], steps: int) -> str:
-    """As Markdown: each arm after so many updates, mean and deviation over its seeds; is it better than the first?"""
-    columns = {
-        "error, budget 1": ("error", 1.0),
-        "error, budget 0.4": ("error", 0.4),
-        "boundaries at random places": ("random",),
-        "natural share": ("natural_share",),
-        "follows detail": ("detail",),
-    }
-    first, *_ = rows
-    lines = [f"| after {steps} updates | {' | '.join(columns)} |", "|---|" + "---|" * len(columns)]
+COLUMNS = {
+    "error, budget 1": ("error", "1"),
+    "error, budget 0.4": ("error", "0.4"),
+    "boundaries at random places": ("random",),
+    "natural share": ("natural_share",),
+    "follows detail": ("detail",),
+}
+# What is claimed to be lower than what, each a row and what stands in it
+WHOLE, FEW = ("error", "1"), ("error", "0.4")
+CLAIMS = {
+    "learned boundaries are better than as many random ones": (("dc-dit", WHOLE), ("dc-dit", ("random",))),
+    "several budgets in training are better under 0.4": (("dc-dit", FEW), ("one budget", FEW)),
+    "several budgets in training are better under the whole one": (("dc-dit", WHOLE), ("one budget", WHOLE)),
+    "the router of predictability is better than that of cosines": (("dc-dit", WHOLE), ("cosine router", WHOLE)),
+    "smoothing is better than none": (("dc-dit", WHOLE), ("no smoothing", WHOLE)),
+    "*decided here:* the residual by Xavier is better than at zero": (("dc-dit", WHOLE), ("residual at zero", WHOLE)),
+    "*decided here:* adaLN at zero is better than by Xavier": (("dc-dit", WHOLE), ("adaLN by Xavier", WHOLE)),
+    "there are fewer tokens at noise (t = 950) than near the image (t = 50)": (
+        ("dc-dit", ("natural_share", -1)),
+        ("dc-dit", ("natural_share", 0)),
+    ),
+    "tokens lie where the latents have detail": (None, ("dc-dit", ("detail",))),
+}
+
+
+def table(rows: dict[str, dict[str, list[dict]]], steps: int) -> str:
+    """As Markdown: each arm after so many updates, mean and deviation over its seeds."""
+    lines = [f"| after {steps} updates | {' | '.join(COLUMNS)} |", "|---|" + "---|" * len(COLUMNS)]
     for name, runs in rows.items():
         cells = []
-        for keys in columns.values():
-            values = means(runs[steps], *keys)
-            told = (
-                f", {verdict(values, means(rows[first][steps], *keys))}" if "error" in keys and name != first else ""
-            )
-            cells.append(spread(values, digits=4 if keys[0] in ("error", "random") else 2) + told)
+        for keys in COLUMNS.values():
+            digits = 4 if keys[0] in ("error", "random") else 3
+            cells.append(spread(found(runs[str(steps)], keys), digits))
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
-def means(runs: list[dict], *keys) -> list[float]:
-    """Of each run the mean over the timesteps of what stands under these keys."""
-    found = []
-    for values in runs:
+def shares_table(rows: dict[str, dict[str, list[dict]]]) -> str:
+    """As Markdown: the natural share of the first arm by timestep, after each length of its training."""
+    (name, lengths), *_ = rows.items()
+    lines = [f"| natural share of {name} | {' | '.join(f't = {t}' for t in TIMESTEPS)} |"]
+    lines.append("|---|" + "---|" * len(TIMESTEPS))
+    for steps, runs in lengths.items():
+        cells = [spread(found(runs, ("natural_share", place)), 3) for place in range(len(TIMESTEPS))]
+        lines.append(f"| after {steps} updates | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def claims_table(rows: dict[str, dict[str, list[dict]]]) -> str:
+    """As Markdown: each claim about the arms that are there, after each length of training."""
+    lengths = next(iter(rows.values()))
+    lines = [
+        f"| claim | {' | '.join(f'after {steps} updates' for steps in lengths)} |",
+        "|---|" + "---|" * len(lengths),
+    ]
+    for text, sides in CLAIMS.items():
+        if any(side is not None and side[0] not in rows for side in sides):
+            continue
+        cells = []
+        for steps in lengths:
+            high = found(rows[sides[1][0]][steps], sides[1][1])
+            low = [0.0] * len(high) if sides[0] is None else found(rows[sides[0][0]][steps], sides[0][1])
+            difference = statistics.mean(high) - statistics.mean(low)
+            cells.append(f"{SEEN[verdict(low, high)]} ({difference:+.4f})")
+        lines.append(f"| {text} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def found(runs: list[dict], keys: tuple) -> list[float]:
+    """Of each run what stands under these keys; of several timesteps the mean."""
+    values = []
+    for run in runs:
+        value = run
         for key in keys:
-            values = values[key]
-        found.append(sum(values) / len(values))
-    return found
+            value = value[key]
+        values.append(statistics.mean(value) if isinstance(value, list) else value)
+    return values
 
 
 def main() -> None:
@@ -243,12 +291,11 @@ def main() -> None:
         runs = [(name, seed) for seed in args.seeds for name in args.arms]
         with ThreadPoolExecutor(args.jobs) as pool:  # of threads that wait for processes
             models = list(pool.map(lambda run: train(*run, args, caches["train"]), runs))
-        rows = {name: {steps: [] for steps in args.steps} for name in args.arms}
+        rows = {name: {str(steps): [] for steps in sorted(args.steps)} for name in args.arms}
         for (name, _), of_run in zip(runs, models):
             for steps, folder in of_run.items():
-                rows[name][steps].append(measure(folder, latents, labels))
-    for steps in args.steps:
-        print(table(rows, steps))
+                rows[name][str(steps)].append(measure(folder, latents, labels))
+    print(*(table(rows, steps) for steps in sorted(args.steps)), shares_table(rows), claims_table(rows), sep="\n")
     protocol = {"config": CONFIG, "training": TRAINING, "timesteps": TIMESTEPS, "budgets": BUDGETS}
     protocol |= {"seeds": args.seeds, "num_images": args.num_images, "data": Path(args.data).name}
     write_json(args.output_dir / "dcdit-small.json", {"protocol": protocol, "arms": rows})

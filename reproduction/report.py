@@ -21,6 +21,8 @@ from diffusers_d2it.files import lock
 
 
 RESULTS = Path(__file__).parent / "results"
+# Of a verdict on what others have published
+SEEN = {"holds": "seen", "cannot be told": "not seen", "does not hold": "opposite"}
 # By which a claim is judged; 1 where less is better
 MEASURES = {"frechet_distance": 1, "distance_to_reconstructions": 1, "labelled_correctly": -1}
 
