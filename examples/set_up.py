@@ -12,7 +12,7 @@ from diffusers import AutoencoderKL, DiffusionPipeline, ModelMixin
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch.optim.lr_scheduler import LRScheduler
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from diffusers_d2it import DynamicAutoencoderKL, load_preset
 from diffusers_d2it.data import (
@@ -20,6 +20,7 @@ from diffusers_d2it.data import (
     ImageDataset,
     ImageStream,
     LatentCache,
+    OrderedLoader,
     StreamLoader,
     load_images,
     make_dataset,
@@ -34,7 +35,8 @@ from flags import hub_arguments, image_arguments, run_arguments
 # Flags that may change when a run is continued: where things lie, how long and how often, what changes no weight.
 _FREE = frozenset(
     "output_dir resume_from_checkpoint max_train_steps checkpointing_steps checkpoints_total_limit validation_steps"
-    " report_to dataloader_num_workers gradient_checkpointing compile push_to_hub hub_model_id hub_private_repo"
+    " report_to dataloader_num_workers train_batch_size gradient_accumulation_steps gradient_checkpointing compile"
+    " push_to_hub hub_model_id hub_private_repo"
     " hub_remote_code license train_data_dir latent_cache vae grain init_from distill_from alignment"
     " calibration_images fid_model skip_nonfinite_steps".split()
 )
@@ -105,9 +107,10 @@ def make_model(
     return begun
 
 
-def loader_of(args: argparse.Namespace, accelerator: Accelerator, data: Dataset) -> DataLoader | StreamLoader:
+def loader_of(args: argparse.Namespace, accelerator: Accelerator, data: Dataset) -> OrderedLoader | StreamLoader:
     """Shuffled batches of a data set."""
-    return make_loader(accelerator, data, batch_size=args.train_batch_size, num_workers=args.dataloader_num_workers)
+    sizes = {"batch_size": args.train_batch_size, "num_workers": args.dataloader_num_workers}
+    return make_loader(accelerator, data, **sizes, seed=args.seed)
 
 
 def start(args: argparse.Namespace) -> Accelerator:
@@ -136,11 +139,13 @@ def schedule_of(args: argparse.Namespace, optimizer: torch.optim.Optimizer) -> L
     )
 
 
-def lasting(args: argparse.Namespace) -> dict[str, Any]:
-    """The flags that must be the same when a run is resumed."""
+def lasting(args: argparse.Namespace, num_processes: int) -> dict[str, Any]:
+    """The flags that must be the same when a run is resumed, and the batch of an update."""
     flags = {name: value for name, value in vars(args).items() if name not in _FREE}
+    flags["batch"] = args.train_batch_size * args.gradient_accumulation_steps * num_processes
     if args.streaming:  # its order depends on who reads which part
-        flags["dataloader_num_workers"] = args.dataloader_num_workers
+        names = ("dataloader_num_workers", "train_batch_size", "gradient_accumulation_steps")
+        flags |= {name: getattr(args, name) for name in names} | {"num_processes": num_processes}
     if args.lr_scheduler not in ("constant", "constant_with_warmup"):  # the others end where the run ends
         flags["max_train_steps"] = args.max_train_steps
     return flags
@@ -167,7 +172,7 @@ def checkpoints_of(
         lr_scheduler,
         gate,
         others=others,
-        flags=lasting(args) | identity,
+        flags=lasting(args, accelerator.num_processes) | identity,
         total_limit=args.checkpoints_total_limit,
     )
 

@@ -55,6 +55,7 @@ import torch
 from diffusers import DDIMScheduler
 from diffusers.training_utils import EMAModel
 from diffusers.utils import make_image_grid
+from diffusers.utils.torch_utils import randn_tensor
 
 from diffusers_d2it import (
     D2iTContentModel,
@@ -174,7 +175,7 @@ def main(args: argparse.Namespace) -> None:
         fused=True,
     )
     lr_scheduler = schedule_of(args, optimizer)
-    model, optimizer, loader, lr_scheduler = accelerator.prepare(transformer, optimizer, loader, lr_scheduler)
+    model, optimizer, lr_scheduler = accelerator.prepare(transformer, optimizer, lr_scheduler)
     others = {} if network is None else {"alignment": alignment}
     if network is not None:
         alignment = accelerator.prepare(alignment)
@@ -199,17 +200,17 @@ def main(args: argparse.Namespace) -> None:
     # 3. Train
     run = run_of(args, accelerator, step)
     model.train()
-    for batch, generator in run.batches(loader):
+    for batch, generators in run.batches(loader):
         with accelerator.accumulate(model, alignment):
             with torch.no_grad():
                 moments, entropy = read_codes(vae, batch)
-                grain_map, ratio = draw_grain_map(vae, entropy, args.fine_ratio, generator)
-                latents = vae.scale_latents(vae.posterior(moments, grain_map).sample(generator))
+                grain_map, ratio = draw_grain_map(vae, entropy, args.fine_ratio, args.seed, run.step)
+                latents = vae.scale_latents(vae.posterior(moments, grain_map).sample(generators))
             layout = transformer.prepare_grain_map(grain_map)
-            noise = layout.tie(torch.randn(latents.shape, generator=generator, device=latents.device))
-            timesteps = objective.sample_timesteps(len(latents), generator)
+            noise = layout.tie(randn_tensor(latents.shape, generator=generators, device=latents.device))
+            timesteps = objective.sample_timesteps(generators)
             noised = objective.add_noise(latents, noise, timesteps)
-            class_labels = drop_labels(batch["class_labels"], num_classes, args.label_dropout, generator)
+            class_labels = drop_labels(batch["class_labels"], num_classes, args.label_dropout, generators)
             with accelerator.autocast():
                 prediction = model(noised, timesteps, layout, class_labels).sample
             losses = content_losses(args, objective, prediction, latents, noise, noised, timesteps, layout)

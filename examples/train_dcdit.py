@@ -30,7 +30,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     group.add_argument(
         "--ratio_group_size",
         type=positive,
-        help="images over which the share is a mean, 16 in the paper; default: those of a forward pass",
+        help="images over which the share is a mean, 16 in the paper; default: those of a process in a forward pass",
     )
     group.add_argument(
         "--distill_from",
@@ -50,7 +50,8 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     add_denoiser_arguments(parser)
     args = parser.parse_args(arguments)
     check_second_stage(parser, args)
-    if args.ratio_group_size is not None and args.train_batch_size % args.ratio_group_size:
+    args.ratio_group_size = args.ratio_group_size or args.train_batch_size  # a run that is continued must keep it
+    if args.train_batch_size % args.ratio_group_size:
         sizes = f"--ratio_group_size {args.ratio_group_size} must divide --train_batch_size {args.train_batch_size}"
         parser.error(sizes)
     if args.distill_from is not None and args.init_from is None:
@@ -69,6 +70,7 @@ import sys
 import torch
 from diffusers.training_utils import EMAModel
 from diffusers.utils import make_image_grid
+from diffusers.utils.torch_utils import randn_tensor
 
 from diffusers_d2it import DCDiTModel, DCDiTPipeline, LatentCodec, load_sampler, visualize_boundary_map
 from diffusers_d2it.data import BadImages
@@ -181,7 +183,7 @@ def main(args: argparse.Namespace) -> None:
         fused=True,
     )
     lr_scheduler = schedule_of(args, optimizer)
-    model, optimizer, loader, lr_scheduler = accelerator.prepare(transformer, optimizer, loader, lr_scheduler)
+    model, optimizer, lr_scheduler = accelerator.prepare(transformer, optimizer, lr_scheduler)
     others = {} if network is None else {"alignment": alignment}
     if network is not None:
         alignment = accelerator.prepare(alignment)
@@ -205,17 +207,17 @@ def main(args: argparse.Namespace) -> None:
     # 3. Train
     run = run_of(args, accelerator, step)
     model.train()
-    for batch, generator in run.batches(loader):
+    for batch, generators in run.batches(loader):
         if distillation is not None and run.step >= args.distill_steps:
             distillation.remove()
             distillation = None
         with accelerator.accumulate(model, alignment):
             with torch.no_grad():
-                latents = codec.scale(codec.posterior(codec.moments(batch)).sample(generator))
-            noise = torch.randn(latents.shape, generator=generator, device=latents.device)
-            timesteps = objective.sample_timesteps(len(latents), generator)
+                latents = codec.scale(codec.posterior(codec.moments(batch)).sample(generators))
+            noise = randn_tensor(latents.shape, generator=generators, device=latents.device)
+            timesteps = objective.sample_timesteps(generators)
             noised = objective.add_noise(latents, noise, timesteps)
-            class_labels = drop_labels(batch["class_labels"], num_classes, args.label_dropout, generator)
+            class_labels = drop_labels(batch["class_labels"], num_classes, args.label_dropout, generators)
             budget = draw_budget(args.budgets, args.budget_warmup_steps, args.seed, run.step)
             with accelerator.autocast():
                 output = model(noised, timesteps, class_labels, budget=budget)

@@ -122,12 +122,12 @@ class DvaeStep(torch.nn.Module):
         self.signals: dict[str, torch.Tensor] = {}
 
     def forward(
-        self, pixels: torch.Tensor, fine_ratio: float, generator: torch.Generator
+        self, pixels: torch.Tensor, fine_ratio: float, generators: list[torch.Generator]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Images (B, 3, H, W) -> reconstructions (B, 3, H, W) and KL in nats per image (B,)."""
         encoded = self.vae.encode(pixels, fine_ratio=fine_ratio)
         posterior = encoded.latent_dist
-        latents = posterior.sample(generator)
+        latents = posterior.sample(generators)
         self.signals = grain_signals(self.vae, encoded.grain_map, fine_ratio, latents)
         return self.vae.decode(latents).sample, posterior.kl()
 
@@ -255,8 +255,8 @@ def main(args: argparse.Namespace) -> None:
     critic_optimizer = torch.optim.AdamW(critic.parameters(), lr=args.learning_rate, betas=(0.5, 0.9), fused=True)
     lr_scheduler = schedule_of(args, optimizer)
     dvae_step = DvaeStep(vae)
-    model, optimizer, loader, lr_scheduler, discriminator, critic_optimizer = accelerator.prepare(
-        dvae_step, optimizer, loader, lr_scheduler, critic, critic_optimizer
+    model, optimizer, lr_scheduler, discriminator, critic_optimizer = accelerator.prepare(
+        dvae_step, optimizer, lr_scheduler, critic, critic_optimizer
     )
     ema = EMAModel(trained_weights(vae), decay=args.ema_decay, foreach=True)
     gate = FiniteGate(accelerator, args.skip_nonfinite_steps)
@@ -268,12 +268,13 @@ def main(args: argparse.Namespace) -> None:
 
     # 3. Train
     run = run_of(args, accelerator, step)
-    for batch, generator in run.batches(loader):
+    for batch, generators in run.batches(loader):
         pixels = batch["pixels"].contiguous(memory_format=torch.channels_last)
         adversarial = args.gan_weight > 0 and run.step >= args.gan_start_step
         with accelerator.accumulate(model, discriminator):
             with accelerator.autocast():
-                reconstruction, kl = model(pixels, draw_fine_ratio(args.fine_ratio, generator), generator)
+                fine_ratio = draw_fine_ratio(args.fine_ratio, args.seed, run.step)
+                reconstruction, kl = model(pixels, fine_ratio, generators)
                 losses = dvae_loss(pixels, reconstruction, kl, args.kl_weight)
                 if perceptual is not None:
                     losses["perceptual"] = perceptual(reconstruction[:num_compared], pixels[:num_compared])

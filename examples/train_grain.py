@@ -39,6 +39,7 @@ import torch
 from diffusers import DDIMScheduler
 from diffusers.training_utils import EMAModel
 from diffusers.utils import make_image_grid
+from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 
 from diffusers_d2it import D2iTGrainModel, sample_grain_map, visualize_grain_map
@@ -50,6 +51,8 @@ from diffusers_d2it.training import (
     FiniteGate,
     compile_blocks,
     draw_grain_map,
+    draw_integers,
+    draw_uniform,
     drop_labels,
     find_checkpoint,
     grain_signals,
@@ -111,7 +114,7 @@ def main(args: argparse.Namespace) -> None:
         grain_model.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay, fused=True
     )
     lr_scheduler = schedule_of(args, optimizer)
-    model, optimizer, loader, lr_scheduler = accelerator.prepare(grain_model, optimizer, loader, lr_scheduler)
+    model, optimizer, lr_scheduler = accelerator.prepare(grain_model, optimizer, lr_scheduler)
     ema = EMAModel(trained_weights(grain_model), decay=args.ema_decay, foreach=True)
     gate = FiniteGate(accelerator, args.skip_nonfinite_steps)
     identity = identity_of(data, vae)
@@ -127,18 +130,16 @@ def main(args: argparse.Namespace) -> None:
 
     # 3. Train
     run = run_of(args, accelerator, step)
-    for batch, generator in run.batches(loader):
+    for batch, generators in run.batches(loader):
         with accelerator.accumulate(model):
-            grain_map, ratio = draw_grain_map(vae, read_entropy(vae, batch), args.fine_ratio, generator)
+            grain_map, ratio = draw_grain_map(vae, read_entropy(vae, batch), args.fine_ratio, args.seed, run.step)
             state = grain_model.state_from_grain_map(grain_map, vae.num_grains)
-            noise = torch.randn(state.shape, generator=generator, device=state.device)
-            timesteps = torch.randint(
-                scheduler.config.num_train_timesteps, (len(state),), generator=generator, device=state.device
-            )
+            noise = randn_tensor(state.shape, generator=generators, device=state.device)
+            timesteps = draw_integers(scheduler.config.num_train_timesteps, generators)
             noised = scheduler.add_noise(state, noise, timesteps)
-            class_labels = drop_labels(batch["class_labels"], num_classes, args.label_dropout, generator)
+            class_labels = drop_labels(batch["class_labels"], num_classes, args.label_dropout, generators)
             share = fine_share(grain_map, vae.num_grains)
-            dropped = torch.rand(len(share), generator=generator, device=share.device) < args.ratio_dropout
+            dropped = draw_uniform(generators) < args.ratio_dropout
             with accelerator.autocast():
                 logits = model(noised, timesteps, class_labels, share.masked_fill(dropped, float("nan"))).logits
             losses = grain_loss(logits, grain_map)

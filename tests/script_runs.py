@@ -3,7 +3,7 @@
 
 run, train              a process
 call, call_train        here
-in_two_processes        two forks of this process
+in_processes            forks of this process
 """
 
 import gc
@@ -68,16 +68,16 @@ def call(script: str, *arguments) -> None:
         GradientState._reset_state()
 
 
-def in_two_processes(work: Callable[[], object]) -> list:
-    """What `work` returns, as JSON, in each of two processes of one group; None of one that was killed.
+def in_processes(work: Callable[[], object], number: int = 2) -> list:
+    """What `work` returns, as JSON, in each process of a group; None of one that was killed.
 
     Without accelerate's launcher, which would end a process when the other one has failed.
     """
     with socket.create_server(("127.0.0.1", 0)) as server:
-        group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(server.getsockname()[1]), "WORLD_SIZE": "2"}
+        group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(server.getsockname()[1]), "WORLD_SIZE": str(number)}
     group |= {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     children = []
-    for rank in range(2):
+    for rank in range(number):
         reader, writer = os.pipe()
         child = os.fork()
         if child == 0:
@@ -106,14 +106,14 @@ def call_train(script: str, output: Path, steps: int, *arguments) -> None:
 
 
 def logged(run_folder: Path) -> dict[str, dict[int, float]]:
-    """Scalars of a run without interruption by tag and step."""
+    """Scalars of a run by tag and step."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     scalars = {}
     for file in run_folder.glob("logs/**/events.out.tfevents.*"):  # the flags have a file of their own
         events = EventAccumulator(str(file), {"scalars": 0}).Reload()
         for tag in events.Tags()["scalars"]:
-            scalars[tag] = {event.step: event.value for event in events.Scalars(tag)}
+            scalars.setdefault(tag, {}).update({event.step: event.value for event in events.Scalars(tag)})
     return scalars
 
 

@@ -34,7 +34,7 @@ def test_a_perfect_prediction_is_denoised_to_the_latents(name, tied, generator):
     for t in scheduler.timesteps:
         sample = scheduler.step(objective.target(latents, noise, t.expand(3)), t, sample).prev_sample
     torch.testing.assert_close(sample, latents, atol=2e-3, rtol=0)
-    check_tied(objective.target(latents, noise, objective.sample_timesteps(3, generator)), grain_map)
+    check_tied(objective.target(latents, noise, objective.sample_timesteps([generator] * 3)), grain_map)
 
 
 @pytest.mark.parametrize("name", ["epsilon", "v_prediction"])
@@ -65,7 +65,7 @@ def test_flow_matching_noises_like_its_scheduler(tied):
 
 
 def test_flow_matching_draws_timesteps_mostly_in_the_middle(generator):
-    timesteps = make_objective("flow_matching").sample_timesteps(20_000, generator)
+    timesteps = make_objective("flow_matching").sample_timesteps([generator] * 20_000)
     assert timesteps.min() > 0 and timesteps.max() < 1000
     # Logit-normal: half of the draws lie within sigmoid(-0.6745) ... sigmoid(0.6745)
     middle = ((timesteps > 337.5) & (timesteps < 662.5)).float().mean().item()

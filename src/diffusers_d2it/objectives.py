@@ -5,9 +5,13 @@ The forward process is diffusers' scheduler; here stand the target, the weight o
 samples what was trained. `make_objective` picks one by name.
 """
 
+from functools import partial
+
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from diffusers.training_utils import compute_density_for_timestep_sampling, compute_snr
+
+from .draws import draw_integers
 
 
 OBJECTIVES = ("epsilon", "v_prediction", "flow_matching")
@@ -31,10 +35,9 @@ class DiffusionObjective:
         self.scheduler = DDPMScheduler(**_SCHEDULE, prediction_type=prediction_type, variance_type=variance_type)
         self.snr_gamma = snr_gamma
 
-    def sample_timesteps(self, batch_size: int, generator: torch.Generator) -> torch.Tensor:
-        """(B,) int64, uniform over 0 ... 999."""
-        steps = self.scheduler.config.num_train_timesteps
-        return torch.randint(steps, (batch_size,), generator=generator, device=generator.device)
+    def sample_timesteps(self, generators: list[torch.Generator]) -> torch.Tensor:
+        """(B,) int64, uniform over 0 ... 999, a generator an image."""
+        return draw_integers(self.scheduler.config.num_train_timesteps, generators)
 
     def add_noise(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         """z_t of latents z_0 and noise, both tied (B, C, hR, wR)."""
@@ -83,11 +86,10 @@ class FlowMatchingObjective:
     def __init__(self):
         self.scheduler = FlowMatchEulerDiscreteScheduler()
 
-    def sample_timesteps(self, batch_size: int, generator: torch.Generator) -> torch.Tensor:
-        """(B,) float32 in (0, 1000)."""
-        share = compute_density_for_timestep_sampling(
-            "logit_normal", batch_size, 0.0, 1.0, device=generator.device, generator=generator
-        )
+    def sample_timesteps(self, generators: list[torch.Generator]) -> torch.Tensor:
+        """(B,) float32 in (0, 1000), a generator an image."""
+        draw = partial(compute_density_for_timestep_sampling, "logit_normal", 1, 0.0, 1.0)
+        share = torch.cat([draw(device=one.device, generator=one) for one in generators])
         return share * self.scheduler.config.num_train_timesteps
 
     def add_noise(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:

@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from image_files import encode, flip_bit, photo
 from photo_caches import CODES, SHARD, contents, make_plan
 from safetensors import safe_open
-from script_runs import TWO_PROCESSES, call, in_two_processes, run
+from script_runs import TWO_PROCESSES, call, in_processes, run
 
 from diffusers_d2it.data import latent_cache_writer
 from diffusers_d2it.data.latent_cache import LatentCache
@@ -130,7 +130,7 @@ def test_two_processes_that_were_killed_continue_to_the_cache_that_one_writes(ma
 
     call("cache_latents.py", *flags, whole)
     assert "24 shards" in capsys.readouterr().out
-    assert in_two_processes(write_until_killed) == [None, None] and list(killed.glob(".staging-*"))
+    assert in_processes(write_until_killed) == [None, None] and list(killed.glob(".staging-*"))
     with pytest.raises(ValueError, match="killed.* 7 .*24 "):
         LatentCache(killed, make_vae(), seed=0)
     kept = {path: path.stat() for path in killed.glob("shard-*/codes.safetensors")}

@@ -9,18 +9,19 @@ import PIL.Image
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DataLoaderConfiguration, set_seed
 from image_files import encode, photo, truncated_jpeg, write_folder, write_tar
 
 from diffusers_d2it.data import loaders
 from diffusers_d2it.data.bad_images import BadImages
 from diffusers_d2it.data.images import to_pixels
 from diffusers_d2it.data.loaders import (
+    GlobalBatches,
     ImageDataset,
     ImageStream,
     StreamLoader,
     batches_from,
     first_batches,
+    image_generators,
     make_dataset,
     make_loader,
     usable_images,
@@ -30,7 +31,7 @@ from diffusers_d2it.data.source import load_images
 
 @pytest.fixture
 def accelerator():
-    return Accelerator(cpu=True, dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True))
+    return Accelerator(cpu=True)
 
 
 @pytest.fixture
@@ -58,10 +59,9 @@ def first(iterator, number: int) -> list:
 
 def prepared(accelerator, bad_images, path, *, seed: int = 0, batch_size: int = 2, num_workers: int = 0, **images):
     """The loader of a run, for 32 px images."""
-    set_seed(seed)
     source = load_images(path, **images)
     dataset = make_dataset(accelerator, source, resolution=32, seed=seed, bad_images=bad_images)
-    return accelerator.prepare(make_loader(accelerator, dataset, batch_size=batch_size, num_workers=num_workers))
+    return make_loader(accelerator, dataset, batch_size=batch_size, num_workers=num_workers, seed=seed)
 
 
 DAMAGED = {4: b"", 5: truncated_jpeg(), 6: b"<html>", 17: encode(photo(0).resize((8, 8)))}
@@ -94,12 +94,12 @@ def test_items_of_a_map_style_source(damaged_folder, bad_images):
     dataset = ImageDataset(load_images(damaged_folder), 32, 7, bad_images)
     assert len(dataset) == 20 and dataset.num_classes == 2 and dataset.id2label == {0: "a", 1: "b"}
     for epoch in (0, 3):
-        dataset.set_epoch(epoch)
         for i in sorted(USABLE):
             flip = random.Random(f"7/{epoch}/{i}").random() < 0.5
             path = next(damaged_folder.rglob(f"{i:02d}.png"))
-            assert torch.equal(dataset[i]["pixels"], to_pixels(PIL.Image.open(path), 32, flip))
-            assert torch.equal(dataset[i]["class_labels"], torch.tensor(i // 10))
+            assert torch.equal(dataset[epoch, i]["pixels"], to_pixels(PIL.Image.open(path), 32, flip))
+            assert torch.equal(dataset[epoch, i]["class_labels"], torch.tensor(i // 10))
+    assert torch.equal(dataset[0]["pixels"], dataset[0, 0]["pixels"])
     assert not bad_images.found()
 
 
@@ -127,7 +127,7 @@ def test_nothing_but_damage_ends_at_once(tmp_path, bad_images, accelerator):
         ImageDataset(load_images(tmp_path / "photos"), 32, 0, bad_images)[2]
     stream = prepared(accelerator, bad_images, tmp_path / "photos", streaming=True)
     with pytest.raises(ValueError, match="photos.* 0/0.* 5 .*/0.png"):
-        next(batches_from(accelerator, stream, 0))
+        next(batches_from(stream, 0))
 
 
 def test_a_long_run_of_damage_is_an_error(tmp_path, bad_images, monkeypatch):
@@ -141,50 +141,72 @@ def test_a_long_run_of_damage_is_an_error(tmp_path, bad_images, monkeypatch):
     assert len(list(usable_images(source.rows(), 32, bad_images))) == 10
 
 
-def test_order_and_flips_are_those_of_accelerate(tmp_path, accelerator, bad_images):
-    """Written out as a loop over plain torch and accelerate, so that no change of ours shifts a run's batches."""
+def test_order_and_flips_are_a_permutation_an_epoch(tmp_path, accelerator, bad_images):
+    """Written out as a loop, so that no change of ours shifts a run's batches: no image is left out at an end."""
     folder = write_folder(tmp_path / "photos", {f"{i:02d}.png": level(i) for i in range(10)})
-    batches = batches_from(accelerator, prepared(accelerator, bad_images, folder, seed=3, batch_size=3), 0)
-    for epoch in range(2):
-        order = torch.randperm(10, generator=torch.Generator().manual_seed(3 + epoch)).tolist()
-        expected = [(i, random.Random(f"3/{epoch}/{i}").random() < 0.5, 0) for i in order[:9]]
-        assert sum(first(batches, 3), []) == expected
+    batches = batches_from(prepared(accelerator, bad_images, folder, seed=3, batch_size=3), 0)
+    found, expected = sum(first(batches, 10), []), []
+    for epoch in range(3):
+        word = np.random.SeedSequence((3, epoch)).generate_state(1, np.uint64)[0]
+        order = torch.randperm(10, generator=torch.Generator().manual_seed(int(word >> 1))).tolist()
+        expected += [(i, random.Random(f"3/{epoch}/{i}").random() < 0.5, 0) for i in order]
+        assert sorted(i for i, _, _ in found[10 * epoch :][:10]) == list(range(10))
+    assert found == expected
 
 
-def test_the_data_set_hears_of_epochs_also_from_loaders_that_do_not_tell_it(damaged_folder, accelerator, bad_images):
-    class Loader(list):  # accelerate's, with several processes, tells the sampler only
-        dataset = ImageDataset(load_images(damaged_folder), 32, 0, bad_images)
+@pytest.mark.parametrize("num_processes, batch_size", [(1, 12), (2, 6), (4, 3), (3, 2), (2, 1)])
+def test_processes_and_passes_share_the_batch_of_an_update(num_processes, batch_size):
+    """Twelve images an update, of seven: as many passes as it takes, each of them from where an update begins."""
+    passes = 12 // (num_processes * batch_size)
+    whole = iter(GlobalBatches(7, 12, 5, 0, 0, 1))
+    expected = [next(whole) for _ in range(4)]
+    for first_update in (0, 3):
+        parts = [
+            iter(GlobalBatches(7, batch_size, 5, first_update * passes, process, num_processes))
+            for process in range(num_processes)
+        ]
+        for update in expected[first_update:]:
+            assert [place for _ in range(passes) for part in parts for place in next(part)] == update
+    assert {index for _, index in sum(expected, [])} == set(range(7))
 
-        def set_epoch(self, epoch: int) -> None:
-            pass
 
-    loader = Loader([{"number": 0}, {"number": 1}])
-    batches = islice(batches_from(accelerator, loader, 4), 5)
-    assert [(batch["number"], loader.dataset.epoch) for batch in batches] == [(0, 2), (1, 2), (0, 3), (1, 3), (0, 4)]
+def test_what_is_random_of_an_image_is_its_own():
+    generators = image_generators(torch.device("cpu"), 5, range(100))
+    assert len({generator.initial_seed() for generator in generators}) == 100
+    [one] = image_generators(torch.device("cpu"), 5, [42])
+    assert torch.equal(torch.randn(3, generator=one), torch.randn(3, generator=generators[42]))
+    [other] = image_generators(torch.device("cpu"), 6, [42])
+    assert other.initial_seed() != one.initial_seed()
 
 
-def test_workers_outlive_an_epoch_and_draw_the_flips_of_the_next(tmp_path, accelerator, bad_images):
+def test_workers_draw_the_flips_of_every_epoch(tmp_path, accelerator, bad_images):
     folder = write_folder(tmp_path / "photos", {f"{i:02d}.png": level(i) for i in range(10)})
     drawn = {}
     for workers in (0, 2):
-        loader = prepared(accelerator, bad_images, folder, batch_size=3, num_workers=workers)
-        drawn[workers] = first(batches_from(accelerator, loader, 0), 9)
+        loader = prepared(accelerator, bad_images, folder, batch_size=5, num_workers=workers)
+        drawn[workers] = first(batches_from(loader, 0), 6)
     assert drawn[0] == drawn[2]
-    assert loader.persistent_workers
-    flips = [[flip for _, flip, _ in sorted(sum(drawn[0][3 * epoch :][:3], []))] for epoch in range(3)]
+    flips = [[flip for _, flip, _ in sorted(sum(drawn[0][2 * epoch :][:2], []))] for epoch in range(3)]
     assert flips[0] != flips[1] or flips[1] != flips[2]
+
+
+def test_the_first_batches_again_and_again(tmp_path, accelerator, bad_images):
+    folder = write_folder(tmp_path / "photos", {f"{i:02d}.png": level(i) for i in range(10)})
+    loader = prepared(accelerator, bad_images, folder, batch_size=3)
+    whole = first(batches_from(loader, 0), 2)
+    assert first(batches_from(loader, 3, 2), 4) == [whole[1], whole[0], whole[1], whole[0]]
 
 
 @pytest.mark.parametrize("first_batch", [0, 5, 13])
 def test_resume_with_damaged_images_and_other_workers(damaged_folder, accelerator, bad_images, first_batch):
     def batches(workers: int, start: int) -> list:
         loader = prepared(accelerator, bad_images, damaged_folder, batch_size=3, num_workers=workers)
-        return first(batches_from(accelerator, loader, start), 19 - start)
+        return first(batches_from(loader, start), 19 - start)
 
     whole = batches(0, 0)
     assert batches(1, first_batch) == batches(2, first_batch) == whole[first_batch:]
-    seen = {i for batch in whole[:6] for i, _, _ in batch}
-    assert seen <= USABLE and len(seen) >= 14
+    seen = {i for batch in whole[:7] for i, _, _ in batch}
+    assert seen == USABLE
     assert len(bad_images.found()) == 4
 
 
@@ -193,7 +215,7 @@ def test_a_stream_survives_its_bad_samples(damaged_tars, accelerator, bad_images
     images = {"streaming": True, "num_classes": 3}
     loader = prepared(accelerator, bad_images, damaged_tars, batch_size=4, num_workers=workers, **images)
     assert isinstance(loader, StreamLoader) and loader.dataset.num_classes == 3
-    batches = first(batches_from(accelerator, loader, 0), 12)
+    batches = first(batches_from(loader, 0), 12)
     assert all(len(batch) == 4 for batch in batches)
     items = [item for batch in batches for item in batch]
     assert all(label == i % 3 for i, _, label in items)
@@ -212,7 +234,7 @@ def test_exact_resume_of_a_stream(damaged_tars, accelerator, bad_images, workers
     def batches(start: int, seed: int = 0):
         run = {"seed": seed, "batch_size": 3, "num_workers": workers}
         loader = prepared(accelerator, bad_images, damaged_tars, **run, streaming=True, num_classes=3)
-        return batches_from(accelerator, loader, start)
+        return batches_from(loader, start)
 
     whole = first(batches(0), 14)
     for start in (1, 4, 11):
@@ -242,16 +264,15 @@ def test_what_a_loader_cannot_do_is_named(damaged_tars, damaged_folder, accelera
         prepared(accelerator, bad_images, damaged_folder, batch_size=21)
     loader = prepared(accelerator, bad_images, damaged_tars, **stream | {"num_classes": 2})
     with pytest.raises(ValueError, match="tar/.*png .* 2 .*'cls': .*0 to 1"):
-        first(batches_from(accelerator, loader, 0), 20)
+        first(batches_from(loader, 0), 20)
 
 
 def test_enlarged_images_are_counted_in_workers(tmp_path, accelerator, bad_images):
     files = {f"{i}.png": encode(photo(i, 64).resize((20 + i, 40))) for i in range(8)}
     folder = write_folder(tmp_path / "photos", files)
-    batches = batches_from(accelerator, prepared(accelerator, bad_images, folder, num_workers=2), 0)
-    for _ in range(4):
+    batches = batches_from(prepared(accelerator, bad_images, folder, num_workers=2), 0)
+    for _ in range(5):
         assert next(batches)["pixels"].shape == (2, 3, 32, 32)
-    next(batches)  # workers may read ahead, but not past the end of the first epoch
     assert "smaller" in bad_images.summary()
 
 

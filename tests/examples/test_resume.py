@@ -4,60 +4,84 @@
 That an interrupted run ends in the state of one that was not: tests/faults/test_interrupted_runs.py
 """
 
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from script_runs import SHARDED_PROCESSES, TWO_PROCESSES, call, call_train, logged, run, train, training_flags
+from script_runs import (
+    SHARDED_PROCESSES,
+    call,
+    call_train,
+    in_processes,
+    logged,
+    run,
+    training_flags,
+)
 
 from diffusers_d2it.training import draw_budget
 
 
-@pytest.mark.parametrize("name, preset", [("d2it", "content-tiny"), ("dcdit", "dcdit-tiny")])
-def test_two_processes_share_the_work(name, preset, request, tmp_path):
-    script, arguments = f"train_{name}.py", request.getfixturevalue(f"{name}_arguments")
-    arguments = [*arguments, "--preset", preset, "--train_batch_size", 1]
-    train(script, tmp_path, 2, *arguments, launch=TWO_PROCESSES, ACCELERATE_USE_CPU="true")
-    states = sorted(path.name for path in (tmp_path / "checkpoint-2").glob("random_state_*"))
-    assert states == ["random_state_0.json", "random_state_1.json"]
-    assert (tmp_path / "pipeline" / "model_index.json").is_file()
-    # One process would see half as many images in an update, in another order
-    resume = ["--resume_from_checkpoint", "latest"]
-    with pytest.raises(ValueError, match="checkpoint-2.*num_processes 2.* 1"):
-        call_train(script, tmp_path, 3, *arguments, *resume)
+@pytest.mark.parametrize(
+    "name, own",
+    [
+        ("dvae", ["--preset", "dvae-tiny", "--gan_weight", 0]),  # a weight is of the images of a pass
+        ("grain", ["--preset", "grain-tiny"]),
+        ("d2it", ["--preset", "content-tiny"]),
+        ("dcdit", ["--ratio_group_size", 1]),
+    ],
+)
+def test_a_run_is_the_same_with_any_number_of_processes_and_passes(name, own, request, tmp_path):
+    """Four images an update: of one process, and of two, then of four, then of one in two passes."""
+    script, arguments = f"train_{name}.py", [*request.getfixturevalue(f"{name}_arguments"), *own]
+    arguments += ["--init_from", request.getfixturevalue("dcdit_start")] if name == "dcdit" else []
+    arguments += ["--report_to", "tensorboard", "--checkpointing_steps", 20, "--ema_decay", 0.5]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    batch = ["--gradient_accumulation_steps", 1, "--train_batch_size"]
+    call_train(script, whole, 20, *arguments, *batch, 4)
+    for steps, processes in ((7, 2), (13, 4)):
+        resume = ["--resume_from_checkpoint", "latest"] if parts.exists() else []
+        flags = [*arguments, *batch, 4 // processes, *resume]
+        in_processes(partial(call_train, script, parts, steps, *flags), processes)
+    resume = ["--resume_from_checkpoint", "latest", "--gradient_accumulation_steps", 2, "--train_batch_size", 2]
+    call_train(script, parts, 20, *arguments, *resume)
+
+    expected, found = (logged(folder)["loss"] for folder in (whole, parts))
+    assert sorted(found) == list(range(1, 21)) and found == pytest.approx(expected, rel=1e-6)
+    weights = "checkpoint-20/model_ema/diffusion_pytorch_model.safetensors"
+    torch.testing.assert_close(load_file(parts / weights), load_file(whole / weights), rtol=0, atol=1e-5)
+    with pytest.raises(ValueError, match="checkpoint-20.*batch 4.* 6"):
+        call_train(script, parts, 21, *arguments, *resume, "--gradient_accumulation_steps", 3)
 
 
 @pytest.mark.parametrize("name, result", [("grain", "grain_model"), ("dcdit", "pipeline/transformer")])
-def test_a_sharded_run_ends_in_the_weights_of_an_averaged_one(name, result, request, tmp_path):
-    averaged, sharded = tmp_path / "averaged", tmp_path / "sharded"
+def test_a_sharded_run_of_two_processes_ends_in_the_weights_of_one(name, result, request, tmp_path):
+    alone, sharded = tmp_path / "alone", tmp_path / "sharded"
     script, arguments = f"train_{name}.py", request.getfixturevalue(f"{name}_arguments")
-    arguments = [*arguments, "--train_batch_size", 1]
     if name == "dcdit":  # whose number of tokens is another one in every pass and process
-        arguments += ["--init_from", request.getfixturevalue("dcdit_start")]
-    train(script, averaged, 4, *arguments, launch=TWO_PROCESSES, ACCELERATE_USE_CPU="true")
-    flags = ["sharded", script, *training_flags(sharded, 4), *arguments]
+        arguments = [*arguments, "--init_from", request.getfixturevalue("dcdit_start"), "--ratio_group_size", 1]
+    call_train(script, alone, 4, *arguments)
+    flags = ["sharded", script, *training_flags(sharded, 4), *arguments, "--train_batch_size", 1]
     launched = Path(__file__).parents[1] / "launched_script.py"
     run(launched, *flags, launch=SHARDED_PROCESSES, ACCELERATE_USE_CPU="true")
     weights = "diffusion_pytorch_model.safetensors"
     for part in ("model", "model_ema"):
-        of_averaged, of_sharded = (load_file(one / "checkpoint-4" / part / weights) for one in (averaged, sharded))
+        of_one, of_sharded = (load_file(run / "checkpoint-4" / part / weights) for run in (alone, sharded))
         if name == "grain":
-            torch.testing.assert_close(of_averaged, of_sharded, rtol=1e-5, atol=1e-7)
+            torch.testing.assert_close(of_one, of_sharded, rtol=1e-5, atol=1e-7)
             continue
         # AdamW makes much of the rounding of a gradient that is almost zero: compared is what four updates moved
         start = load_file(request.getfixturevalue("dcdit_start") / weights)
         differing, moved = (
-            torch.cat(
-                [(of_averaged[key] - other[key]).flatten() for key in start if key != "label_embed.weight"]
-            ).norm()
+            torch.cat([(of_one[key] - other[key]).flatten() for key in start if key != "label_embed.weight"]).norm()
             for other in (of_sharded, start)
         )
         assert differing < 1e-4 * moved
     torch.testing.assert_close(load_file(sharded / result / weights), of_sharded, rtol=0, atol=0)
     if name == "dcdit":  # means over processes: both have drawn the same
         budgets = {step + 1: draw_budget([0.1, 0.3, 0.6, 1.0], 2, 7, step) for step in range(4)}
-        assert [logged(one)["budget"] for one in (averaged, sharded)] == [pytest.approx(budgets)] * 2
+        assert [logged(one)["budget"] for one in (alone, sharded)] == [pytest.approx(budgets)] * 2
 
 
 # ---- What is refused ----

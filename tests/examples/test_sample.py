@@ -17,7 +17,7 @@ import torch
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from loopback_hub import serve_hub
 from PIL import Image
-from script_runs import TWO_PROCESSES, call, in_two_processes, run
+from script_runs import TWO_PROCESSES, call, in_processes, run
 
 from diffusers_d2it import D2iTImg2ImgPipeline, D2iTPipeline, DCDiTPipeline, load_sampler
 from diffusers_d2it.sampling import SampleFolder
@@ -148,7 +148,7 @@ def draw_with_two_processes(checkpoint: Path, output: Path) -> list[list]:
             return [str(error)]
         return said
 
-    return in_two_processes(drawn_batches)
+    return in_processes(drawn_batches)
 
 
 def test_two_processes_share_what_is_missing(checkpoint, drawn, tmp_path):

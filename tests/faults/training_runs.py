@@ -98,7 +98,7 @@ def train(
 
     def batches_from(*args) -> Iterator[dict]:
         for i, batch in enumerate(real(*args)):
-            note_batch(output_dir.with_name(f"{output_dir.name}-{BATCHES}"), args[2] + i, batch)
+            note_batch(output_dir.with_name(f"{output_dir.name}-{BATCHES}"), args[1] + i, batch)
             strike(batch, i)
             yield batch
 

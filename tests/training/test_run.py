@@ -7,9 +7,9 @@ import pytest
 import torch
 from accelerate import Accelerator
 from alike import same_weights
-from torch.utils.data import DataLoader
 
 from diffusers_d2it import DynamicAutoencoderKL
+from diffusers_d2it.data import make_loader
 from diffusers_d2it.grains import grain_map_from_entropy, tie
 from diffusers_d2it.models.transformer_dcdit import DCDiTOutput
 from diffusers_d2it.training import (
@@ -30,11 +30,8 @@ class Numbers(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return 8
 
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        return {"x": torch.tensor(float(index))}
-
-    def set_epoch(self, epoch: int) -> None:
-        pass
+    def __getitem__(self, place: tuple[int, int]) -> dict[str, torch.Tensor]:
+        return {"x": torch.tensor(float(place[1]))}
 
 
 def make_run(accelerator: Accelerator, **changed) -> Run:
@@ -46,9 +43,9 @@ def test_losses_are_means_over_the_forward_passes_of_an_update_and_what_is_due_i
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
     run, model = make_run(accelerator), torch.nn.Linear(1, 1)
     passes, seeds, due = 0, set(), []
-    for batch, generator in run.batches(accelerator.prepare(DataLoader(Numbers(), 4))):
+    for batch, generators in run.batches(make_loader(accelerator, Numbers(), batch_size=4)):
         assert batch["x"].shape == (4,)
-        seeds.add(generator.initial_seed())
+        seeds |= {generator.initial_seed() for generator in generators}
         passes += 1
         run.note({"loss": torch.tensor(float(passes), requires_grad=True), "kl": torch.tensor(2.0 * passes)})
         if passes % 2:
@@ -58,10 +55,10 @@ def test_losses_are_means_over_the_forward_passes_of_an_update_and_what_is_due_i
         assert values.keys() == {"loss", "kl", "gradient_norm", "images_per_second"}
         assert values["images_per_second"] > 0
         due.append((run.saves, run.validates(model), run.exit_code))
-    assert (passes, run.step, len(seeds)) == (6, 3, 6)
+    assert (passes, run.step, len(seeds)) == (6, 3, 24)
     assert due == [(False, False, 0), (True, False, 0), (True, True, 0)]
-    rest = make_run(accelerator, step=2).batches(accelerator.prepare(DataLoader(Numbers(), 4)))
-    assert next(rest)[1].initial_seed() in seeds  # the fifth batch
+    rest = make_run(accelerator, step=2).batches(make_loader(accelerator, Numbers(), batch_size=4))
+    assert {generator.initial_seed() for generator in next(rest)[1]} < seeds  # the fifth batch
 
 
 def test_a_mean_is_over_the_passes_that_have_a_value_and_a_bad_loss_shows():
@@ -87,7 +84,7 @@ def test_a_smoke_test_compares_the_first_and_the_last_updates(step, falls, capsy
 
     def train() -> None:
         seen = set()
-        for batch, _ in run.batches(accelerator.prepare(DataLoader(Numbers(), 2))):
+        for batch, _ in run.batches(make_loader(accelerator, Numbers(), batch_size=2)):
             seen.add(tuple(batch["x"].tolist()))
             run.note({"loss": torch.tensor(1 / (run.step + 1) if falls else 1.0)})
             run.end_of_step()
@@ -151,10 +148,10 @@ def test_signals_tell_the_share_its_drift_and_the_scale_of_each_grain(make_vae, 
 
 
 def test_fine_ratio_of_a_batch():
-    generator = torch.Generator().manual_seed(0)
-    assert draw_fine_ratio(None, generator) is None
-    assert draw_fine_ratio([0.4], generator) == 0.4
-    draws = [draw_fine_ratio([0.2, 0.6], generator) for _ in range(1000)]
+    assert draw_fine_ratio(None, 0, 0) is None
+    assert draw_fine_ratio([0.4], 0, 0) == 0.4
+    draws = [draw_fine_ratio([0.2, 0.6], 0, step) for step in range(1000)]
+    assert draws[7] == draw_fine_ratio([0.2, 0.6], 0, 7) != draw_fine_ratio([0.2, 0.6], 1, 7)
     assert 0.2 <= min(draws) < 0.21 and 0.59 < max(draws) <= 0.6
     assert sum(draws) / 1000 == pytest.approx(0.4, abs=0.02)
 

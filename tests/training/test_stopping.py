@@ -10,8 +10,9 @@ from contextlib import suppress
 import pytest
 import torch
 from accelerate import Accelerator
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import Dataset
 
+from diffusers_d2it.data import make_loader
 from diffusers_d2it.training import Run
 from diffusers_d2it.training.stopping import StopSignals
 
@@ -19,14 +20,14 @@ from diffusers_d2it.training.stopping import StopSignals
 NUMBERS = {"SIGINT": 130, "SIGHUP": 129, "SIGTERM": 143, "SIGUSR1": 143, "SIGUSR2": 143, "SIGXCPU": 143}
 
 
-class Numbers(TensorDataset):
+class Numbers(Dataset):
     """0 to 7."""
 
-    def __init__(self):
-        super().__init__(torch.arange(8.0))
+    def __len__(self) -> int:
+        return 8
 
-    def set_epoch(self, epoch: int) -> None:
-        pass
+    def __getitem__(self, place: tuple[int, int]) -> torch.Tensor:
+        return torch.tensor(float(place[1]))
 
 
 def steps_until_stopped(strike, num_steps: int = 4) -> tuple[int, int]:
@@ -34,7 +35,7 @@ def steps_until_stopped(strike, num_steps: int = 4) -> tuple[int, int]:
     accelerator = Accelerator(cpu=True)
     flags = {"seed": 0, "train_batch_size": 1, "checkpointing_steps": 9, "validation_steps": 9}
     run = Run(accelerator, 0, max_train_steps=num_steps, **flags)
-    for _ in run.batches(accelerator.prepare(DataLoader(Numbers(), 1))):
+    for _ in run.batches(make_loader(accelerator, Numbers(), batch_size=1)):
         strike(run.step)
         run.note({"loss": torch.zeros(())})
         run.end_of_step()

@@ -32,6 +32,7 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL
 from safetensors import SafetensorError, safe_open
+from torch.utils.data import Dataset
 
 from ..files import is_sealed, read_json
 from ..files import verify as verify_folder
@@ -40,7 +41,7 @@ from ..models.autoencoder_kl_dynamic import DynamicAutoencoderKL
 from ..models.latent_codec import LatentCodec
 from ..words import differences
 from .images import check_resolution
-from .loaders import Epochs
+from .loaders import Place, place_of_item
 
 
 PLAN = "plan.json"
@@ -146,7 +147,7 @@ def read_bad_images(folder: Path, shard: int) -> list[dict]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-class LatentCache(Epochs):
+class LatentCache(Dataset):
     """The images of a latent cache, written by examples/cache_latents.py, with the flips of `ImageDataset`.
 
         cache = LatentCache("cache", vae, seed=0, resolution=256)
@@ -191,7 +192,6 @@ class LatentCache(Epochs):
         process_index: int = 0,
         num_processes: int = 1,
     ):
-        super().__init__()
         self.folder = Path(folder)
         self.seed = seed
         self.moments = moments
@@ -230,17 +230,19 @@ class LatentCache(Epochs):
     def __len__(self) -> int:
         return self._ends[-1]
 
-    def __getitem__(self, index: int) -> dict:
-        batch = self.__getitems__([index])
+    def __getitem__(self, item: int | Place) -> dict:
+        batch = self.__getitems__([item])
         return {name: [one[0] for one in of] if name == "moments" else of[0] for name, of in batch.items()}
 
-    def __getitems__(self, indices: list[int]) -> dict:
+    def __getitems__(self, items: list[int | Place]) -> dict:
         """A batch, as a `DataLoader` asks for it; stacked already, so `collate` has nothing left to do.
 
         To take it apart into items and stack those again would take as long as to read it.
         """
+        epochs, indices = zip(*map(place_of_item, items))
         shards, positions = zip(*map(self._find, indices))
-        flips = [self._draws_flip(row) for row in _gather(shards, "rows", positions).tolist()]
+        rows = _gather(shards, "rows", positions).tolist()
+        flips = [self._draws_flip(epoch, row) for epoch, row in zip(epochs, rows)]
         batch = {"class_labels": torch.from_numpy(_gather(shards, "class_labels", positions))}
         if self.plan.has_entropy:
             entropy = _gather(shards, "entropy", positions)
@@ -260,8 +262,8 @@ class LatentCache(Epochs):
         """What a `DataLoader` needs as its `collate_fn`: batches come stacked from `__getitems__`."""
         return batch
 
-    def _draws_flip(self, row: int) -> bool:
-        return self.plan.flips and random.Random(f"{self.seed}/{self.epoch}/{row}").random() < 0.5
+    def _draws_flip(self, epoch: int, row: int) -> bool:
+        return self.plan.flips and random.Random(f"{self.seed}/{epoch}/{row}").random() < 0.5
 
     def _find(self, index: int) -> tuple[dict[str, np.ndarray], int]:
         """The shard of an image, open, and its position there."""

@@ -2,9 +2,11 @@
 """Batches in an order that can be resumed.
 
 Everything random in training is a function of the seed and of a position: the order of the images of (seed, epoch),
-the flip of an image of (seed, epoch, index), noise and timesteps of (seed, batch, process). A run that was interrupted
-therefore continues exactly, whatever the number of workers. Only a stream has no index: there the worker and the
-position in its part take its place, and a run continues exactly with as many processes and workers as before.
+the flip of an image of (seed, epoch, index), its noise, timestep and all else of (seed, its number in the run). Images
+are numbered through the batch of an update, the part of each process after the other. So a run that was interrupted
+continues exactly with any number of workers, and with any number of processes and forward passes that make up the same
+batch. Only a stream has no index: there the worker and the position in its part take its place, and a run continues
+exactly with as many processes and workers as before.
 """
 
 import copy
@@ -12,14 +14,14 @@ import os
 import random
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import chain, cycle, islice
+from itertools import chain, count, cycle, islice
 
 import numpy as np
 import PIL.Image
 import torch
 from accelerate import Accelerator
 from accelerate.utils import send_to_device
-from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
 
 from ..words import counted
 from .bad_images import BadImages
@@ -30,30 +32,54 @@ from .source import ImageSource, Row
 MAX_UNUSABLE = 1000  # so many in a row, and the images are not what they should be
 
 
-class Epochs(Dataset):
-    """A data set that draws other flips in another epoch, also in workers that live longer than one.
+Place = tuple[int, int]  # epoch, and index of the image in the data set
 
-    Attributes:
-        epoch: its number, which `set_epoch` changes in all processes that share the data set.
+
+def place_of_item(item: int | Place) -> Place:
+    """What a data set is asked for; an index alone is of the first epoch."""
+    return item if isinstance(item, tuple) else (0, item)
+
+
+class GlobalBatches(Sampler[list[Place]]):
+    """The images of one process in all forward passes from one on, without end.
+
+    Every epoch is a new order of all images, and the next one follows within a batch. The images of a pass are shared
+    out in runs of `batch_size`: together with those of the other processes, and of the other passes of an update, they
+    are the next ones of that order, however many processes and passes there are.
+
+    Args:
+        num_images: of the data set.
+        batch_size: images of a process in a forward pass.
+        seed: with the epoch it decides the order.
+        first_pass: number of the pass that is begun with.
+        process_index, num_processes: whose images.
     """
 
-    def __init__(self) -> None:
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+    def __init__(
+        self, num_images: int, batch_size: int, seed: int, first_pass: int, process_index: int, num_processes: int
+    ):
+        self.num_images, self.batch_size, self.seed = num_images, batch_size, seed
+        self.first_pass, self.process_index, self.num_processes = first_pass, process_index, num_processes
+        self._epoch, self._order = -1, torch.empty(0)
 
-    @property
-    def epoch(self) -> int:
-        return int(self._epoch)
+    def __iter__(self) -> Iterator[list[Place]]:
+        for number in count(self.first_pass):
+            start = (number * self.num_processes + self.process_index) * self.batch_size
+            yield [self._place(number) for number in range(start, start + self.batch_size)]
 
-    def set_epoch(self, epoch: int) -> None:
-        """Draw other flips; accelerate's loaders call this at the start of an epoch."""
-        self._epoch.fill_(epoch)
+    def _place(self, number: int) -> Place:
+        epoch, position = divmod(number, self.num_images)
+        if epoch != self._epoch:
+            entropy = np.random.SeedSequence((self.seed, epoch)).generate_state(1, np.uint64)
+            generator = torch.Generator().manual_seed(int(entropy[0] >> 1))
+            self._epoch, self._order = epoch, torch.randperm(self.num_images, generator=generator)
+        return epoch, int(self._order[position])
 
 
-class _Images(Epochs):
+class _Images(Dataset):
     """What data sets of a source have in common, and with `LatentCache` what they say of themselves."""
 
     def __init__(self, source: ImageSource, resolution: int, seed: int, bad_images: BadImages):
-        super().__init__()
         self.source = source
         self.resolution = resolution
         self.seed = seed
@@ -91,17 +117,18 @@ class ImageDataset(_Images):
     def __len__(self) -> int:
         return self.source.num_rows
 
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+    def __getitem__(self, item: int | Place) -> dict[str, torch.Tensor]:
         """An image and its label.
 
         Raises:
             ValueError: neither the image nor any that could stand in for it can be used, or a label is not valid.
         """
+        epoch, index = place_of_item(item)
         rows = (self.source[i] for i in _stand_ins(index, len(self)))
         row, image = next(usable_images(rows, self.resolution, self.bad_images), (None, None))
         if row is None:
             raise self.bad_images.none_usable(self.source.name)
-        return self._item(row, image, f"{self.epoch}/{index}")
+        return self._item(row, image, f"{epoch}/{index}")
 
 
 class ImageStream(_Images, IterableDataset):
@@ -156,6 +183,32 @@ class ImageStream(_Images, IterableDataset):
 
 
 @dataclass(frozen=True)
+class OrderedLoader:
+    """Batches of a map-style data set in the order of `GlobalBatches`; `Accelerator.prepare` leaves it as it is."""
+
+    dataset: Dataset
+    batch_size: int
+    num_workers: int
+    seed: int
+    accelerator: Accelerator
+
+    def batches_from(self, first_pass: int) -> Iterator[dict]:
+        """Those of this process, on its device, without end, from a forward pass on."""
+        place = self.accelerator.process_index, self.accelerator.num_processes
+        loader = DataLoader(
+            self.dataset,
+            batch_sampler=GlobalBatches(len(self.dataset), self.batch_size, self.seed, first_pass, *place),
+            num_workers=self.num_workers,
+            pin_memory=self.accelerator.device.type == "cuda",
+            collate_fn=getattr(self.dataset, "collate", None),
+            worker_init_fn=_leave_process_group,
+            generator=torch.Generator(),  # not the global one
+        )
+        for batch in loader:
+            yield send_to_device(batch, self.accelerator.device, non_blocking=True)
+
+
+@dataclass(frozen=True)
 class StreamLoader:
     """Full batches of an `ImageStream` on the device of the process; `Accelerator.prepare` leaves it as it is."""
 
@@ -164,10 +217,10 @@ class StreamLoader:
     num_workers: int
     device: torch.device
 
-    def batches_from(self, first_batch: int) -> Iterator[dict[str, torch.Tensor]]:
+    def batches_from(self, first_pass: int) -> Iterator[dict[str, torch.Tensor]]:
         """Batches without end. What lies before the first one is read again, but not decoded."""
         # Workers take turns: each one skips its share of the whole rounds by itself
-        num_rounds, rest = divmod(first_batch, max(1, self.num_workers))
+        num_rounds, rest = divmod(first_pass, max(1, self.num_workers))
         stream = copy.copy(self.dataset)
         stream.num_skipped = num_rounds * self.batch_size
         loader = DataLoader(
@@ -175,7 +228,7 @@ class StreamLoader:
             batch_size=self.batch_size,
             num_workers=self.num_workers,
             worker_init_fn=_leave_process_group,
-            generator=torch.Generator(),  # not the global one, which is part of the state of a run
+            generator=torch.Generator(),  # not the global one
         )
         for batch in islice(loader, rest, None):
             yield send_to_device(batch, self.device)
@@ -230,15 +283,16 @@ def make_dataset(
 
 
 def make_loader(
-    accelerator: Accelerator, dataset: Dataset, *, batch_size: int, num_workers: int = 0
-) -> DataLoader | StreamLoader:
-    """Shuffled batches; the incomplete last batch of an epoch is left out.
+    accelerator: Accelerator, dataset: Dataset, *, batch_size: int, num_workers: int = 0, seed: int = 0
+) -> OrderedLoader | StreamLoader:
+    """Shuffled batches without end.
 
     Args:
         accelerator: the Accelerator.
-        dataset: from `make_dataset`, or any map-style data set with `set_epoch`.
-        batch_size: images per process.
+        dataset: from `make_dataset`, or any map-style data set that is asked for places.
+        batch_size: images of a process in a forward pass.
         num_workers: processes that decode images, for each process.
+        seed: with the epoch it decides the order; of a stream its data set has its own.
 
     Raises:
         ValueError: the data set does not fill one batch of every process, or a stream has too few files for the
@@ -257,49 +311,21 @@ def make_loader(
             f"`batch_size` {batch_size} on {counted(accelerator.num_processes, 'process')} needs more than the"
             f" {counted(len(dataset), 'image')} of the data set."
         )
-    return DataLoader(
-        dataset,
-        batch_size=batch_size,
-        shuffle=True,
-        drop_last=True,
-        num_workers=num_workers,
-        persistent_workers=num_workers > 0,  # to start them takes longer than a small epoch
-        pin_memory=accelerator.device.type == "cuda",
-        collate_fn=getattr(dataset, "collate", None),
-        worker_init_fn=_leave_process_group,
-    )
+    return OrderedLoader(dataset, batch_size, num_workers, seed, accelerator)
 
 
-def batches_from(
-    accelerator: Accelerator, loader: DataLoader | StreamLoader, first_batch: int, repeated: int | None = None
-) -> Iterator[dict]:
-    """Batches without end of a loader that is prepared, from number `first_batch` of the whole run on.
-
-    With `repeated` the run consists of its first so many batches, over and over.
-    """
-    if repeated is not None:
-        kept = list(islice(batches_from(accelerator, loader, 0), repeated))
-        yield from islice(cycle(kept), first_batch % repeated, None)
-    if isinstance(loader, StreamLoader):
-        yield from loader.batches_from(first_batch)
-    epoch, position = divmod(first_batch, len(loader))
-    while True:
-        loader.set_epoch(epoch)
-        loader.dataset.set_epoch(epoch)  # with several processes accelerate tells the sampler only
-        rest = accelerator.skip_first_batches(loader, position) if position else loader
-        rest.set_epoch(epoch)
-        iterator = iter(rest)
-        with torch.random.fork_rng(devices=[]):  # it draws a seed for its workers, and an interrupted run more of them
-            first = next(iterator)
-        yield first
-        yield from iterator
-        epoch, position = epoch + 1, 0
+def batches_from(loader: OrderedLoader | StreamLoader, first_pass: int, repeated: int | None = None) -> Iterator[dict]:
+    """Batches without end, from one forward pass on; with `repeated` the first so many of them, over and over."""
+    if repeated is None:
+        yield from loader.batches_from(first_pass)
+    kept = list(islice(loader.batches_from(0), repeated))
+    yield from islice(cycle(kept), first_pass % repeated, None)
 
 
-def step_generator(accelerator: Accelerator, seed: int, batch_index: int) -> torch.Generator:
-    """The generator of everything random in one batch of one process."""
-    entropy = np.random.SeedSequence((seed, batch_index, accelerator.process_index)).generate_state(1, np.uint64)
-    return torch.Generator(accelerator.device).manual_seed(int(entropy[0] >> 1))
+def image_generators(device: torch.device, seed: int, numbers: Iterable[int]) -> list[torch.Generator]:
+    """The generators of everything random about images, by their numbers in the run."""
+    words = (np.random.SeedSequence((seed, number)).generate_state(1, np.uint64)[0] for number in numbers)
+    return [torch.Generator(device).manual_seed(int(word >> 1)) for word in words]
 
 
 def _leave_process_group(worker: int) -> None:

@@ -38,7 +38,7 @@ class TiedGaussianDistribution(DiagonalGaussianDistribution):
         super().__init__(parameters)
         self.layout = layout
 
-    def sample(self, generator: torch.Generator | None = None) -> torch.Tensor:
+    def sample(self, generator: torch.Generator | list[torch.Generator] | None = None) -> torch.Tensor:
         """Draw latents (B, C, H/f, W/f), equal inside every code."""
         noise = randn_tensor(self.mean.shape, generator=generator, device=self.mean.device, dtype=self.mean.dtype)
         return self.mean + self.std * self.layout.tie(noise)

@@ -1,6 +1,7 @@
 # Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
 """What the training scripts share. Their loops, with the step, the gate and what saves and stops, stand in them."""
 
+from ..draws import draw_integers, draw_uniform
 from .adapters import add_adapters, save_adapters
 from .alignment import Alignment, patches_of
 from .checkpoints import Checkpoints, find_checkpoint, found_checkpoints, trained_weights, use_ema
@@ -29,6 +30,8 @@ __all__ = [
     "draw_budget",
     "draw_fine_ratio",
     "draw_grain_map",
+    "draw_integers",
+    "draw_uniform",
     "drop_labels",
     "find_checkpoint",
     "found_checkpoints",

@@ -7,7 +7,6 @@ checkpoint-<step>/
     <other>.safetensors                 further trained modules
     <optimizer>.safetensors             moments, as <name of the weight>/<name of the moment>
     state.json                          step, flags, settings of optimizers, schedule, scale of float16
-    random_state_<process>.json
     manifest.json                       sizes and hashes of all these; see files/folders.py
 
 No pickle, and whole tensors: torch gathers those of FSDP on the main process, and hands each process its part.
@@ -46,7 +45,6 @@ from ..files import on_main_process, read_json, remove_folder, replace_folder, s
 from ..files.source import public_config
 from ..words import counted, differences, listed, printable
 from .gate import FiniteGate
-from .random_state import random_state, set_random_state
 
 
 STATE = "state.json"
@@ -126,7 +124,7 @@ class Checkpoints:
         self.lr_scheduler = lr_scheduler
         self.gate = gate
         self.others = others or {}
-        self.flags = json.loads(json.dumps({**(flags or {}), "num_processes": accelerator.num_processes}))
+        self.flags = json.loads(json.dumps(flags or {}))
         self.total_limit = total_limit
         self.last: Path | None = None  # the checkpoint that was saved or resumed last
         self._trained = nn.ModuleDict({"model": model, **self.others})  # gives every weight of an optimizer its name
@@ -170,8 +168,6 @@ class Checkpoints:
         self.accelerator.wait_for_everyone()
 
     def _write(self, folder: Path, step: int) -> None:
-        process, is_main = self.accelerator.process_index, self.accelerator.is_main_process
-        Path(folder, f"random_state_{process}.json").write_text(json.dumps(random_state()), encoding="utf-8")
         # Gathered by all processes, written by the main one, a part at a time
         if self.has_adapters:
             self._write_tensors(folder / _ADAPTERS[0], self._adapters())
@@ -183,7 +179,7 @@ class Checkpoints:
             self._write_tensors(folder / f"{name}.safetensors", get_model_state_dict(module, options=_WHOLE))
         for name, optimizer in self.optimizers.items():
             self._write_tensors(folder / f"{name}.safetensors", self._moments(optimizer))
-        if is_main:
+        if self.accelerator.is_main_process:
             text = json.dumps(self._state(step), indent=2, allow_nan=False)
             Path(folder, STATE).write_text(text + "\n", encoding="utf-8")
 
@@ -274,7 +270,6 @@ class Checkpoints:
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.gate.num_skipped_steps = state["skipped_steps"]
-        set_random_state(read_json(checkpoint / f"random_state_{self.accelerator.process_index}.json"))
         self.last = checkpoint
         return state["step"]
 

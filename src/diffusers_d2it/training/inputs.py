@@ -15,6 +15,7 @@ from diffusers import AutoencoderKL
 from ..data.images import check_resolution
 from ..data.latent_cache import LatentCache
 from ..data.loaders import ImageDataset, ImageStream
+from ..draws import draw_uniform
 from ..files.folders import digest, read_json
 from ..files.source import find_model
 from ..grains import grain_map_from_entropy
@@ -74,24 +75,24 @@ def identity_of(
     return identity | {"autoencoder": digest({**codec.describe(), "thresholds": thresholds})}
 
 
-def draw_fine_ratio(ratios: list[float] | None, generator: torch.Generator) -> float | None:
-    """The fine ratio of a batch: None for the autoencoder's own, the one given, or uniform between two.
+def draw_fine_ratio(ratios: list[float] | None, seed: int, step: int) -> float | None:
+    """The fine ratio of an update: None for the autoencoder's own, the one given, or uniform between two.
 
-    A model that has seen many ratios serves many budgets: the same weights sample at any of them.
+    It follows from the seed and the number of the update, and is the same in all its forward passes and processes. A
+    model that has seen many ratios serves many budgets: the same weights sample at any of them.
     """
     if ratios is None:
         return None
     if len(ratios) == 1:
         return ratios[0]
-    low, high = ratios
-    return low + (high - low) * torch.rand((), generator=generator, device=generator.device).item()
+    return np.random.default_rng((seed, step)).uniform(*ratios)
 
 
 def draw_grain_map(
-    vae: DynamicAutoencoderKL, entropy: torch.Tensor, ratios: list[float] | None, generator: torch.Generator
+    vae: DynamicAutoencoderKL, entropy: torch.Tensor, ratios: list[float] | None, seed: int, step: int
 ) -> tuple[torch.Tensor, float | None]:
     """The grain map (B, h, w) of a batch by its entropy (B, h, w), and its fine ratio, of `draw_fine_ratio`."""
-    ratio = draw_fine_ratio(ratios, generator)
+    ratio = draw_fine_ratio(ratios, seed, step)
     return grain_map_from_entropy(entropy, vae.thresholds(ratio)), ratio
 
 
@@ -106,10 +107,9 @@ def draw_budget(budgets: list[float], warmup_steps: int, seed: int, step: int) -
 
 
 def drop_labels(
-    class_labels: torch.Tensor, num_classes: int | None, share: float, generator: torch.Generator
+    class_labels: torch.Tensor, num_classes: int | None, share: float, generators: list[torch.Generator]
 ) -> torch.Tensor | None:
     """Replace a random share of the labels by "no class", index `num_classes`; None for an unconditional model."""
     if num_classes is None:
         return None
-    dropped = torch.rand(class_labels.shape, generator=generator, device=class_labels.device) < share
-    return class_labels.masked_fill(dropped, num_classes)
+    return class_labels.masked_fill(draw_uniform(generators) < share, num_classes)

@@ -11,18 +11,16 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import (
-    DataLoaderConfiguration,
     GradientAccumulationPlugin,
     InitProcessGroupKwargs,
     LoggerType,
     ProjectConfiguration,
 )
-from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from ..data.bad_images import BAD_IMAGES
-from ..data.loaders import StreamLoader, batches_from, step_generator
+from ..data.loaders import OrderedLoader, StreamLoader, batches_from, image_generators
 from ..files import lock
 from ..files.folders import names_in
 from ..optional import import_optional
@@ -71,8 +69,6 @@ def make_accelerator(
         mixed_precision=_own_precision() if mixed_precision == "auto" else mixed_precision,
         log_with=report_to,
         project_config=ProjectConfiguration(str(output_dir), logging_dir=os.path.join(output_dir, "logs")),
-        # Without the seedable sampler a resumed epoch sees its images in another order.
-        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, non_blocking=True),
         step_scheduler_with_optimizer=False,
         # The others wait while the main process draws samples, and at the end of stage 1 measures many images.
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=1))],
@@ -109,7 +105,7 @@ class Run:
     """A training from its first step to its last: batches, count, log, and what is due after an update.
 
         run = Run(accelerator, step, ...)
-        for batch, generator in run.batches(loader):
+        for batch, generators in run.batches(loader):
             with accelerator.accumulate(model):
                 ...                                     # losses; and where gradients are synchronised an update
             run.note(losses)
@@ -127,7 +123,7 @@ class Run:
     Args:
         accelerator: of `make_accelerator`, after `prepare`; its processes make every call alike.
         step: updates that have been made, of a run that was resumed.
-        seed: with the number of a batch and the process it fixes everything random in it.
+        seed: with the number of an image in the run it fixes everything random about it.
         train_batch_size: images of a process in a forward pass.
         max_train_steps: updates in total.
         checkpointing_steps: updates between two checkpoints.
@@ -168,19 +164,21 @@ class Run:
         self._noted: list[dict[str, torch.Tensor]] = []
         self._last_time = time.perf_counter()
 
-    def batches(self, loader: DataLoader | StreamLoader) -> Iterator[tuple[dict[str, Any], torch.Generator]]:
-        """The batches that are left, each with the generator of everything random in it.
+    def batches(self, loader: OrderedLoader | StreamLoader) -> Iterator[tuple[dict[str, Any], list[torch.Generator]]]:
+        """The batches that are left, each with the generators of everything random about its images.
 
         Raises:
             ValueError: at the end of a smoke test: the loss has not fallen.
         """
-        index = self.step * self.accelerator.gradient_accumulation_steps
-        batches = batches_from(self.accelerator, loader, index, self.overfit_batches)
+        number = self.step * self.accelerator.gradient_accumulation_steps
+        batches = batches_from(loader, number, self.overfit_batches)
+        processes, device = self.accelerator.num_processes, self.accelerator.device
         with logging_redirect_tqdm():  # no line of a log is written into the bar
             while self.step < self.max_train_steps:
                 batch = next(batches)
-                yield batch, step_generator(self.accelerator, self.seed, index)
-                index += 1
+                first = (number * processes + self.accelerator.process_index) * self.train_batch_size
+                yield batch, image_generators(device, self.seed, range(first, first + self.train_batch_size))
+                number += 1
         self._stop.close()
         self._progress.close()
         if self.overfit_batches:
