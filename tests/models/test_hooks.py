@@ -18,6 +18,15 @@ from diffusers_d2it.models.layers import SelfAttentionProcessor
 LAYER = 1
 
 
+@pytest.fixture(params=["D2iT", "DC-DiT"])
+def predict_by_either(request, make_dcdit):
+    """`predict` of both models."""
+    if request.param == "D2iT":
+        return request.getfixturevalue("predict")
+    model, latents = make_dcdit(), torch.randn(2, 4, 8, 8, generator=torch.manual_seed(0))
+    return model, lambda: model(latents, torch.tensor(500.0), torch.tensor([1, 2])).sample.detach()
+
+
 @pytest.fixture
 def predict(make_content_model):
     """A model, and a function that predicts with it from fixed inputs."""
@@ -36,14 +45,14 @@ def predict(make_content_model):
         (
             {"skip_attention": False, "skip_ff": False, "skip_attention_scores": True},
             "attn",
-            lambda self, hidden_states: self.to_out[0](self.to_v(hidden_states)),
+            lambda self, hidden_states, *args: self.to_out[0](self.to_v(hidden_states)),
         ),
     ],
     ids=["block", "attention", "feed_forward", "scores"],
 )
 @torch.no_grad()
-def test_a_skipped_layer_is_what_its_reference_computes(predict, settings, part, instead):
-    model, prediction = predict
+def test_a_skipped_layer_is_what_its_reference_computes(predict_by_either, settings, part, instead):
+    model, prediction = predict_by_either
     whole = prediction()
     apply_layer_skip(model, LayerSkipConfig(indices=[LAYER], fqn="transformer_blocks", **settings))
     skipped = prediction()

@@ -1,14 +1,19 @@
 # Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
 """DC-DiT as a whole, against the plain form of `plain_dcdit.py`, and the properties that it promises."""
 
+from contextlib import nullcontext
+
 import plain_dcdit
 import pytest
 import torch
+from accelerate.utils import send_to_device
 from alike import same_weights
+from diffusers.models.attention_dispatch import attention_backend
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffusers_d2it import DCDiTModel, load_preset
+from diffusers_d2it.models.chunking import Chunks
 
 
 PARAMETERS = {"dcdit-s": 34_367_241, "dcdit-b": 136_343_049, "dcdit-l": 468_563_977, "dcdit-xl": 688_409_865}
@@ -160,6 +165,36 @@ def test_the_device_is_waited_for_once(backend):
         latents[latents > 0].sum().item()
         bool(torch.tensor(1).any())
     assert len(waits.found) == 4
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("chosen", ["model", "context"])
+def test_a_backend_that_takes_no_mask(chosen):
+    model, given = make().float(), inputs()
+    given = given[0].float(), *given[1:]
+    expected = model(*given).sample
+    if chosen == "model":
+        model.set_attention_backend("_native_flash")
+    with attention_backend("_native_flash") if chosen == "context" else nullcontext():
+        torch.testing.assert_close(model(*given).sample, expected)
+
+
+def test_layers_may_lie_on_several_devices():
+    """What a block is given moves with it, as `accelerate` moves what is on another device than a block."""
+    chunks = Chunks.of(torch.rand(2, 8, 8) > 0.5)
+    moved = send_to_device(chunks, "meta")
+    tensors = [name for name, value in vars(chunks).items() if isinstance(value, torch.Tensor)]
+    assert len(tensors) == 6 and all(getattr(moved, name).device.type == "meta" for name in tensors)
+    assert moved.lengths == chunks.lengths and chunks.cells.device.type == "cpu" and chunks.to() is chunks
+
+
+def test_weights_of_eight_bits_pass_gradients_on():
+    """To adapters over them: what computes is cast back after a pass, but the graph of a convolution keeps it."""
+    model, (latents, *given) = make().bfloat16(), inputs()
+    model.requires_grad_(False).enable_layerwise_casting(torch.float8_e4m3fn, torch.bfloat16)
+    latents = latents.bfloat16().requires_grad_()
+    model(latents, *given).sample.float().square().mean().backward()
+    assert latents.grad.any() and latents.grad.isfinite().all()
 
 
 def test_checkpointing_and_round_trip(tmp_path):

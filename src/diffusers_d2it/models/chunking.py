@@ -6,7 +6,7 @@ Shapes:
     M cells kept of an image, T of all images together: one image after the other, in raster order
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch._dynamo
@@ -57,6 +57,13 @@ class Chunks:
             is_token=of_any_size(is_token, 1),
             slots=of_any_size(images * longest + in_image, 0),
         )
+
+    def to(self, device: torch.device | str | None = None, non_blocking: bool = False) -> "Chunks":
+        """The same on another device, None for where it is: accelerate asks for it where several share the blocks."""
+        if device is None:
+            return self
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+        return replace(self, **{name: one.to(device, non_blocking=non_blocking) for name, one in tensors.items()})
 
 
 def of_any_size(tensor: torch.Tensor, dim: int) -> torch.Tensor:

@@ -6,7 +6,11 @@ Shapes:
 """
 
 import torch
-from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.attention_dispatch import (
+    AttentionBackendName,
+    _AttentionBackendRegistry,
+    dispatch_attention_fn,
+)
 
 from ..limits import is_traced
 from .chunking import Chunks
@@ -19,14 +23,18 @@ class PackedAttention(SelfAttention):
     def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, chunks: Chunks) -> torch.Tensor:
         """Each (T, A, E) -> the same.
 
-        Image by image on a CPU, by torch's kernel for several lengths in half precision on CUDA, and padded to the
-        longest image elsewhere, in a graph, which serves all lengths, and where a backend of diffusers was chosen.
+        Image by image on a CPU, and where a backend of diffusers was chosen, as many of them take no mask; by torch's
+        kernel for several lengths in half precision on CUDA; elsewhere, and in a graph, which serves all lengths,
+        padded to the longest image.
         """
-        if self.processor._attention_backend is None and not is_traced(query):
-            if query.device.type == "cpu":
-                return self._by_image(query, key, value, chunks)
-            if _takes_varlen(query):
-                return attend_by_varlen(query, key, value, chunks)
+        if is_traced(query):
+            return self._padded(query, key, value, chunks)
+        active, _ = _AttentionBackendRegistry.get_active_backend()  # of a context or of the environment
+        is_chosen = self.processor._attention_backend is not None or active != AttentionBackendName.NATIVE
+        if is_chosen or query.device.type == "cpu":
+            return self._by_image(query, key, value, chunks)
+        if _takes_varlen(query):
+            return attend_by_varlen(query, key, value, chunks)
         return self._padded(query, key, value, chunks)
 
     def _by_image(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, chunks: Chunks) -> torch.Tensor:

@@ -134,10 +134,10 @@ class ChunkBlock(DiTBlock):
     def __init__(self, dim: int, heads: int, mlp_ratio: float = 4.0):
         super().__init__(dim, heads, mlp_ratio, attn=PackedAttention(dim, heads))
 
-    def forward(self, tokens: torch.Tensor, conditioning: torch.Tensor, chunks: Chunks) -> torch.Tensor:
-        """tokens (T, D), conditioning (B, D) after its SiLU -> (T, D)."""
+    def forward(self, hidden_states: torch.Tensor, conditioning: torch.Tensor, chunks: Chunks) -> torch.Tensor:
+        """Tokens hidden_states (T, D), conditioning (B, D) after its SiLU -> (T, D)."""
         modulation = self.adaln(conditioning).index_select(0, chunks.images)  # (T, 6 * D)
-        return self.modulated(tokens, modulation, chunks)
+        return self.modulated(hidden_states, modulation, chunks)
 
 
 class DCDiTModel(ClassLabelsMixin, StrictModelMixin, AttentionMixin, CacheMixin, SafeAdapterMixin, ConfigMixin):
@@ -177,6 +177,8 @@ class DCDiTModel(ClassLabelsMixin, StrictModelMixin, AttentionMixin, CacheMixin,
     _keep_in_fp32_modules = ["boundary_router", "residual_proj"]  # loaded in half precision: which cells are tokens
     _skip_layerwise_casting_patterns = [
         "conv_in",
+        "encoder",  # diffusers casts convolutions for the forward pass alone
+        "decoder",
         "norm",
         "time_embed",
         "label_embed",
@@ -294,8 +296,9 @@ class DCDiTModel(ClassLabelsMixin, StrictModelMixin, AttentionMixin, CacheMixin,
 
         # 2. Router: the cells that are worth a token, as many of them as the budget allows
         with torch.autocast(device.type, enabled=False):
-            residual = self.residual_proj(features.to(self.residual_proj.weight.dtype)).float()  # (B, H, W, D)
-            probability = self._boundary_probability(features)  # (B, H, W)
+            residual = self.residual_proj(features.to(self.residual_proj.weight.dtype))  # (B, H, W, D)
+            residual = residual.to(features.device, torch.float32)  # several devices may share the layers
+            probability = self._boundary_probability(features).to(features.device)  # (B, H, W)
         chunks = Chunks.of(keep_likeliest(probability.detach(), budget))
 
         # 3. Transformer over these
@@ -310,7 +313,8 @@ class DCDiTModel(ClassLabelsMixin, StrictModelMixin, AttentionMixin, CacheMixin,
 
         # 4. Back to all cells, and 5. convolutions over them
         with torch.autocast(device.type, enabled=False):
-            cells = dechunk(tokens.float(), probability, chunks, self.config.smoothing_sigma)  # (B, H, W, D)
+            tokens = tokens.to(probability.device, torch.float32)
+            cells = dechunk(tokens, probability, chunks, self.config.smoothing_sigma)  # (B, H, W, D)
             cells = cells * confidence(probability)[..., None] + residual
         cells = self.decoder(cells.to(features.dtype).permute(0, 3, 1, 2), of_convolutions)  # (B, H, W, E)
         noise = self.norm_out(cells.flatten(1, 2), modulating)  # (B, H * W, O)
