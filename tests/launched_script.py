@@ -43,7 +43,7 @@ def strike(how: str, process: str, folder: str) -> None:
         accelerator = PartialState()
         for i, batch in enumerate(real(*args)):
             assert accelerator.num_processes == num_processes
-            if i == 3 and accelerator.process_index == index:
+            if i == 3 and accelerator.process_index == index and not Path(folder, "struck").exists():
                 Path(folder, "struck").touch()
                 if how == "kill":
                     os.kill(os.getpid(), signal.SIGKILL)
