@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
-"""Runs under launchers: a process that dies ends the job and is named; told to stop, the run is saved; two machines."""
+"""Launched runs: a process that dies ends the job and is named; told to stop, the run is saved; two machines."""
 
 import os
 import signal
