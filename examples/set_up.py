@@ -109,8 +109,7 @@ def make_model(
 
 def loader_of(args: argparse.Namespace, accelerator: Accelerator, data: Dataset) -> OrderedLoader | StreamLoader:
     """Shuffled batches of a data set."""
-    sizes = {"batch_size": args.train_batch_size, "num_workers": args.dataloader_num_workers}
-    return make_loader(accelerator, data, **sizes, seed=args.seed)
+    return make_loader(accelerator, data, batch_size=args.train_batch_size, num_workers=args.dataloader_num_workers)
 
 
 def start(args: argparse.Namespace) -> Accelerator:

@@ -14,11 +14,9 @@ import json
 import statistics
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 
 from arms import CHUNKED_ARMS, find_arm
@@ -26,7 +24,7 @@ from cell_dit import CellDiT
 from dcdit import MovedBoundaries
 from plots import plot_costs
 from report import SEEN, open_study, protocol, spread, verdict
-from scoring import Scorer
+from scoring import Scorer, map_jobs
 from study import ADAPTIVE, Study, make_parser, write_json
 from train_arm import without_refine_net
 
@@ -171,24 +169,12 @@ def time_steps(scorer: Scorer) -> dict[str, float]:
     return json.loads(file.read_text())
 
 
-def _score(arguments: argparse.Namespace, job: tuple[str, int, str]) -> dict[str, dict]:
-    return score(Scorer(Study(arguments)), *job)
-
-
 def score_all(scorer: Scorer, args: argparse.Namespace) -> dict[tuple[str, int, str], dict]:
-    """Scores by (arm, seed, training), `--jobs` processes at a time."""
+    """Scores by (arm, seed, training); trains what is missing first."""
     scorer.study.train_all(list(ADAPTIVE))
-    _ = scorer.classifier  # trained once, not by each process
-    jobs = [
-        (arm, seed, budget)
-        for seed in scorer.study.preset.seeds
-        for arm in ADAPTIVE
-        for budget in ("equal_steps", "equal_macs")
-    ]
-    if args.jobs == 1:
-        return {job: score(scorer, *job) for job in jobs}
-    with ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn")) as pool:
-        return dict(zip(jobs, pool.map(_score, [args] * len(jobs), jobs)))
+    trainings = ("equal_steps", "equal_macs")
+    jobs = [(arm, seed, one) for seed in scorer.study.preset.seeds for arm in ADAPTIVE for one in trainings]
+    return map_jobs(score, scorer, args, jobs)
 
 
 def table_of(scorer: Scorer, scores: dict[tuple[str, int, str], dict], milliseconds: dict[str, float]) -> dict:

@@ -38,10 +38,10 @@ from diffusers_d2it import (
     make_model_card,
     visualize_grain_map,
 )
+from diffusers_d2it.draws import generators_of
 from diffusers_d2it.evaluation import Evaluator, ImageSet, evaluate_reconstructions, load_features, open_images
 from diffusers_d2it.losses import grain_loss
 from diffusers_d2it.pixels import from_uint8, unit_to_uint8
-from diffusers_d2it.sampling.sets import generators_of
 
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))

@@ -156,8 +156,8 @@ def measure(folder: Path, latents: torch.Tensor, labels: torch.Tensor) -> dict[s
 
     Returns:
         "error" by budget, as it is written, "random", that of moved boundaries under the whole budget,
-        "natural_share", and "detail", the correlation over images and cells of being natural with the local spread of
-        the latents.
+        "without_tokens", with what the transformer made of them put to zero, "natural_share", and "detail", the
+        correlation over images and cells of being natural with the local spread of the latents.
     """
     model, objective = DCDiTModel.from_pretrained(folder).eval(), DiffusionObjective()
     noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))
@@ -186,6 +186,8 @@ def measure(folder: Path, latents: torch.Tensor, labels: torch.Tensor) -> dict[s
         measured["detail"].append(torch.corrcoef(pair)[0, 1].item())
     model.boundary_router = moved
     measured["random"] = [run(timestep, 1.0)[0] for timestep in TIMESTEPS]
+    model.norm_backbone.register_forward_hook(lambda module, inputs, output: torch.zeros_like(output))
+    measured["without_tokens"] = [run(timestep, 1.0)[0] for timestep in TIMESTEPS]
     return measured
 
 
@@ -207,6 +209,7 @@ COLUMNS = {
     "error, budget 1": ("error", "1"),
     "error, budget 0.4": ("error", "0.4"),
     "boundaries at random places": ("random",),
+    "without the tokens": ("without_tokens",),
     "natural share": ("natural_share",),
     "follows detail": ("detail",),
 }
@@ -234,7 +237,7 @@ def table(rows: dict[str, dict[str, list[dict]]], steps: int) -> str:
     for name, runs in rows.items():
         cells = []
         for keys in COLUMNS.values():
-            digits = 4 if keys[0] in ("error", "random") else 3
+            digits = 3 if keys[0] in ("natural_share", "detail") else 4
             cells.append(spread(found(runs[str(steps)], keys), digits))
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"

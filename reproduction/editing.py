@@ -63,7 +63,7 @@ def main() -> None:
     args = parse_args()
     pipe = D2iTPipeline.from_pretrained(args.checkpoint)
     pipe.set_progress_bar_config(disable=True)
-    photos = open_images(args.data, pipe.transformer.config.sample_size * pipe.vae.downsample_factor, "validation")
+    photos = open_images(args.data, pipe.trained_side, "validation")
     file = RESULTS / f"editing-{Path(args.checkpoint).name}.json"
     found = json.loads(file.read_text()) if file.exists() else {}
     parts = {

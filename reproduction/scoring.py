@@ -10,6 +10,7 @@ import json
 import math
 import statistics
 from argparse import Namespace
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, nullcontext
 from functools import cache, cached_property
@@ -234,20 +235,25 @@ def _scorer_of_process(arguments: tuple) -> Scorer:
     return Scorer(Study(Namespace(**dict(arguments))))
 
 
-def _score(arguments: tuple, job: tuple) -> dict:
-    return _scorer_of_process(arguments).score(*job)
+def _run(function: Callable, arguments: tuple, job: tuple) -> dict:
+    return function(_scorer_of_process(arguments), *job)
+
+
+def map_jobs(function: Callable[..., dict], scorer: Scorer, args: Namespace, jobs: list[tuple]) -> dict[tuple, dict]:
+    """function(scorer, *job) of each job, `--jobs` processes at a time."""
+    _ = scorer.classifier  # trained once, not by each process
+    if args.jobs == 1:
+        return {job: function(scorer, *job) for job in jobs}
+    arguments = tuple((name, value) for name, value in vars(args).items() if not isinstance(value, list))
+    with ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn")) as pool:
+        return dict(zip(jobs, pool.map(_run, [function] * len(jobs), [arguments] * len(jobs), jobs)))
 
 
 def score_all(scorer: Scorer, args, jobs: list[tuple[str, int, int, str]]) -> dict[tuple, dict]:
-    """Scores of (arm, seed, steps, map source), `--jobs` processes at a time; trains what is missing first."""
+    """Scores of (arm, seed, steps, map source); trains what is missing first."""
     jobs = list(dict.fromkeys(jobs))
     scorer.study.train_all(list(dict.fromkeys(arm for arm, *_ in jobs)))
     for arm, *_, source in jobs:
         if source == "predicted" and 0 < ARMS[arm].fine_ratio < 1:
             scorer.study.grain_folder(ARMS[arm].fine_ratio)
-    _ = scorer.classifier  # trained once, not by each process
-    if args.jobs == 1:
-        return {job: scorer.score(*job) for job in jobs}
-    arguments = tuple((name, value) for name, value in vars(args).items() if not isinstance(value, list))
-    with ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn")) as pool:
-        return dict(zip(jobs, pool.map(_score, [arguments] * len(jobs), jobs)))
+    return map_jobs(Scorer.score, scorer, args, jobs)

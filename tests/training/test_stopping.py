@@ -23,6 +23,8 @@ NUMBERS = {"SIGINT": 130, "SIGHUP": 129, "SIGTERM": 143, "SIGUSR1": 143, "SIGUSR
 class Numbers(Dataset):
     """0 to 7."""
 
+    seed = 0
+
     def __len__(self) -> int:
         return 8
 

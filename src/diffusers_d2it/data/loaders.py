@@ -23,6 +23,7 @@ from accelerate import Accelerator
 from accelerate.utils import send_to_device
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
 
+from ..draws import generators_of
 from ..words import counted
 from .bad_images import BadImages
 from .images import UnusableImageError, check_size, decode_image, to_pixels
@@ -30,6 +31,7 @@ from .source import ImageSource, Row
 
 
 MAX_UNUSABLE = 1000  # so many in a row, and the images are not what they should be
+_ORDER = 6  # keeps its seeds apart from those of sets of samples
 
 
 Place = tuple[int, int]  # epoch, and index of the image in the data set
@@ -70,8 +72,7 @@ class GlobalBatches(Sampler[list[Place]]):
     def _place(self, number: int) -> Place:
         epoch, position = divmod(number, self.num_images)
         if epoch != self._epoch:
-            entropy = np.random.SeedSequence((self.seed, epoch)).generate_state(1, np.uint64)
-            generator = torch.Generator().manual_seed(int(entropy[0] >> 1))
+            (generator,) = generators_of(range(1), self.seed, _ORDER, epoch)
             self._epoch, self._order = epoch, torch.randperm(self.num_images, generator=generator)
         return epoch, int(self._order[position])
 
@@ -189,7 +190,6 @@ class OrderedLoader:
     dataset: Dataset
     batch_size: int
     num_workers: int
-    seed: int
     accelerator: Accelerator
 
     def batches_from(self, first_pass: int) -> Iterator[dict]:
@@ -197,7 +197,7 @@ class OrderedLoader:
         place = self.accelerator.process_index, self.accelerator.num_processes
         loader = DataLoader(
             self.dataset,
-            batch_sampler=GlobalBatches(len(self.dataset), self.batch_size, self.seed, first_pass, *place),
+            batch_sampler=GlobalBatches(len(self.dataset), self.batch_size, self.dataset.seed, first_pass, *place),
             num_workers=self.num_workers,
             pin_memory=self.accelerator.device.type == "cuda",
             collate_fn=getattr(self.dataset, "collate", None),
@@ -283,16 +283,16 @@ def make_dataset(
 
 
 def make_loader(
-    accelerator: Accelerator, dataset: Dataset, *, batch_size: int, num_workers: int = 0, seed: int = 0
+    accelerator: Accelerator, dataset: Dataset, *, batch_size: int, num_workers: int = 0
 ) -> OrderedLoader | StreamLoader:
     """Shuffled batches without end.
 
     Args:
         accelerator: the Accelerator.
-        dataset: from `make_dataset`, or any map-style data set that is asked for places.
+        dataset: from `make_dataset`, a `LatentCache`, or another one whose items are asked for by their places; its
+            `seed` decides the order.
         batch_size: images of a process in a forward pass.
         num_workers: processes that decode images, for each process.
-        seed: with the epoch it decides the order; of a stream its data set has its own.
 
     Raises:
         ValueError: the data set does not fill one batch of every process, or a stream has too few files for the
@@ -311,7 +311,7 @@ def make_loader(
             f"`batch_size` {batch_size} on {counted(accelerator.num_processes, 'process')} needs more than the"
             f" {counted(len(dataset), 'image')} of the data set."
         )
-    return OrderedLoader(dataset, batch_size, num_workers, seed, accelerator)
+    return OrderedLoader(dataset, batch_size, num_workers, accelerator)
 
 
 def batches_from(loader: OrderedLoader | StreamLoader, first_pass: int, repeated: int | None = None) -> Iterator[dict]:
@@ -320,12 +320,6 @@ def batches_from(loader: OrderedLoader | StreamLoader, first_pass: int, repeated
         yield from loader.batches_from(first_pass)
     kept = list(islice(loader.batches_from(0), repeated))
     yield from islice(cycle(kept), first_pass % repeated, None)
-
-
-def image_generators(device: torch.device, seed: int, numbers: Iterable[int]) -> list[torch.Generator]:
-    """The generators of everything random about images, by their numbers in the run."""
-    words = (np.random.SeedSequence((seed, number)).generate_state(1, np.uint64)[0] for number in numbers)
-    return [torch.Generator(device).manual_seed(int(word >> 1)) for word in words]
 
 
 def _leave_process_group(worker: int) -> None:

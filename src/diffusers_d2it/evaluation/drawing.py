@@ -17,13 +17,13 @@ from accelerate import Accelerator
 from diffusers.utils.torch_utils import randn_tensor
 from tqdm.auto import tqdm
 
+from ..draws import generators_of
 from ..files import place_of
 from ..grains import fine_share
 from ..pipelines.grain_sampling import random_grain_map, sample_grain_map
 from ..pipelines.pipeline_d2it import D2iTPipeline
 from ..pipelines.pipeline_dcdit import DCDiTPipeline
 from ..pixels import check_uint8, unit_to_uint8
-from ..sampling.sets import generators_of
 
 
 MAP_SOURCES = ("true", "predicted", "random", "coarse", "fine")

@@ -46,9 +46,7 @@ class Row:
     name: str
     results: list[dict]  # of `evaluate`, as dictionaries {"metric", "value", "protocol", "deviation"}
     images: torch.Tensor  # that were drawn, (N, 3, H, W) uint8
-    cost: dict[str, Any] | None = (
-        None  # of an image: `cost_of` the calls, and "macs" of all its passes; None: not asked
-    )
+    cost: dict[str, Any] | None = None  # of an image, if asked for: `cost_of` calls, and "macs" of all its passes
 
 
 def compare(

@@ -24,9 +24,9 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 import diffusers
-import numpy as np
 import torch
 
+from ..draws import NUM_SEEDS, generators_of, random_word
 from ..files.folders import digest, file_sha256, read_json
 from ..files.source import public_config
 from ..files.weights import weight_files
@@ -40,8 +40,7 @@ LABEL_SCHEMES = ("balanced", "random")
 
 _VERSION = 1
 _NOISE, _LABELS, _PHOTOGRAPHS = range(3)  # what a seed is for: they are independent of one another
-_NUM_SEEDS = 2**32  # torch's generator of a CPU reads no more bits of a seed: above, noise would repeat unnoticed
-_LIMITS = {"num_images": (1, _NUM_SEEDS), "batch_size": (1, math.inf), "seed": (0, math.inf)}
+_LIMITS = {"num_images": (1, NUM_SEEDS), "batch_size": (1, math.inf), "seed": (0, math.inf)}
 _LABEL_RULES = {
     "balanced": "image i has class i modulo K of the K classes: the first N modulo K of them have one image more",
     "random": "image i has class SeedSequence(seed, spawn_key=(1, i)).generate_state(1, uint64) modulo K",
@@ -87,7 +86,7 @@ class SamplePlan:
 
     def noise_seed(self, image: int) -> int:
         """The seed of the noise of an image: no two images of a set have the same."""
-        return (random_word(self.seed, _NOISE) + image) % _NUM_SEEDS
+        return (random_word(self.seed, _NOISE) + image) % NUM_SEEDS
 
     def generators(self, batch: range) -> list[torch.Generator]:
         """`generators_of` the images of a batch."""
@@ -104,17 +103,6 @@ class SamplePlan:
             labels = {"scheme": self.scheme, "rule": _LABEL_RULES[self.scheme], "classes": list(self.classes)}
         noise = {"first": self.noise_seed(0), "rule": "image i: torch.Generator().manual_seed((first + i) % 2**32)"}
         return {"num_images": self.num_images, "seed": self.seed, "noise_seeds": noise, "labels": labels}
-
-
-def random_word(seed: int, *key: int) -> int:
-    """64 random bits, others for every key."""
-    return int(np.random.SeedSequence(seed, spawn_key=key).generate_state(1, np.uint64)[0])
-
-
-def generators_of(images: range, seed: int, *key: int) -> list[torch.Generator]:
-    """A generator for each image, on the CPU, so that every device draws the same; no two images share one."""
-    first = random_word(seed, *key)
-    return [torch.Generator().manual_seed((first + image) % _NUM_SEEDS) for image in images]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

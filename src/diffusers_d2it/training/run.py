@@ -20,7 +20,8 @@ from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from ..data.bad_images import BAD_IMAGES
-from ..data.loaders import OrderedLoader, StreamLoader, batches_from, image_generators
+from ..data.loaders import OrderedLoader, StreamLoader, batches_from
+from ..draws import generators_of
 from ..files import lock
 from ..files.folders import names_in
 from ..optional import import_optional
@@ -29,6 +30,7 @@ from .checkpoints import found_checkpoints, is_sharded
 from .stopping import StopSignals
 
 
+_IMAGES = 7  # keeps the seeds apart from those of the order
 _SMOKE_SHARE = 0.1  # of a run: the losses of its first and its last part are compared
 
 
@@ -177,7 +179,8 @@ class Run:
             while self.step < self.max_train_steps:
                 batch = next(batches)
                 first = (number * processes + self.accelerator.process_index) * self.train_batch_size
-                yield batch, image_generators(device, self.seed, range(first, first + self.train_batch_size))
+                images = range(first, first + self.train_batch_size)
+                yield batch, generators_of(images, self.seed, _IMAGES, device=device)
                 number += 1
         self._stop.close()
         self._progress.close()
