@@ -186,6 +186,7 @@ def measure(folder: Path, latents: torch.Tensor, labels: torch.Tensor) -> dict[s
         measured["detail"].append(torch.corrcoef(pair)[0, 1].item())
     model.boundary_router = moved
     measured["random"] = [run(timestep, 1.0)[0] for timestep in TIMESTEPS]
+    # Of zeros no place matters
     model.norm_backbone.register_forward_hook(lambda module, inputs, output: torch.zeros_like(output))
     measured["without_tokens"] = [run(timestep, 1.0)[0] for timestep in TIMESTEPS]
     return measured
