@@ -38,13 +38,14 @@ BENCHMARKS = (
     "chunk_forward",
     "chunk_training",
     "training_step",
+    "saving",
     "step_savers",
     "scaling",
     "decoding",
     "frechet",
 )
 CPU_ONLY = ("training_step", "loading", "frechet")
-OPTIONS = {"training_step": ["--threads", "2"]}  # loading beside computing
+OPTIONS = {name: ["--threads", "2"] for name in ("training_step", "saving")}  # loading beside computing
 NAMES = {"cpu": "CPU", "cuda": "GPU"}
 
 

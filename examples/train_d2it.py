@@ -231,9 +231,10 @@ def main(args: argparse.Namespace) -> None:
         if not accelerator.sync_gradients:
             continue
         run.end_of_step(gradient_norm=norm)
-        if run.saves:
+        if run.saves or checkpoints.failed:
             checkpoints.save(run.step)
         if run.exit_code:
+            checkpoints.finish()
             accelerator.end_training()
             sys.exit(run.exit_code)
         if run.validates(transformer):
@@ -242,6 +243,7 @@ def main(args: argparse.Namespace) -> None:
                 run.interruptible(validate, pipe, labels, args.seed, run.sample_path)
 
     # 4. The pipeline, or its adapters
+    checkpoints.finish()
     folder = os.path.join(args.output_dir, "pipeline" if args.lora_rank is None else "lora")
     if accelerator.is_main_process:
         if args.lora_rank is None:

@@ -248,9 +248,10 @@ def main(args: argparse.Namespace) -> None:
         logged = run.end_of_step(gradient_norm=norm)
         if accelerator.is_main_process:
             warn_of_few_tokens(logged["natural_share"], args.compression, run.step)
-        if run.saves:
+        if run.saves or checkpoints.failed:
             checkpoints.save(run.step)
         if run.exit_code:
+            checkpoints.finish()
             accelerator.end_training()
             sys.exit(run.exit_code)
         if run.validates(transformer):
@@ -259,6 +260,7 @@ def main(args: argparse.Namespace) -> None:
                 run.interruptible(validate, pipe, labels, args.seed, run.sample_path)
 
     # 4. The pipeline
+    checkpoints.finish()
     folder = os.path.join(args.output_dir, "pipeline")
     if accelerator.is_main_process:
         pipe.register_modules(transformer=checkpoints.averaged_model())

@@ -311,9 +311,10 @@ def main(args: argparse.Namespace) -> None:
         if not accelerator.sync_gradients:
             continue
         run.end_of_step(gradient_norm=norm)
-        if run.saves:
+        if run.saves or checkpoints.failed:
             checkpoints.save(run.step)
         if run.exit_code:
+            checkpoints.finish()
             accelerator.end_training()
             sys.exit(run.exit_code)
         if run.validates(vae):
@@ -321,6 +322,7 @@ def main(args: argparse.Namespace) -> None:
                 accelerator.log(run.interruptible(validate, vae, samples, run.sample_path) or {}, step=run.step)
 
     # 4. Scale of the latents, and the model that the next stages read
+    checkpoints.finish()
     if accelerator.is_main_process:
         vae = checkpoints.averaged_model()
         limit = args.calibration_images

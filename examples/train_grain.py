@@ -156,9 +156,10 @@ def main(args: argparse.Namespace) -> None:
         if not accelerator.sync_gradients:
             continue
         run.end_of_step(gradient_norm=norm)
-        if run.saves:
+        if run.saves or checkpoints.failed:
             checkpoints.save(run.step)
         if run.exit_code:
+            checkpoints.finish()
             accelerator.end_training()
             sys.exit(run.exit_code)
         if run.validates(grain_model):
@@ -166,6 +167,7 @@ def main(args: argparse.Namespace) -> None:
                 run.interruptible(validate, grain_model, scheduler, sample_labels, args.seed, run.sample_path)
 
     # 4. What train_d2it.py reads
+    checkpoints.finish()
     if accelerator.is_main_process:
         grain_model = checkpoints.averaged_model()
         grain_model.save_pretrained(os.path.join(args.output_dir, "grain_model"))

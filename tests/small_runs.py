@@ -49,6 +49,11 @@ class SmallRun:
         self.schedule.step()
         self.ema.step(self.model.parameters())
 
+    def save(self, step: int) -> None:
+        """Save a checkpoint, and wait until it stands."""
+        self.checkpoints.save(step)
+        self.checkpoints.finish()
+
     def tensors(self) -> list[torch.Tensor]:
         """Weights, average and moments, as this process holds them."""
         moments = [value for p in self.model.parameters() for _, value in sorted(self.optimizer.state[p].items())]

@@ -6,15 +6,18 @@ import os
 import random
 import signal
 import subprocess
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
 import pytest
+from injection import limited_file_size
 from safetensors import safe_open
 from training_runs import STEPS, batches_seen, loss_curve, train
 
 from diffusers_d2it.files import lock
 from diffusers_d2it.files.folders import verify
+from diffusers_d2it.training import found_checkpoints
 
 
 SCRIPTS = ["train_grain.py", "train_d2it.py", "train_dcdit.py", "train_dvae.py"]
@@ -133,6 +136,28 @@ def test_a_signal_ends_a_run_after_it_was_saved(number, exit_code, inputs, tmp_p
     status = train("train_d2it.py", output_dir, flags, strike)
     verify(output_dir / "checkpoint-5")
     count.tried(status, lost=status != exit_code)
+
+
+def test_a_disk_that_fails_ends_the_run_and_it_goes_on_from_the_checkpoint_before(
+    inputs, undisturbed, tmp_path, fault
+):
+    count = fault("disk full from the second checkpoint on: the run ends, and goes on from the first")
+    output_dir, flags = tmp_path / "run", inputs.flags("train_d2it.py")
+    stack = ExitStack()
+
+    def strike(_, index: int) -> None:
+        if index == 5:
+            while not (output_dir / "checkpoint-3").exists():
+                pass  # it is being written
+            stack.enter_context(limited_file_size(12_000))
+
+    status = train("train_d2it.py", output_dir, flags, strike)
+    found = [path.name for path in found_checkpoints(output_dir)]
+    count.tried(f"status {status}, {found}", silent=status != 1, lost=found != ["checkpoint-3"])
+    assert train("train_d2it.py", output_dir, flags | {"resume_from_checkpoint": "latest"}) == 0
+    last = f"checkpoint-{STEPS}"
+    same = contents(output_dir / last) == contents(undisturbed("train_d2it.py") / last)
+    count.tried("resumed", silent=not same)
 
 
 def test_a_signal_while_samples_are_drawn_does_not_wait_for_them(inputs, undisturbed, tmp_path, fault):

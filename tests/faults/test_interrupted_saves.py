@@ -5,6 +5,7 @@ import os
 import random
 import shutil
 import time
+from concurrent.futures import wait
 from functools import partial
 
 import pytest
@@ -126,6 +127,22 @@ def test_a_full_disk(way, fault, repeats):
 
 def fresh_cache(way: SaveCache) -> None:
     shutil.rmtree(way.folder / "cache")
+
+
+def test_a_checkpoint_that_cannot_be_written_is_told_at_the_next_chance(tmp_path, make_pipeline, fault):
+    count = fault("disk full while the training goes on: told, and the checkpoint before is there")
+    way = SaveCheckpoint(tmp_path, make_pipeline())
+    way.save(1)
+    for ask in (way.checkpoints.finish, partial(way.checkpoints.save, 3)):
+        with limited_file_size(4000):
+            way.checkpoints.save(2)
+            wait([way.checkpoints._writing])
+        count.tried("it is known", silent=not way.checkpoints.failed)
+        with pytest.raises(OSError, match="checkpoint-2"):
+            ask()
+        count.tried("afterwards", lost=[path.name for path in tmp_path.iterdir()] != ["checkpoint-1"])
+    way.save(4)
+    count.tried("the next", lost=way.saved() != 4)
 
 
 def test_rotation_keeps_what_is_whole(tmp_path, make_pipeline, fault):

@@ -111,7 +111,7 @@ class SaveConversion(Way):
 
 
 class SaveCheckpoint(Way):
-    """A checkpoint of a training, the only one that is kept."""
+    """A checkpoint of a training that goes on meanwhile, the only one that is kept."""
 
     def __init__(self, folder, components):
         super().__init__(folder, components)
@@ -121,10 +121,15 @@ class SaveCheckpoint(Way):
         self.checkpoints = self.run.checkpoints
 
     def save(self, version):
+        self._set(version)
+        self.checkpoints.save(version)
+        self._set(-1)  # the training goes on while it is written
+        self.checkpoints.finish()
+
+    def _set(self, version: int) -> None:
         set_version(self.run.model, version)
         for tensor in self._rest():
             tensor.fill_(version)
-        self.checkpoints.save(version)
 
     def _rest(self) -> list[torch.Tensor]:
         """All but the weights: the average and what the optimizer keeps."""

@@ -194,7 +194,7 @@ def save_and_resume(output_dir: Path) -> dict[str, bool]:
     run = SmallRun(accelerator, output_dir, make_grain_model())
     for step in range(NUM_STEPS):
         run.update(step)
-    run.checkpoints.save(NUM_STEPS)
+    run.save(NUM_STEPS)
     other = SmallRun(accelerator, output_dir, make_grain_model(seed=1))
     resumed = other.checkpoints.resume(output_dir / f"checkpoint-{NUM_STEPS}")
     came_back = all(map(torch.equal, run.tensors(), other.tensors()))

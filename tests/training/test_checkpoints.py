@@ -1,6 +1,8 @@
 # Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
 """What a checkpoint brings back, which one is found, and what a run must find again."""
 
+from threading import Event
+
 import pytest
 import torch
 from accelerate import Accelerator
@@ -8,7 +10,8 @@ from script_runs import load_script
 from small_runs import SmallRun
 
 from diffusers_d2it.models import LatentCodec
-from diffusers_d2it.training import find_checkpoint, identity_of
+from diffusers_d2it.training import checkpoints as checkpoints_module
+from diffusers_d2it.training import find_checkpoint, found_checkpoints, identity_of
 
 
 class Data(list):
@@ -35,7 +38,7 @@ def test_everything_of_a_run_comes_back(make_grain_model, tmp_path):
     for seed in range(3):
         run.update(seed)
     run.gate.num_skipped_steps = 2
-    run.checkpoints.save(3)
+    run.save(3)
     expected = state_of(run)
     other = make_run(tmp_path, make_grain_model(seed=5))
     assert other.checkpoints.resume(find_checkpoint(Accelerator(cpu=True), tmp_path, "latest")) == 3
@@ -48,14 +51,40 @@ def test_everything_of_a_run_comes_back(make_grain_model, tmp_path):
     assert not list(tmp_path.rglob("*.bin")) + list(tmp_path.rglob("*.p*k*l*"))
 
 
+def test_what_is_saved_is_the_state_when_it_was_asked_for_and_one_at_a_time(make_grain_model, tmp_path, monkeypatch):
+    goes_on, at_work = Event(), []
+
+    def seal(folder):
+        assert goes_on.wait(60)
+        at_work.append([path.name for path in tmp_path.iterdir()])
+        real_seal(folder)
+
+    real_seal = checkpoints_module.seal
+    monkeypatch.setattr(checkpoints_module, "seal", seal)
+    run = make_run(tmp_path, make_grain_model())
+    run.update(0)
+    expected = state_of(run)
+    run.checkpoints.save(1)
+    run.update(1)
+    assert not found_checkpoints(tmp_path)  # it is being written
+    goes_on.set()
+    run.checkpoints.save(2)
+    run.checkpoints.finish()
+    assert [len(names) for names in at_work] == [1, 2]
+    other = make_run(tmp_path, make_grain_model(seed=5))
+    for step, state in ((1, expected), (2, state_of(run))):
+        assert other.checkpoints.resume(tmp_path / f"checkpoint-{step}") == step
+        assert state_of(other) == state
+
+
 def test_a_checkpoint_is_found_by_its_name_alone(make_grain_model, tmp_path):
-    make_run(tmp_path, make_grain_model()).checkpoints.save(1)
+    make_run(tmp_path, make_grain_model()).save(1)
     for name in ("checkpoint-1", tmp_path / "checkpoint-1"):
         assert find_checkpoint(Accelerator(cpu=True), tmp_path, name) == tmp_path / "checkpoint-1"
 
 
 def test_an_optimizer_that_has_not_begun_is_saved_and_resumed_as_one(make_grain_model, tmp_path):
-    make_run(tmp_path, make_grain_model()).checkpoints.save(1)
+    make_run(tmp_path, make_grain_model()).save(1)
     other = make_run(tmp_path, make_grain_model(seed=5))
     other.checkpoints.resume(tmp_path / "checkpoint-1")
     assert not other.optimizer.state and other.optimizer.param_groups[0]["betas"] == (0.9, 0.999)
@@ -70,7 +99,7 @@ def test_a_checkpoint_of_another_model_module_or_optimizer_is_refused(make_grain
 
     run = make_run(tmp_path, make_grain_model(), others={"head": head})
     run.update(0)
-    run.checkpoints.save(1)
+    run.save(1)
     fewer_layers = make_run(tmp_path, make_grain_model(num_layers=1), others={"head": head})
     assert_refused(fewer_layers, "checkpoint-1", "num_layers")
     wider, without_bias, renamed = torch.nn.Linear(2, 4), torch.nn.Linear(2, 3, bias=False), torch.nn.Sequential(head)
@@ -85,7 +114,7 @@ def test_a_checkpoint_of_another_model_module_or_optimizer_is_refused(make_grain
 def test_only_the_newest_are_kept(make_grain_model, tmp_path):
     run = make_run(tmp_path, make_grain_model(), total_limit=2)
     for step in (2, 4, 10):
-        run.checkpoints.save(step)
+        run.save(step)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-4"]
     with pytest.raises(ValueError, match="`total_limit`.*0"):
         make_run(tmp_path, make_grain_model(), total_limit=0)
@@ -131,7 +160,7 @@ def test_identity_changes_with_weights_thresholds_scale_and_data_and_not_with_th
 def test_a_changed_data_set_is_told_in_words(data, words, make_vae, make_grain_model, tmp_path):
     run = make_run(tmp_path, make_grain_model(), flags=identity_of(Data("images"), make_vae()))
     run.update(0)
-    run.checkpoints.save(1)
+    run.save(1)
     again = make_run(tmp_path, make_grain_model(), flags=identity_of(Data("images"), make_vae()))
     assert again.checkpoints.resume(tmp_path / "checkpoint-1") == 1
     with pytest.raises(ValueError, match=f"checkpoint-1.*{words}") as refused:
@@ -145,7 +174,7 @@ def test_the_latest_of_none_is_a_beginning_and_the_others_are_listed(make_grain_
     accelerator = Accelerator(cpu=True)
     assert find_checkpoint(accelerator, tmp_path / "none", "latest") is None
     assert str(tmp_path / "none") in capsys.readouterr().out
-    make_run(tmp_path, make_grain_model()).checkpoints.save(1)
+    make_run(tmp_path, make_grain_model()).save(1)
     for wrong in (tmp_path, tmp_path / "checkpoint-2"):
         with pytest.raises(ValueError, match="`resume_from_checkpoint`.*checkpoint-1"):
             find_checkpoint(accelerator, tmp_path, wrong)

@@ -67,7 +67,7 @@ def test_a_sharded_run_is_saved_whole_and_resumed(launched, tmp_path):
     alone = SmallRun(Accelerator(cpu=True), tmp_path, make_grain_model())
     for step in range(NUM_STEPS):
         alone.update(step)
-    alone.checkpoints.save(NUM_STEPS)
+    alone.save(NUM_STEPS)
     one, two = (folder / f"checkpoint-{NUM_STEPS}" for folder in (tmp_path, launched / "checkpoints"))
     verify(two)
     for file in one.rglob("*.safetensors"):

@@ -10,6 +10,8 @@ checkpoint-<step>/
     manifest.json                       sizes and hashes of all these; see files/folders.py
 
 No pickle, and whole tensors: torch gathers those of FSDP on the main process, and hands each process its part.
+
+The training waits for a copy of the state in memory, not for the disk: one thread of the main process writes it.
 """
 
 import json
@@ -17,7 +19,8 @@ import platform
 import re
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +29,12 @@ import diffusers
 import safetensors
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 from diffusers import ModelMixin
 from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
-    get_model_state_dict,
     get_optimizer_state_dict,
     set_model_state_dict,
     set_optimizer_state_dict,
@@ -79,6 +80,13 @@ def is_sharded(module: nn.Module) -> bool:
 
 class Checkpoints:
     """Saves and restores a run in `output_dir/checkpoint-<step>`.
+
+        checkpoints.save(step)          # copied into memory, and written while the training goes on
+        ...
+        if checkpoints.failed:          # raises why
+            checkpoints.save(step)
+        ...
+        checkpoints.finish()            # before anything reads the last one, and before the process ends
 
     Args:
         accelerator: the Accelerator, after `prepare`.
@@ -127,6 +135,8 @@ class Checkpoints:
         self.flags = json.loads(json.dumps(flags or {}))
         self.total_limit = total_limit
         self.last: Path | None = None  # the checkpoint that was saved or resumed last
+        self._writing: Future | None = None
+        self._memory: dict[str, Tensor] = {}  # of the one that is being written
         self._trained = nn.ModuleDict({"model": model, **self.others})  # gives every weight of an optimizer its name
 
     def scalars(self) -> dict[str, int | float | str | bool]:
@@ -140,61 +150,98 @@ class Checkpoints:
     # -----------------------------------------------------------------------------------------------------------------
 
     def save(self, step: int) -> None:
-        """Write `checkpoint-<step>`, then drop the oldest ones over the limit. All processes call it.
+        """Copy the state into memory; `checkpoint-<step>` is written meanwhile. All processes call it.
+
+        The one before is waited for: there is memory for one copy, which is kept. Once the new one stands, the oldest
+        over the limit are dropped.
 
         Raises:
-            OSError: it could not be written. The earlier checkpoints are still there.
+            OSError: the one before could not be written. Earlier checkpoints are still there.
         """
+        self._wait()
         final = self.output_dir / f"checkpoint-{step}"
         if final == self.last:
             return
-        is_main = self.accelerator.is_main_process
+        parts, state = self._copied(), json.dumps(self._state(step), indent=2, allow_nan=False)
+        if self.accelerator.is_main_process:
+            writer = ThreadPoolExecutor(1, "checkpoint")
+            self._writing = writer.submit(self._write, final, parts, state)
+            writer.shutdown(wait=False)  # its thread ends with this, and the process not before it
+        else:
+            self.last = final
+
+    @property
+    def failed(self) -> bool:
+        """Whether the last checkpoint could not be written, as far as this process knows; `save` raises why."""
+        return self._writing is not None and self._writing.done() and self._writing.exception() is not None
+
+    def finish(self) -> None:
+        """Wait until the last checkpoint is on the disk. All processes call it.
+
+        Raises:
+            OSError: it could not be written. Earlier checkpoints are still there.
+        """
+        self._wait()
+        self.accelerator.wait_for_everyone()
+
+    def _wait(self) -> None:
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            self.last = writing.result()
+
+    def _copied(self) -> dict[str, dict[str, Tensor]]:
+        """All tensors by folder or file: gathered by all processes, on the main one copied into its memory."""
+        if self.has_adapters:
+            parts = dict(zip(_ADAPTERS, (self._adapters(), self._averages())))
+        else:
+            weights = self.model.state_dict()
+            parts = {"model": weights, "model_ema": weights | self._averages()}
+        parts |= {f"{name}.safetensors": module.state_dict() for name, module in self.others.items()}
+        parts |= {f"{name}.safetensors": self._moments(optimizer) for name, optimizer in self.optimizers.items()}
+        return {
+            part: {name: self._copy(f"{part}/{name}", tensor) for name, tensor in tensors.items()}
+            for part, tensors in parts.items()
+        }
+
+    def _copy(self, name: str, tensor: Tensor) -> Tensor | None:
+        if isinstance(tensor, DTensor):
+            tensor = tensor.full_tensor()
+        if not self.accelerator.is_main_process:
+            return None
+        if name not in self._memory:  # kept: it takes many times as long to get new memory as to fill it
+            self._memory[name] = torch.empty_like(tensor, device="cpu", memory_format=torch.contiguous_format)
+        return self._memory[name].copy_(tensor.detach())
+
+    def _write(self, final: Path, parts: dict[str, dict[str, Tensor]], state: str) -> Path:
         try:
             self.output_dir.mkdir(parents=True, exist_ok=True)
-            with staging_folder(final) if is_main else nullcontext() as staging:
-                (staging,) = broadcast_object_list([staging])
-                self._write(staging, step)
-                self.accelerator.wait_for_everyone()
-                if is_main:
-                    seal(staging)
-                    replace_folder(staging, final)
+            with staging_folder(final) as staging:
+                for name, tensors in parts.items():
+                    if name.endswith(".safetensors"):
+                        save_file(tensors, staging / name)
+                    else:
+                        self._as_model(tensors).save_pretrained(staging / name)
+                Path(staging, STATE).write_text(state + "\n", encoding="utf-8")
+                seal(staging)
+                replace_folder(staging, final)
         except (OSError, safetensors.SafetensorError) as error:
             raise OSError(f"{final} could not be written, earlier checkpoints are untouched: {error}") from error
-        self.last = final
-        if is_main and self.total_limit is not None:
+        if self.total_limit is not None:
             others = [path for path in found_checkpoints(self.output_dir) if path != final]
             for path in others[: max(0, len(others) + 1 - self.total_limit)]:
                 remove_folder(path)
-        self.accelerator.wait_for_everyone()
-
-    def _write(self, folder: Path, step: int) -> None:
-        # Gathered by all processes, written by the main one, a part at a time
-        if self.has_adapters:
-            self._write_tensors(folder / _ADAPTERS[0], self._adapters())
-            self._write_tensors(folder / _ADAPTERS[1], self._averages())
-        else:
-            self._write_model(folder / "model", self._as_model({}))
-            self._write_model(folder / "model_ema", self._as_model(self._averages()))
-        for name, module in self.others.items():
-            self._write_tensors(folder / f"{name}.safetensors", get_model_state_dict(module, options=_WHOLE))
-        for name, optimizer in self.optimizers.items():
-            self._write_tensors(folder / f"{name}.safetensors", self._moments(optimizer))
-        if self.accelerator.is_main_process:
-            text = json.dumps(self._state(step), indent=2, allow_nan=False)
-            Path(folder, STATE).write_text(text + "\n", encoding="utf-8")
-
-    def _write_model(self, folder: Path, model: ModelMixin) -> None:
-        whole = get_model_state_dict(model, options=_WHOLE)
-        if self.accelerator.is_main_process:
-            model.load_state_dict(whole, assign=True)
-            model.save_pretrained(folder)
+        return final
 
     def _as_model(self, weights: dict[str, Tensor]) -> ModelMixin:
-        """A model of these weights, not of copies, and for the others of those of the trained model."""
+        """A model of these weights, not of copies."""
         with torch.device("meta"):
             model = type(self.model).from_config(self.model.config)
-        model.load_state_dict(self.model.state_dict() | weights, assign=True)
+        model.load_state_dict(weights, assign=True)
         return model
+
+    def _averaged(self) -> ModelMixin:
+        """A model of the averages, and where nothing is trained of the weights as they are."""
+        return self._as_model(self.model.state_dict() | self._averages())
 
     def _adapters(self) -> dict[str, Tensor]:
         """The weights that are trained, by their names."""
@@ -203,15 +250,11 @@ class Checkpoints:
     def _averages(self) -> dict[str, Tensor]:
         return dict(zip(self._adapters(), self.ema.shadow_params, strict=True))
 
-    def _write_tensors(self, path: Path, tensors: dict[str, Tensor]) -> None:
-        if self.accelerator.is_main_process:
-            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
-
     def _moments(self, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
         if not optimizer.state:  # torch would take a step, to have a state
             return {}
-        whole = get_optimizer_state_dict(self._trained, optimizer, options=_WHOLE).get("state", {})
-        return {f"{weight}/{key}": value for weight, state in whole.items() for key, value in state.items()}
+        states = get_optimizer_state_dict(self._trained, optimizer)["state"]
+        return {f"{weight}/{key}": value for weight, state in states.items() for key, value in state.items()}
 
     def _state(self, step: int) -> dict:
         scaler = self.accelerator.scaler
@@ -261,7 +304,7 @@ class Checkpoints:
         else:
             _load_weights(self.model, stored.state_dict(), checkpoint / "model")
             stored = type(self.model).from_pretrained(checkpoint / "model_ema")
-            _load_weights(self._as_model(self._averages()), stored.state_dict(), checkpoint / "model_ema")
+            _load_weights(self._averaged(), stored.state_dict(), checkpoint / "model_ema")
         self.ema.optimization_step = state["average_steps"]
         for name, module in self.others.items():
             path = checkpoint / f"{name}.safetensors"

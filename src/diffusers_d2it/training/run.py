@@ -114,9 +114,10 @@ class Run:
             if not accelerator.sync_gradients:
                 continue
             run.end_of_step(gradient_norm=norm)
-            if run.saves:
+            if run.saves or checkpoints.failed:
                 checkpoints.save(run.step)
             if run.exit_code:                           # a signal has come
+                checkpoints.finish()
                 accelerator.end_training()
                 sys.exit(run.exit_code)
             if run.validates(model):
