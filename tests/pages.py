@@ -84,6 +84,15 @@ def check_command(words: list[str]) -> None:
         args = launch_command_parser().parse_args(rest[1:])
         assert args.config_file is None or Path(args.config_file).is_file(), args.config_file
         check_script(args.training_script, *args.training_script_args)
+    elif program == "torchrun":
+        from torch.distributed.run import get_args_parser
+
+        args = get_args_parser().parse_args(rest)
+        check_script(args.training_script, *args.training_script_args)
+    elif program == "sbatch":
+        job, *script = rest[2:]  # behind --nodes 2
+        assert (ROOT / job).is_file(), job
+        check_script(f"examples/{script[0]}", *script[1:])
     elif program == "make":
         targets = re.findall(r"^([\w-]+):(?!=)", (ROOT / "Makefile").read_text(), re.M)
         assert {word for word in rest if "=" not in word} <= set(targets), words
