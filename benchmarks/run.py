@@ -39,12 +39,14 @@ BENCHMARKS = (
     "chunk_training",
     "training_step",
     "saving",
+    "feeding",
+    "large_cache",
     "step_savers",
     "scaling",
     "decoding",
     "frechet",
 )
-CPU_ONLY = ("training_step", "loading", "frechet")
+CPU_ONLY = ("training_step", "feeding", "large_cache", "loading", "frechet")
 OPTIONS = {name: ["--threads", "2"] for name in ("training_step", "saving")}  # loading beside computing
 NAMES = {"cpu": "CPU", "cuda": "GPU"}
 

@@ -24,6 +24,7 @@ import dcdit  # noqa: E402
 from adaptive import adaptive_table, seen_table  # noqa: E402
 from arithmetic import models_table, runs_table  # noqa: E402
 from budget_report import budget_table  # noqa: E402
+from feeding import cores_table  # noqa: E402
 from figure_5 import reconstructions_table  # noqa: E402
 from figure_6 import curves_table  # noqa: E402
 from report import claims_table, rows_table  # noqa: E402
@@ -109,6 +110,7 @@ FIGURES: dict[str, Callable[..., str]] = {
     "claims_of_parts": lambda name: dcdit.claims_table(result(name)["arms"]),
     "goals": goals_table,
     "models": lambda name: models_table(result(name)["models"]),
+    "cores": lambda rates, models: cores_table(result(rates)["rates"], result(models)["models"]),
     "runs": lambda name: runs_table(result(name)["models"]),
     "savers": lambda name: savers_table(result(name)["savers"]),
     "coherence": coherence,

@@ -18,7 +18,7 @@ def to_uint8(pixels: torch.Tensor) -> torch.Tensor:
 
 def from_uint8(pixels: torch.Tensor) -> torch.Tensor:
     """uint8 pixels of any shape as float32 in [-1, 1], the inverse of `to_uint8`."""
-    return pixels.float() / 127.5 - 1
+    return pixels.to(torch.float32, copy=True).div_(127.5).sub_(1)
 
 
 def unit_to_uint8(images: torch.Tensor) -> torch.Tensor:

@@ -26,6 +26,7 @@ SMALLEST = {
     "packed_chunks": "--preset dcdit-tiny --batch_size 2",
     "chunk_forward": "--preset dcdit-tiny --guided_preset dcdit-tiny --batch_size 1",
     "chunk_training": "--preset dcdit-tiny --batch_size 1",
+    "feeding": "--num_images 2",
     "saving": "--preset content-tiny --updates 1",
     "pipeline_overhead": "--batch_size 1 --num_inference_steps 1",
 }
