@@ -3,8 +3,8 @@
 
     python benchmarks/feeding.py
 
-Photographs of the mean size of ImageNet's (500x375, about 100 kB) come from a folder, a Parquet file, a tar and a stream
-of it, as `ImageDataset` and `ImageStream` give them at 256 px. Beside them: the decoding alone, by Pillow and, if it is
+Photographs of the size of ImageNet's (500x375, about 100 kB) come from a folder, a Parquet file, a tar and a stream of
+it, as `ImageDataset` and `ImageStream` give them at 256 px. Beside them: the decoding alone, by Pillow and, if it is
 installed, by simplejpeg (`pip install simplejpeg`, libjpeg-turbo without Pillow), with the largest difference of their
 pixels. A batch from a cache is compared with reading as many bytes of its files.
 
@@ -129,9 +129,8 @@ def measure(bench: Bench, num_images: int) -> str:
         bench.note(f"images a second, {name}", rate)
     bench.note("kB an image in the cache", 1e3 * megabytes / len(cache))
     bench.claim("MB/s from a latent cache", megabytes / median["latent cache"] * 1e3, 1000, at_least=True)
-    bench.note(
-        "decoding by Pillow, share of an image from a folder", median["decoding alone, Pillow"] / median["folder"]
-    )
+    for part in ("decoding alone, Pillow", "resizing alone"):
+        bench.note(f"{part}, share of an image from a folder", median[part] / median["folder"])
     bench.more["rates"] = rates
     return f"Images of {RESOLUTION} px a second on one core"
 

@@ -3,7 +3,7 @@
 
     python benchmarks/large_cache.py
 
-Codes are random and of 32 px, 1/64 of those of 256 px, so that 1.28 million images take half a gigabyte; what grows with
+Codes are random and of 32 px, 1/64 of those of 256 px, so that 1.28 million images take a gigabyte; what grows with
 the number of images is the same. Written and read in processes of their own: a tenth of the images, then all of them.
 Reading is `LatentCache` with every hash compared, then batches in the order of a training. Memory is the anonymous
 memory of a process at its peak: mapped files are not counted, which the system drops as it needs to.
