@@ -20,7 +20,7 @@ from unittest.mock import patch
 import diffusers
 import torch
 from common import Bench, main
-from peers import random_pipeline
+from peers import quiet, random_pipeline
 from torch._dynamo.utils import counters
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -200,8 +200,9 @@ def count_all_traffic(bench: Bench, pipe: D2iTPipeline, grain_map: torch.Tensor,
     """Traffic of the loop over all schedulers; that of each is noted."""
     total = 0
     for name in SCHEDULERS:
-        pipe.scheduler = make_scheduler(name)
-        of_loop, of_scheduler = host_traffic(pipe, grain_map)
+        # A pipeline of its own: one keeps to the kind, diffusion or flow, that it was made with
+        of_kind = quiet(D2iTPipeline(**pipe.components | {"scheduler": make_scheduler(name)}))
+        of_loop, of_scheduler = host_traffic(of_kind, grain_map)
         bench.note(f"{name}, {form}: host traffic a step", len(of_loop) / (NUM_STEPS - 1))
         bench.note(f"{name}, {form}: inside its own step", len(of_scheduler) / (NUM_STEPS - 1))
         total += len(of_loop)

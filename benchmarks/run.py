@@ -69,10 +69,15 @@ def run(name: str, device: str, options: list[str]) -> bool:
     if device != "cpu" and name in CPU_ONLY:
         return True
     result_path(name, device).unlink(missing_ok=True)  # a result of another run must not pass for one of this run
-    script = Path(__file__).with_name(f"{name}.py")
-    completed = subprocess.run([sys.executable, script, "--device", device, *OPTIONS.get(name, []), *options])
+    completed = subprocess.run(command(name, device, options))
     print(flush=True)
     return completed.returncode == 0
+
+
+def command(name: str, device: str, options: list[str]) -> list[str]:
+    """What runs a benchmark."""
+    script = Path(__file__).with_name(f"{name}.py")
+    return [sys.executable, str(script), "--device", device, *OPTIONS.get(name, []), *options]
 
 
 def print_goals() -> None:

@@ -14,7 +14,7 @@ from mkdocs.structure.files import File, Files
 
 
 ROOT = Path(__file__).parents[1]
-PAGES = ["*.md", "docs/*.md", "examples/*.md", "benchmarks/*.md", "src/diffusers_d2it/checkpoints/*/*.md"]
+PAGES = ["*.md", "docs/*.md", "examples/*.md", "benchmarks/**/*.md", "src/diffusers_d2it/checkpoints/*/*.md"]
 ASSETS = [
     "docs/**/*.png",
     "docs/**/*.jpg",

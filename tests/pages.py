@@ -31,7 +31,7 @@ from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser, SkipP
 
 ROOT = Path(__file__).parents[1]
 PAGES = ["README.md", "CONTRIBUTING.md", "docs/*.md", "examples/README.md", "benchmarks/README.md"]
-PAGES += ["src/diffusers_d2it/checkpoints/*/README.md"]
+PAGES += ["benchmarks/device/README.md", "src/diffusers_d2it/checkpoints/*/README.md"]
 RUN = {"python examples/demo.py --checkpoint runs/d2it/pipeline"}  # commands that are short, and have all they need
 FOLDERS = ["examples", "benchmarks", "reproduction", "src", "tests"]  # where a command finds what it names
 
