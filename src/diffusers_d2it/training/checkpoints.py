@@ -15,8 +15,11 @@ The training waits for a copy of the state in memory, not for the disk: one thre
 """
 
 import json
+import os
 import platform
 import re
+import sys
+import threading
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -213,6 +216,8 @@ class Checkpoints:
         return self._memory[name].copy_(tensor.detach())
 
     def _write(self, final: Path, parts: dict[str, dict[str, Tensor]], state: str) -> Path:
+        if sys.platform == "linux":  # where a thread has a priority of its own: the training goes first
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
         try:
             self.output_dir.mkdir(parents=True, exist_ok=True)
             with staging_folder(final) as staging:
