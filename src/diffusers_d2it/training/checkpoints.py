@@ -23,7 +23,7 @@ import threading
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -217,7 +217,8 @@ class Checkpoints:
 
     def _write(self, final: Path, parts: dict[str, dict[str, Tensor]], state: str) -> Path:
         if sys.platform == "linux":  # where a thread has a priority of its own: the training goes first
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
+            with suppress(OSError):  # a sandbox may forbid it
+                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
         try:
             self.output_dir.mkdir(parents=True, exist_ok=True)
             with staging_folder(final) as staging:
