@@ -22,6 +22,7 @@ import numpy as np
 import PIL.Image
 import PIL.ImageOps
 import torch
+import torch.nn.functional as F
 from accelerate import Accelerator
 from common import Bench, Flag, main
 from photo_maps import load_photographs
@@ -29,7 +30,7 @@ from photo_maps import load_photographs
 from diffusers_d2it import DynamicAutoencoderKL, load_preset
 from diffusers_d2it.data import EncodedRows, LatentCache, LatentCachePlan, write_latent_cache
 from diffusers_d2it.data.bad_images import BadImages
-from diffusers_d2it.data.images import decode_image, to_pixels
+from diffusers_d2it.data.images import decode_image, fitted, to_pixels
 from diffusers_d2it.data.latent_cache import CODES
 from diffusers_d2it.data.loaders import ImageDataset, ImageStream
 from diffusers_d2it.data.source import load_images
@@ -37,6 +38,7 @@ from diffusers_d2it.models import LatentCodec
 
 
 SIZE, QUALITY, RESOLUTION = (500, 375), 98, 256
+WHOLE = (499, 375)  # of which whole pixels are cropped
 CACHE_BATCH = 32
 
 
@@ -51,6 +53,14 @@ def encoded_photographs(num_images: int) -> list[bytes]:
         PIL.ImageOps.fit(image, SIZE, PIL.Image.Resampling.BICUBIC).save(file, "JPEG", quality=QUALITY)
         files.append(file.getvalue())
     return files
+
+
+def resize_by_torch(image: torch.Tensor) -> torch.Tensor:
+    """Bytes (1, 3, H, W), cropped and resized as `fitted` does where the crop falls on whole pixels."""
+    side = min(image.shape[-2:])
+    top, left = ((length - side) // 2 for length in image.shape[-2:])
+    square = image[..., top : top + side, left : left + side]
+    return F.interpolate(square, (RESOLUTION, RESOLUTION), mode="bicubic", antialias=True)
 
 
 def write_all(folder: Path, files: list[bytes]) -> dict[str, Path]:
@@ -108,6 +118,16 @@ def measure(bench: Bench, num_images: int) -> str:
         sides["decoding alone, Pillow"] = lambda: [PIL.Image.open(io.BytesIO(data)).load() for data in files]
         decoded = [decode_image({"bytes": data}) for data in files]
         sides["resizing alone"] = lambda: [to_pixels(image, RESOLUTION) for image in decoded]
+        cropped = [image.crop((0, 0, *WHOLE)) for image in decoded]
+        tensors = [torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] for image in cropped]
+        resized = {
+            "resizing by Pillow": lambda: [np.asarray(fitted(image, (RESOLUTION, RESOLUTION))) for image in cropped],
+            "resizing by torch": lambda: [resize_by_torch(one) for one in tensors],
+        }
+        sides |= resized
+        pairs = zip(*(make() for make in resized.values()))
+        most = max(np.abs(a.astype(int) - b[0].permute(1, 2, 0).numpy()).max() for a, b in pairs)
+        bench.note("largest difference of torch's resizing", most)
         try:
             from simplejpeg import decode_jpeg
         except ImportError:

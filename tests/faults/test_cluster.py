@@ -56,7 +56,7 @@ def test_a_job_outlives_a_killed_process_and_its_time(inputs, tmp_path, fault):
         assert job.poll() is None, (tmp_path / "job.log").read_text()
         time.sleep(0.05)
     assert (tmp_path / "struck").is_file()
-    job.send_signal(signal.SIGTERM)
+    job.send_signal(signal.SIGUSR1)
     status = job.wait(300)
     *_, saved = found_checkpoints(tmp_path / "run")
     said = [(tmp_path / name).read_text().split() for name in ("cancelled", "requeued")]

@@ -160,6 +160,7 @@ class Checkpoints:
 
         Raises:
             OSError: the one before could not be written. Earlier checkpoints are still there.
+            ValueError: what it holds could not be loaded again.
         """
         self._wait()
         final = self.output_dir / f"checkpoint-{step}"
@@ -182,7 +183,7 @@ class Checkpoints:
         """Wait until the last checkpoint is on the disk. All processes call it.
 
         Raises:
-            OSError: it could not be written. Earlier checkpoints are still there.
+            OSError, ValueError: as from `save`.
         """
         self._wait()
         self.accelerator.wait_for_everyone()
