@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader
 from diffusers_d2it import DCDiTModel, LatentCodec, bundled_checkpoint
 from diffusers_d2it.data import LatentCache
 from diffusers_d2it.files import lock
-from diffusers_d2it.objectives import DiffusionObjective
+from diffusers_d2it.objectives import DiffusionObjective, FlowMatchingObjective
 from diffusers_d2it.training import load_autoencoder
 
 
@@ -90,11 +90,11 @@ def call(script: str, *flags) -> None:
         raise RuntimeError(f"{script}: {result.stdout}{result.stderr[-3000:]}")
 
 
-def cache_of(data: str, split: str, work_dir: Path) -> Path:
-    """The latent cache of a split."""
+def cache_of(data: str, split: str, work_dir: Path, *more) -> Path:
+    """The latent cache of a split, written with further flags of cache_latents.py."""
     folder = work_dir / f"cache-{split}"
     flags = ["--dataset_name", data, "--split", split, "--resolution", RESOLUTION, "--num_classes", NUM_CLASSES]
-    call("cache_latents.py", *flags, "--vae", VAE, "--output_dir", folder)
+    call("cache_latents.py", *flags, *more, "--vae", VAE, "--output_dir", folder)
     return folder
 
 
@@ -151,15 +151,23 @@ class MovedBoundaries(nn.Module):
 
 
 @torch.no_grad()
-def measure(folder: Path, latents: torch.Tensor, labels: torch.Tensor) -> dict[str, Any]:
+def measure(
+    folder: Path,
+    latents: torch.Tensor,
+    labels: torch.Tensor,
+    objective: DiffusionObjective | FlowMatchingObjective | None = None,
+) -> dict[str, Any]:
     """What a model does on latents (N, C, H, W): lists over TIMESTEPS.
+
+    Args:
+        objective: what the model was trained for; None for the noise.
 
     Returns:
         "error" by budget, as it is written, "random", that of moved boundaries under the whole budget,
         "without_tokens", with what the transformer made of them put to zero, "natural_share", and "detail", the
         correlation over images and cells of being natural with the local spread of the latents.
     """
-    model, objective = DCDiTModel.from_pretrained(folder).eval(), DiffusionObjective()
+    model, objective = DCDiTModel.from_pretrained(folder).eval(), objective or DiffusionObjective()
     noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))
     spread_of = local_spread(latents)
     measured: dict[str, Any] = {
@@ -175,7 +183,8 @@ def measure(folder: Path, latents: torch.Tensor, labels: torch.Tensor) -> dict[s
         noised = objective.add_noise(latents, noise, timesteps)
         outputs = [model(x, timestep, y, budget=budget) for x, y in zip(noised.split(BATCH), labels.split(BATCH))]
         predicted = torch.cat([one.sample for one in outputs])
-        return F.mse_loss(predicted, noise).item(), torch.cat([one.boundary_probability for one in outputs]) > 0.5
+        target = objective.target(latents, noise, timesteps)
+        return F.mse_loss(predicted, target).item(), torch.cat([one.boundary_probability for one in outputs]) > 0.5
 
     for timestep in TIMESTEPS:
         for budget in BUDGETS:

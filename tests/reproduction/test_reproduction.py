@@ -14,7 +14,7 @@ from diffusers import DDPMScheduler
 from photographs import load_photographs
 from script_runs import call
 
-from diffusers_d2it import D2iTContentModel, DCDiTModel, load_preset
+from diffusers_d2it import D2iTContentModel, DCDiTModel, DCDiTPipeline, load_preset
 from diffusers_d2it.grains import tie
 
 
@@ -233,3 +233,34 @@ def test_dcdit_in_miniature(photographs, tmp_path, monkeypatch, capsys):
     assert run["error"]["0.4"][place] == pytest.approx((output.sample - noise).square().mean().item(), rel=1e-4)
     natural = (output.boundary_probability > 0.5).float().mean().item()
     assert run["natural_share"][place] == pytest.approx(natural, abs=1e-3)
+
+
+def test_a_small_dcdit_is_trained_and_judged(photographs, tmp_path, monkeypatch, capsys):
+    """Lengths are of one run and by its own objective; the samples are those of its pipeline."""
+    dcdit, small = (importlib.import_module(name) for name in ("dcdit", "small_dcdit"))
+    for module in (dcdit, small):
+        monkeypatch.setattr(module, "call", lambda script, *flags: call(script, *flags))
+    (tmp_path / "model.json").write_text(json.dumps(dcdit.CONFIG))
+    recipe = ["--preset=model.json", "--objective=flow_matching", "--resolution=64", "--train_batch_size=4"]
+    (tmp_path / "recipe.txt").write_text("\n".join(recipe))
+    monkeypatch.setattr(small, "RECIPE", tmp_path / "recipe.txt")
+    monkeypatch.setattr(small, "CALLS", {"as called by default": {}, "few": {"budget": 0.01, "guidance_scale": 1.0}})
+    flags = ["--data", photographs, "--work_dir", tmp_path, "--lengths", 1, 2, "--num_samples", 20, "--num_images", 8]
+    monkeypatch.setattr(sys, "argv", ["small_dcdit.py", *map(str, flags), "--output_dir", str(tmp_path)])
+    small.main()
+    found = json.loads((tmp_path / f"{small.NAME}.json").read_text())
+    assert list(found["lengths"]) == ["1", "2"] and "| few |" in capsys.readouterr().out
+    latents, labels = dcdit.validation(tmp_path / "cache-validation", 8)
+    noise, place = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0)), dcdit.TIMESTEPS.index(500)
+    for steps, length in found["lengths"].items():
+        model = DCDiTModel.from_pretrained(tmp_path / "run" / f"checkpoint-{steps}" / "model_ema")
+        with torch.no_grad():
+            predicted = model((latents + noise) / 2, 500, labels).sample
+        expected = (predicted - (noise - latents)).square().mean().item()
+        assert length["error"]["1"][place] == pytest.approx(expected, rel=1e-4)
+    pipe = DCDiTPipeline.from_pretrained(tmp_path / "run" / "pipeline")
+    assert pipe.id2label == {1: "goldfish", 107: "jellyfish"}
+    drawn = pipe("goldfish", num_inference_steps=20, budget=0.01, guidance_scale=1.0, output_type="latent")
+    assert found["rows"]["few"]["tokens"] == pytest.approx(drawn.token_counts.float().mean().item(), rel=0.3)
+    assert found["rows"]["few"]["results"][0]["protocol"]["samples"]["num_images"] == 20
+    assert PIL.Image.open(tmp_path / f"{small.NAME}.png").size == (10 * 64, 4 * 64)

@@ -4,10 +4,11 @@
 from ..draws import draw_integers, draw_uniform
 from .adapters import add_adapters, save_adapters
 from .alignment import Alignment, patches_of
-from .checkpoints import Checkpoints, find_checkpoint, found_checkpoints, trained_weights, use_ema
+from .checkpoints import Checkpoints, trained_weights, use_ema
 from .compiling import compile_blocks
 from .discriminator import PatchDiscriminator
 from .distillation import Distillation
+from .finding import find_checkpoint, found_checkpoints
 from .gate import FiniteGate
 from .inputs import draw_budget, draw_fine_ratio, draw_grain_map, drop_labels, identity_of, load_autoencoder
 from .measures import bar_of, count_entropy, grain_signals, measure_latents, token_signals, warn_of_few_tokens

@@ -26,7 +26,8 @@ from ..files import lock
 from ..files.folders import names_in
 from ..optional import import_optional
 from ..words import counted, listed
-from .checkpoints import found_checkpoints, is_sharded
+from .checkpoints import is_sharded
+from .finding import found_checkpoints
 from .stopping import StopSignals
 
 

@@ -1,0 +1,158 @@
+# Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
+"""A small DC-DiT, made by one command, and judged as the bundled D2iT of the same photographs is.
+
+    python reproduction/small_dcdit.py --data tiny-imagenet-20 --work_dir runs/small-dcdit
+
+Trains by the recipe examples/configs/tiny-imagenet-20-64/dcdit.txt on the latents of the bundled autoencoder; the
+pipeline is <work_dir>/run/pipeline. What is finished is not done again, and what was interrupted goes on. `--data` is
+a folder with splits train and validation, whose labels are ids of ImageNet.
+
+- Samples of every class under several calls: tokens of an image and step, top-1 accuracy, Frechet distance to the
+  validation images, spread of the codes in units of that of the data.
+- The averaged model after several lengths of its training, by the measures of dcdit.py: error under two budgets and
+  with the boundaries at random places, natural share of the cells by timestep, whether they lie where detail is.
+
+The judge is efficientnet-lite2, which has trained nothing here.
+"""
+
+import argparse
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from bundled_checkpoint import BATCH, describe_machine
+from dcdit import RESOLUTION, TIMESTEPS, VAE, cache_of, call, measure, validation
+from diffusers.utils import make_image_grid
+from PIL import Image
+from report import RESULTS
+from study import EXAMPLES, write_json
+
+from diffusers_d2it import D2iTPipeline, DCDiTPipeline, bundled_checkpoint, load_features, visualize_boundary_map
+from diffusers_d2it.draws import generators_of
+from diffusers_d2it.evaluation import Evaluator, ImageSet, open_images
+from diffusers_d2it.files import lock
+from diffusers_d2it.objectives import FlowMatchingObjective
+from diffusers_d2it.pixels import unit_to_uint8
+
+
+NAME = "dcdit-tiny-imagenet-20-64"
+RECIPE = EXAMPLES / "configs" / "tiny-imagenet-20-64" / "dcdit.txt"
+CALLS: dict[str, dict[str, Any]] = {
+    "as called by default": {},
+    "budget 0.7": {"budget": 0.7},
+    "budget 0.4": {"budget": 0.4},
+    "0.1 without labels": {"null_budget": 0.1},
+    "without guidance": {"guidance_scale": 1.0},
+}
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True, help="folder with splits train and validation")
+    parser.add_argument("--work_dir", type=Path, required=True, help="caches and the run are kept here")
+    parser.add_argument(
+        "--lengths", type=int, nargs="+", default=[250, 500, 1000, 2000, 4000], help="updates; the last are judged"
+    )
+    parser.add_argument("--num_samples", type=int, default=300, help="of all classes together")
+    parser.add_argument("--num_images", type=int, default=200, help="of the validation split, for the lengths")
+    parser.add_argument("--seed", type=int, default=0, help="of the samples")
+    parser.add_argument("--output_dir", type=Path, default=RESULTS)
+    return parser.parse_args()
+
+
+def train(cache: Path, run: Path, lengths: list[int]) -> None:
+    """Train a run, with a checkpoint after each of these numbers of updates and a pipeline after the last."""
+    flags = [f"@{RECIPE}", "--latent_cache", cache, "--vae", VAE, "--output_dir", run, "--report_to", "none"]
+    for steps in lengths:
+        if not (run / f"checkpoint-{steps}").exists():
+            call("train_dcdit.py", *flags, "--max_train_steps", steps, "--resume_from_checkpoint", "latest")
+
+
+def judge(pipe: DCDiTPipeline, args: argparse.Namespace, spread: float) -> tuple[dict[str, dict], Image.Image]:
+    """Rows by the names of their calls, and a picture of what the default call draws.
+
+    Args:
+        spread: standard deviation of the codes of the data.
+    """
+    features = load_features("efficientnet-lite2")
+    evaluator = Evaluator(open_images(args.data, RESOLUTION, "validation"), ["top1", "fid"], features)
+    labels = torch.tensor(sorted(pipe.id2label)).repeat_interleave(args.num_samples // len(pipe.id2label))
+    rows = {}
+    for name, arguments in CALLS.items():
+        latents, tokens, maps = [], [], []
+        for start in range(0, len(labels), BATCH):
+            batch = labels[start : start + BATCH].tolist()
+            generators = generators_of(range(start, start + len(batch)), args.seed)
+            output = pipe(batch, generator=generators, output_type="latent", **arguments)
+            latents.append(output.images)
+            tokens.append(output.token_counts.float())
+            maps.append(output.boundary_maps)
+        drawn = torch.cat(latents)
+        images = unit_to_uint8(torch.cat([pipe.decode_latents(one, "pt") for one in latents]))
+        found = evaluator(ImageSet.from_tensor(images, name, {"arguments": arguments, "seed": args.seed}, labels))
+        rows[name] = {"tokens": torch.cat(tokens).mean().item(), "spread": drawn.std().item() / spread}
+        rows[name]["results"] = [asdict(one) for one in found]
+        if not arguments:
+            picture = grid(images, torch.cat(maps))
+    return rows, picture
+
+
+def grid(images: torch.Tensor, maps: torch.Tensor, columns: int = 10) -> Image.Image:
+    """Two rows of samples, of each class in turn, each above its tokens of the last step."""
+    chosen = torch.arange(2 * columns) * (len(images) // (2 * columns))
+    drawn = [Image.fromarray(images[i].permute(1, 2, 0).numpy()) for i in chosen]
+    painted = [visualize_boundary_map(image, maps[i], min_side=1) for image, i in zip(drawn, chosen)]
+    rows = [row for k in (0, columns) for row in (drawn[k : k + columns], painted[k : k + columns])]
+    return make_image_grid(sum(rows, []), rows=len(rows), cols=columns)
+
+
+def judged_table(rows: dict[str, dict[str, float]]) -> str:
+    """As Markdown: a row a call."""
+    lines = ["| | tokens | top-1 | Fréchet distance | spread of codes |", "|---|---|---|---|---|"]
+    for name, row in rows.items():
+        top1, distance = (one["value"] for one in row["results"])
+        lines.append(f"| {name} | {row['tokens']:.1f} | {top1:.2f} | {distance:.1f} | {row['spread']:.2f} |")
+    return "\n".join(lines) + "\n"
+
+
+def lengths_table(lengths: dict[str, dict[str, Any]]) -> str:
+    """As Markdown: a row a number of updates."""
+    shares = [f"natural share, t = {timestep}" for timestep in (TIMESTEPS[0], TIMESTEPS[-1])]
+    errors = ["error, budget 1", "budget 0.4", "boundaries at random places", "without the tokens"]
+    heads = ["updates", *errors, *shares, "follows detail"]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for updates, found in lengths.items():
+        errors = (*(found["error"][budget] for budget in ("1", "0.4")), found["random"], found["without_tokens"])
+        cells = [f"{sum(one) / len(one):.4f}" for one in errors]
+        cells += [f"{found['natural_share'][place]:.3f}" for place in (0, -1)]
+        lines.append(f"| {updates} | {' | '.join(cells)} | {sum(found['detail']) / len(found['detail']):.3f} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    args = parse_args()
+    torch.set_num_threads(1)
+    with lock(args.work_dir):
+        named = ("--id2label", args.work_dir / "id2label.json")
+        write_json(named[1], D2iTPipeline.load_config(bundled_checkpoint("tiny-imagenet-20-64"))["id2label"])
+        caches = {split: cache_of(args.data, split, args.work_dir, *named) for split in ("train", "validation")}
+        run, steps = args.work_dir / "run", sorted(args.lengths)
+        train(caches["train"], run, steps)
+        latents, labels = validation(caches["validation"], args.num_images)
+        objective = FlowMatchingObjective()  # of the recipe
+        lengths = {
+            str(one): measure(run / f"checkpoint-{one}" / "model_ema", latents, labels, objective) for one in steps
+        }
+        pipe = DCDiTPipeline.from_pretrained(run / "pipeline")
+        pipe.set_progress_bar_config(disable=True)
+        rows, picture = judge(pipe, args, latents.std().item())
+    print(lengths_table(lengths), judged_table(rows), sep="\n")
+    protocol = {"recipe": RECIPE.read_text().split(), "timesteps": TIMESTEPS, "num_images": args.num_images}
+    protocol |= {"data": Path(args.data).name, "machine": describe_machine("cpu")}
+    write_json(args.output_dir / f"{NAME}.json", {"protocol": protocol, "lengths": lengths, "rows": rows})
+    picture.save(args.output_dir / f"{NAME}.png")
+
+
+if __name__ == "__main__":
+    main()
