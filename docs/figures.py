@@ -29,6 +29,7 @@ from figure_5 import reconstructions_table  # noqa: E402
 from figure_6 import curves_table  # noqa: E402
 from report import claims_table, rows_table  # noqa: E402
 from run import goals_table  # noqa: E402
+from small_dcdit import judged_table, lengths_table  # noqa: E402
 from step_savers import savers_table  # noqa: E402
 
 
@@ -108,6 +109,8 @@ FIGURES: dict[str, Callable[..., str]] = {
     "parts": lambda name, steps: dcdit.table(result(name)["arms"], int(steps)),
     "shares": lambda name: dcdit.shares_table(result(name)["arms"]),
     "claims_of_parts": lambda name: dcdit.claims_table(result(name)["arms"]),
+    "lengths": lambda name: lengths_table(result(name)["lengths"]),
+    "judged": lambda name: judged_table(result(name)["rows"]),
     "goals": goals_table,
     "models": lambda name: models_table(result(name)["models"]),
     "cores": lambda rates, models: cores_table(result(rates)["rates"], result(models)["models"]),
