@@ -65,7 +65,8 @@ def train(cache: Path, run: Path, lengths: list[int]) -> None:
     """Train a run, with a checkpoint after each of these numbers of updates and a pipeline after the last."""
     flags = [f"@{RECIPE}", "--latent_cache", cache, "--vae", VAE, "--output_dir", run, "--report_to", "none"]
     for steps in lengths:
-        if not (run / f"checkpoint-{steps}").exists():
+        # Where the last updates are made it writes the pipeline, if that is all that is missing
+        if steps == lengths[-1] or not (run / f"checkpoint-{steps}").exists():
             call("train_dcdit.py", *flags, "--max_train_steps", steps, "--resume_from_checkpoint", "latest")
 
 
