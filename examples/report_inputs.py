@@ -23,7 +23,6 @@ from diffusers_d2it.evaluation import (
     FeatureExtractor,
     ImageSet,
     LabelledImages,
-    check_outputs,
     compute_exactly,
     draw_labelled_images,
     load_features,
@@ -114,7 +113,6 @@ def prepare(args: argparse.Namespace, bad_images: Path) -> ReportInputs:
     pipes = [pipe for pipe, _ in loaded.values()]
     features = load_report_features(args, accelerator)
     args.resolution = args.resolution or pipes[0].trained_side
-    check_outputs(args.metrics, features, features.widths((args.resolution, args.resolution)))
     if accelerator.is_main_process:
         bad_images.unlink(missing_ok=True)  # of an earlier report
     accelerator.wait_for_everyone()

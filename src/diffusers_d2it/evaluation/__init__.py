@@ -7,14 +7,12 @@ from .evaluate import (
     METRIC_MINIMUM,
     METRICS,
     Evaluator,
-    check_outputs,
     compute_exactly,
     evaluate,
     open_reference,
     save_statistics,
 )
 from .features import FeatureExtractor, ModuleFeatures, load_features, weights_digest
-from .frechet import frechet_distance
 from .grain_maps import denoising_error_by_grain, grain_diagnostics, map_accuracy, spatial_autocorrelation
 from .images import ImageSet, open_images
 from .reconstruction import (
@@ -27,7 +25,7 @@ from .reconstruction import (
 )
 from .reports import LabelledImages, Row, compare, draw_labelled_images
 from .results import Result, load_results, save_report, save_results
-from .scores import inception_score, kernel_distance, precision_recall
+from .scores import frechet_distance, inception_score, kernel_distance, precision_recall
 from .vision_networks import VisionNetwork, load_lpips, load_vision_network
 
 
@@ -46,7 +44,6 @@ __all__ = [
     "Result",
     "Row",
     "VisionNetwork",
-    "check_outputs",
     "check_torchmetrics",
     "compare",
     "compute_exactly",
