@@ -34,7 +34,6 @@ if __name__ == "__main__":
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -58,7 +57,6 @@ def table_5(
     drawing: Drawing,
     maps: Mapping[str, torch.Tensor],
     evaluator: Evaluator,
-    protocol: Mapping[str, Any] | None = None,
     progress: bool = False,
 ) -> list[dict]:
     """How good images are by where their maps come from.
@@ -68,7 +66,7 @@ def table_5(
         maps: the maps of each row, (N, h, w) int64, by the name of the row, such as those of `Drawing.maps`.
         evaluator: metrics and reference. If the real images that the maps were taken from are among the reference, the
             true maps are at an advantage.
-        protocol, progress: of `compare`.
+        progress: of `compare`.
 
     Returns:
         For each row: "map", its name; "results" of `evaluate`; "fine_share" and "autocorrelation" of its maps;
@@ -88,7 +86,6 @@ def table_5(
         evaluator,
         shape,
         title="samples with {} maps",
-        protocol=protocol,
         progress=progress,
     )
     return [

@@ -60,8 +60,8 @@ def maps() -> torch.Tensor:
 @pytest.fixture(scope="module")
 def rows(drawing, evaluator, maps) -> list[Row]:
     arguments = {"given": {"grain_map": maps}, "0.3": {"fine_ratio": 0.3}, "1": {"fine_ratio": 1.0}}
-    options = {"title": "drawn at {}", "protocol": {"checkpoint": "tiny"}, "costs": True}
-    return compare(drawing, arguments, evaluator, SHAPE, **options)
+    options = {"title": "drawn at {}", "costs": True}
+    return compare(replace(drawing, checkpoint={"checkpoint": "tiny"}), arguments, evaluator, SHAPE, **options)
 
 
 def test_a_row_is_what_evaluate_finds_in_its_samples(rows, drawing, evaluator, maps):

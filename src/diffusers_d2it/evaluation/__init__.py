@@ -2,7 +2,6 @@
 """Metrics of samples, reconstructions and grain maps, each with the protocol that it was measured by."""
 
 from .cost import ForwardMeter, describe_machine
-from .drawing import MAP_SOURCES, Drawing
 from .evaluate import (
     METRIC_MINIMUM,
     METRICS,
@@ -23,7 +22,7 @@ from .reconstruction import (
     reconstruct,
     reconstruction_scores,
 )
-from .reports import LabelledImages, Row, compare, draw_labelled_images
+from .reports import MAP_SOURCES, Drawing, LabelledImages, Row, compare, draw_labelled_images
 from .results import Result, load_results, save_report, save_results
 from .scores import frechet_distance, inception_score, kernel_distance, precision_recall
 from .vision_networks import VisionNetwork, load_lpips, load_vision_network
