@@ -269,13 +269,16 @@ def compute_exactly() -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+Features = dict[str, torch.Tensor]  # what is known of each image, (B, ...), by its name
+
+
 @dataclass(frozen=True)
 class ReadImages:
     """What metrics need of the images of a set."""
 
     places: torch.Tensor  # int64 (N,), those of the images that were read; others were left out
     digest: str  # of the pixels
-    rows: dict[str, torch.Tensor]  # what is known of each image, in the order of the set, (N, ...), by its name
+    rows: Features  # of all images, in the order of the set
     moments: dict[str, Moments]  # of features, by their names
 
 
@@ -323,17 +326,13 @@ class Reading:
 def read_images(
     images: ImageSet,
     features: FeatureExtractor,
-    rows: Collection[str] = (),
-    moments: Collection[str] = (),
-    *,
+    rows: Collection[str],
+    moments: Collection[str],
     batch_size: int = 64,
     accelerator: Accelerator | None = None,
     num_workers: int = 0,
 ) -> ReadImages:
-    """Read all images once, each process its share.
-
-    Of the features in `rows` those of every image are kept, of those in `moments` mean and covariance.
-    """
+    """Read all images once, each process its share: `rows` of their features are kept, `moments` of others."""
     reading, place = Reading(), place_of(accelerator)
     for places, pixels in images.batches(batch_size, *place, num_workers, progress=place[0] == 0):
         found = features(pixels.to(features.device))
@@ -359,10 +358,7 @@ def read_images(
 
 
 def open_reference(
-    path: str | os.PathLike,
-    resolution: int | None = None,
-    split: str | None = None,
-    image_column: str | None = None,
+    path: str | os.PathLike, resolution: int | None = None, split: str | None = None, image_column: str | None = None
 ) -> ImageSet | Path:
     """What `evaluate` takes as reference: the path itself of a file with statistics, else its images.
 
@@ -407,8 +403,7 @@ def save_statistics(
         raise ValueError(f"`path` of statistics must end in .npz, got {path}.")
     features = features if accelerator is None else features.to(accelerator.device)
     moments = [output for output in ("pool", "spatial") if output in features.widths(images.size)]
-    reading = {"batch_size": batch_size, "accelerator": accelerator, "num_workers": num_workers}
-    read = read_images(images, features, moments=moments, **reading)
+    read = read_images(images, features, (), moments, batch_size, accelerator, num_workers)
     described = {**images.describe(), "digest": read.digest}
     protocol = {"features": features.describe(), "images": described, "versions": versions(features)}
     on_main_process(accelerator, lambda: write_statistics(path, read.moments, len(read.places), protocol))

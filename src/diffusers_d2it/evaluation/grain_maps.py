@@ -33,13 +33,9 @@ TIMESTEPS = (250, 500, 750, 999)
 def fine_ratio_error(predicted: torch.Tensor, real: torch.Tensor, num_grains: int) -> dict[str, float]:
     """How the fine shares of predicted maps differ from those of real maps, which may be of other images and number.
 
-    Returns:
-        "fine_share" and "fine_share_real", means over the images; "std" and "std_real", their standard deviations
-        (population); "error" and "std_error", the first minus the second; "wasserstein", how far, on average, shares
-        of one set must be moved to become those of the other: the size of "error" where that is a shift, else more.
-
-    Raises:
-        ValueError: the maps are of two sizes.
+    "fine_share" and "fine_share_real" are means over the images, "std" and "std_real" their standard deviations
+    (population), "error" and "std_error" the first minus the second; "wasserstein" is how far, on average, shares of
+    one set must be moved to become those of the other: the size of "error" where that is a shift, else more.
     """
     check_grain_map(predicted, num_grains, "predicted")
     check_grain_map(real, num_grains, "real")
@@ -47,17 +43,17 @@ def fine_ratio_error(predicted: torch.Tensor, real: torch.Tensor, num_grains: in
         sizes = " and ".join(str(tuple(maps.shape[1:])) for maps in (predicted, real))
         raise ValueError(f"`predicted` and `real` must be maps of one size, got {sizes} regions.")
     shares, real_shares = (fine_share(maps, num_grains).double().cpu() for maps in (predicted, real))
-    mean, real_mean = shares.mean().item(), real_shares.mean().item()
-    std, real_std = shares.std(correction=0).item(), real_shares.std(correction=0).item()
-    return {
-        "fine_share": mean,
-        "fine_share_real": real_mean,
-        "error": mean - real_mean,
+    std, real_std = (one.std(correction=0) for one in (shares, real_shares))
+    found = {
+        "fine_share": shares.mean(),
+        "fine_share_real": real_shares.mean(),
+        "error": shares.mean() - real_shares.mean(),
         "std": std,
         "std_real": real_std,
         "std_error": std - real_std,
-        "wasserstein": float(wasserstein_distance(shares.numpy(), real_shares.numpy())),
+        "wasserstein": wasserstein_distance(shares.numpy(), real_shares.numpy()),
     }
+    return {name: float(value) for name, value in found.items()}
 
 
 def map_accuracy(predicted: torch.Tensor, true: torch.Tensor, num_grains: int) -> dict[str, float]:
@@ -133,7 +129,7 @@ def grain_diagnostics(
 
     Args:
         drawing: the checkpoint, labels, seed, batch size.
-        images: real images (N, 3, H, W) uint8.
+        images: real ones (N, 3, H, W) uint8.
         maps: the "true" maps of the images and "predicted" ones, of `Drawing.maps`.
         timesteps: at which the models see noised maps and latents, 0 ... 999.
 
@@ -164,9 +160,6 @@ def grain_model_accuracy(
     """How many regions of a noised real map (N, h, w) the grain model gets right: `map_accuracy` by timestep.
 
     Near t = 999 nothing is left of the map, and only the class tells; near t = 0 it is all there.
-
-    Raises:
-        ValueError: there is no grain model, or there are other than N labels.
     """
     model, device = drawing.pipe.grain_model, drawing.pipe._execution_device
     if model is None:

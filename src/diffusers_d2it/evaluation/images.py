@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 
 from ..data.folders import is_image, list_files, split_folder
 from ..data.images import UnusableImageError, decode_image, to_pixels
-from ..data.source import ImageSource, load_images
+from ..data.source import ImageSource, Row, load_images
 from ..files import gather
 from ..pixels import check_uint8, to_uint8
 from ..sampling.npz import NpzImages
@@ -78,7 +78,7 @@ class ImageSet:
             try:
                 self.size = tuple(self[0].shape[1:])
             except UnusableImageError:
-                self._raise_unusable(range(num_images))
+                list(self.batches(1))  # raises, and names those after it
 
     def __len__(self) -> int:
         return self.num_images
@@ -156,31 +156,41 @@ class ImageSet:
         Places are those in the set, or in an `order` of its images.
 
         Raises:
-            ValueError: images cannot be used and are not left out, ten of them are named; or the batch size is below
-                1.
+            ValueError: images cannot be used and are not left out, ten of those of the process are named; or the batch
+                size is below 1.
         """
         if batch_size < 1:
             raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
         order = range(len(self)) if order is None else order
         starts = range(process_index * batch_size, len(order), num_processes * batch_size)
         batches = [range(start, min(start + batch_size, len(order))) for start in starts]
-        # The generator is not the global one, from which a loader would draw a seed
         loader = DataLoader(
             batches,
             batch_size=None,
             collate_fn=partial(self._read_batch, order),
             num_workers=num_workers,
-            generator=torch.Generator(),
+            generator=torch.Generator(),  # not the global one, from which a loader would draw a seed
         )
-        for batch, (places, images, bad) in zip(tqdm(batches, desc=self.name, disable=not progress), loader):
-            if bad and not self.leaves_out:
-                self._raise_unusable(order[batch.start :] if num_processes == 1 else order)  # others may have met some
-            for name, reason in bad.items():
+        bad = {}
+        for places, images, unusable in tqdm(loader, desc=self.name, disable=not progress):
+            bad |= unusable
+            if bad and not self.leaves_out:  # an error, which names others as well
+                if len(bad) >= _MAX_NAMED:  # the rest of a large set would take hours
+                    break
+                continue
+            for name, reason in unusable.items():
                 if name not in self.left_out and len(self.left_out) < _MAX_NAMED:
                     logger.warning("image %r of %s is left out: %s", printable(name), self.name, reason)
                 self.left_out[name] = reason
             if places:
                 yield torch.tensor(places), torch.stack(images)
+        if bad and not self.leaves_out:
+            named = [f"{printable(name)}: {reason}" for name, reason in bad.items()][:_MAX_NAMED]
+            more = "; and perhaps more after them" if len(named) == _MAX_NAMED else ""
+            raise ValueError(
+                f"{len(named)} of the {counted(len(self), 'image')} of {self.name} cannot be used:"
+                f" {'; '.join(named)}{more}."
+            )
 
     def _read_batch(self, order: Sequence[int], batch: range) -> tuple[list[int], list[torch.Tensor], dict[str, str]]:
         """Places and images, and the reason by name of each image that cannot be used."""
@@ -220,28 +230,9 @@ class ImageSet:
             found = "; ".join(f"{printable(name)}: {reason}" for name, reason in list(self.left_out.items())[:3])
             raise ValueError(f"none of the {counted(len(self), 'image')} of {self.name} can be used: {found}.")
 
-    def _raise_unusable(self, places: Sequence[int]) -> None:
-        """Raise a ValueError that names those of some images that cannot be used."""
-        found = []
-        for place in places:
-            try:
-                self[place]
-            except UnusableImageError as error:
-                found.append(f"{printable(self._name_of(place))}: {error}")
-            if len(found) == _MAX_NAMED:  # the rest of a large set would take hours
-                found.append("and perhaps more after them")
-                break
-        number = min(len(found), _MAX_NAMED)
-        raise ValueError(
-            f"{number} of the {counted(len(self), 'image')} of {self.name} cannot be used: {'; '.join(found)}."
-        )
-
 
 def open_images(
-    path: str | os.PathLike,
-    resolution: int | None = None,
-    split: str | None = None,
-    image_column: str | None = None,
+    path: str | os.PathLike, resolution: int | None = None, split: str | None = None, image_column: str | None = None
 ) -> ImageSet:
     """The images of a folder, an .npz or a data set.
 
@@ -304,8 +295,9 @@ def _open_folder(root: str, split: str | None) -> ImageSet:
         protocol = {"split": split} if splits else _read_protocol(root, len(images))
         name, root = _last_part(root), os.path.join(root, split or "")
         names = sorted((os.path.relpath(file, root) for file in splits.get(split, images)), key=_natural)
-        read, labels = partial(_decode_file, root, names), _drawn_labels(protocol)
-        return ImageSet(name, len(names), read, None, names.__getitem__, protocol, labels, names)
+        rows = [Row(one, {"path": os.path.join(root, one), "bytes": None}, 0) for one in names]
+        read, name_of = partial(_read_row, rows, None), partial(_name_of_row, rows)
+        return ImageSet(name, len(names), read, None, name_of, protocol, _drawn_labels(protocol), names)
     if split is not None:
         raise ValueError(f"`split` {split!r}: {root} holds no images.")
     if len(archives) == 1:
@@ -314,10 +306,6 @@ def _open_folder(root: str, split: str | None) -> ImageSet:
         raise ValueError(f"{root} is a data set: it needs `resolution`, to which it is resized.")
     held = f"{len(archives)} .npz files: pass one of them" if archives else f"{len(files)} other files"
     raise ValueError(f"{root} holds no images, and {held}.")
-
-
-def _decode_file(root: str, names: list[str], place: int) -> torch.Tensor:
-    return _to_tensor(np.asarray(decode_image({"path": os.path.join(root, names[place]), "bytes": None})))
 
 
 def _open_npz(path: str, resolution: int | None) -> ImageSet:
@@ -344,7 +332,7 @@ def _open_data_set(path: str, resolution: int, split: str, image_column: str | N
         raise ValueError(f"{path} is empty: it has no images in split {split}.")
     protocol = {"preprocessing": "shorter side resized, bicubic; centre crop"}
     protocol |= _read_protocol(path, source.num_rows) if source.split is None else {"split": source.split}
-    read, name_of = partial(_decode_row, source, resolution), partial(_name_of_row, source)
+    read, name_of = partial(_read_row, source, resolution), partial(_name_of_row, source)
     labels, files = partial(_labels_of_rows, path, split, image_column), partial(_files_of_rows, source, path)
     size = resolution, resolution
     return ImageSet(source.name, source.num_rows, read, size, name_of, protocol, labels, files, leaves_out=True)
@@ -358,12 +346,13 @@ def _files_of_rows(source: ImageSource, path: str) -> list[str] | None:
     return [os.path.relpath(row.name, root) for row in source.rows()]
 
 
-def _decode_row(source: ImageSource, resolution: int, place: int) -> torch.Tensor:
-    return to_uint8(to_pixels(decode_image(source[place].encoded), resolution))
+def _read_row(rows: Sequence[Row] | ImageSource, resolution: int | None, place: int) -> torch.Tensor:
+    image = decode_image(rows[place].encoded)
+    return _to_tensor(np.asarray(image)) if resolution is None else to_uint8(to_pixels(image, resolution))
 
 
-def _name_of_row(source: ImageSource, place: int) -> str:
-    return source[place].name
+def _name_of_row(rows: Sequence[Row] | ImageSource, place: int) -> str:
+    return rows[place].name
 
 
 def _labels_of_rows(path: str, split: str, image_column: str | None) -> torch.Tensor | None:

@@ -77,11 +77,7 @@ def reconstruct(
 class PairScores:
     """Means over pairs of an image and its reconstruction, in one pass; each process has pairs of its own.
 
-    Args:
-        metrics: some of `PAIR_METRICS`.
-        features: of "rfid" and "top1".
-        device: where the pairs are compared; None for that of the features.
-        reference: tells the classes of the originals, for "top1".
+    They are compared on a device, by default that of the features; `reference` tells the classes of all originals.
 
     Raises:
         ValueError: a metric is unknown, given twice or lacks features, or a package or its weights are missing.
@@ -98,19 +94,25 @@ class PairScores:
         lacking = _OF_FEATURES & set(metrics)
         if lacking and features is None:
             raise ValueError(f"the metric {min(lacking)!r} needs `features`.")
+        self.metrics, self.features = metrics, features if lacking else None
+        self.device = device or (torch.device("cpu") if features is None else features.device)
+        self.measures, self.details = {"psnr": psnr, "ssim": ssim}, {}  # and what protocols say of each metric
+        if {"psnr", "ssim"} & set(metrics):
+            check_torchmetrics()
+            self.details |= {metric: {"settings": settings} for metric, settings in _SETTINGS.items()}
+        if "lpips" in metrics:
+            network = load_lpips(_LPIPS_NETWORK, "the metric 'lpips'").to(self.device)
+            self.measures["lpips"] = network
+            self.details["lpips"] = {"features": {"name": _LPIPS_NETWORK, "digest": weights_digest(network)}}
+        if lacking:
+            features.to(self.device)
+            self.details |= {metric: {"features": features.describe()} for metric in lacking}
         if "top1" in metrics:
             if "imagenet" not in features.widths((64, 64)):
                 raise ValueError(f"the metric 'top1' needs a classifier of ImageNet, and {features.name} is none.")
             self.labels = reference.labels  # of all originals
             self.classes = self.labels.unique()
-        if {"psnr", "ssim"} & set(metrics):
-            check_torchmetrics()
-        self.metrics = metrics
-        self.device = device or (torch.device("cpu") if features is None else features.device)
-        self.features = features.to(self.device) if lacking else None
-        self.measures = {"psnr": psnr, "ssim": ssim}
-        if "lpips" in metrics:
-            self.measures["lpips"] = load_lpips(_LPIPS_NETWORK, "the metric 'lpips'").to(self.device)
+            self.details["top1"]["settings"] = {"classes": self.classes.tolist()}
         self.originals, self.reconstructions = Reading(), Reading()
 
     @torch.no_grad()
@@ -120,9 +122,8 @@ class PairScores:
         """Add pairs, both uint8 (B, 3, H, W), their places in the set, and what else is averaged over images, (B,)."""
         both = images.to(self.device), reconstructions.to(self.device)
         pixels, decoded = map(from_uint8, both)
-        scores = {
-            name: self.measures[name](pixels, decoded).flatten() for name in self.metrics if name in self.measures
-        }
+        measures = {name: self.measures[name] for name in self.metrics if name not in _OF_FEATURES}
+        scores = {name: measure(pixels, decoded).flatten() for name, measure in measures.items()}
         found = self.features(both[1]) if self.features else {}
         if "top1" in self.metrics:
             scores["top1"] = classifies(found["imagenet"].cpu(), self.labels[places], self.classes)
@@ -142,22 +143,12 @@ class PairScores:
             "reference": {**reference.describe(), "digest": originals.digest},
             "versions": versions(self.features),
         }
-        details = {metric: {"settings": _SETTINGS.get(metric, {})} for metric in self.metrics}
-        if "lpips" in details:
-            digest = weights_digest(self.measures["lpips"])
-            details["lpips"] = {"features": {"name": _LPIPS_NETWORK, "digest": digest}}
-        if "top1" in details:
-            details["top1"] = {
-                "features": self.features.describe(),
-                "settings": {"classes": self.classes.tolist()},
-            }
-        if "rfid" in details:
-            rank_deficient = len(originals.places) <= len(originals.moments["pool"][0])
-            details["rfid"] = {"features": self.features.describe(), "rank_deficient": rank_deficient}
+        if "rfid" in self.metrics:
+            self.details["rfid"]["rank_deficient"] = len(originals.places) <= len(originals.moments["pool"][0])
         results = []
         for name in dict.fromkeys([*self.metrics, *values]):
             shown = result_name(name, self.features) if name in _OF_FEATURES else name
-            results.append(Result(shown, values[name], common | details.get(name, {})))
+            results.append(Result(shown, values[name], common | self.details.get(name, {})))
         return results
 
 

@@ -131,16 +131,9 @@ class ReferenceStatistics:
 
 
 def write_statistics(path: str | os.PathLike, moments: dict[str, Moments], num_images: int, protocol: dict) -> None:
-    """Write statistics as .npz, whole or not at all: those of "pool", and perhaps of "spatial", as ADM names them.
+    """Write an .npz, whole or not at all, of moments of "pool" and perhaps of "spatial", named as in those of ADM.
 
-    Args:
-        path: ends in .npz; folders are made, a file of this name is replaced.
-        moments: by the names of the features.
-        num_images: how many images they are of.
-        protocol: how the numbers came about, JSON values.
-
-    Raises:
-        OSError: the disk is full or failed. What was at `path` is still there.
+    It replaces what was there. The protocol, JSON values, says how the numbers came about.
     """
     path = Path(path)
     arrays = {key: moment.numpy() for name, pair in moments.items() for key, moment in zip(_ARRAYS[name], pair)}
@@ -188,7 +181,6 @@ def read_statistics(path: str | os.PathLike) -> ReferenceStatistics:
         raise ValueError(f"protocol of {path} must be the text of a JSON object, got {shown(text)}.")
     features, images = protocol.get("features"), protocol.get("images")
     if not (isinstance(features, dict) and isinstance(images, dict)):  # of others, where there may be anything
-        number = None if number is None else int(number)
-        features = {}
+        number, features = None if number is None else int(number), {}
         images = {"name": Path(path).name, "num_images": number, "statistics_sha256": file_sha256(Path(path))}
     return ReferenceStatistics(str(path), moments, features, images)

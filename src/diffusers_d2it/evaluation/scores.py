@@ -33,13 +33,10 @@ _ROUNDING = 1e-6
 
 
 class FeatureStatistics:
-    """Mean and covariance of features in float64, whatever the number of images, in memory for one D x D matrix.
+    """Mean and covariance of D features in float64, whatever the number of images, in memory for one D x D matrix.
 
     Each batch is joined by its own mean and its squares about that mean (Chan, Golub and LeVeque, 1979), so that no
     large numbers cancel: batch size, order and number of processes change the last digits of float64 only.
-
-    Args:
-        num_features: D.
     """
 
     def __init__(self, num_features: int):
@@ -103,14 +100,8 @@ def frechet_distance(
     would leave the root of that rounding, 1e-8, for each direction in which a covariance has nothing: the rule with
     fewer images than features.
 
-    Args:
-        mean_a: (D,), float32 or float64.
-        covariance_a: (D, D), symmetric and positive semi-definite; its rank may be lower than D.
-        mean_b: (D,).
-        covariance_b: (D, D).
-
-    Returns:
-        The distance. What rounding leaves below zero, at most some 1e-13 of the traces, is returned as zero.
+    Means are (D,), covariances (D, D), symmetric and positive semi-definite; their rank may be lower than D. What
+    rounding leaves below zero, at most some 1e-13 of the traces, is returned as zero.
 
     Raises:
         ValueError: an array has another shape or dtype, is not finite or so large that the distance is not; a
