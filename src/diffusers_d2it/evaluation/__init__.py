@@ -1,7 +1,7 @@
 # Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
 """Metrics of samples, reconstructions and grain maps, each with the protocol that it was measured by."""
 
-from .cost import ForwardMeter, describe_machine
+from .cost import ForwardMeter
 from .evaluate import (
     METRIC_MINIMUM,
     METRICS,
@@ -22,7 +22,7 @@ from .reconstruction import (
     reconstruct,
     reconstruction_scores,
 )
-from .reports import MAP_SOURCES, Drawing, LabelledImages, Row, compare, draw_labelled_images
+from .reports import MAP_SOURCES, Drawing, Row, compare
 from .results import Result, load_results, save_report, save_results
 from .scores import frechet_distance, inception_score, kernel_distance, precision_recall
 from .vision_networks import VisionNetwork, load_lpips, load_vision_network
@@ -38,7 +38,6 @@ __all__ = [
     "ForwardMeter",
     "FeatureExtractor",
     "ImageSet",
-    "LabelledImages",
     "ModuleFeatures",
     "Result",
     "Row",
@@ -47,8 +46,6 @@ __all__ = [
     "compare",
     "compute_exactly",
     "denoising_error_by_grain",
-    "describe_machine",
-    "draw_labelled_images",
     "evaluate",
     "evaluate_pairs",
     "evaluate_reconstructions",

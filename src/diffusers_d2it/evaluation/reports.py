@@ -16,7 +16,6 @@ Shapes:
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from itertools import islice
 from typing import Any
 
 import torch
@@ -24,19 +23,13 @@ from accelerate import Accelerator
 from diffusers.utils.torch_utils import randn_tensor
 from tqdm.auto import tqdm
 
-from ..data.bad_images import BadImages
-from ..data.images import check_resolution, to_pixels
-from ..data.loaders import usable_images
-from ..data.source import ImageSource
 from ..draws import generators_of
 from ..files import gather, on_main_process, place_of
 from ..grains import fine_share
 from ..pipelines.grain_sampling import random_grain_map, sample_grain_map
 from ..pipelines.pipeline_d2it import D2iTPipeline
 from ..pipelines.pipeline_dcdit import DCDiTPipeline
-from ..pixels import check_uint8, to_uint8, unit_to_uint8
-from ..sampling.reference_maps import classes_of_checkpoint
-from ..words import counted, listed
+from ..pixels import check_uint8, unit_to_uint8
 from .cost import ForwardMeter, TimedCall, cost_of
 from .evaluate import Evaluator
 from .images import ImageSet
@@ -47,7 +40,6 @@ MAP_SOURCES = ("true", "predicted", "random", "coarse", "fine")
 _REPORTS = 5  # keeps the seeds apart from those of other sets of samples
 # What a generator is for: other numbers, other noise
 _LATENTS, _MAP, _SOLVER, NOISE, ENCODING = range(5)
-_NUM_IMAGES = 1000, 5000  # of a report, and those it compares with
 _COUNTED_IMAGES = 8  # of which multiply-adds are counted
 
 
@@ -96,15 +88,10 @@ class Drawing:
     def over_images(
         self, function: Callable[[slice], torch.Tensor], out: torch.Tensor, description: str | None = None
     ) -> torch.Tensor:
-        """Compute something for every image, in batches that the processes share; all processes get all of it.
+        """Fill zeros (N, ...) on the CPU in batches that the processes share; all of them get all of it.
 
-        Args:
-            function: from the numbers of a batch of images to its part of `out`.
-            out: zeros (N, ...), on the CPU; filled here.
-            description: of the progress bar; None without one.
-
-        Raises:
-            ValueError: there are other than N labels.
+        The function makes of the numbers of a batch of images its part; a description is that of the progress bar.
+        Raises a ValueError if there are other than N labels.
         """
         self._check_number(len(out))
         process, count = place_of(self.accelerator)
@@ -294,84 +281,3 @@ def _count_macs(drawing: Drawing, shape: tuple[int, ...], arguments: Mapping[str
         for image in range(number):
             drawing.call(slice(image, image + 1), shape[2:], **arguments, output_type="latent")
     return meter.total_macs / number
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Real images
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class LabelledImages:
-    """Real images of a data set, drawn at random, and others of it to compare with."""
-
-    images: torch.Tensor  # (N, 3, R, R) uint8
-    labels: torch.Tensor | None  # (N,) int64, ids of the checkpoint's classes; None for an unconditional one
-    reference: ImageSet  # M other images of the same data set
-    description: str  # the data set in words
-
-
-def draw_labelled_images(
-    source: ImageSource,
-    pipe: D2iTPipeline | DCDiTPipeline,
-    num_images: int | None,
-    num_reference_images: int | None,
-    bad_images: BadImages,
-    resolution: int | None = None,
-    seed: int = 0,
-    least: int = 2,
-) -> LabelledImages:
-    """Images of a data set for a report on a checkpoint.
-
-    The reference is of other images: those whose own maps are asked for would be compared with themselves.
-
-    Args:
-        source, pipe: the data set and the checkpoint.
-        num_images, num_reference_images: N and M; None for 1000 and 5000, or of a smaller set all that it has, in this
-            ratio.
-        bad_images: notes what cannot be used.
-        resolution: R; None for that of the checkpoint.
-        seed: fixes which images are taken, and their order.
-        least: images of a set that the metrics need.
-
-    Raises:
-        ValueError: the data set has too few images, other classes than the checkpoint, or none; or the resolution does
-            not suit the checkpoint.
-    """
-    resolution = resolution or pipe.trained_side
-    check_resolution(resolution, pipe.vae_scale_factor * pipe.transformer.patch_size)
-    classes = None if pipe.transformer.config.num_classes is None else _known_classes(source, pipe)
-    asked = num_images, num_reference_images
-    number, others = (default if one is None else one for one, default in zip(asked, _NUM_IMAGES))
-    images, labels = [], []
-    for row, image in islice(usable_images(source.shuffled(seed).rows(), resolution, bad_images), number + others):
-        images.append(to_uint8(to_pixels(image, resolution)))
-        labels.append(row.label)
-    found = len(images)
-    if found < number + others:
-        if num_images is None:
-            number = max(found // 6, least) if num_reference_images is None else max(found - others, 1)
-        if num_reference_images is None:
-            others = max(found - number, least if num_images is None else 2)
-    if number < 1 or others < 2 or found < number + others:
-        raise ValueError(
-            f"{source.name} has {counted(found, 'image')} that can be used: `num_images` {number} and"
-            f" `num_reference_images` {others} need {number + others}. {bad_images.summary()}".rstrip()
-        )
-    images, reference = torch.stack(images).split([number, others])
-    labels = None if classes is None else torch.tensor([classes[label] for label in labels[:number]])
-    description = source.describe(resolution)
-    return LabelledImages(images, labels, ImageSet.from_tensor(reference, description), description)
-
-
-def _known_classes(source: ImageSource, pipe: D2iTPipeline | DCDiTPipeline) -> dict[int, int]:
-    classes = classes_of_checkpoint(source, pipe)
-    missing = [repr(source.id2label[label]) for label, id in classes.items() if id is None]
-    if missing:
-        known = sorted((pipe.id2label or dict(enumerate(range(pipe.transformer.config.num_classes)))).items())
-        raise ValueError(
-            f"{source.name} has classes that the checkpoint does not have: {listed(missing, most=10)}. It has"
-            f" {listed((repr(name) for _, name in known), most=10)}. `label_column` names another column, `id2label`"
-            " the classes of one."
-        )
-    return classes
