@@ -183,7 +183,7 @@ class Evaluator:
         if file is not None and "resolution" in file.images:
             size, name = tuple(file.images["resolution"]), file.path
         if size != samples.size:
-            ours, theirs = ("x".join(map(str, size[::-1])) for size in (samples.size, size))
+            ours, theirs = ("x".join(map(str, one[::-1])) for one in (samples.size, size))
             raise ValueError(
                 f"samples and reference must be of one size, got {ours} in {samples.name} and {theirs} in {name};"
                 " images of a data set are resized to a `resolution`."

@@ -137,7 +137,7 @@ class PairScores:
         """A result for each metric and other value over all processes; `samples` is what protocols say of them."""
         reference.share_left_out(accelerator)
         originals, reconstructions = self.originals.joined(accelerator), self.reconstructions.joined(accelerator)
-        values = on_main_process(accelerator, lambda: means(originals, reconstructions))
+        values = on_main_process(accelerator, lambda: _means(originals, reconstructions))
         common = {
             "samples": {**samples, "num_images": len(originals.places), "digest": reconstructions.digest},
             "reference": {**reference.describe(), "digest": originals.digest},
@@ -152,7 +152,7 @@ class PairScores:
         return results
 
 
-def means(originals: ReadImages, reconstructions: ReadImages) -> dict[str, float]:
+def _means(originals: ReadImages, reconstructions: ReadImages) -> dict[str, float]:
     """The mean of each score of the pairs, and with features "rfid"."""
     found = {name: scores.double().mean().item() for name, scores in reconstructions.rows.items()}
     if originals.moments:
@@ -230,7 +230,6 @@ def evaluate_reconstructions(
         scores.update(places, images, reconstructions, fine_share=shares)
     samples = {
         "name": "reconstructions",
-        "num_images": len(reference),
         "resolution": list(reference.size),
         "checkpoint": {"weights": weights_digest(vae), "config": digest(public_config(vae.config))},
         "fine_ratio": vae.grain_ratios[-1] if fine_ratio is None else fine_ratio,
@@ -268,4 +267,4 @@ def reconstruction_scores(
         num_images += len(images)
     if not num_images:
         raise ValueError("`batches` must hold images to score, got none.")
-    return means(scores.originals.joined(), scores.reconstructions.joined()) | {"num_images": num_images}
+    return _means(scores.originals.joined(), scores.reconstructions.joined()) | {"num_images": num_images}

@@ -153,7 +153,7 @@ class Drawing:
             ValueError: the source is unknown, there is no grain model, or there are other than N labels.
         """
         self._check_number(len(true_maps))
-        num_grains, device = self.pipe.transformer.config.num_grains, self.pipe._execution_device
+        num_grains = self.pipe.transformer.config.num_grains
         if source == "true":
             return true_maps
         if source in ("coarse", "fine"):
@@ -176,7 +176,7 @@ class Drawing:
                 images.stop - images.start,
                 self.grain_num_inference_steps,
                 generator=self.generators(_MAP, images),
-                device=device,
+                device=self.pipe._execution_device,
             )
 
         return self.over_images(predict, torch.zeros_like(true_maps))

@@ -56,7 +56,7 @@ def save_results(path: str | os.PathLike, results: Sequence[Result]) -> None:
     """Write results into a JSON file, whole or not at all; an infinite value, which JSON does not have, as "inf"."""
     rows = [asdict(result) for result in results]
     rows = [row if math.isfinite(row["value"]) else row | {"value": str(row["value"])} for row in rows]
-    write_json_durably(Path(path), {"results": _finite(rows)})
+    save_report(path, {"results": rows})
 
 
 def save_report(path: str | os.PathLike, report: dict) -> None:
