@@ -18,9 +18,7 @@ import torch
 from common import Bench, Flag, forget_peak_memory, in_fresh_process, main, process_memory
 from scipy import linalg
 
-from diffusers_d2it.evaluation.frechet import frechet_distance
-from diffusers_d2it.evaluation.scores import precision_recall
-from diffusers_d2it.evaluation.statistics import FeatureStatistics
+from diffusers_d2it.evaluation.scores import FeatureStatistics, frechet_distance, precision_recall
 
 
 MOST_TURNS = {"cpu": 3}

@@ -40,16 +40,17 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
 if __name__ == "__main__":
     ARGS = begin(parse_args)  # before torch is imported, which takes seconds
 
+import platform
 from collections.abc import Mapping, Sequence
 
 import torch
+from accelerate import Accelerator
 
 from diffusers_d2it import D2iTPipeline
 from diffusers_d2it.evaluation import (
     Drawing,
     Evaluator,
     compare,
-    describe_machine,
     reconstruct,
     save_report,
 )
@@ -178,22 +179,33 @@ def plot_budget(rows: Sequence[dict], path: str | Path) -> None:
     figure.savefig(path, dpi=150, format="png")
 
 
+def describe_machine(accelerator: Accelerator) -> dict[str, str | int]:
+    """What seconds depend on, beside the checkpoint: device, processes, threads, version of torch."""
+    device = accelerator.device
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or device.type,
+        "num_processes": accelerator.num_processes,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
+
+
 def main(args: argparse.Namespace) -> None:
     check_matplotlib()
     folder = Path(args.output_dir).absolute()
     report = prepare(args, folder / "bad_images.jsonl")
-    accelerator, data = report.accelerator, report.data
-    images, others = counted(len(data.images), "image"), counted(len(data.reference), "other")
-    accelerator.print(f"{data.description}: {images} to reconstruct, {others}")
+    accelerator = report.accelerator
+    images, others = counted(args.num_images, "image"), counted(args.num_reference_images, "other")
+    accelerator.print(f"{report.description}: {images} to reconstruct, {others}")
 
-    rows = budget(report.drawings, data.images, report.evaluator, args.budgets, progress=True)
+    rows = budget(report.drawings, report.images, report.evaluator, args.budgets, progress=True)
     if accelerator.is_main_process:
         machine = describe_machine(accelerator)
         table = budget_table(rows, report.real)
         caption = (
             f"{counted(args.num_images, 'sample')} a row: {counted(args.num_inference_steps, 'step')},"
             f" guidance {args.guidance_scale:g}, seed {args.seed}, {args.dtype} on {machine['device']}."
-            f" Compared with {counted(args.num_reference_images, 'image')} of {data.description}."
+            f" Compared with {counted(args.num_reference_images, 'image')} of {report.description}."
         )
         print(table, end="")  # before anything is saved, which may fail
         data_file, table_file, plot_file = (folder / name for name in FILES)

@@ -34,7 +34,6 @@ if __name__ == "__main__":
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -58,7 +57,6 @@ def table_5(
     drawing: Drawing,
     maps: Mapping[str, torch.Tensor],
     evaluator: Evaluator,
-    protocol: Mapping[str, Any] | None = None,
     progress: bool = False,
 ) -> list[dict]:
     """How good images are by where their maps come from.
@@ -68,7 +66,7 @@ def table_5(
         maps: the maps of each row, (N, h, w) int64, by the name of the row, such as those of `Drawing.maps`.
         evaluator: metrics and reference. If the real images that the maps were taken from are among the reference, the
             true maps are at an advantage.
-        protocol, progress: of `compare`.
+        progress: of `compare`.
 
     Returns:
         For each row: "map", its name; "results" of `evaluate`; "fine_share" and "autocorrelation" of its maps;
@@ -88,7 +86,6 @@ def table_5(
         evaluator,
         shape,
         title="samples with {} maps",
-        protocol=protocol,
         progress=progress,
     )
     return [
@@ -140,17 +137,17 @@ def report_text(rows: Sequence[dict], real: Sequence[dict], diagnostics: dict) -
 
 def main(args: argparse.Namespace) -> None:
     report = prepare(args, Path(f"{os.path.normpath(args.output)}.bad_images.jsonl"))
-    accelerator, data = report.accelerator, report.data
+    accelerator = report.accelerator
     ((name, drawing),) = report.drawings.items()
     if not isinstance(drawing.pipe, D2iTPipeline):
         raise ValueError(f"--checkpoint {name} must be of D2iT, which has maps, got {type(drawing.pipe).__name__}.")
-    images, others = counted(len(data.images), "image"), counted(len(data.reference), "other")
-    accelerator.print(f"{data.description}: {images} with their maps, {others}")
+    images, others = counted(args.num_images, "image"), counted(args.num_reference_images, "other")
+    accelerator.print(f"{report.description}: {images} with their maps, {others}")
 
-    true_maps = drawing.true_maps(data.images)
+    true_maps = drawing.true_maps(report.images)
     maps = {source: drawing.maps(source, true_maps) for source in MAP_SOURCES}
     rows = table_5(drawing, maps, report.evaluator, progress=True)
-    diagnostics = grain_diagnostics(drawing, data.images, maps)
+    diagnostics = grain_diagnostics(drawing, report.images, maps)
     if accelerator.is_main_process:
         found = {"table_5": rows, "real_images": report.real, "diagnostics": diagnostics}
         print(report_text(rows, report.real, diagnostics))  # before it is saved, which may fail

@@ -6,6 +6,7 @@ import os
 import sys
 from dataclasses import asdict, dataclass
 from datetime import timedelta
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -15,22 +16,26 @@ from accelerate.utils import InitProcessGroupKwargs
 from checkpoint_kinds import Pipeline, find_checkpoint
 
 from diffusers_d2it import D2iTPipeline, bundled_checkpoint, load_sampler
-from diffusers_d2it.data import BadImages, load_images
+from diffusers_d2it.data import BadImages, ImageSource, load_images
+from diffusers_d2it.data.images import check_resolution, to_pixels
+from diffusers_d2it.data.loaders import usable_images
 from diffusers_d2it.evaluation import (
     METRIC_MINIMUM,
     Drawing,
     Evaluator,
     FeatureExtractor,
     ImageSet,
-    LabelledImages,
-    check_outputs,
     compute_exactly,
-    draw_labelled_images,
     load_features,
 )
+from diffusers_d2it.pixels import to_uint8
 from diffusers_d2it.sampling import describe_checkpoint, describe_scheduler
-from diffusers_d2it.words import counted
+from diffusers_d2it.sampling.reference_maps import classes_of_checkpoint
+from diffusers_d2it.words import counted, listed
 from flags import image_arguments
+
+
+_NUM_IMAGES = 1000, 5000  # of a report, and those it compares with
 
 
 @dataclass(frozen=True)
@@ -40,7 +45,8 @@ class ReportInputs:
     Attributes:
         accelerator: joins the processes.
         drawings: how images are drawn, by checkpoint.
-        data: real images, their labels, and the reference.
+        images: real ones (N, 3, R, R) uint8.
+        description: the data set that they are of, in words.
         bad_images: what could not be used.
         evaluator: metrics and reference.
         real: results of the real images in the place of samples: what perfect samples would get.
@@ -48,14 +54,15 @@ class ReportInputs:
 
     accelerator: Accelerator
     drawings: dict[str, Drawing]
-    data: LabelledImages
+    images: torch.Tensor
+    description: str
     bad_images: BadImages
     evaluator: Evaluator
     real: list[dict]
 
     def describe(self) -> dict[str, Any]:
         """The protocol of a whole report; what is of a checkpoint, its drawing describes."""
-        return {"data": self.data.description, "num_images": len(self.data.images)}
+        return {"data": self.description, "num_images": len(self.images)}
 
 
 def load_checkpoint(args: argparse.Namespace, name: str, accelerator: Accelerator) -> tuple[Pipeline, dict[str, Any]]:
@@ -114,7 +121,6 @@ def prepare(args: argparse.Namespace, bad_images: Path) -> ReportInputs:
     pipes = [pipe for pipe, _ in loaded.values()]
     features = load_report_features(args, accelerator)
     args.resolution = args.resolution or pipes[0].trained_side
-    check_outputs(args.metrics, features, features.widths((args.resolution, args.resolution)))
     if accelerator.is_main_process:
         bad_images.unlink(missing_ok=True)  # of an earlier report
     accelerator.wait_for_everyone()
@@ -125,26 +131,94 @@ def prepare(args: argparse.Namespace, bad_images: Path) -> ReportInputs:
     numbers = args.num_images, args.num_reference_images
     accelerator.print(source)
     least = max(2, *(METRIC_MINIMUM[metric] for metric in args.metrics))
+    classes = {name: known_classes(source, pipe) for name, (pipe, _) in loaded.items()}
+    for pipe in pipes:
+        check_resolution(args.resolution, pipe.vae_scale_factor * pipe.transformer.patch_size)
     # The same images for all of them; each has ids of its own for the classes
-    how = noted, args.resolution, args.seed, least
-    data = [draw_labelled_images(source, pipe, *numbers, *how) for pipe in pipes]
-    labels, data = [of_checkpoint.labels for of_checkpoint in data], data[0]
-    args.num_images, args.num_reference_images = len(data.images), len(data.reference)
+    images, labels, others = draw_images(source, *numbers, noted, args.resolution, args.seed, least)
+    args.num_images, args.num_reference_images = len(images), len(others)
     if None in numbers:
         accelerator.print(
             f"{counted(args.num_images, 'image')} a row, compared with {counted(args.num_reference_images, 'other')}"
         )
     names = ("num_inference_steps", "guidance_scale", "grain_num_inference_steps", "batch_size", "seed")
     settings = {name: getattr(args, name) for name in names} | {"accelerator": accelerator}
-    drawings = {
-        name: Drawing(pipe, ids, **settings, checkpoint=protocol)
-        for (name, (pipe, protocol)), ids in zip(loaded.items(), labels)
-    }
+    drawings = {}
+    for name, (pipe, protocol) in loaded.items():
+        ids = None if classes[name] is None else torch.tensor([classes[name][label] for label in labels])
+        drawings[name] = Drawing(pipe, ids, **settings, checkpoint=protocol)
+    description = source.describe(args.resolution)
     reading = {"batch_size": args.batch_size, "accelerator": accelerator, "seed": args.seed}
-    evaluator = Evaluator(data.reference, args.metrics, features, **reading)
-    real = evaluator(ImageSet.from_tensor(data.images, f"other images of {data.description}"))
+    evaluator = Evaluator(ImageSet.from_tensor(others, description), args.metrics, features, **reading)
+    real = evaluator(ImageSet.from_tensor(images, f"other images of {description}"))
     real = [asdict(result) for result in real]
-    return ReportInputs(accelerator, drawings, data, noted, evaluator, real)
+    return ReportInputs(accelerator, drawings, images, description, noted, evaluator, real)
+
+
+def known_classes(source: ImageSource, pipe: Pipeline) -> dict[int, int] | None:
+    """Ids of a checkpoint's classes by the labels of a data set; None for an unconditional one.
+
+    Raises:
+        ValueError: the data set has classes that the checkpoint does not have, or none.
+    """
+    if pipe.transformer.config.num_classes is None:
+        return None
+    classes = classes_of_checkpoint(source, pipe)
+    missing = [repr(source.id2label[label]) for label, id in classes.items() if id is None]
+    if missing:
+        known = sorted((pipe.id2label or dict(enumerate(range(pipe.transformer.config.num_classes)))).items())
+        raise ValueError(
+            f"{source.name} has classes that the checkpoint does not have: {listed(missing, most=10)}. It has"
+            f" {listed((repr(name) for _, name in known), most=10)}. `label_column` names another column, `id2label`"
+            " the classes of one."
+        )
+    return classes
+
+
+def draw_images(
+    source: ImageSource,
+    num_images: int | None,
+    num_reference_images: int | None,
+    bad_images: BadImages,
+    resolution: int,
+    seed: int,
+    least: int,
+) -> tuple[torch.Tensor, list[int], torch.Tensor]:
+    """Images of a data set at random, their labels, and others of it to compare with, both (N, 3, R, R) uint8.
+
+    Others, because images whose own maps are asked for would be compared with themselves.
+
+    Args:
+        source: the data set.
+        num_images, num_reference_images: of both; None for 1000 and 5000, or of a smaller set all that it has, in this
+            ratio.
+        bad_images: notes what cannot be used.
+        resolution: R.
+        seed: fixes which images are taken, and their order.
+        least: images of a set that the metrics need.
+
+    Raises:
+        ValueError: the data set has too few images.
+    """
+    asked = num_images, num_reference_images
+    number, others = (default if one is None else one for one, default in zip(asked, _NUM_IMAGES))
+    images, labels = [], []
+    for row, image in islice(usable_images(source.shuffled(seed).rows(), resolution, bad_images), number + others):
+        images.append(to_uint8(to_pixels(image, resolution)))
+        labels.append(row.label)
+    found = len(images)
+    if found < number + others:
+        if num_images is None:
+            number = max(found // 6, least) if num_reference_images is None else max(found - others, 1)
+        if num_reference_images is None:
+            others = max(found - number, least if num_images is None else 2)
+    if number < 1 or others < 2 or found < number + others:
+        raise ValueError(
+            f"{source.name} has {counted(found, 'image')} that can be used: `num_images` {number} and"
+            f" `num_reference_images` {others} need {number + others}. {bad_images.summary()}".rstrip()
+        )
+    images, reference = torch.stack(images).split([number, others])
+    return images, labels[:number], reference
 
 
 def markdown_table(cells: list[list[str]], first: str = "---:") -> str:

@@ -33,7 +33,7 @@ from diffusers_d2it.evaluation import (
     frechet_distance,
     load_features,
 )
-from diffusers_d2it.evaluation.statistics import FeatureStatistics
+from diffusers_d2it.evaluation.scores import FeatureStatistics
 from diffusers_d2it.grains import GrainLayout
 from diffusers_d2it.objectives import make_objective
 from diffusers_d2it.pixels import from_uint8, to_uint8

@@ -21,9 +21,8 @@ from diffusers_d2it.evaluation import (
     open_reference,
     save_statistics,
 )
-from diffusers_d2it.evaluation.frechet import frechet_distance
 from diffusers_d2it.evaluation.results import compare, differences
-from diffusers_d2it.evaluation.scores import inception_score, kernel_distance, precision_recall
+from diffusers_d2it.evaluation.scores import frechet_distance, inception_score, kernel_distance, precision_recall
 
 
 METRICS = ("fid", "sfid", "is", "precision", "recall", "kid")  # top1 needs another network: test_classifier.py

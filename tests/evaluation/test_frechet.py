@@ -11,8 +11,7 @@ from scipy import linalg
 from scipy.stats import ortho_group
 from torch import nn
 
-from diffusers_d2it.evaluation.frechet import frechet_distance
-from diffusers_d2it.evaluation.statistics import FeatureStatistics
+from diffusers_d2it.evaluation.scores import FeatureStatistics, frechet_distance
 
 
 D = 24

@@ -12,13 +12,13 @@ from photographs import load_photographs
 
 from diffusers_d2it import D2iTPipeline, bundled_checkpoint
 from diffusers_d2it.evaluation import Drawing, denoising_error_by_grain, grain_diagnostics, spatial_autocorrelation
-from diffusers_d2it.evaluation.drawing import ENCODING, NOISE
 from diffusers_d2it.evaluation.grain_maps import (
     fine_ratio_error,
     grain_model_accuracy,
     map_accuracy,
     reconstruction_psnr_by_grain,
 )
+from diffusers_d2it.evaluation.reports import ENCODING, NOISE
 from diffusers_d2it.grains import GrainLayout, tie
 from diffusers_d2it.losses import grain_loss, multi_grained_loss
 from diffusers_d2it.objectives import make_objective

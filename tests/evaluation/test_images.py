@@ -195,7 +195,7 @@ def test_images_of_a_data_set_that_cannot_be_used_are_left_out_as_in_training(fo
 def test_a_set_of_which_nothing_can_be_used_is_an_error(tmp_path):
     images = open_images(write_folder(tmp_path, {"a.png": b"", "b.png": b""}), resolution=64)
     assert list(images.batches(1)) == []
-    refused("none of the 2 images .*a.png", images.check_left_out)
+    refused("none of the 2 images .*a.png", images.share_left_out)
 
 
 # ---- Splits ----

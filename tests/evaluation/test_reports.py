@@ -1,42 +1,30 @@
 # Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
-"""Comparisons of a checkpoint with itself, and the real images that they start from."""
+"""Comparisons of a checkpoint with itself."""
 
-import json
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
-from image_files import encode, photo, write_folder
 from metric_inputs import refused, small_network
 from photographs import load_photographs
 
-from diffusers_d2it import D2iTPipeline
-from diffusers_d2it.data import BadImages, load_images
 from diffusers_d2it.evaluation import (
     Drawing,
     Evaluator,
     ImageSet,
-    LabelledImages,
     ModuleFeatures,
     Result,
     Row,
     compare,
-    draw_labelled_images,
     evaluate,
 )
 from diffusers_d2it.evaluation.results import differences
-from diffusers_d2it.pipelines.labels import class_of
 from diffusers_d2it.pixels import to_uint8
 
 
 SHAPE = (8, 3, 32, 32)
-NAMES = {2: "tabby cat, cat", 5: "rocket", 7: "coffee"}
 
 pytestmark = pytest.mark.filterwarnings("ignore:fd_conv. there are no more images")
-
-
-# ---- Rows ----
 
 
 @pytest.fixture(scope="module")
@@ -60,8 +48,8 @@ def maps() -> torch.Tensor:
 @pytest.fixture(scope="module")
 def rows(drawing, evaluator, maps) -> list[Row]:
     arguments = {"given": {"grain_map": maps}, "0.3": {"fine_ratio": 0.3}, "1": {"fine_ratio": 1.0}}
-    options = {"title": "drawn at {}", "protocol": {"checkpoint": "tiny"}, "costs": True}
-    return compare(drawing, arguments, evaluator, SHAPE, **options)
+    options = {"title": "drawn at {}", "costs": True}
+    return compare(replace(drawing, checkpoint={"checkpoint": "tiny"}), arguments, evaluator, SHAPE, **options)
 
 
 def test_a_row_is_what_evaluate_finds_in_its_samples(rows, drawing, evaluator, maps):
@@ -114,127 +102,3 @@ def test_costs_follow_the_budget(rows, maps):
 
 def test_a_number_of_images_that_does_not_fit(drawing, evaluator):
     refused(r"`labels`.* 7 .*\(8,\)", compare, drawing, {"fine": {"grain_map": "fine"}}, evaluator, (7, 3, 32, 32))
-
-
-# ---- Real images ----
-
-
-def load(root: Path, pipe: D2iTPipeline, num_images: int = 3, others: int = 2, **options) -> LabelledImages:
-    ours = {name: options.pop(name) for name in ("resolution", "seed", "least") if name in options}
-    source = load_images(root, **options)
-    return draw_labelled_images(source, pipe, num_images, others, BadImages(root.parent / "bad.jsonl"), **ours)
-
-
-@pytest.fixture
-def folder(tmp_path) -> Path:
-    """Photographs 0 to 5, two of each class, in sub-folders; labels are 0 coffee, 1 rocket, 2 cat."""
-    files = {f"{name}/{i}.png": encode(photo(i, 32)) for i, name in enumerate(["coffee", "rocket", "tabby cat"] * 2)}
-    return write_folder(tmp_path / "photos", files)
-
-
-@pytest.fixture
-def pipe(make_pipeline) -> D2iTPipeline:
-    return make_pipeline(id2label=NAMES)
-
-
-def test_images_and_labels_belong_together_and_the_reference_is_of_others(folder, pipe):
-    photos = to_uint8(load_photographs(32))[:6]
-    data = load(folder, pipe)
-    drawn = torch.cat([data.images, data.reference[:]])
-    numbers = [[torch.equal(one, image) for image in photos].index(True) for one in drawn]
-    assert len(set(numbers)) == 5
-    assert data.labels.tolist() == [{0: 7, 1: 5, 2: 2}[number % 3] for number in numbers[:3]]
-    assert data.description == "photos, 32x32"
-
-
-def test_the_seed_decides_which_images(folder, pipe):
-    one, same, other = (load(folder, pipe, seed=seed) for seed in (0, 0, 1))
-    assert torch.equal(one.images, same.images) and not torch.equal(one.images, other.images)
-
-
-def test_streams_and_unconditional_checkpoints(folder, pipe, make_pipeline):
-    assert set(load(folder, pipe, streaming=True).labels.tolist()) <= set(NAMES)
-    assert load(folder, make_pipeline(num_classes=None)).labels is None
-
-
-def test_other_sizes_and_what_cannot_be_used(folder, pipe):
-    assert load(folder, pipe, 1, resolution=64).images.shape == (1, 3, 64, 64)
-    refused("`resolution`.* 8.* 30", load, folder, pipe, resolution=30)
-    (folder / "rocket" / "broken.png").write_bytes(b"<html>")
-    assert len(load(folder, pipe, 3, 3).images) == 3
-    refused("6 images .*`num_images` 4 .*`num_reference_images` 3 .* 7.*broken", load, folder, pipe, 4, 3)
-
-
-@pytest.mark.parametrize(
-    "asked, drawn",
-    [((None, None), (2, 4)), ((2, None), (2, 4)), ((None, 2), (4, 2)), ((3, 3), (3, 3)), ((1, 2), (1, 2))],
-)
-def test_a_small_set_makes_a_small_report_unless_numbers_are_asked_for(folder, pipe, asked, drawn):
-    data = load(folder, pipe, *asked)
-    assert (len(data.images), len(data.reference)) == drawn
-
-
-def test_a_small_set_is_divided_as_metrics_need_it(folder, pipe):
-    data = load(folder, pipe, None, None, least=3)
-    assert (len(data.images), len(data.reference)) == (3, 3)
-    refused("photos .*6 images .* 8", load, folder, pipe, None, None, least=4)
-
-
-@pytest.mark.parametrize("asked", [(4, 3), (6, None), (None, 6), (5, None), (0, 3), (0, None), (None, 0)])
-def test_a_set_too_small_for_what_is_asked_for(folder, pipe, asked):
-    refused("photos .*`num_images`", load, folder, pipe, *asked)
-
-
-# ---- Classes ----
-
-
-@pytest.mark.parametrize(
-    "label, name, expected",
-    [
-        (0, "cat", 2),  # one of several names
-        (0, "a cup, coffee", 7),
-        (0, "tabby cat, cat", 2),
-        (3, "rocket", 5),  # names count more than numbers
-        (5, "5", 5),
-        (0, "5", 5),
-        (0, "dog", None),
-        (5, "dog", None),
-        (0, "8", None),
-    ],
-)
-def test_classes_are_found_by_name_or_number(label, name, expected):
-    assert class_of(label, name, NAMES, num_classes=10) == expected
-
-
-def test_classes_that_share_a_name_and_models_without_names():
-    cranes = {1: "crane, bird", 4: "crane, machine"}
-    assert [class_of(label, "crane", cranes, 10) for label in (0, 1, 4)] == [None, 1, 4]
-    assert [class_of(label, name, None, 10) for label, name in ((0, "7"), (3, "dog"), (12, "12"))] == [7, 3, None]
-
-
-def write_numbers(root: Path, labels: list[int]) -> Path:
-    import datasets
-
-    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
-    rows = {"image": [photo(i, 32) for i in range(len(labels))], "label": labels}
-    root.mkdir()
-    datasets.Dataset.from_dict(rows, features=features).to_parquet(root / "train.parquet")
-    return root
-
-
-def test_labels_that_are_numbers_are_those_of_the_checkpoint(tmp_path, pipe, make_pipeline):
-    root = write_numbers(tmp_path / "numbers", [7, 5, 7, 5, 7, 5])
-    assert set(load(root, pipe).labels.tolist()) <= {5, 7}
-    assert set(load(root, make_pipeline(id2label=None)).labels.tolist()) <= {5, 7}
-    names = tmp_path / "names.json"
-    names.write_text(json.dumps({"5": "coffee", "7": "rocket"}))  # names count more than numbers
-    assert load(root, pipe, id2label=names).labels.tolist() != load(root, pipe).labels.tolist()
-
-
-def test_classes_that_the_checkpoint_does_not_have(tmp_path, folder, pipe, make_pipeline):
-    with pytest.raises(ValueError, match="numbers.*'3'.*'tabby cat, cat', 'rocket', 'coffee'"):
-        load(write_numbers(tmp_path / "numbers", [3, 5, 7, 5, 7]), pipe)
-    refused("'tabby cat'", load, folder, make_pipeline(id2label={0: "coffee", 1: "rocket", 2: "lion"}))
-    refused("'12'.*0, 1", load, write_numbers(tmp_path / "more", [3, 12, 3, 3, 3]), make_pipeline(id2label=None))
-    flat = write_folder(tmp_path / "flat", {f"{i}.png": encode(photo(i, 32)) for i in range(6)})
-    refused("flat.*classes.* 10", load, flat, pipe)

@@ -11,9 +11,13 @@ import pytest
 import torch
 from metric_inputs import refused
 
-from diffusers_d2it.evaluation.frechet import frechet_distance
-from diffusers_d2it.evaluation.scores import inception_score, kernel_distance, precision_recall
-from diffusers_d2it.evaluation.statistics import FeatureStatistics
+from diffusers_d2it.evaluation.scores import (
+    FeatureStatistics,
+    frechet_distance,
+    inception_score,
+    kernel_distance,
+    precision_recall,
+)
 
 
 D = 8

@@ -11,12 +11,12 @@ import pytest
 import torch
 from metric_inputs import refused
 
-from diffusers_d2it.evaluation.frechet import frechet_distance
-from diffusers_d2it.evaluation.statistics import FeatureStatistics, read_statistics, write_statistics
+from diffusers_d2it.evaluation.results import read_statistics, write_statistics
+from diffusers_d2it.evaluation.scores import FeatureStatistics, frechet_distance
 
 
 N, D = 301, 12
-PROTOCOL = {"features": {"name": "linear", "digest": "ab"}, "reference": {"name": "noise ✓", "num_images": N}}
+PROTOCOL = {"features": {"name": "linear", "digest": "ab"}, "images": {"name": "noise ✓", "num_images": N}}
 
 
 def draw(num_images: int = N, seed: int = 0) -> torch.Tensor:
@@ -130,7 +130,10 @@ def test_saved_and_loaded(tmp_path):
     path = tmp_path / "new" / "statistics.npz"
     moments = save(path, draw(), spatial=draw()[:, :5])
     loaded = read_statistics(path)
-    assert list(loaded.moments) == ["pool", "spatial"] and (loaded.num_images, loaded.protocol) == (N, PROTOCOL)
+    assert (
+        list(loaded.moments) == ["pool", "spatial"]
+        and {"features": loaded.features, "images": loaded.images} == PROTOCOL
+    )
     assert all(torch.equal(a, b) for output in moments for a, b in zip(moments[output], loaded.moments[output]))
     assert [p.name for p in path.parent.iterdir()] == [path.name]
     with np.load(path) as archive:  # as other scripts read it
@@ -147,7 +150,7 @@ def test_files_of_others(tmp_path):
     # As ADM's, with images and the spatial moments; what is not needed may be anything
     np.savez_compressed(tmp_path / "adm.npz", **arrays, arr_0=np.array([{}]), mu_s=np.ones(2), sigma_s=np.eye(2))
     loaded = read_statistics(str(tmp_path / "adm.npz"))
-    assert (loaded.num_images, loaded.protocol) == (None, {})
+    assert loaded.features == {} and (loaded.images["name"], loaded.images["num_images"]) == ("adm.npz", None)
     assert torch.equal(loaded.moments["spatial"][1], torch.eye(2, dtype=torch.float64))
     assert frechet_distance(*loaded.moments["pool"], mean, covariance) < 1e-9  # a mean in float32
     np.savez(tmp_path / "bare.npz", **arrays)

@@ -186,6 +186,7 @@ OF_BUDGET = ("budget_report.py", "--output_dir", "budget")
         (GRAIN, ["--metrics", "fid", "is"], "'is'.* 10 images"),
         (GRAIN, ["--features", "no_such_module:conv"], "--features no_such_module:conv"),
         (GRAIN, ["--unconditional"], "photos has no classes.* 10"),
+        (GRAIN, ["--resolution", 30], "`resolution`.* 8.* 30"),
         (GRAIN, ["--checkpoint", "nowhere"], "--checkpoint nowhere"),
         (OF_BUDGET, ["--num_images", 5], "`num_images` 5 .*`num_reference_images` 4 .* 9"),
     ],

@@ -1,20 +1,17 @@
 # Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
 """Metrics of samples, reconstructions and grain maps, each with the protocol that it was measured by."""
 
-from .cost import ForwardMeter, describe_machine
-from .drawing import MAP_SOURCES, Drawing
+from .cost import ForwardMeter
 from .evaluate import (
     METRIC_MINIMUM,
     METRICS,
     Evaluator,
-    check_outputs,
     compute_exactly,
     evaluate,
     open_reference,
     save_statistics,
 )
 from .features import FeatureExtractor, ModuleFeatures, load_features, weights_digest
-from .frechet import frechet_distance
 from .grain_maps import denoising_error_by_grain, grain_diagnostics, map_accuracy, spatial_autocorrelation
 from .images import ImageSet, open_images
 from .reconstruction import (
@@ -25,9 +22,9 @@ from .reconstruction import (
     reconstruct,
     reconstruction_scores,
 )
-from .reports import LabelledImages, Row, compare, draw_labelled_images
+from .reports import MAP_SOURCES, Drawing, Row, compare
 from .results import Result, load_results, save_report, save_results
-from .scores import inception_score, kernel_distance, precision_recall
+from .scores import frechet_distance, inception_score, kernel_distance, precision_recall
 from .vision_networks import VisionNetwork, load_lpips, load_vision_network
 
 
@@ -41,18 +38,14 @@ __all__ = [
     "ForwardMeter",
     "FeatureExtractor",
     "ImageSet",
-    "LabelledImages",
     "ModuleFeatures",
     "Result",
     "Row",
     "VisionNetwork",
-    "check_outputs",
     "check_torchmetrics",
     "compare",
     "compute_exactly",
     "denoising_error_by_grain",
-    "describe_machine",
-    "draw_labelled_images",
     "evaluate",
     "evaluate_pairs",
     "evaluate_reconstructions",

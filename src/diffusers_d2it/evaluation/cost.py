@@ -9,7 +9,6 @@ Shapes:
 
 import inspect
 import math
-import platform
 import statistics
 import time
 from collections.abc import Sequence
@@ -18,7 +17,6 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -139,15 +137,4 @@ def cost_of(calls: Sequence[TimedCall]) -> dict[str, Any]:
         },
         "seconds_per_image": statistics.median(call.seconds for call in timed) / full,
         "seconds_per_step": statistics.median(steps) / full if steps else None,
-    }
-
-
-def describe_machine(accelerator: Accelerator) -> dict[str, str | int]:
-    """What seconds depend on, beside the checkpoint: device, processes, threads, version of torch."""
-    device = accelerator.device
-    return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or device.type,
-        "num_processes": accelerator.num_processes,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
     }

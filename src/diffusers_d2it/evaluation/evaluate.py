@@ -2,13 +2,13 @@
 """Sets of samples against reference images: FID, sFID, precision, recall, KID, and by themselves: IS, top-1 accuracy.
 
 Shapes:
-    N images of a set, D features
+    B images of a batch, N of a set, D features
 """
 
 import os
 import warnings
 import zipfile
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import import_module, metadata
 from pathlib import Path
@@ -17,20 +17,19 @@ import torch
 from accelerate import Accelerator
 
 from ..files import gather, on_main_process, place_of
-from ..files.folders import file_sha256
 from ..words import counted, differences, listed
 from .features import FeatureExtractor
-from .frechet import frechet_distance
 from .images import ImageSet, hash_pixels, open_images, pixel_digest
-from .results import Result
-from .scores import inception_score, kernel_distance, precision_recall, top1_accuracy
-from .statistics import (
+from .results import ReferenceStatistics, Result, read_statistics, write_statistics
+from .scores import (
     FeatureStatistics,
     Moments,
-    ReferenceStatistics,
     check_features,
-    read_statistics,
-    write_statistics,
+    frechet_distance,
+    inception_score,
+    kernel_distance,
+    precision_recall,
+    top1_accuracy,
 )
 
 
@@ -116,96 +115,89 @@ class Evaluator:
         **reading: int,
     ):
         check_metrics(metrics, METRICS)
+        if kid_subset_size < 2:
+            raise ValueError(f"`kid_subset_size` must be at least 2, got {kid_subset_size}.")
         self.metrics = {name: _METRICS[name] for name in metrics}
         if "kid" in metrics:
-            if kid_subset_size < 2:
-                raise ValueError(f"`kid_subset_size` must be at least 2, got {kid_subset_size}.")
             settings = {**_METRICS["kid"].settings, "subset_size": kid_subset_size, "seed": seed}
             self.metrics["kid"] = replace(_METRICS["kid"], least=kid_subset_size, settings=settings)
         self.features = features if accelerator is None else features.to(accelerator.device)
         self.accelerator, self.reading = accelerator, {"accelerator": accelerator, **reading}
         self.images: ImageSet | None = None
         self.statistics: ReferenceStatistics | None = None
-        self._size: tuple[int, int] | None = None  # of the reference, where it tells
         self._theirs: ReadImages | None = None
-        parts = {metric.part for metric in self.metrics.values()} - {"scores"}
-        if parts:
-            self._open(reference, parts)
+        self._parts = {metric.part for metric in self.metrics.values()} - {"scores"}  # to be read of the reference
+        if self._parts and reference is None:
+            raise ValueError("`reference` must be images or the path of statistics: only 'is' and 'top1' need none.")
+        if self._parts and isinstance(reference, ImageSet):
+            self.images = reference
+        elif self._parts:
+            self.statistics = read_statistics(reference)
+            self.images = open_images(reference) if "arr_0.npy" in _members(reference) else None
+            self._parts -= {"moments"}
+            if self._parts and self.images is None:
+                raise ValueError(f"{reference} holds statistics, and 'precision', 'recall' and 'kid' compare images.")
 
     def __call__(self, samples: ImageSet) -> list[Result]:
         """A result for each metric. Raises what `evaluate` raises."""
         widths = self.features.widths(samples.size)
         self._check(samples, widths)
         ours = self._read(samples, {"moments", "rows", "scores"})
-        if self.images is not None and self._theirs is None:
-            self._theirs = self._read(self.images, {"rows"} if self.statistics else {"moments", "rows"})
+        if self._parts and self._theirs is None:
+            self._theirs = self._read(self.images, self._parts)
         labels = samples.labels[ours.places] if "top1" in self.metrics else None
         values = on_main_process(self.accelerator, lambda: self._values(ours, labels))
-        results = []
-        for (name, metric), (value, deviation) in zip(self.metrics.items(), values):
-            protocol = self._protocol(metric, ours, widths)
+        described, results = {**samples.describe(), "digest": ours.digest}, []
+        for name, metric in self.metrics.items():
+            protocol = self._protocol(metric, described, widths)
             if name == "top1":
                 protocol["settings"] = {"classes": labels.unique().tolist()}
-            name = result_name(name, self.features)
+            shown = result_name(name, self.features)
             if protocol.get("rank_deficient") and place_of(self.accelerator)[0] == 0:
                 warnings.warn(
-                    f"{name}: there are no more images than the {widths[metric.output]} features, so the covariance is"
-                    " rank-deficient. The value is too high: compare it only with others of as many images.",
+                    f"{shown}: there are no more images than the {widths[metric.output]} features, so the covariance"
+                    " is rank-deficient. The value is too high: compare it only with others of as many images.",
                     stacklevel=2,
                 )
-            results.append(Result(name, value, protocol, deviation))
+            value, deviation = values[name]
+            results.append(Result(shown, value, protocol, deviation))
         return results
-
-    def _open(self, reference: ImageSet | str | os.PathLike | None, parts: set[str]) -> None:
-        if reference is None:
-            raise ValueError("`reference` must be images or the path of statistics: only 'is' and 'top1' need none.")
-        if isinstance(reference, ImageSet):
-            self.images, self._name, self._size = reference, reference.name, reference.size
-            return
-        self._name, statistics = str(reference), read_statistics(reference)
-        protocol = statistics.protocol  # in files of others there may be anything
-        is_ours = all(isinstance(protocol.get(part), dict) for part in ("features", "images"))
-        self._known = protocol if is_ours else {"features": {}}
-        images = open_images(reference) if "arr_0.npy" in _members(reference) else None
-        if is_ours:
-            self._size = tuple(self._known["images"]["resolution"])
-        elif images is not None:
-            self._size = images.size
-        if "moments" in parts:
-            self.statistics = statistics
-        if "rows" in parts:
-            if images is None:
-                raise ValueError(f"{reference} holds statistics, and 'precision', 'recall' and 'kid' compare images.")
-            self.images = images
 
     def _check(self, samples: ImageSet, widths: dict[str, int]) -> None:
         """Raise a ValueError if samples and reference cannot be compared. What a file does not tell is not checked."""
-        check_outputs(self.metrics, self.features, widths)
         for name, metric in self.metrics.items():
-            is_read = metric.part == "rows" or (metric.part == "moments" and self.statistics is None)
+            if metric.output not in widths:
+                raise ValueError(
+                    f"the metric {name!r} needs {metric.output!r}, and the features {self.features.name!r} have only"
+                    f" {', '.join(map(repr, widths))}."
+                )
             hint = " (`kid_subset_size`)" if name == "kid" else ""
-            for images in [samples, self.images] if is_read else [samples]:
+            for images in [samples, self.images] if metric.part in self._parts else [samples]:
                 if len(images) < metric.least:
                     raise ValueError(
                         f"the metric {name!r} needs at least {counted(metric.least, 'image')}{hint}, got"
                         f" {len(images)} in {images.name}."
                     )
-        if self._size not in (None, samples.size):
-            ours, theirs = ("x".join(map(str, size[::-1])) for size in (samples.size, self._size))
+        file = self.statistics
+        size, name = (samples.size, "") if self.images is None else (self.images.size, self.images.name)
+        if file is not None and "resolution" in file.images:
+            size, name = tuple(file.images["resolution"]), file.path
+        if size != samples.size:
+            ours, theirs = ("x".join(map(str, one[::-1])) for one in (samples.size, size))
             raise ValueError(
-                f"samples and reference must be of one size, got {ours} in {samples.name} and {theirs} in"
-                f" {self._name}; images of a data set are resized to a `resolution`."
+                f"samples and reference must be of one size, got {ours} in {samples.name} and {theirs} in {name};"
+                " images of a data set are resized to a `resolution`."
             )
-        if self.statistics is not None:
+        if file is not None:
             outputs = sorted({metric.output for metric in self.metrics.values() if metric.part == "moments"})
-            if not set(outputs) <= set(self.statistics.moments):
-                raise ValueError(f"{self._name} has no mu_s and sigma_s, the statistics of features for 'sfid'.")
+            if not set(outputs) <= set(file.moments):
+                raise ValueError(f"{file.path} has no mu_s and sigma_s, the statistics of features for 'sfid'.")
             ours = self.features.describe()
-            known = {key: self._known["features"].get(key, value) for key, value in ours.items()}
-            known |= {f"number for {output!r}": len(self.statistics.moments[output][0]) for output in outputs}
+            known = {key: file.features.get(key, value) for key, value in ours.items()}
+            known |= {f"number for {output!r}": len(file.moments[output][0]) for output in outputs}
             ours |= {f"number for {output!r}": widths[output] for output in outputs}
             if found := differences(known, ours):
-                raise ValueError(f"{self._name} was computed in other features than the samples: {'; '.join(found)}.")
+                raise ValueError(f"{file.path} was computed in other features than the samples: {'; '.join(found)}.")
 
     def _read(self, images: ImageSet, parts: set[str]) -> "ReadImages":
         wanted = [metric for metric in self.metrics.values() if metric.part in parts]
@@ -213,12 +205,12 @@ class Evaluator:
         moments = {metric.output for metric in wanted if metric.part == "moments"}
         return read_images(images, self.features, rows, moments, **self.reading)
 
-    def _values(self, ours: "ReadImages", labels: torch.Tensor | None) -> list[tuple[float, float | None]]:
+    def _values(self, ours: "ReadImages", labels: torch.Tensor | None) -> dict[str, tuple[float, float | None]]:
         theirs, values = self._theirs, {}
-        known = self.statistics.moments if self.statistics else theirs.moments if theirs else {}
         for name, metric in self.metrics.items():
             if metric.part == "moments":
-                values[name] = frechet_distance(*ours.moments[metric.output], *known[metric.output]), None
+                known = (self.statistics or theirs).moments[metric.output]
+                values[name] = frechet_distance(*ours.moments[metric.output], *known), None
         if "is" in self.metrics:
             values["is"] = inception_score(ours.rows["logits"], **self.metrics["is"].settings)
         if "top1" in self.metrics:
@@ -229,18 +221,16 @@ class Evaluator:
         if "kid" in self.metrics:
             settings = self.metrics["kid"].settings
             values["kid"] = kernel_distance(ours.rows["pool"], theirs.rows["pool"], **settings)
-        return [values[name] for name in self.metrics]
+        return values
 
-    def _protocol(self, metric: _Metric, ours: "ReadImages", widths: dict[str, int]) -> dict:
-        protocol = {"features": self.features.describe(), "samples": ours.description, "settings": metric.settings}
+    def _protocol(self, metric: _Metric, samples: dict, widths: dict[str, int]) -> dict:
+        protocol = {"features": self.features.describe(), "samples": samples, "settings": metric.settings}
         if metric.part == "moments" and self.statistics is not None:
-            path, number = Path(self._name), self.statistics.num_images
-            file = {"name": path.name, "num_images": number, "statistics_sha256": file_sha256(path)}
-            protocol["reference"] = self._known.get("images") or file
+            protocol["reference"] = self.statistics.images
         elif metric.part != "scores":
-            protocol["reference"] = self._theirs.description
+            protocol["reference"] = {**self.images.describe(), "digest": self._theirs.digest}
         if metric.part == "moments":
-            numbers = [images["num_images"] for images in (protocol["samples"], protocol["reference"])]
+            numbers = [images["num_images"] for images in (samples, protocol["reference"])]
             protocol["rank_deficient"] = min(n for n in numbers if n is not None) <= widths[metric.output]
         return {**protocol, "versions": versions(self.features)}
 
@@ -249,16 +239,6 @@ def check_metrics(metrics: Sequence[str], known: Sequence[str]) -> None:
     """Raise a ValueError unless metrics are some of those known, each once."""
     if not metrics or len(set(metrics)) < len(metrics) or not set(metrics) <= set(known):
         raise ValueError(f"`metrics` must be some of {', '.join(known)}, each once, got {list(metrics)}.")
-
-
-def check_outputs(metrics: Iterable[str], features: FeatureExtractor, widths: dict[str, int]) -> None:
-    """Raise a ValueError unless features, of `FeatureExtractor.widths`, are what metrics are computed from."""
-    for name in metrics:
-        if _METRICS[name].output not in widths:
-            raise ValueError(
-                f"the metric {name!r} needs {_METRICS[name].output!r}, and the features {features.name!r} have only"
-                f" {', '.join(map(repr, widths))}."
-            )
 
 
 def result_name(metric: str, features: FeatureExtractor) -> str:
@@ -289,51 +269,79 @@ def compute_exactly() -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+Features = dict[str, torch.Tensor]  # what is known of each image, (B, ...), by its name
+
+
 @dataclass(frozen=True)
 class ReadImages:
     """What metrics need of the images of a set."""
 
     places: torch.Tensor  # int64 (N,), those of the images that were read; others were left out
-    description: dict  # what a protocol says of them
-    rows: dict[str, torch.Tensor]  # features of the images in the order of the set, (N, D) float32, by their names
+    digest: str  # of the pixels
+    rows: Features  # of all images, in the order of the set
     moments: dict[str, Moments]  # of features, by their names
+
+
+class Reading:
+    """A set while it is read: each process adds its batches, and `joined` is what all of them have added."""
+
+    def __init__(self):
+        self._places: list[torch.Tensor] = []
+        self._rows: dict[str, list[torch.Tensor]] = {}
+        self._statistics: dict[str, FeatureStatistics] = {}
+        self._hashes = 0
+
+    def add(
+        self,
+        places: torch.Tensor,
+        pixels: torch.Tensor,
+        rows: dict[str, torch.Tensor],
+        counted: dict[str, torch.Tensor],
+    ) -> None:
+        """Images uint8 (B, 3, H, W) and their places; `rows` are kept, features `counted` for mean and covariance."""
+        self._places.append(places)
+        self._hashes += hash_pixels(pixels)
+        for name, values in rows.items():
+            self._rows.setdefault(name, []).append(values.cpu())
+        for name, features in counted.items():
+            self._statistics.setdefault(name, FeatureStatistics(features.shape[1])).update(features, places)
+
+    def joined(self, accelerator: Accelerator | None = None) -> ReadImages:
+        """What all processes have read, the same on each; it must not be nothing."""
+        first, *others = parts = [part for part in gather(accelerator, self) if part._places]
+        for name, statistics in first._statistics.items():
+            for part in others:
+                statistics.merge(part._statistics[name])
+        places = torch.cat([batch for part in parts for batch in part._places])
+        order = places.argsort()
+        rows = {name: torch.cat([batch for part in parts for batch in part._rows[name]]) for name in first._rows}
+        return ReadImages(
+            places[order],
+            pixel_digest(len(places), sum(part._hashes for part in parts)),
+            {name: values[order] for name, values in rows.items()},
+            {name: statistics.moments for name, statistics in first._statistics.items()},
+        )
 
 
 def read_images(
     images: ImageSet,
     features: FeatureExtractor,
-    rows: Collection[str] = (),
-    moments: Collection[str] = (),
-    *,
+    rows: Collection[str],
+    moments: Collection[str],
     batch_size: int = 64,
     accelerator: Accelerator | None = None,
     num_workers: int = 0,
 ) -> ReadImages:
-    """Read all images once, each process its share, and join what the processes have: the same on each.
-
-    Of the features in `rows` those of every image are kept, of those in `moments` mean and covariance.
-    """
-    process, count = place_of(accelerator)
-    places, kept, hashes = [], {output: [] for output in rows}, 0
-    statistics: dict[str, FeatureStatistics] = {}
-    for indices, pixels in images.batches(batch_size, process, count, num_workers, progress=process == 0):
-        places.append(indices)
-        hashes += hash_pixels(pixels)
+    """Read all images once, each process its share: `rows` of their features are kept, `moments` of others."""
+    reading, place = Reading(), place_of(accelerator)
+    for places, pixels in images.batches(batch_size, *place, num_workers, progress=place[0] == 0):
         found = features(pixels.to(features.device))
-        for output in rows:
-            check_features(found[output], indices, name=f"features {output}")
-            kept[output].append(found[output].cpu())
-        for output in moments:
-            statistics.setdefault(output, FeatureStatistics(found[output].shape[1])).update(found[output], indices)
-
-    gathered = gather(accelerator, (places, kept, hashes, statistics, images.left_out))
-    for part in gathered:
-        images.left_out |= part[4]
-    parts = [part for part in gathered if part[0]]  # a process may have had no images
-    images.check_left_out()
-    first, *others = parts
-    places = torch.cat([one for part in parts for one in part[0]])
-    times, order = torch.bincount(places, minlength=len(images)), places.argsort()
+        for name in rows:
+            check_features(found[name], places, name=f"features {name}")
+        reading.add(places, pixels, {name: found[name] for name in rows}, {name: found[name] for name in moments})
+    images.share_left_out(accelerator)
+    read = reading.joined(accelerator)
+    times = torch.bincount(read.places, minlength=len(images))
     missing = times == 0
     if missing.sum() == len(images.left_out):
         missing[:] = False
@@ -341,18 +349,7 @@ def read_images(
         if wrong.any():
             found = listed(wrong.nonzero().flatten().tolist(), most=8)
             raise ValueError(f"each of the {len(images)} images of {images.name} must be read once, {fault}: {found}.")
-    if moments and len(places) < 2:
-        raise ValueError(f"a covariance needs at least 2 images, got {len(places)} in {images.name}.")
-    for part in others:
-        for output, found in part[3].items():
-            first[3][output].merge(found)
-    digest = pixel_digest(len(places), sum(part[2] for part in parts))
-    return ReadImages(
-        places[order],
-        {**images.describe(), "digest": digest},
-        {output: torch.cat([one for part in parts for one in part[1][output]])[order] for output in rows},
-        {output: first[3][output].moments for output in moments},
-    )
+    return read
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -361,10 +358,7 @@ def read_images(
 
 
 def open_reference(
-    path: str | os.PathLike,
-    resolution: int | None = None,
-    split: str | None = None,
-    image_column: str | None = None,
+    path: str | os.PathLike, resolution: int | None = None, split: str | None = None, image_column: str | None = None
 ) -> ImageSet | Path:
     """What `evaluate` takes as reference: the path itself of a file with statistics, else its images.
 
@@ -409,9 +403,9 @@ def save_statistics(
         raise ValueError(f"`path` of statistics must end in .npz, got {path}.")
     features = features if accelerator is None else features.to(accelerator.device)
     moments = [output for output in ("pool", "spatial") if output in features.widths(images.size)]
-    reading = {"batch_size": batch_size, "accelerator": accelerator, "num_workers": num_workers}
-    read = read_images(images, features, moments=moments, **reading)
-    protocol = {"features": features.describe(), "images": read.description, "versions": versions(features)}
+    read = read_images(images, features, (), moments, batch_size, accelerator, num_workers)
+    described = {**images.describe(), "digest": read.digest}
+    protocol = {"features": features.describe(), "images": described, "versions": versions(features)}
     on_main_process(accelerator, lambda: write_statistics(path, read.moments, len(read.places), protocol))
     return len(read.places)
 

@@ -11,7 +11,6 @@ Shapes:
 import hashlib
 import importlib
 import io
-import pickle
 import re
 from abc import ABC, abstractmethod
 from functools import cached_property
@@ -23,11 +22,13 @@ from torch import nn
 
 from ..optional import import_optional
 from ..pixels import check_uint8, from_uint8
-from .vision_networks import EFFICIENTNET_LITE, EfficientNetLite, load_vision_model, vision_tokens
+from ..words import printable
+from .vision_networks import EFFICIENTNET_LITE, EfficientNetLite, load_vision_model, run_vision_model
 
 
 _INCEPTION_SHA256 = "6726825d"  # as its authors put it into the name of the file
 _IN_A_MODULE = re.compile(r"[\w.]+:\w+")
+_RESIZED = "resized to {0}x{0}, bicubic, antialiased, not rounded to 8 bits"
 
 
 class FeatureExtractor(nn.Module, ABC):
@@ -127,14 +128,12 @@ class InceptionFeatures(FeatureExtractor):
         module = import_optional("torch_fidelity.feature_extractor_inceptionv3", "the Inception network", "inception")
         url = module.URL_INCEPTION_V3
         path = _download_inception(url) if weights is None else Path(weights)
-        checked = _read_tensors(path, url)
+        checked, outputs = _read_tensors(path, url), ["2048", "logits_unbiased"]
         try:
-            self.network = module.FeatureExtractorInceptionV3(
-                "inception", ["2048", "logits_unbiased"], feature_extractor_weights_path=checked
-            )
+            network = module.FeatureExtractorInceptionV3("inception", outputs, feature_extractor_weights_path=checked)
         except (AttributeError, RuntimeError, TypeError) as error:  # other weights, or no dictionary of them
             raise ValueError(f"{path} holds the weights of another network, expected those of {url}.") from error
-        self._spatial = None
+        self.network, self._spatial = network, None
         # ADM's evaluator, which sFID is compared with, reads `mixed_6/conv:0`: in the network that was ported the
         # blocks mixed_4 to mixed_7 are Mixed_6b to Mixed_6e, and `conv` is their 1x1 branch after its ReLU.
         self.network.Mixed_6d.branch1x1.register_forward_hook(self._keep_spatial)
@@ -161,13 +160,10 @@ class EfficientNetFeatures(FeatureExtractor):
     def __init__(self, name: str):
         super().__init__()
         self.name, self.network = name, EfficientNetLite(name)
-        self.side = self.network.image_side
-        self.preprocessing = (
-            f"resized to {self.side}x{self.side}, bicubic, antialiased, not rounded to 8 bits; mean 127, deviation 128"
-        )
+        self.preprocessing = _RESIZED.format(self.network.image_side) + "; mean 127, deviation 128"
 
     def extract(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
-        pool, logits = self.network.classify(from_uint8(images), (self.side, self.side))
+        pool, logits = self.network.classify(from_uint8(images), (self.network.image_side,) * 2)
         return {"pool": pool, "logits": logits, "imagenet": logits}
 
 
@@ -192,14 +188,13 @@ class VisionTransformerFeatures(FeatureExtractor):
         mean, std = preprocessing["image_mean"], preprocessing["image_std"]
         self.register_buffer("mean", torch.tensor(mean)[:, None, None], persistent=False)
         self.register_buffer("std", torch.tensor(std)[:, None, None], persistent=False)
-        self.preprocessing = (
-            f"resized to {self.side}x{self.side}, bicubic, antialiased, not rounded to 8 bits; mean {mean}, std {std};"
-            " the class token after the last norm"
-        )
+        how = f"; mean {mean}, std {std}; the class token after the last norm"
+        self.preprocessing = _RESIZED.format(self.side) + how
 
     def extract(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
         resized = F.interpolate(images.float(), (self.side, self.side), mode="bicubic", antialias=True)
-        tokens = vision_tokens(self.model, (resized.clamp(0, 255) / 255 - self.mean) / self.std)
+        normalised = (resized.clamp(0, 255) / 255 - self.mean) / self.std
+        tokens = run_vision_model(self.model, normalised).last_hidden_state
         if tokens.shape[1] <= self.num_patches:
             raise ValueError(f"the vision model {self.name} has no class token, and its features are that token.")
         return {"pool": tokens[:, 0]}
@@ -225,8 +220,7 @@ class ModuleFeatures(FeatureExtractor):
             raise ValueError(f"`name` must be one of its own, metrics are named after it, got {name!r}.")
         if module.training:
             raise ValueError(f"the network of the features {name!r} is in training mode: call its eval() first.")
-        self.module = module
-        self.name = name
+        self.module, self.name = module, name
 
     def describe(self) -> dict[str, str]:
         """As of every `FeatureExtractor`, and "layers": weights alone do not tell one network from another."""
@@ -266,13 +260,11 @@ def _read_tensors(path: Path, url: str) -> io.BytesIO:
     """A file of weights for torch-fidelity, which would unpickle whatever is in there: tensors, nothing else."""
     try:
         weights = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
+    except Exception as error:  # more than tensors, cut off, overwritten: there is no end to what its bytes can raise
         raise ValueError(
-            f"{path} is not a PyTorch file, or holds more than tensors: such a file can run code, and is not read."
-            f" Expected the weights of {url}."
+            f"{path} cannot be read as tensors and nothing else, which could run code ({printable(error)}); expected"
+            f" the weights of {url}."
         ) from error
-    except Exception as error:  # cut off or overwritten: there is no end to what its bytes can raise
-        raise ValueError(f"{path} cannot be read ({error}), expected the weights of {url}.") from error
     torch.save(weights, checked := io.BytesIO())
     checked.seek(0)
     return checked

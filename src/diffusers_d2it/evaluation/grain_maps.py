@@ -9,7 +9,6 @@ Shapes:
 
 import math
 from collections.abc import Callable, Sequence
-from functools import partial
 
 import torch
 from diffusers import DDPMScheduler
@@ -20,7 +19,7 @@ from ..grains import check_grain_map, fine_share, tie
 from ..objectives import DiffusionObjective, FlowMatchingObjective
 from ..pipelines.schedulers import is_flow
 from ..pixels import from_uint8, to_uint8
-from .drawing import ENCODING, NOISE, Drawing
+from .reports import ENCODING, NOISE, Drawing
 
 
 TIMESTEPS = (250, 500, 750, 999)
@@ -34,13 +33,9 @@ TIMESTEPS = (250, 500, 750, 999)
 def fine_ratio_error(predicted: torch.Tensor, real: torch.Tensor, num_grains: int) -> dict[str, float]:
     """How the fine shares of predicted maps differ from those of real maps, which may be of other images and number.
 
-    Returns:
-        "fine_share" and "fine_share_real", means over the images; "std" and "std_real", their standard deviations
-        (population); "error" and "std_error", the first minus the second; "wasserstein", how far, on average, shares
-        of one set must be moved to become those of the other: the size of "error" where that is a shift, else more.
-
-    Raises:
-        ValueError: the maps are of two sizes.
+    "fine_share" and "fine_share_real" are means over the images, "std" and "std_real" their standard deviations
+    (population), "error" and "std_error" the first minus the second; "wasserstein" is how far, on average, shares of
+    one set must be moved to become those of the other: the size of "error" where that is a shift, else more.
     """
     check_grain_map(predicted, num_grains, "predicted")
     check_grain_map(real, num_grains, "real")
@@ -48,17 +43,17 @@ def fine_ratio_error(predicted: torch.Tensor, real: torch.Tensor, num_grains: in
         sizes = " and ".join(str(tuple(maps.shape[1:])) for maps in (predicted, real))
         raise ValueError(f"`predicted` and `real` must be maps of one size, got {sizes} regions.")
     shares, real_shares = (fine_share(maps, num_grains).double().cpu() for maps in (predicted, real))
-    mean, real_mean = shares.mean().item(), real_shares.mean().item()
-    std, real_std = shares.std(correction=0).item(), real_shares.std(correction=0).item()
-    return {
-        "fine_share": mean,
-        "fine_share_real": real_mean,
-        "error": mean - real_mean,
+    std, real_std = (one.std(correction=0) for one in (shares, real_shares))
+    found = {
+        "fine_share": shares.mean(),
+        "fine_share_real": real_shares.mean(),
+        "error": shares.mean() - real_shares.mean(),
         "std": std,
         "std_real": real_std,
         "std_error": std - real_std,
-        "wasserstein": float(wasserstein_distance(shares.numpy(), real_shares.numpy())),
+        "wasserstein": wasserstein_distance(shares.numpy(), real_shares.numpy()),
     }
+    return {name: float(value) for name, value in found.items()}
 
 
 def map_accuracy(predicted: torch.Tensor, true: torch.Tensor, num_grains: int) -> dict[str, float]:
@@ -134,7 +129,7 @@ def grain_diagnostics(
 
     Args:
         drawing: the checkpoint, labels, seed, batch size.
-        images: real images (N, 3, H, W) uint8.
+        images: real ones (N, 3, H, W) uint8.
         maps: the "true" maps of the images and "predicted" ones, of `Drawing.maps`.
         timesteps: at which the models see noised maps and latents, 0 ... 999.
 
@@ -165,9 +160,6 @@ def grain_model_accuracy(
     """How many regions of a noised real map (N, h, w) the grain model gets right: `map_accuracy` by timestep.
 
     Near t = 999 nothing is left of the map, and only the class tells; near t = 0 it is all there.
-
-    Raises:
-        ValueError: there is no grain model, or there are other than N labels.
     """
     model, device = drawing.pipe.grain_model, drawing.pipe._execution_device
     if model is None:
@@ -176,15 +168,17 @@ def grain_model_accuracy(
     num_grains = model.config.num_grains
 
     @torch.no_grad()
-    def predict(timestep: int, numbers: slice) -> torch.Tensor:
-        state = model.state_from_grain_map(true_maps[numbers], num_grains)
+    def predict(numbers: slice) -> torch.Tensor:
+        state, found = model.state_from_grain_map(true_maps[numbers], num_grains), []
         noise = randn_tensor(state.shape, generator=drawing.generators(NOISE, numbers))
-        t = torch.full((len(state),), timestep)
-        noised = scheduler.add_noise(state, noise, t).to(device, model.dtype)
-        return model(noised, t.to(device), drawing.class_ids(numbers)).logits.argmax(dim=1)
+        for timestep in timesteps:
+            t = torch.full((len(state),), timestep)
+            noised = scheduler.add_noise(state, noise, t).to(device, model.dtype)
+            found.append(model(noised, t.to(device), drawing.class_ids(numbers)).logits.argmax(dim=1))
+        return torch.stack(found, dim=1)
 
-    found = {t: drawing.over_images(partial(predict, t), torch.zeros_like(true_maps)) for t in timesteps}
-    return {str(t): map_accuracy(predicted, true_maps, num_grains) for t, predicted in found.items()}
+    found = drawing.over_images(predict, torch.stack([torch.zeros_like(true_maps)] * len(timesteps), dim=1))
+    return {str(t): map_accuracy(maps, true_maps, num_grains) for t, maps in zip(timesteps, found.unbind(1))}
 
 
 def denoising_error_by_grain(
@@ -207,21 +201,21 @@ def denoising_error_by_grain(
     pipe, device = drawing.pipe, drawing.pipe._execution_device
     channels, objective = pipe.transformer.config.in_channels, _objective_of(pipe.scheduler)
 
-    @torch.no_grad()
-    def errors(timestep: int, numbers: slice) -> torch.Tensor:
-        grain_map = grain_maps[numbers].to(device)
+    def errors(numbers: slice) -> torch.Tensor:
+        grain_map, found = grain_maps[numbers].to(device), []
         posterior = pipe.vae.encode(_to_pixels(pipe, images[numbers]), grain_map).latent_dist
-        latents = posterior.sample(drawing.generators(ENCODING, numbers))
-        latents = pipe.vae.scale_latents(latents.float())
+        latents = pipe.vae.scale_latents(posterior.sample(drawing.generators(ENCODING, numbers)).float())
         generators = drawing.generators(NOISE, numbers)
         noise = tie(randn_tensor(latents.shape, generator=generators, device=device), grain_map)
-        t = torch.full((len(latents),), timestep, device=device)
-        noised = objective.add_noise(latents, noise, t).to(pipe.transformer.dtype)
-        prediction = pipe.transformer(noised, t, grain_map, drawing.class_ids(numbers)).sample[:, :channels]
-        return (prediction.float() - objective.target(latents, noise, t)).square()
+        for timestep in timesteps:
+            t = torch.full((len(latents),), timestep, device=device)
+            noised = objective.add_noise(latents, noise, t).to(pipe.transformer.dtype)
+            prediction = pipe.transformer(noised, t, grain_map, drawing.class_ids(numbers)).sample[:, :channels]
+            found.append(prediction.float() - objective.target(latents, noise, t))
+        return torch.stack(found, dim=1)
 
-    num_grains = pipe.transformer.config.num_grains
-    return {str(t): _mean_by_grain(drawing, partial(errors, t), grain_maps, num_grains) for t in timesteps}
+    means = _squares_by_grain(drawing, errors, grain_maps, pipe.transformer.config.num_grains, len(timesteps))
+    return dict(zip(map(str, timesteps), means))
 
 
 def reconstruction_psnr_by_grain(drawing: Drawing, images: torch.Tensor, grain_maps: torch.Tensor) -> list[float]:
@@ -232,27 +226,33 @@ def reconstruction_psnr_by_grain(drawing: Drawing, images: torch.Tensor, grain_m
     """
     pipe = drawing.pipe
 
-    @torch.no_grad()
     def errors(numbers: slice) -> torch.Tensor:
         pixels, grain_map = _to_pixels(pipe, images[numbers]), grain_maps[numbers].to(pipe._execution_device)
         decoded = to_uint8(pipe.vae.decode(pipe.vae.encode(pixels, grain_map).latent_dist.mode()).sample)
-        return (from_uint8(decoded) - pixels.float()).square()
+        return (from_uint8(decoded) - pixels.float())[:, None]
 
-    means = _mean_by_grain(drawing, errors, grain_maps, pipe.vae.num_grains)
+    [means] = _squares_by_grain(drawing, errors, grain_maps, pipe.vae.num_grains, 1)
     return [10 * math.log10(4 / error) if error else math.inf for error in means]
 
 
-def _mean_by_grain(
-    drawing: Drawing, errors: Callable[[slice], torch.Tensor], grain_maps: torch.Tensor, num_grains: int
-) -> list[float]:
-    """The mean of errors (B, C, H, W) over all regions of a grain, of whichever image: NaN where there are none."""
+def _squares_by_grain(
+    drawing: Drawing,
+    errors: Callable[[slice], torch.Tensor],
+    grain_maps: torch.Tensor,
+    num_grains: int,
+    num_kinds: int,
+) -> list[list[float]]:
+    """For each kind the mean square of errors (B, kinds, C, H, W) in the regions of a grain, of whichever image."""
     rows, columns = grain_maps.shape[1:]
 
+    @torch.no_grad()
     def of_regions(numbers: slice) -> torch.Tensor:
-        return errors(numbers).double().unflatten(3, (columns, -1)).unflatten(2, (rows, -1)).mean(dim=(1, 3, 5))
+        squares = errors(numbers).square().double()
+        return squares.unflatten(4, (columns, -1)).unflatten(3, (rows, -1)).mean(dim=(2, 4, 6))
 
-    means = drawing.over_images(of_regions, torch.zeros(grain_maps.shape, dtype=torch.float64))
-    return [means[grain_maps == grain].mean().item() for grain in range(num_grains)]
+    out = torch.zeros(len(grain_maps), num_kinds, rows, columns, dtype=torch.float64)
+    kinds = drawing.over_images(of_regions, out).unbind(1)
+    return [[means[grain_maps == grain].mean().item() for grain in range(num_grains)] for means in kinds]
 
 
 def _to_pixels(pipe, images: torch.Tensor) -> torch.Tensor:

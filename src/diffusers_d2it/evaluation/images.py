@@ -5,24 +5,25 @@ Shapes:
     N images of a set, B of a batch, H W their sides in pixels
 """
 
-import copy
 import hashlib
 import logging
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from accelerate import Accelerator
+from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from ..data.folders import is_image, list_files, split_folder
 from ..data.images import UnusableImageError, decode_image, to_pixels
-from ..data.source import ImageSource, load_images
+from ..data.source import ImageSource, Row, load_images
+from ..files import gather
 from ..pixels import check_uint8, to_uint8
 from ..sampling.npz import NpzImages
 from ..sampling.sets import PROTOCOL, SamplePlan, read_protocol
@@ -77,38 +78,34 @@ class ImageSet:
             try:
                 self.size = tuple(self[0].shape[1:])
             except UnusableImageError:
-                self._raise_unusable(0)
+                list(self.batches(1))  # raises, and names those after it
 
     def __len__(self) -> int:
         return self.num_images
 
-    @property
+    @cached_property
     def labels(self) -> torch.Tensor:
         """The class of each image, int64 (N,).
 
         Raises:
             ValueError: nobody knows.
         """
-        if callable(self._labels):
-            self._labels = self._labels()
-        if self._labels is None:
+        labels = self._labels() if callable(self._labels) else self._labels
+        if labels is None:
             raise ValueError(
                 f"{self.name} does not tell the classes of its images: a data set with labels does, and so do samples"
                 " of sample.py."
             )
-        return self._labels
+        return labels
 
-    @property
+    @cached_property
     def files(self) -> list[str] | None:
         """The path of each image in its folder, without its ending; None where they are not files by themselves."""
-        if callable(self._files):
-            self._files = self._files()
-        if self._files is None:
-            return None
-        return [composed(Path(file).with_suffix("").as_posix()) for file in self._files]
+        files = self._files() if callable(self._files) else self._files
+        return None if files is None else [composed(Path(file).with_suffix("").as_posix()) for file in files]
 
-    def paired_with(self, others: "ImageSet") -> tuple["ImageSet", str]:
-        """The images in the order of others with the same names, and in words how they were paired.
+    def order_of(self, others: "ImageSet") -> tuple[Sequence[int], str]:
+        """The places of the images in the order of others with the same names, and in words how they were paired.
 
         If either set has no names, image i belongs to image i.
 
@@ -119,27 +116,16 @@ class ImageSet:
             if (len(self), self.size) != (len(others), others.size):
                 numbers = (f"{len(one)} of {one.size[0]}x{one.size[1]} in {one.name}" for one in (self, others))
                 raise ValueError(f"pairs need as many images of the same size, got {' and '.join(numbers)}.")
-            return self, "in order"
-        places = {file: place for place, file in enumerate(self.files)}
-        wanted = dict.fromkeys(others.files)
-        for one, names, known in ((self, self.files, places), (others, others.files, wanted)):
-            if len(known) < len(names):
-                twice = sorted({name for name in names if names.count(name) > 1})
+            return range(len(self)), "in order"
+        for one in (self, others):
+            if twice := sorted(name for name, times in Counter(one.files).items() if times > 1):
                 raise ValueError(f"{one.name} has several images called {listed(twice)}: pairs are found by name.")
-        alone = [
-            [name for name in mine if name not in theirs] for mine, theirs in ((places, wanted), (wanted, places))
-        ]
-        if alone[0] or alone[1]:
-            found = [f"{one.name}: {listed(names)}" for one, names in zip((self, others), alone) if names]
-            raise ValueError(f"pairs are found by name, and images have no partner in {'; '.join(found)}.")
-        order = [places[name] for name in wanted]
-        if order == list(range(len(order))):
-            return self, "by name"
-        ordered = copy.copy(self)
-        ordered._read, ordered._name_of = partial(_at, self._read, order), partial(_at, self._name_of, order)
-        ordered._files = [self._files[place] for place in order]
-        ordered._labels = partial(_labels_at, self, order)
-        return ordered, "by name"
+        ours, theirs = ({file: place for place, file in enumerate(one.files)} for one in (self, others))
+        alone = [(self.name, [file for file in ours if file not in theirs])]
+        alone += [(others.name, [file for file in theirs if file not in ours])]
+        if found := "; ".join(f"{name}: {listed(files)}" for name, files in alone if files):
+            raise ValueError(f"pairs are found by name, and images have no partner in {found}.")
+        return [ours[file] for file in theirs], "by name"
 
     def __getitem__(self, place: int | slice) -> torch.Tensor:
         """An image, uint8 (3, H, W), or those of a slice, (B, 3, H, W).
@@ -162,34 +148,60 @@ class ImageSet:
         num_processes: int = 1,
         num_workers: int = 0,
         progress: bool = False,
+        order: Sequence[int] | None = None,
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Pairs of places in the set, int64 (B,), and images, uint8 (B, 3, H, W); a batch may be smaller.
+        """Pairs of places, int64 (B,), and images, uint8 (B, 3, H, W); a batch may be smaller.
 
         Batch k of the set belongs to process k % num_processes, for which `num_workers` processes decode; 0 for none.
+        Places are those in the set, or in an `order` of its images.
 
         Raises:
-            ValueError: images cannot be used and are not left out, ten of them are named; or the batch size is below
-                1.
+            ValueError: images cannot be used and are not left out, ten of those of the process are named; or the batch
+                size is below 1.
         """
         if batch_size < 1:
             raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
-        starts = range(process_index * batch_size, len(self), num_processes * batch_size)
-        slices = [slice(start, min(start + batch_size, len(self))) for start in starts]
-        # The generator is not the global one, from which a loader would draw a seed
+        order = range(len(self)) if order is None else order
+        starts = range(process_index * batch_size, len(order), num_processes * batch_size)
+        batches = [range(start, min(start + batch_size, len(order))) for start in starts]
         loader = DataLoader(
-            _Batches(self), sampler=slices, batch_size=None, num_workers=num_workers, generator=torch.Generator()
+            batches,
+            batch_size=None,
+            collate_fn=partial(self._read_batch, order),
+            num_workers=num_workers,
+            generator=torch.Generator(),  # not the global one, from which a loader would draw a seed
         )
-        read = iter(loader)
-        for one in tqdm(slices, desc=self.name, disable=not progress):
-            places, images, bad = next(read)
-            if bad and not self.leaves_out:
-                self._raise_unusable(one.start if num_processes == 1 else 0)  # others may have met some before
-            for name, reason in bad.items():
+        bad = {}
+        for places, images, unusable in tqdm(loader, desc=self.name, disable=not progress):
+            bad |= unusable
+            if bad and not self.leaves_out:  # an error, which names others as well
+                if len(bad) >= _MAX_NAMED:  # the rest of a large set would take hours
+                    break
+                continue
+            for name, reason in unusable.items():
                 if name not in self.left_out and len(self.left_out) < _MAX_NAMED:
                     logger.warning("image %r of %s is left out: %s", printable(name), self.name, reason)
                 self.left_out[name] = reason
             if places:
                 yield torch.tensor(places), torch.stack(images)
+        if bad and not self.leaves_out:
+            named = [f"{printable(name)}: {reason}" for name, reason in bad.items()][:_MAX_NAMED]
+            more = "; and perhaps more after them" if len(named) == _MAX_NAMED else ""
+            raise ValueError(
+                f"{len(named)} of the {counted(len(self), 'image')} of {self.name} cannot be used:"
+                f" {'; '.join(named)}{more}."
+            )
+
+    def _read_batch(self, order: Sequence[int], batch: range) -> tuple[list[int], list[torch.Tensor], dict[str, str]]:
+        """Places and images, and the reason by name of each image that cannot be used."""
+        places, images, bad = [], [], {}
+        for place in batch:
+            try:
+                images.append(self[order[place]])
+                places.append(place)
+            except UnusableImageError as error:
+                bad[self._name_of(order[place])] = str(error)
+        return places, images, bad
 
     def describe(self) -> dict:
         """What a protocol says of the set as it was read, but for the digest of its pixels."""
@@ -210,51 +222,17 @@ class ImageSet:
         size = tuple(images.shape[2:])
         return ImageSet(name, len(images), images.__getitem__, size, protocol=protocol, labels=labels)
 
-    def check_left_out(self) -> None:
-        """Raise a ValueError if all images were left out; three are named."""
+    def share_left_out(self, accelerator: Accelerator | None = None) -> None:
+        """Note what other processes left out as well. Raises a ValueError if nothing is left; three are named."""
+        for left_out in gather(accelerator, self.left_out):
+            self.left_out |= left_out
         if len(self.left_out) == len(self):
             found = "; ".join(f"{printable(name)}: {reason}" for name, reason in list(self.left_out.items())[:3])
             raise ValueError(f"none of the {counted(len(self), 'image')} of {self.name} can be used: {found}.")
 
-    def _raise_unusable(self, start: int) -> None:
-        """Raise a ValueError that names the images from `start` on that cannot be used."""
-        found = []
-        for place in range(start, len(self)):
-            try:
-                self[place]
-            except UnusableImageError as error:
-                found.append(f"{printable(self._name_of(place))}: {error}")
-            if len(found) == _MAX_NAMED:  # the rest of a large set would take hours
-                found.append("and perhaps more after them")
-                break
-        number = min(len(found), _MAX_NAMED)
-        raise ValueError(
-            f"{number} of the {counted(len(self), 'image')} of {self.name} cannot be used: {'; '.join(found)}."
-        )
-
-
-class _Batches(Dataset):
-    """Batches of a set by slices: places, images, and the reason by name of each image that cannot be used."""
-
-    def __init__(self, images: ImageSet):
-        self.images = images
-
-    def __getitem__(self, one: slice) -> tuple[list[int], list[torch.Tensor], dict[str, str]]:
-        places, images, bad = [], [], {}
-        for place in range(one.start, one.stop):
-            try:
-                images.append(self.images[place])
-                places.append(place)
-            except UnusableImageError as error:
-                bad[self.images._name_of(place)] = str(error)
-        return places, images, bad
-
 
 def open_images(
-    path: str | os.PathLike,
-    resolution: int | None = None,
-    split: str | None = None,
-    image_column: str | None = None,
+    path: str | os.PathLike, resolution: int | None = None, split: str | None = None, image_column: str | None = None
 ) -> ImageSet:
     """The images of a folder, an .npz or a data set.
 
@@ -317,8 +295,9 @@ def _open_folder(root: str, split: str | None) -> ImageSet:
         protocol = {"split": split} if splits else _read_protocol(root, len(images))
         name, root = _last_part(root), os.path.join(root, split or "")
         names = sorted((os.path.relpath(file, root) for file in splits.get(split, images)), key=_natural)
-        read, labels = partial(_decode_file, root, names), _drawn_labels(protocol)
-        return ImageSet(name, len(names), read, None, names.__getitem__, protocol, labels, names)
+        rows = [Row(one, {"path": os.path.join(root, one), "bytes": None}, 0) for one in names]
+        read, name_of = partial(_read_row, rows, None), partial(_name_of_row, rows)
+        return ImageSet(name, len(names), read, None, name_of, protocol, _drawn_labels(protocol), names)
     if split is not None:
         raise ValueError(f"`split` {split!r}: {root} holds no images.")
     if len(archives) == 1:
@@ -327,10 +306,6 @@ def _open_folder(root: str, split: str | None) -> ImageSet:
         raise ValueError(f"{root} is a data set: it needs `resolution`, to which it is resized.")
     held = f"{len(archives)} .npz files: pass one of them" if archives else f"{len(files)} other files"
     raise ValueError(f"{root} holds no images, and {held}.")
-
-
-def _decode_file(root: str, names: list[str], place: int) -> torch.Tensor:
-    return _to_tensor(np.asarray(decode_image({"path": os.path.join(root, names[place]), "bytes": None})))
 
 
 def _open_npz(path: str, resolution: int | None) -> ImageSet:
@@ -357,7 +332,7 @@ def _open_data_set(path: str, resolution: int, split: str, image_column: str | N
         raise ValueError(f"{path} is empty: it has no images in split {split}.")
     protocol = {"preprocessing": "shorter side resized, bicubic; centre crop"}
     protocol |= _read_protocol(path, source.num_rows) if source.split is None else {"split": source.split}
-    read, name_of = partial(_decode_row, source, resolution), partial(_name_of_row, source)
+    read, name_of = partial(_read_row, source, resolution), partial(_name_of_row, source)
     labels, files = partial(_labels_of_rows, path, split, image_column), partial(_files_of_rows, source, path)
     size = resolution, resolution
     return ImageSet(source.name, source.num_rows, read, size, name_of, protocol, labels, files, leaves_out=True)
@@ -371,20 +346,13 @@ def _files_of_rows(source: ImageSource, path: str) -> list[str] | None:
     return [os.path.relpath(row.name, root) for row in source.rows()]
 
 
-def _at(function: Callable[[int], Any], order: list[int], place: int) -> Any:
-    return function(order[place])
+def _read_row(rows: Sequence[Row] | ImageSource, resolution: int | None, place: int) -> torch.Tensor:
+    image = decode_image(rows[place].encoded)
+    return _to_tensor(np.asarray(image)) if resolution is None else to_uint8(to_pixels(image, resolution))
 
 
-def _labels_at(images: ImageSet, order: list[int]) -> torch.Tensor:
-    return images.labels[order]
-
-
-def _decode_row(source: ImageSource, resolution: int, place: int) -> torch.Tensor:
-    return to_uint8(to_pixels(decode_image(source[place].encoded), resolution))
-
-
-def _name_of_row(source: ImageSource, place: int) -> str:
-    return source[place].name
+def _name_of_row(rows: Sequence[Row] | ImageSource, place: int) -> str:
+    return rows[place].name
 
 
 def _labels_of_rows(path: str, split: str, image_column: str | None) -> torch.Tensor | None:

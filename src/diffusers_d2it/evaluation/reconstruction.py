@@ -12,20 +12,18 @@ from collections.abc import Iterable, Sequence
 import torch
 from accelerate import Accelerator
 
-from ..files import gather, on_main_process, place_of
+from ..files import on_main_process, place_of
 from ..files.folders import digest
 from ..files.source import public_config
 from ..grains import fine_share
 from ..models.autoencoder_kl_dynamic import DynamicAutoencoderKL
 from ..optional import import_optional
 from ..pixels import from_uint8, to_uint8
-from .evaluate import check_metrics, result_name, versions
+from .evaluate import ReadImages, Reading, check_metrics, result_name, versions
 from .features import FeatureExtractor, weights_digest
-from .frechet import frechet_distance
-from .images import ImageSet, hash_pixels, pixel_digest
+from .images import ImageSet
 from .results import Result
-from .scores import classifies
-from .statistics import FeatureStatistics
+from .scores import classifies, frechet_distance
 from .vision_networks import load_lpips
 
 
@@ -79,7 +77,7 @@ def reconstruct(
 class PairScores:
     """Means over pairs of an image and its reconstruction, in one pass; each process has pairs of its own.
 
-    `reference` tells the classes of the originals, for "top1".
+    They are compared on a device, by default that of the features; `reference` tells the classes of all originals.
 
     Raises:
         ValueError: a metric is unknown, given twice or lacks features, or a package or its weights are missing.
@@ -89,103 +87,77 @@ class PairScores:
         self,
         metrics: Sequence[str],
         features: FeatureExtractor | None = None,
-        accelerator: Accelerator | None = None,
         device: torch.device | None = None,
         reference: ImageSet | None = None,
     ):
         check_metrics(metrics, PAIR_METRICS)
-        if features is None and (lacking := _OF_FEATURES & set(metrics)):
+        lacking = _OF_FEATURES & set(metrics)
+        if lacking and features is None:
             raise ValueError(f"the metric {min(lacking)!r} needs `features`.")
-        self.labels = self.classes = None
+        self.metrics, self.features = metrics, features if lacking else None
+        self.device = device or (torch.device("cpu") if features is None else features.device)
+        self.measures, self.details = {"psnr": psnr, "ssim": ssim}, {}  # and what protocols say of each metric
+        if {"psnr", "ssim"} & set(metrics):
+            check_torchmetrics()
+            self.details |= {metric: {"settings": settings} for metric, settings in _SETTINGS.items()}
+        if "lpips" in metrics:
+            network = load_lpips(_LPIPS_NETWORK, "the metric 'lpips'").to(self.device)
+            self.measures["lpips"] = network
+            self.details["lpips"] = {"features": {"name": _LPIPS_NETWORK, "digest": weights_digest(network)}}
+        if lacking:
+            features.to(self.device)
+            self.details |= {metric: {"features": features.describe()} for metric in lacking}
         if "top1" in metrics:
             if "imagenet" not in features.widths((64, 64)):
                 raise ValueError(f"the metric 'top1' needs a classifier of ImageNet, and {features.name} is none.")
             self.labels = reference.labels  # of all originals
             self.classes = self.labels.unique()
-        if {"psnr", "ssim"} & set(metrics):
-            check_torchmetrics()
-        if device is None:
-            device = accelerator.device if accelerator else features.device if features else torch.device("cpu")
-        self.metrics, self.accelerator, self.device = metrics, accelerator, device
-        self.features = features.to(device) if _OF_FEATURES & set(metrics) else None
-        self.lpips = load_lpips(_LPIPS_NETWORK, "the metric 'lpips'").to(device) if "lpips" in metrics else None
-        self.num_images, self.sums, self.hashes = 0, {}, [0, 0]  # of images and reconstructions
-        self.statistics: list[FeatureStatistics] = []  # of both
+            self.details["top1"]["settings"] = {"classes": self.classes.tolist()}
+        self.originals, self.reconstructions = Reading(), Reading()
 
     @torch.no_grad()
     def update(
-        self,
-        images: torch.Tensor,
-        reconstructions: torch.Tensor,
-        places: torch.Tensor | None = None,
-        **others: torch.Tensor,
+        self, places: torch.Tensor, images: torch.Tensor, reconstructions: torch.Tensor, **others: torch.Tensor
     ) -> None:
         """Add pairs, both uint8 (B, 3, H, W), their places in the set, and what else is averaged over images, (B,)."""
-        self.hashes = [total + hash_pixels(part) for total, part in zip(self.hashes, (images, reconstructions))]
-        images, reconstructions = images.to(self.device), reconstructions.to(self.device)
-        pixels, decoded = from_uint8(images), from_uint8(reconstructions)
-        scored = {"psnr": psnr, "ssim": ssim, "lpips": self.lpips}
-        scored = {metric: scored[metric](pixels, decoded) for metric in self.metrics if metric not in _OF_FEATURES}
-        found = self.features(reconstructions) if self.features else {}
-        if self.labels is not None:
-            scored["top1"] = classifies(found["imagenet"].cpu(), self.labels[places], self.classes)
-        for name, values in (scored | others).items():
-            self.sums[name] = self.sums.get(name, 0.0) + values.double().sum().item()
-        self.num_images += len(images)
+        both = images.to(self.device), reconstructions.to(self.device)
+        pixels, decoded = map(from_uint8, both)
+        measures = {name: self.measures[name] for name in self.metrics if name not in _OF_FEATURES}
+        scores = {name: measure(pixels, decoded).flatten() for name, measure in measures.items()}
+        found = self.features(both[1]) if self.features else {}
+        if "top1" in self.metrics:
+            scores["top1"] = classifies(found["imagenet"].cpu(), self.labels[places], self.classes)
+        pools = [{}, {}]
         if "rfid" in self.metrics:
-            pools = [self.features(images)["pool"], found["pool"]]
-            self.statistics = self.statistics or [FeatureStatistics(pool.shape[1]) for pool in pools]
-            for statistics, pool in zip(self.statistics, pools):
-                statistics.update(pool)
+            pools = [{"pool": self.features(both[0])["pool"]}, {"pool": found["pool"]}]
+        self.originals.add(places, images, {}, pools[0])
+        self.reconstructions.add(places, reconstructions, scores | others, pools[1])
 
-    def compute(self) -> dict[str, float]:
-        """The mean of each metric and of the other values, and "rfid"."""
-        means = {name: total / self.num_images for name, total in self.sums.items()}
-        if self.statistics:
-            real, fake = (statistics.moments for statistics in self.statistics)
-            means["rfid"] = frechet_distance(*fake, *real)
-        return means
-
-    def results(self, samples: dict, reference: ImageSet) -> list[Result]:
+    def results(self, samples: dict, reference: ImageSet, accelerator: Accelerator | None) -> list[Result]:
         """A result for each metric and other value over all processes; `samples` is what protocols say of them."""
-        parts = gather(
-            self.accelerator, (self.num_images, self.sums, self.hashes, self.statistics, reference.left_out)
-        )
-        for part in parts:
-            reference.left_out |= part[4]
-        reference.check_left_out()
-        parts = [part for part in parts if part[0]]  # a process may have had no images
-        numbers, sums, hashes, statistics, _ = zip(*parts)
-        self.num_images = sum(numbers)
-        self.sums = {name: sum(part[name] for part in sums) for name in sums[0]}
-        self.statistics = statistics[0]
-        for part in statistics[1:]:
-            for mine, theirs in zip(self.statistics, part):
-                mine.merge(theirs)
-        values = on_main_process(self.accelerator, self.compute)
-
-        original, reconstruction = (pixel_digest(self.num_images, sum(of_part)) for of_part in zip(*hashes))
+        reference.share_left_out(accelerator)
+        originals, reconstructions = self.originals.joined(accelerator), self.reconstructions.joined(accelerator)
+        values = on_main_process(accelerator, lambda: _means(originals, reconstructions))
         common = {
-            "samples": {**samples, "num_images": self.num_images, "digest": reconstruction},
-            "reference": {**reference.describe(), "digest": original},
+            "samples": {**samples, "num_images": len(originals.places), "digest": reconstructions.digest},
+            "reference": {**reference.describe(), "digest": originals.digest},
             "versions": versions(self.features),
         }
-        details = {metric: {"settings": _SETTINGS.get(metric, {})} for metric in self.metrics}
-        if "lpips" in details:
-            details["lpips"] = {"features": {"name": _LPIPS_NETWORK, "digest": weights_digest(self.lpips)}}
-        if "top1" in details:
-            details["top1"] = {
-                "features": self.features.describe(),
-                "settings": {"classes": self.classes.tolist()},
-            }
-        if "rfid" in details:
-            rank_deficient = self.num_images <= self.statistics[0].num_features
-            details["rfid"] = {"features": self.features.describe(), "rank_deficient": rank_deficient}
+        if "rfid" in self.metrics:
+            self.details["rfid"]["rank_deficient"] = len(originals.places) <= len(originals.moments["pool"][0])
         results = []
         for name in dict.fromkeys([*self.metrics, *values]):
             shown = result_name(name, self.features) if name in _OF_FEATURES else name
-            results.append(Result(shown, values[name], common | details.get(name, {})))
+            results.append(Result(shown, values[name], common | self.details.get(name, {})))
         return results
+
+
+def _means(originals: ReadImages, reconstructions: ReadImages) -> dict[str, float]:
+    """The mean of each score of the pairs, and with features "rfid"."""
+    found = {name: scores.double().mean().item() for name, scores in reconstructions.rows.items()}
+    if originals.moments:
+        found["rfid"] = frechet_distance(*reconstructions.moments["pool"], *originals.moments["pool"])
+    return found
 
 
 def evaluate_pairs(
@@ -215,14 +187,15 @@ def evaluate_pairs(
         ValueError: the sets differ in number or size, or images have no partner (they are named) or cannot be used; or
             from `PairScores`.
     """
-    samples, paired = samples.paired_with(reference)
-    scores, place = PairScores(metrics, features, accelerator, reference=reference), place_of(accelerator)
+    order, paired = samples.order_of(reference)
+    device, place = None if accelerator is None else accelerator.device, place_of(accelerator)
+    scores = PairScores(metrics, features, device, reference)
     originals = reference.batches(batch_size, *place, num_workers, progress=place[0] == 0)
-    theirs = samples.batches(batch_size, *place, num_workers)
+    theirs = samples.batches(batch_size, *place, num_workers, order=order)
     for places, images in originals:  # of which some may be left out, and whole batches
         others, reconstructions = next(batch for batch in theirs if batch[0][-1] >= places[-1])
-        scores.update(images, reconstructions[torch.isin(others, places)], places)
-    return scores.results(samples.describe() | {"paired": paired}, reference)
+        scores.update(places, images, reconstructions[torch.isin(others, places)])
+    return scores.results(samples.describe() | {"paired": paired}, reference, accelerator)
 
 
 def evaluate_reconstructions(
@@ -251,21 +224,19 @@ def evaluate_reconstructions(
         ValueError: images cannot be used; or from `PairScores` and `encode`.
     """
     vae = vae if accelerator is None else vae.to(accelerator.device)
-    scores = PairScores(metrics, features, accelerator, vae.device, reference)
-    place = place_of(accelerator)
+    scores, place = PairScores(metrics, features, vae.device, reference), place_of(accelerator)
     for places, images in reference.batches(batch_size, *place, num_workers, progress=place[0] == 0):
         reconstructions, shares = reconstruct(vae, images, fine_ratio)
-        scores.update(images, reconstructions, places, fine_share=shares)
+        scores.update(places, images, reconstructions, fine_share=shares)
     samples = {
         "name": "reconstructions",
-        "num_images": len(reference),
         "resolution": list(reference.size),
         "checkpoint": {"weights": weights_digest(vae), "config": digest(public_config(vae.config))},
         "fine_ratio": vae.grain_ratios[-1] if fine_ratio is None else fine_ratio,
         "latents": "mode of the posterior",
         "dtype": str(vae.dtype).removeprefix("torch."),
     }
-    return scores.results(samples, reference)
+    return scores.results(samples, reference, accelerator)
 
 
 def reconstruction_scores(
@@ -289,11 +260,11 @@ def reconstruction_scores(
         ValueError: there are no images, or with features fewer than two; from `encode`.
     """
     metrics = ["psnr", "ssim"] if features is None else ["psnr", "ssim", "rfid"]
-    scores = PairScores(metrics, features, device=vae.device)
-    for pixels in batches:
-        images = to_uint8(pixels)
+    scores, num_images = PairScores(metrics, features, vae.device), 0
+    for images in map(to_uint8, batches):
         reconstructions, shares = reconstruct(vae, images, fine_ratio)
-        scores.update(images, reconstructions, fine_share=shares)
-    if not scores.num_images:
+        scores.update(torch.arange(num_images, num_images + len(images)), images, reconstructions, fine_share=shares)
+        num_images += len(images)
+    if not num_images:
         raise ValueError("`batches` must hold images to score, got none.")
-    return scores.compute() | {"num_images": scores.num_images}
+    return _means(scores.originals.joined(), scores.reconstructions.joined()) | {"num_images": num_images}

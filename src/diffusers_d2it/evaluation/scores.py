@@ -1,22 +1,178 @@
 # Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
-"""Scores of sets of images from features or logits: Inception Score, top-1 accuracy, KID, precision and recall.
+"""Scores of sets of images from features or logits: Frechet distance, Inception Score, top-1 accuracy, KID, precision
+and recall.
 
-Sets are tensors in float32 or float64. A ValueError says which one has another shape or dtype, too few images, or
-values that are not finite or too large, and which number is too small.
+Sets are tensors in float32 or float64, or of the Frechet distance mean and covariance. A ValueError says which one has
+another shape or dtype, too few images, or values that are not finite or too large, and which number is too small.
 
 Shapes:
-    N M images of two sets, D features, K classes
+    B images of a batch, N M images of two sets, D features, K classes
 """
 
+import math
 from collections.abc import Iterator
 
 import numpy as np
 import torch
+from scipy import linalg
 
-from .statistics import check_features
+from ..words import listed
 
+
+Moments = tuple[torch.Tensor, torch.Tensor]  # a mean (D,) and a covariance (D, D), float64
 
 _SHUFFLE_SEED = 2020  # of torch-fidelity, so that its splits are these
+# What sums in float32 leave of symmetry and of eigenvalues that should be zero, over the largest entry or eigenvalue.
+# Beyond it the covariance is wrong, or too inexact for a root to mean anything.
+_ROUNDING = 1e-6
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Mean and covariance
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class FeatureStatistics:
+    """Mean and covariance of D features in float64, whatever the number of images, in memory for one D x D matrix.
+
+    Each batch is joined by its own mean and its squares about that mean (Chan, Golub and LeVeque, 1979), so that no
+    large numbers cancel: batch size, order and number of processes change the last digits of float64 only.
+    """
+
+    def __init__(self, num_features: int):
+        self.num_features, self.num_images = num_features, 0
+        self._mean = torch.zeros(num_features, dtype=torch.float64)
+        self._scatter = torch.zeros(num_features, num_features, dtype=torch.float64)  # squares about the mean, summed
+
+    def update(self, features: torch.Tensor, indices: torch.Tensor | None = None) -> None:
+        """Add the features (B, D) of some images, float32 or float64; B may be 0, `indices` (B,) names them.
+
+        Raises:
+            ValueError: another shape or dtype, or a value that is not finite; nothing is added then.
+        """
+        check_features(features, indices, self.num_features)
+        if len(features):
+            features = features.detach().to("cpu", torch.float64)
+            mean = features.mean(dim=0)
+            centred = features - mean
+            self._scatter.addmm_(centred.T, centred)
+            self._join(len(features), mean)
+
+    def merge(self, other: "FeatureStatistics") -> None:
+        """Add the statistics of other images, of as many features."""
+        if other.num_images:
+            self._scatter += other._scatter
+            self._join(other.num_images, other._mean)
+
+    def _join(self, num_images: int, mean: torch.Tensor) -> None:
+        """Take up the mean of other images, and the squares between the two means."""
+        total, difference = self.num_images + num_images, mean - self._mean
+        self._scatter.addr_(difference, difference, alpha=self.num_images / total * num_images)
+        self._mean += difference * (num_images / total)
+        self.num_images = total
+
+    @property
+    def moments(self) -> Moments:
+        """Mean (D,) and covariance (D, D), float64, divided by the number of images less one as published scripts do.
+
+        Raises:
+            ValueError: there are fewer than two images.
+        """
+        if self.num_images < 2:
+            raise ValueError(f"a covariance needs at least 2 images, got {self.num_images}.")
+        scatter = (self._scatter + self._scatter.T) / 2  # a product is symmetric but for rounding
+        return self._mean.clone(), scatter / (self.num_images - 1)
+
+
+def frechet_distance(
+    mean_a: np.ndarray | torch.Tensor,
+    covariance_a: np.ndarray | torch.Tensor,
+    mean_b: np.ndarray | torch.Tensor,
+    covariance_b: np.ndarray | torch.Tensor,
+) -> float:
+    """Frechet distance (squared 2-Wasserstein distance) of two normal distributions: of FID, sFID and FD-DINOv2.
+
+        d(a, b) = |m_a - m_b|^2 + tr A + tr B - 2 tr (A^(1/2) B A^(1/2))^(1/2)
+
+    The last trace is the sum of the singular values of F^T G for any F and G with F F^T = A and G G^T = B: the
+    eigenvalues under its root are their squares. So no root of a matrix is formed, and the arguments may change
+    places. Singular values are found to within float64's rounding of the largest, where eigenvalues of the product A B
+    would leave the root of that rounding, 1e-8, for each direction in which a covariance has nothing: the rule with
+    fewer images than features.
+
+    Means are (D,), covariances (D, D), symmetric and positive semi-definite; their rank may be lower than D. What
+    rounding leaves below zero, at most some 1e-13 of the traces, is returned as zero.
+
+    Raises:
+        ValueError: an array has another shape or dtype, is not finite or so large that the distance is not; a
+            covariance is not symmetric or has a negative eigenvalue, by more than float32 can explain.
+    """
+    mean_a, covariance_a = check_moments(mean_a, covariance_a, "`mean_a`", "`covariance_a`")
+    mean_b, covariance_b = check_moments(mean_b, covariance_b, "`mean_b`", "`covariance_b`")
+    if len(mean_a) != len(mean_b):
+        raise ValueError(f"both sets must have as many features, got {len(mean_a)} and {len(mean_b)}.")
+    product = _factor(covariance_a, "`covariance_a`").T @ _factor(covariance_b, "`covariance_b`")
+    overlap = linalg.svdvals(product).sum() if product.size else 0.0
+    with np.errstate(over="ignore", invalid="ignore"):
+        difference = np.square(mean_a - mean_b).sum()
+        distance = float(difference + np.trace(covariance_a) + np.trace(covariance_b) - 2 * overlap)
+    if not math.isfinite(distance):
+        raise ValueError(f"the moments must be small enough for a distance in float64, it came out as {distance}.")
+    return max(distance, 0.0)
+
+
+def check_moments(
+    mean: np.ndarray | torch.Tensor, covariance: np.ndarray | torch.Tensor, mean_name: str, covariance_name: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """Both as float64, the covariance exactly symmetric, after all checks but that of eigenvalues."""
+    mean, covariance = _to_float64(mean, mean_name), _to_float64(covariance, covariance_name)
+    if mean.ndim != 1 or not len(mean):
+        raise ValueError(f"{mean_name} must be (D,) with D features, got {mean.shape}.")
+    if covariance.shape != (len(mean), len(mean)):
+        raise ValueError(
+            f"{covariance_name} must be {(len(mean), len(mean))}, as {mean_name} has {len(mean)} features, got"
+            f" {covariance.shape}."
+        )
+    for values, name in ((mean, mean_name), (covariance, covariance_name)):
+        if not np.isfinite(values).all():
+            raise ValueError(f"{name} must be finite, got {np.count_nonzero(~np.isfinite(values))} NaN or Inf.")
+    transposed = covariance.T
+    asymmetry, largest = np.abs(covariance - transposed).max(), np.abs(covariance).max()
+    if asymmetry > _ROUNDING * largest:
+        raise ValueError(
+            f"{covariance_name} must be symmetric, got entries that differ from their mirror image by up to"
+            f" {asymmetry:.3g}, the largest being {largest:.3g}."
+        )
+    return mean, covariance / 2 + transposed / 2
+
+
+def _to_float64(values: np.ndarray | torch.Tensor, name: str) -> np.ndarray:
+    if str(values.dtype).removeprefix("torch.") not in ("float32", "float64"):
+        raise ValueError(f"{name} must be float32 or float64, got {values.dtype}.")
+    array = values.detach().cpu().numpy() if isinstance(values, torch.Tensor) else values
+    return array.astype(np.float64)
+
+
+def _factor(covariance: np.ndarray, name: str) -> np.ndarray:
+    """F (D, r) with F F^T = covariance and r its rank, as far as float64 can tell."""
+    try:
+        return linalg.cholesky(covariance, lower=True)  # ten times as fast, and there is one if the rank is full
+    except linalg.LinAlgError:
+        eigenvalues, eigenvectors = linalg.eigh(covariance)
+    lowest, highest = eigenvalues[0], eigenvalues[-1]
+    if lowest < -_ROUNDING * max(highest, 0.0):
+        raise ValueError(
+            f"{name} must be positive semi-definite, got eigenvalues from {lowest:.3g} to {highest:.3g}: it is no"
+            " covariance, or was summed with too few digits."
+        )
+    # Rounding is as likely above zero as below it, and its root is not small: neither is a direction of the data
+    kept = eigenvalues > len(covariance) * np.finfo(np.float64).eps * highest
+    return eigenvectors[:, kept] * np.sqrt(eigenvalues[kept])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# All features, or logits
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def inception_score(logits: torch.Tensor, num_splits: int = 10) -> tuple[float, float]:
@@ -169,6 +325,25 @@ def _blocks(features: torch.Tensor, block_size: int, shift: torch.Tensor) -> Ite
     for start in range(0, len(features), block_size):
         rows = slice(start, min(start + block_size, len(features)))
         yield rows, features[rows].double() - shift
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checks
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def check_features(
+    features: torch.Tensor, indices: torch.Tensor | None = None, width: int | None = None, name: str = "features"
+) -> None:
+    """Raise a ValueError unless features are (B, D), float32 or float64, and finite; `indices` (B,) names images."""
+    if features.ndim != 2 or features.shape[1] != (width or features.shape[1]) or not features.shape[1]:
+        raise ValueError(f"`{name}` must be (B, {width or 'D'}), got {tuple(features.shape)}.")
+    if features.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"`{name}` must be float32 or float64, got {features.dtype}.")
+    wrong = (~features.isfinite().all(dim=1)).nonzero().flatten().cpu()
+    if len(wrong):
+        numbers = (wrong if indices is None else indices.cpu()[wrong]).tolist()
+        raise ValueError(f"`{name}` must be finite, those of images {listed(numbers, most=8)} are not.")
 
 
 def _check_numbers(least: int, **numbers: int) -> None:

