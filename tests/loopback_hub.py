@@ -7,8 +7,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +16,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import yaml
+from interpreters import run_code
 
 
 _SHA = "0123456789abcdef0123456789abcdef01234567"
@@ -228,7 +227,6 @@ def run_with_hub(code: str, endpoint: str, home: Path) -> str:
     """What a process prints, errors included, that sees this Hub and no other, and keeps its files in `home`."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))}
     environment |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(home), "HF_TOKEN": TOKEN, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-W", "always", "-c", code]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    result = run_code(code, environment)
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout + result.stderr

@@ -3,26 +3,35 @@
 
 run, train              a process
 call, call_train        here
-in_processes            forks of this process
+in_processes, together  forks of this process
 """
 
 import gc
 import importlib.util
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+import tempfile
+import threading
+import traceback
 from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.state import AcceleratorState, GradientState
+from accelerate.utils.launch import prepare_multi_gpu_env
 
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 sys.path.append(str(EXAMPLES))  # where the scripts find what they share
+LIMIT = 500  # seconds of a process
 STEPS = 5  # eight photographs in batches of two: the fifth step is in the second epoch
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch"]
 # Without a GPU, accelerate runs two processes only under the flag --multi_gpu and with ACCELERATE_USE_CPU
@@ -36,7 +45,7 @@ def run(script: str, *arguments, launch: list[str] | None = None, expect_failure
     """Run a script to its end; its result, with stdout and stderr as text."""
     command = [*(launch or [sys.executable]), str(EXAMPLES / script), *map(str, arguments)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | environment
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=LIMIT)
     assert (result.returncode != 0) == expect_failure, result.stdout + result.stderr
     return result
 
@@ -64,28 +73,44 @@ def call(script: str, *arguments) -> None:
         module.main(module.parse_args())
     finally:
         sys.argv = argv
-        AcceleratorState._reset_state(reset_partial_state=True)
-        GradientState._reset_state()
+        forget_group()
 
 
-def in_processes(work: Callable[[], object], number: int = 2) -> list:
-    """What `work` returns, as JSON, in each process of a group; None of one that was killed.
+def forget_group() -> None:
+    """Let the next Accelerator of this process find out which processes there are."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+def join_threads() -> None:
+    """Wait for the other threads, such as one that writes a checkpoint, as an interpreter does at its end."""
+    for thread in threading.enumerate():
+        if thread is not threading.current_thread() and not thread.daemon:
+            thread.join()
+
+
+def in_processes(work: Callable[[], object], number: int = 2, environment: dict[str, str] | None = None) -> list:
+    """What `work` returns, as JSON, in each process of a group; None of one that failed or was killed.
 
     Without accelerate's launcher, which would end a process when the other one has failed.
     """
     with socket.create_server(("127.0.0.1", 0)) as server:
         group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(server.getsockname()[1]), "WORLD_SIZE": str(number)}
-    group |= {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    group |= (environment or {}) | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     children = []
     for rank in range(number):
         reader, writer = os.pipe()
         child = os.fork()
         if child == 0:
+            signal.alarm(LIMIT)  # one that waits for another that is no more
             os.environ |= group | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            torch.set_num_threads(1)  # those that computed before the fork are not here: it would wait for them
+            forget_group()
             sys.stdout = sys.stderr = open(os.devnull, "w")
             try:
                 os.write(writer, json.dumps(work()).encode())
             finally:
+                join_threads()
                 os._exit(0)
         os.close(writer)
         children.append((child, reader))
@@ -95,6 +120,34 @@ def in_processes(work: Callable[[], object], number: int = 2) -> list:
             said.append(file.read())
         os.waitpid(child, 0)
     return [json.loads(text) if text else None for text in said]
+
+
+def together(work: Callable[[], object], sharded: bool = False) -> str:
+    """What two processes print that do the same, without an error; if asked, launched to shard what they train."""
+    environment = None
+    if sharded:
+        launch = launch_command_parser().parse_args([*SHARDED_PROCESSES[len(LAUNCH) :], "script"])
+        environment = prepare_multi_gpu_env(_validate_launch_command(launch)[0])
+    with tempfile.TemporaryFile("a+") as printed, tempfile.TemporaryFile("a+") as errors:
+
+        def printing() -> bool:
+            with redirect_stdout(printed), redirect_stderr(errors):
+                try:
+                    work()
+                except BaseException:
+                    traceback.print_exc()
+                    raise
+                finally:
+                    printed.flush()
+                    errors.flush()
+            return True
+
+        ended = in_processes(printing, environment=environment)
+        for file in (printed, errors):
+            file.seek(0)
+        said = printed.read()
+        assert ended == [True, True], said + errors.read()
+    return said
 
 
 def call_train(script: str, output: Path, steps: int, *arguments) -> None:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import PIL.ImageChops
@@ -17,7 +18,7 @@ from accelerate import Accelerator
 from image_files import encode, flip_bit, photo
 from photo_caches import CODES, SHARD, contents, make_plan
 from safetensors import safe_open
-from script_runs import TWO_PROCESSES, call, in_processes, run
+from script_runs import call, in_processes, together
 
 from diffusers_d2it.data import latent_cache_writer
 from diffusers_d2it.data.latent_cache import LatentCache
@@ -135,7 +136,7 @@ def test_two_processes_that_were_killed_continue_to_the_cache_that_one_writes(ma
         LatentCache(killed, make_vae(), seed=0)
     kept = {path: path.stat() for path in killed.glob("shard-*/codes.safetensors")}
 
-    said = run("cache_latents.py", *flags, killed, launch=TWO_PROCESSES, ACCELERATE_USE_CPU="true").stdout
+    said = together(partial(call, "cache_latents.py", *flags, killed))
     assert "24 shards" in said and "2 processes" in said
     assert len(kept) == 7 and {path: path.stat() for path in kept} == kept
     assert contents(killed) == contents(whole) and not list(killed.glob(".*"))

@@ -2,18 +2,19 @@
 """evaluate.py and compare.py, from images on the disk to a table."""
 
 import json
-import os
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from image_files import encode, write_folder
 from metric_inputs import crops
 from PIL import Image
-from script_runs import EXAMPLES, TWO_PROCESSES, call, load_script, run
+from script_runs import call, load_script, together
 
 from diffusers_d2it import bundled_checkpoint
 from diffusers_d2it.evaluation.results import compare, differences, load_results
+from diffusers_d2it.files import on_main_process
 
 
 NETWORK = ["--features", "metric_inputs:small_network"]
@@ -63,11 +64,19 @@ def test_two_processes_give_the_values_of_one(folders, by_one, tmp_path):
         for i, flags in enumerate((of_samples(folders), of_reconstructions(folders)))
     ]
     calls.append(["--reference", folders[1], "--save_statistics", tmp_path / "reference.npz", *NETWORK])
-    paths = os.pathsep.join([str(EXAMPLES.parent / "tests"), os.environ.get("PYTHONPATH", "")])
-    environment = {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": paths}
-    arguments = json.dumps([list(map(str, flags)) for flags in calls])
-    script = Path(__file__).with_name("evaluated_together.py")
-    result = run(script, arguments, launch=TWO_PROCESSES, **environment)
+
+    def fail() -> None:
+        raise ValueError("only here")
+
+    def evaluate() -> None:
+        for flags in calls:
+            call("evaluate.py", *flags)
+        accelerator = Accelerator()
+        with pytest.raises(ValueError) as raised:
+            on_main_process(accelerator, fail)
+        print(f"process {accelerator.process_index}: {raised.value}")
+
+    said = together(evaluate)
     for i, results in enumerate(expected):
         found = {one.metric: one for one in load_results(tmp_path / f"{i}.json")}
         assert list(found) == list(results) and len(found) == (8, 4)[i]
@@ -80,9 +89,9 @@ def test_two_processes_give_the_values_of_one(folders, by_one, tmp_path):
     assert compare(by_one[1]["fd_small_network"], by_statistics) == pytest.approx(0, abs=1e-9)
     with pytest.raises(ValueError, match="reference.npz.* statistics"):
         evaluated(tmp_path / "pairs.json", *statistics, "--metrics", "psnr")
-    assert "reference.npz: small_network, 30 images of reference" in result.stdout
-    assert result.stdout.count(" with the protocol") == 2  # not by both processes
-    assert all(f"process {i}: only here" in result.stdout for i in (0, 1))
+    assert "reference.npz: small_network, 30 images of reference" in said
+    assert said.count(" with the protocol") == 2  # not by both processes
+    assert all(f"process {i}: only here\n" in said for i in (0, 1))
 
 
 def test_an_autoencoder_is_measured_on_a_data_set(folders, tmp_path):

@@ -3,16 +3,16 @@
 
 import io
 import json
-import os
 import sys
 from contextlib import redirect_stdout
+from functools import partial
 from pathlib import Path
 
 import PIL.Image
 import pytest
 import torch
 from photographs import load_photographs
-from script_runs import TWO_PROCESSES, call, load_script, run
+from script_runs import call, load_script, together
 
 from diffusers_d2it.evaluation import Drawing, Result, reconstruct
 from diffusers_d2it.evaluation.reconstruction import psnr
@@ -156,21 +156,19 @@ def assert_close(found, expected) -> None:
 
 
 def test_two_processes_find_what_one_does(flags, report, tmp_path):
-    paths = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
-    environment = {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": paths}
     of_budget = ["--budgets", 0, 0.5, "--output_dir", tmp_path]
     for script, own in (("grain_report.py", ["--output", tmp_path / "report.json"]), ("budget_report.py", of_budget)):
-        result = run(script, *flags, *own, launch=TWO_PROCESSES, **environment)
-        assert result.stdout.count("| real images |") == 1  # the main process alone prints
+        said = together(partial(call, script, *flags, *own))
+        assert said.count("| real images |") == 1  # the main process alone prints
     assert sorted(path.name for path in tmp_path.iterdir()) == [*BUDGET, "report.json"]
     assert_close(read_json(tmp_path / "report.json"), report[0])
 
     call("budget_report.py", *flags, "--budgets", 0, 0.5, "--output_dir", tmp_path / "alone")
-    alone, together = (read_json(path / "budget.json") for path in (tmp_path / "alone", tmp_path))
-    assert [budget["protocol"].pop("machine")["num_processes"] for budget in (alone, together)] == [1, 2]
-    for budget in (alone, together):
+    alone, shared = (read_json(path / "budget.json") for path in (tmp_path / "alone", tmp_path))
+    assert [budget["protocol"].pop("machine")["num_processes"] for budget in (alone, shared)] == [1, 2]
+    for budget in (alone, shared):
         assert all(row.pop("seconds_per_image") + row.pop("seconds_per_step") > 0 for row in budget["rows"])
-    assert_close(together, alone)
+    assert_close(shared, alone)
 
 
 # ---- What is refused ----

@@ -5,8 +5,8 @@ That an interrupted run ends in the state of one that was not: tests/faults/test
 """
 
 from functools import partial
-from pathlib import Path
 
+import launched_script
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -17,6 +17,7 @@ from script_runs import (
     in_processes,
     logged,
     run,
+    together,
     training_flags,
 )
 
@@ -55,16 +56,21 @@ def test_a_run_is_the_same_with_any_number_of_processes_and_passes(name, own, re
         call_train(script, parts, 21, *arguments, *resume, "--gradient_accumulation_steps", 3)
 
 
-@pytest.mark.parametrize("name, result", [("grain", "grain_model"), ("dcdit", "pipeline/transformer")])
-def test_a_sharded_run_of_two_processes_ends_in_the_weights_of_one(name, result, request, tmp_path):
+@pytest.mark.parametrize(
+    "name, result, is_launched", [("grain", "grain_model", True), ("dcdit", "pipeline/transformer", False)]
+)
+def test_a_sharded_run_of_two_processes_ends_in_the_weights_of_one(name, result, is_launched, request, tmp_path):
+    """One is launched, as users do; the other, spared that, by what the launcher tells its processes."""
     alone, sharded = tmp_path / "alone", tmp_path / "sharded"
     script, arguments = f"train_{name}.py", request.getfixturevalue(f"{name}_arguments")
     if name == "dcdit":  # whose number of tokens is another one in every pass and process
         arguments = [*arguments, "--init_from", request.getfixturevalue("dcdit_start"), "--ratio_group_size", 1]
     call_train(script, alone, 4, *arguments)
-    flags = ["sharded", script, *training_flags(sharded, 4), *arguments, "--train_batch_size", 1]
-    launched = Path(__file__).parents[1] / "launched_script.py"
-    run(launched, *flags, launch=SHARDED_PROCESSES, ACCELERATE_USE_CPU="true")
+    words = ["sharded", script, *training_flags(sharded, 4), *arguments, "--train_batch_size", 1]
+    if is_launched:
+        run(launched_script.__file__, *words, launch=SHARDED_PROCESSES, ACCELERATE_USE_CPU="true")
+    else:
+        together(partial(launched_script.main, *map(str, words)), sharded=True)
     weights = "diffusion_pytorch_model.safetensors"
     for part in ("model", "model_ema"):
         of_one, of_sharded = (load_file(run / "checkpoint-4" / part / weights) for run in (alone, sharded))

@@ -9,6 +9,7 @@ import shutil
 import signal
 import sys
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ import torch
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from loopback_hub import serve_hub
 from PIL import Image
-from script_runs import TWO_PROCESSES, call, in_processes, run
+from script_runs import call, in_processes, run, together
 
 from diffusers_d2it import D2iTImg2ImgPipeline, D2iTPipeline, DCDiTPipeline, load_sampler
 from diffusers_d2it.sampling import SampleFolder
@@ -121,9 +122,9 @@ def test_an_image_of_dcdit_is_what_its_protocol_says(dcdit, drawn_by_dcdit):
 
 def test_two_processes_draw_the_same_files(checkpoint, drawn, tmp_path):
     output = tmp_path / "two"
-    result = run(SCRIPT, *flags(checkpoint, output, format="both"), launch=TWO_PROCESSES, ACCELERATE_USE_CPU="true")
+    said = together(partial(call, SCRIPT, *flags(checkpoint, output, format="both")))
     assert pngs(output) == pngs(drawn[0])
-    assert result.stdout.count("10 of 10 images") == 1
+    assert said.count("10 of 10 images") == 1
     assert np.array_equal(np.load(output / "images.npz")["arr_0"], pixels(output))
     protocol = json.loads((output / "protocol.json").read_text())
     assert protocol["run"]["num_processes"] == 2 and protocol["run"]["num_drawn"] == 10

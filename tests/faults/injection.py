@@ -12,7 +12,6 @@ import os
 import resource
 import signal
 import sys
-import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -20,6 +19,7 @@ from contextlib import contextmanager
 from unittest import mock
 
 import safetensors.torch
+from script_runs import join_threads
 
 
 class Disk:
@@ -135,7 +135,7 @@ def in_child(function: Callable[[], object], kill_after: float | None = None) ->
         except BaseException:
             traceback.print_exc()
         finally:
-            join_threads()  # as an interpreter does at its end
+            join_threads()
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(status)
@@ -143,13 +143,6 @@ def in_child(function: Callable[[], object], kill_after: float | None = None) ->
         time.sleep(kill_after)  # the moment is the fault
         os.kill(pid, signal.SIGKILL)
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-
-
-def join_threads() -> None:
-    """Wait for the other threads of this process, such as one that writes a checkpoint."""
-    for thread in threading.enumerate():
-        if thread is not threading.current_thread() and not thread.daemon:
-            thread.join()
 
 
 @contextmanager

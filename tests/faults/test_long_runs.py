@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 import psutil
-from injection import join_threads
+from script_runs import join_threads
 from training_runs import train
 
 

@@ -1,18 +1,14 @@
 # Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
-"""The training step of each model, by one process or by two.
+"""The training step of each model, by one process or by two that `main` is for.
 
-    accelerate launch --config_file eight-gpus-fsdp2.yaml --num_processes 2 distributed_steps.py output_folder
-
-test_distributed.py launches it so, and imports it for one process. What each of the two ends with goes to
-`<model>-<how>-<process>.safetensors`, where how is
+What each of the two ends with goes to `<model>-<how>-<process>.safetensors`, where how is
 
     averaged    DDP, by accelerate
-    sharded     FSDP2, by accelerate with this configuration
+    sharded     FSDP2, by accelerate with the configuration eight-gpus-fsdp2.yaml
 """
 
 import json
 import os
-import sys
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
@@ -24,18 +20,14 @@ from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import DistributedType
 from diffusers import DDPMScheduler
 from safetensors.torch import save_file
+from script_runs import load_script
+from small_runs import SmallRun
 from torch import nn
 
 from diffusers_d2it import D2iTContentModel, D2iTGrainModel, DCDiTModel, DynamicAutoencoderKL, load_preset
 from diffusers_d2it.grains import GrainLayout
 from diffusers_d2it.losses import dvae_loss, grain_loss, mse_loss, multi_grained_loss, ratio_loss
 from diffusers_d2it.training.checkpoints import is_sharded
-
-
-sys.path += [str(Path(__file__).parents[1]), str(Path(__file__).parents[2] / "examples")]
-
-from small_runs import SmallRun  # noqa: E402
-from train_dvae import DvaeStep  # noqa: E402
 
 
 BATCH = 4  # images of an update, of all processes
@@ -74,7 +66,7 @@ def make_dcdit() -> nn.Module:
 
 def make_autoencoder() -> nn.Module:
     torch.manual_seed(0)
-    return DvaeStep(DynamicAutoencoderKL(**load_preset("dvae-tiny"))).double()
+    return load_script("train_dvae.py").DvaeStep(DynamicAutoencoderKL(**load_preset("dvae-tiny"))).double()
 
 
 def conditions(step: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -208,7 +200,6 @@ def save_and_resume(output_dir: Path) -> dict[str, bool]:
 
 
 def main(output: Path) -> None:
-    torch.set_num_threads(1)
     start_again(sharded=False)
     accelerator = Accelerator(cpu=True)
     num_rows = BATCH // accelerator.num_processes
@@ -228,7 +219,3 @@ def main(output: Path) -> None:
     facts = {"num_processes": accelerator.num_processes, "losses": losses, "checkpoints": checkpoints}
     (output / f"{accelerator.process_index}.json").write_text(json.dumps(facts))
     accelerator.end_training()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

@@ -2,6 +2,7 @@
 """Two processes train as one does on the batches of both: averaged gradients, and sharded weights."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import distributed_steps
@@ -10,7 +11,7 @@ import torch
 from accelerate import Accelerator
 from distributed_steps import BATCH, NUM_STEPS, SHARDED, STEPS, make_grain_model, make_optimizer
 from safetensors.torch import load_file
-from script_runs import SHARDED_PROCESSES, run
+from script_runs import together
 from small_runs import SmallRun
 
 from diffusers_d2it.files.folders import verify
@@ -21,9 +22,9 @@ EVERYTHING = slice(0, BATCH)
 
 @pytest.fixture(scope="module")
 def launched(tmp_path_factory) -> Path:
-    """The folder that two processes have written to; starting them takes longer than what they do."""
+    """The folder that two processes have written to."""
     output = tmp_path_factory.mktemp("two")
-    run(distributed_steps.__file__, output, launch=SHARDED_PROCESSES, ACCELERATE_USE_CPU="true")
+    together(partial(distributed_steps.main, output), sharded=True)
     return output
 
 
