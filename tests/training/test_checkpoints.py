@@ -54,10 +54,10 @@ def test_everything_of_a_run_comes_back(make_grain_model, tmp_path):
 def test_what_is_saved_is_the_state_when_it_was_asked_for_and_one_at_a_time(make_grain_model, tmp_path, monkeypatch):
     goes_on, at_work = Event(), []
 
-    def seal(folder):
+    def seal(folder, **kwargs):
         assert goes_on.wait(60)
         at_work.append([path.name for path in tmp_path.iterdir()])
-        real_seal(folder)
+        real_seal(folder, **kwargs)
 
     real_seal = checkpoints_module.seal
     monkeypatch.setattr(checkpoints_module, "seal", seal)

@@ -18,9 +18,11 @@ import re
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from types import MappingProxyType
+from typing import TypedDict
 
 
 try:
@@ -40,6 +42,13 @@ _MAX_BRACKETS = 100_000  # lists and objects in a JSON file: more take seconds t
 _VERSION = 1
 _ID_LENGTH = 8
 _SHARD = re.compile(r"-\d{5}-of-\d{5}(?=\.)")
+
+
+class Record(TypedDict):
+    """What a manifest says of a file."""
+
+    bytes: int
+    sha256: str
 
 
 def save_folder(folder: str | os.PathLike, save: Callable[[str], object]) -> None:
@@ -80,12 +89,15 @@ def save_folder(folder: str | os.PathLike, save: Callable[[str], object]) -> Non
         _commit_inside(staging, folder)
 
 
-def seal(folder: Path, paths: Iterable[Path] | None = None) -> None:
+def seal(
+    folder: Path, paths: Iterable[Path] | None = None, written: Mapping[Path, Record] = MappingProxyType({})
+) -> None:
     """Force files of a folder to the disk, and write the manifest that lists them, last.
 
     Args:
         folder: what is sealed.
         paths: the files in it that count, such as manifests of what was sealed by itself; None for all.
+        written: records of those that are on the disk already; they are not read again.
     """
     # That of any new file, as the folder is new: safetensors makes files readable by their owner alone
     mode = folder.stat().st_mode & 0o666
@@ -94,7 +106,7 @@ def seal(folder: Path, paths: Iterable[Path] | None = None) -> None:
         path.chmod(mode)
         with path.open("rb+") as file:
             os.fsync(file.fileno())
-        files[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+        files[path.relative_to(folder).as_posix()] = written.get(path) or _record(path)
     for path in sorted(folder.rglob("*"), reverse=True):
         if path.is_dir():
             fsync_folder(path)
@@ -315,6 +327,10 @@ def _files_of(folder: Path) -> Iterator[Path]:
 
 def _write_manifest(folder: Path, manifest: dict) -> None:
     write_json_durably(folder / MANIFEST, {**manifest, "sha256": digest(manifest)})
+
+
+def _record(path: Path) -> Record:
+    return {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
 
 
 def _read_manifest(folder: Path) -> dict:

@@ -32,7 +32,7 @@ import torch
 from accelerate import Accelerator
 from diffusers import ModelMixin
 from diffusers.training_utils import EMAModel
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -45,12 +45,15 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from ..files import read_json, remove_folder, replace_folder, seal, staging_folder
 from ..files.source import public_config
+from ..files.tensor_file import TensorFile
+from ..files.weights import check_values_finite, weight_names
 from ..words import counted, differences, printable
 from .finding import STATE, found_checkpoints
 from .gate import FiniteGate
 
 
 _ADAPTERS = ("adapters.safetensors", "adapters_ema.safetensors")
+_MODELS = tuple(f"{folder}/{weight_names(None)[0]}" for folder in ("model", "model_ema"))
 _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # on the main process
 
 
@@ -136,7 +139,7 @@ class Checkpoints:
         self.total_limit = total_limit
         self.last: Path | None = None  # the checkpoint that was saved or resumed last
         self._writing: Future | None = None
-        self._memory: dict[str, Tensor] = {}  # of the one that is being written
+        self._files: dict[str, TensorFile] = {}  # of the one that is being written, on the main process
         self._trained = nn.ModuleDict({"model": model, **self.others})  # gives every weight of an optimizer its name
 
     def scalars(self) -> dict[str, int | float | str | bool]:
@@ -163,10 +166,11 @@ class Checkpoints:
         final = self.output_dir / f"checkpoint-{step}"
         if final == self.last:
             return
-        parts, state = self._copied(), json.dumps(self._state(step), indent=2, allow_nan=False)
+        self._copy()
+        state = json.dumps(self._state(step), indent=2, allow_nan=False)
         if self.accelerator.is_main_process:
             writer = ThreadPoolExecutor(1, "checkpoint")
-            self._writing = writer.submit(self._write, final, parts, state)
+            self._writing = writer.submit(self._write, final, state)
             writer.shutdown(wait=False)  # its thread ends with this, and the process not before it
         else:
             self.last = final
@@ -190,45 +194,43 @@ class Checkpoints:
         if writing is not None:
             self.last = writing.result()
 
-    def _copied(self) -> dict[str, dict[str, Tensor]]:
-        """All tensors by folder or file: gathered by all processes, on the main one copied into its memory."""
+    def _copy(self) -> None:
+        """Copy all tensors, sharded ones gathered by all processes, into the files that the main one has in memory."""
+        keeps = self.accelerator.is_main_process
+        for path, tensors in self._tensors().items():
+            if keeps and not (path in self._files and self._files[path].fits(tensors)):
+                self._files[path] = TensorFile(tensors)  # kept: new memory takes many times as long as to fill it
+            for name, tensor in tensors.items():
+                whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+                if keeps:
+                    self._files[path].tensors[name].copy_(whole.detach())
+
+    def _tensors(self) -> dict[str, dict[str, Tensor]]:
+        """All that is saved, by file and name."""
         if self.has_adapters:
-            parts = dict(zip(_ADAPTERS, (self._adapters(), self._averages())))
+            files = dict(zip(_ADAPTERS, (self._adapters(), self._averages())))
         else:
             weights = self.model.state_dict()
-            parts = {"model": weights, "model_ema": weights | self._averages()}
-        parts |= {f"{name}.safetensors": module.state_dict() for name, module in self.others.items()}
-        parts |= {f"{name}.safetensors": self._moments(optimizer) for name, optimizer in self.optimizers.items()}
-        return {
-            part: {name: self._copy(f"{part}/{name}", tensor) for name, tensor in tensors.items()}
-            for part, tensors in parts.items()
-        }
+            files = dict(zip(_MODELS, (weights, weights | self._averages())))
+        files |= {f"{name}.safetensors": module.state_dict() for name, module in self.others.items()}
+        return files | {f"{name}.safetensors": self._moments(optimizer) for name, optimizer in self.optimizers.items()}
 
-    def _copy(self, name: str, tensor: Tensor) -> Tensor | None:
-        if isinstance(tensor, DTensor):
-            tensor = tensor.full_tensor()
-        if not self.accelerator.is_main_process:
-            return None
-        if name not in self._memory:  # kept: it takes many times as long to get new memory as to fill it
-            self._memory[name] = torch.empty_like(tensor, device="cpu", memory_format=torch.contiguous_format)
-        return self._memory[name].copy_(tensor.detach())
-
-    def _write(self, final: Path, parts: dict[str, dict[str, Tensor]], state: str) -> Path:
+    def _write(self, final: Path, state: str) -> Path:
         if sys.platform == "linux":  # where a thread has a priority of its own: the training goes first
             with suppress(OSError):  # a sandbox may forbid it
                 os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
         try:
             self.output_dir.mkdir(parents=True, exist_ok=True)
             with staging_folder(final) as staging:
-                for name, tensors in parts.items():
-                    if name.endswith(".safetensors"):
-                        save_file(tensors, staging / name)
-                    else:
-                        self._as_model(tensors).save_pretrained(staging / name)
+                written = {}
+                for name, file in self._files.items():
+                    if name in _MODELS:
+                        self._save_config(staging / name, file)
+                    written[staging / name] = file.write(staging / name)
                 Path(staging, STATE).write_text(state + "\n", encoding="utf-8")
-                seal(staging)
+                seal(staging, written=written)
                 replace_folder(staging, final)
-        except (OSError, safetensors.SafetensorError) as error:
+        except OSError as error:
             raise OSError(f"{final} could not be written, earlier checkpoints are untouched: {error}") from error
         if self.total_limit is not None:
             others = [path for path in found_checkpoints(self.output_dir) if path != final]
@@ -236,16 +238,19 @@ class Checkpoints:
                 remove_folder(path)
         return final
 
-    def _as_model(self, weights: dict[str, Tensor]) -> ModelMixin:
-        """A model of these weights, not of copies."""
-        with torch.device("meta"):
-            model = type(self.model).from_config(self.model.config)
-        model.load_state_dict(weights, assign=True)
-        return model
+    def _save_config(self, weights: Path, file: TensorFile) -> None:
+        """Begin the folder of a model, of which the file holds the weights, once they are fit to be loaded again."""
+        self.model.check_config(self.model.config)
+        for name, tensor in file.tensors.items():
+            check_values_finite(tensor, None, f"{weights.parent.name}: `{name}`")
+        self.model.save_config(weights.parent)
 
     def _averaged(self) -> ModelMixin:
-        """A model of the averages, and where nothing is trained of the weights as they are."""
-        return self._as_model(self.model.state_dict() | self._averages())
+        """A model of the averages, and where nothing is trained of the weights as they are; none of them is a copy."""
+        with torch.device("meta"):
+            model = type(self.model).from_config(self.model.config)
+        model.load_state_dict(self.model.state_dict() | self._averages(), assign=True)
+        return model
 
     def _adapters(self) -> dict[str, Tensor]:
         """The weights that are trained, by their names."""
