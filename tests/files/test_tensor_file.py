@@ -48,6 +48,16 @@ def test_a_file_fits_what_has_its_names_types_and_shapes():
     assert not file.fits({"a": torch.zeros(2, 3)})
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_values_that_are_not_finite_are_found(bad):
+    for name, tensor in filled(tensors_of(9)).tensors.items():
+        if tensor.is_floating_point() and tensor.numel():
+            file = filled(tensors_of(9))
+            assert file.first_not_finite() is None
+            file.tensors[name].view(-1)[-1] = bad
+            assert file.first_not_finite() == name
+
+
 def test_what_is_there_is_not_written_over(tmp_path):
     path = tmp_path / "weights.safetensors"
     path.write_text("of somebody else")

@@ -111,6 +111,17 @@ def test_a_checkpoint_of_another_model_module_or_optimizer_is_refused(make_grain
         assert_refused(run, r"optimizer\.safetensors", wrong)
 
 
+def test_weights_that_could_not_be_loaded_again_are_not_saved(make_grain_model, tmp_path):
+    run = make_run(tmp_path, make_grain_model(), total_limit=1)
+    run.save(1)
+    name, weight = next(run.model.named_parameters())
+    with torch.no_grad():
+        weight.view(-1)[0] = torch.inf
+    with pytest.raises(ValueError, match=f"model.*`{name}`"):
+        run.save(2)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
+
+
 def test_only_the_newest_are_kept(make_grain_model, tmp_path):
     run = make_run(tmp_path, make_grain_model(), total_limit=2)
     for step in (2, 4, 10):

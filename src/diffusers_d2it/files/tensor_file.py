@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from io import FileIO
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -65,6 +66,17 @@ class TensorFile:
     def fits(self, tensors: Mapping[str, Tensor]) -> bool:
         """Whether these are tensors of the names, types and shapes that the file holds."""
         return self._layout == _layout(tensors)
+
+    def first_not_finite(self) -> str | None:
+        """The name of a tensor that holds anything but finite numbers, if there is one."""
+        for name, tensor in self.tensors.items():
+            if tensor.is_floating_point():
+                # NumPy: torch would start threads for this one, and with more threads than processors OpenMP lets none
+                # of them wait awake, those of a training beside it included
+                values = (tensor.float() if tensor.dtype is torch.bfloat16 else tensor).numpy()
+                if not np.isfinite([extreme(values, initial=0) for extreme in (np.min, np.max)]).all():
+                    return name
+        return None
 
     def write(self, path: Path) -> Record:
         """Write the file, which must not be there yet, and force it to the disk.

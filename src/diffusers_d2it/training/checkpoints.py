@@ -18,7 +18,6 @@ import json
 import os
 import platform
 import sys
-import threading
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -46,7 +45,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from ..files import read_json, remove_folder, replace_folder, seal, staging_folder
 from ..files.source import public_config
 from ..files.tensor_file import TensorFile
-from ..files.weights import check_values_finite, weight_names
+from ..files.weights import weight_names
 from ..words import counted, differences, printable
 from .finding import STATE, found_checkpoints
 from .gate import FiniteGate
@@ -216,9 +215,9 @@ class Checkpoints:
         return files | {f"{name}.safetensors": self._moments(optimizer) for name, optimizer in self.optimizers.items()}
 
     def _write(self, final: Path, state: str) -> Path:
-        if sys.platform == "linux":  # where a thread has a priority of its own: the training goes first
+        if sys.platform == "linux":  # where a thread has a priority of its own: it takes what the training leaves
             with suppress(OSError):  # a sandbox may forbid it
-                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
+                os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
         try:
             self.output_dir.mkdir(parents=True, exist_ok=True)
             with staging_folder(final) as staging:
@@ -241,8 +240,8 @@ class Checkpoints:
     def _save_config(self, weights: Path, file: TensorFile) -> None:
         """Begin the folder of a model, of which the file holds the weights, once they are fit to be loaded again."""
         self.model.check_config(self.model.config)
-        for name, tensor in file.tensors.items():
-            check_values_finite(tensor, None, f"{weights.parent.name}: `{name}`")
+        if (name := file.first_not_finite()) is not None:
+            raise ValueError(f"{weights} could not be loaded again: `{name}` must be finite.")
         self.model.save_config(weights.parent)
 
     def _averaged(self) -> ModelMixin:
