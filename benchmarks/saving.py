@@ -102,5 +102,5 @@ if __name__ == "__main__":
         measure,
         most_turns={"cpu": 12, "cuda": 20},
         preset=Flag("content-b", "preset of the content model"),
-        updates=Flag({"cpu": 18, "cuda": 200}, "updates that outlast a checkpoint"),
+        updates=Flag({"cpu": 20, "cuda": 200}, "updates that outlast a checkpoint"),
     )

@@ -5,11 +5,11 @@ import os
 import random
 import shutil
 import time
-from concurrent.futures import wait
 from functools import partial
 
 import pytest
 from injection import Disk, die, in_child, io_error, limited_file_size
+from script_runs import join_threads
 from ways_of_saving import WAYS, Mixed, SaveCache, SaveCheckpoint, Way
 
 
@@ -136,7 +136,7 @@ def test_a_checkpoint_that_cannot_be_written_is_told_at_the_next_chance(tmp_path
     for ask in (way.checkpoints.finish, partial(way.checkpoints.save, 3)):
         with limited_file_size(4000):
             way.checkpoints.save(2)
-            wait([way.checkpoints._writing])
+            join_threads()
         count.tried("it is known", silent=not way.checkpoints.failed)
         with pytest.raises(OSError, match="checkpoint-2"):
             ask()

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from PIL import Image
+from script_runs import join_threads
 from small_runs import SmallRun
 
 from diffusers_d2it import D2iTGrainModel, D2iTPipeline, DynamicAutoencoderKL
@@ -124,6 +125,8 @@ class SaveCheckpoint(Way):
         self._set(version)
         self.checkpoints.save(version)
         self._set(-1)  # the training goes on while it is written
+        if version % 2:
+            join_threads()  # by the thread, else by who waits for it
         self.checkpoints.finish()
 
     def _set(self, version: int) -> None:

@@ -5,7 +5,7 @@ import errno
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
 from io import FileIO
 from pathlib import Path
 
@@ -27,7 +27,7 @@ _DTYPES = {  # in the order of a file, by falling size: so each tensor begins at
     torch.bfloat16: "BF16", torch.float16: "F16", torch.uint8: "U8", torch.bool: "BOOL",
 }  # fmt: skip
 _BLOCK = 4096  # bytes: what a disk without cache takes begins and ends at multiples of it
-_PIECE = 2**24  # bytes that are hashed and written at once
+_PIECE = 2**23  # bytes that are hashed and written at once
 
 
 class TensorFile:
@@ -78,8 +78,8 @@ class TensorFile:
                     return name
         return None
 
-    def write(self, path: Path) -> Record:
-        """Write the file, which must not be there yet, and force it to the disk.
+    def write(self, path: Path) -> Generator[None, None, Record]:
+        """Write the file, which must not be there yet, a piece at a time, and force it to the disk.
 
         It passes the system's file cache by where that is possible (Linux, on most disks): nobody reads it soon, room
         in the cache costs the processor more than all the rest, and the images of a training are better kept there.
@@ -97,6 +97,7 @@ class TensorFile:
                 end = min(begin + _PIECE, self._num_bytes)
                 digest.update(self._memory[begin:end])
                 _write_all(file, self._memory[begin : end + -end % _BLOCK])
+                yield
             file.truncate(self._num_bytes)
             os.fsync(file.fileno())
         return {"bytes": self._num_bytes, "sha256": digest.hexdigest()}

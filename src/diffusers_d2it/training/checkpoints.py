@@ -15,12 +15,9 @@ The training waits for a copy of the state in memory, not for the disk: one thre
 """
 
 import json
-import os
 import platform
-import sys
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +44,7 @@ from ..files.source import public_config
 from ..files.tensor_file import TensorFile
 from ..files.weights import weight_names
 from ..words import counted, differences, printable
+from .background import BackgroundWork
 from .finding import STATE, found_checkpoints
 from .gate import FiniteGate
 
@@ -137,7 +135,7 @@ class Checkpoints:
         self.flags = json.loads(json.dumps(flags or {}))
         self.total_limit = total_limit
         self.last: Path | None = None  # the checkpoint that was saved or resumed last
-        self._writing: Future | None = None
+        self._writing: BackgroundWork | None = None
         self._files: dict[str, TensorFile] = {}  # of the one that is being written, on the main process
         self._trained = nn.ModuleDict({"model": model, **self.others})  # gives every weight of an optimizer its name
 
@@ -168,16 +166,14 @@ class Checkpoints:
         self._copy()
         state = json.dumps(self._state(step), indent=2, allow_nan=False)
         if self.accelerator.is_main_process:
-            writer = ThreadPoolExecutor(1, "checkpoint")
-            self._writing = writer.submit(self._write, final, state)
-            writer.shutdown(wait=False)  # its thread ends with this, and the process not before it
+            self._writing = BackgroundWork(self._write(final, state))
         else:
             self.last = final
 
     @property
     def failed(self) -> bool:
         """Whether the last checkpoint could not be written, as far as this process knows; `save` raises why."""
-        return self._writing is not None and self._writing.done() and self._writing.exception() is not None
+        return self._writing is not None and self._writing.failed
 
     def finish(self) -> None:
         """Wait until the last checkpoint is on the disk. All processes call it.
@@ -191,7 +187,7 @@ class Checkpoints:
     def _wait(self) -> None:
         writing, self._writing = self._writing, None
         if writing is not None:
-            self.last = writing.result()
+            writing.finish()
 
     def _copy(self) -> None:
         """Copy all tensors, sharded ones gathered by all processes, into the files that the main one has in memory."""
@@ -214,10 +210,8 @@ class Checkpoints:
         files |= {f"{name}.safetensors": module.state_dict() for name, module in self.others.items()}
         return files | {f"{name}.safetensors": self._moments(optimizer) for name, optimizer in self.optimizers.items()}
 
-    def _write(self, final: Path, state: str) -> Path:
-        if sys.platform == "linux":  # where a thread has a priority of its own: it takes what the training leaves
-            with suppress(OSError):  # a sandbox may forbid it
-                os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+    def _write(self, final: Path, state: str) -> Iterator[None]:
+        """Write what lies in memory, a piece at a time."""
         try:
             self.output_dir.mkdir(parents=True, exist_ok=True)
             with staging_folder(final) as staging:
@@ -225,7 +219,7 @@ class Checkpoints:
                 for name, file in self._files.items():
                     if name in _MODELS:
                         self._save_config(staging / name, file)
-                    written[staging / name] = file.write(staging / name)
+                    written[staging / name] = yield from file.write(staging / name)
                 Path(staging, STATE).write_text(state + "\n", encoding="utf-8")
                 seal(staging, written=written)
                 replace_folder(staging, final)
@@ -235,7 +229,7 @@ class Checkpoints:
             others = [path for path in found_checkpoints(self.output_dir) if path != final]
             for path in others[: max(0, len(others) + 1 - self.total_limit)]:
                 remove_folder(path)
-        return final
+        self.last = final
 
     def _save_config(self, weights: Path, file: TensorFile) -> None:
         """Begin the folder of a model, of which the file holds the weights, once they are fit to be loaded again."""
