@@ -2,6 +2,7 @@
 """A file that is laid out in memory is the one that safetensors would have written, on any disk."""
 
 import os
+from io import FileIO
 from pathlib import Path
 
 import pytest
@@ -74,6 +75,17 @@ def test_what_is_there_is_not_written_over(tmp_path):
     with pytest.raises(FileExistsError, match=r"weights\.safetensors"):
         write(filled({"a": torch.ones(3)}), path)
     assert path.read_text() == "of somebody else"
+
+
+def test_what_a_disk_has_not_taken_is_written_next(tmp_path):
+    class Narrow(FileIO):
+        def write(self, piece):
+            return super().write(piece[:1000])
+
+    content = bytes(range(256)) * 100
+    with Narrow(tmp_path / "file", "xb") as file:
+        tensor_file._write_all(file, memoryview(content))
+    assert Path(tmp_path, "file").read_bytes() == content
 
 
 @pytest.mark.skipif(not hasattr(os, "O_DIRECT"), reason="this system has no way past its file cache")
