@@ -32,7 +32,7 @@ SMALLEST = {
     "chunk_forward": "--preset dcdit-tiny --guided_preset dcdit-tiny --batch_size 1",
     "chunk_training": "--preset dcdit-tiny --batch_size 1",
     "feeding": "--num_images 2",
-    "saving": "--preset content-tiny --updates 1",
+    "saving": "--preset content-tiny",
     "between_steps": "",
     "pipeline_overhead": "--batch_size 1 --num_inference_steps 1",
 }

@@ -256,18 +256,10 @@ def load_images(
                 dataset, found, streaming=streaming, num_classes=num_classes, id2label=id2label
             )
             columns.append(found if found in features else found.split(".")[0])
-            if of_classes["num_classes"] is None and num_classes > max(_MANY_CLASSES, 10 * len(names)):
-                remarks.append(f"ids up to {max(names):,} make a table of {num_classes:,} classes for {len(names)}")
+            remarks += _remarks_on_classes(names, num_classes, counted=of_classes["num_classes"] is None)
             unused = [column for column in label_columns(features) if column != found]
             if unused and label_column is None:
                 remarks.append(f"labels are {found}, not {listed(unused)} (`label_column`)")
-            shifted = [label for label, name in names.items() if name.isdecimal() and int(name) != label]
-            alike = Counter(name.casefold() for name in names.values())
-            twins = [name for name in names.values() if alike[name.casefold()] > 1]
-            if twins:
-                remarks.append(f"names differ in capitals alone, and are classes each: {listed(twins, _MAX_SHOWN)}")
-            if shifted:
-                remarks.append(f"names are no ids: {names[shifted[0]]!r} has the id {shifted[0]}")
         elif others:
             likely = [column for column in others if hasattr(features[column], "names")] or others
             remarks.append(f"`label_column` could be {listed(likely).replace(', ', ' or ')}")
@@ -292,6 +284,21 @@ def load_images(
         labelled=labelled,
         remarks=tuple(remarks),
     )
+
+
+def _remarks_on_classes(names: dict[int, str], num_classes: int, counted: bool) -> list[str]:
+    """What may not be as it was meant in a table of classes, whose size was counted or asked for."""
+    remarks = []
+    if counted and num_classes > max(_MANY_CLASSES, 10 * len(names)):
+        remarks.append(f"ids up to {max(names):,} make a table of {num_classes:,} classes for {len(names)}")
+    alike = Counter(name.casefold() for name in names.values())
+    twins = [name for name in names.values() if alike[name.casefold()] > 1]
+    if twins:
+        remarks.append(f"names differ in capitals alone, and are classes each: {listed(twins, _MAX_SHOWN)}")
+    shifted = [label for label, name in names.items() if name.isdecimal() and int(name) != label]
+    if shifted:
+        remarks.append(f"names are no ids: {names[shifted[0]]!r} has the id {shifted[0]}")
+    return remarks
 
 
 def _load(

@@ -103,8 +103,7 @@ def make_model_card(
             protocol get into the metadata; a bare number, or one without a protocol, is shown as such.
         sample_image: name of an image in the repository, such as "samples.png".
         sample_caption: what it shows; None for samples, of D2iT above their grain maps.
-        train_steps: updates of the weights.
-        train_batch_size: images of one update, over all processes.
+        train_steps, train_batch_size: updates of the weights, and images of one of them, over all processes.
         limits: more sentences for the section of that name.
         subfolder: folder of the repository that holds the model, for a model that is not at the top.
         variant: variant of the weights, such as "fp16".

@@ -76,20 +76,14 @@ def sample_grain_map(
     scheduler = copy.deepcopy(scheduler)  # as in SamplingSteps
     scheduler.set_timesteps(num_inference_steps, device="cpu")
     step_kwargs = step_generator_kwargs(scheduler, generator)
-    if held is not None:
-        is_held = (held.to(device) != DRAWN)[:, None]  # (B, 1, h, w)
-        held_state = model.state_from_grain_map(held.to(device).clamp_min(0), num_grains)
-        if "eta" in inspect.signature(scheduler.step).parameters:
-            step_kwargs["eta"] = 1.0
-    state = randn_tensor((batch_size, num_grains, *size), generator=generator, device=device, dtype=torch.float32)
-    if held is not None:  # at every step, (T, B, k, h, w), noised at once
-        of_steps, times = (len(scheduler.timesteps), 1, 1, 1), scheduler.timesteps.repeat_interleave(batch_size)
-        noised = scheduler.add_noise(held_state.repeat(of_steps), (held_state * state.abs()).repeat(of_steps), times)
-        noised = noised.unflatten(0, (-1, batch_size))
-    state = state * scheduler.init_noise_sigma  # (B, k, h, w)
+    if held is not None and "eta" in inspect.signature(scheduler.step).parameters:
+        step_kwargs["eta"] = 1.0
+    noise = randn_tensor((batch_size, num_grains, *size), generator=generator, device=device, dtype=torch.float32)
+    given = None if held is None else _GivenGrains(held.to(device), scheduler, noise)
+    state = noise * scheduler.init_noise_sigma  # (B, k, h, w)
     for i, (t, model_t) in enumerate(zip(scheduler.timesteps, scheduler.timesteps.to(device))):
-        if held is not None:
-            state = torch.where(is_held, noised[i], state)
+        if given is not None:
+            state = given.put_back(state, i)
         model_input = scheduler.scale_model_input(state, t).to(model.dtype)
         # Copied, because a CUDA graph writes its next output to the same place
         logits = model(model_input, model_t, class_ids, condition).logits.to(torch.float32, copy=True)
@@ -99,9 +93,35 @@ def sample_grain_map(
         state = scheduler.step(model.expected_state(logits), t, state, return_dict=False, **step_kwargs)[0]
     if not logits.isfinite().all():
         raise ValueError("`grain_model` ended in logits that are not finite: the model or its scheduler diverged.")
-    if held is not None:  # certain, so that they come first or last where a share of fine regions is counted
-        logits = torch.where(is_held, held_state * _CERTAIN, logits)
+    if given is not None:
+        logits = given.decide(logits)
     return grain_map_from_logits(logits, counts)
+
+
+class _GivenGrains:
+    """The regions of maps that are held while the others are drawn.
+
+    Args:
+        held: (B, h, w) int64, `DRAWN` where a region is not held.
+        scheduler: with its timesteps set.
+        noise: (B, k, h, w), standard normal, what the drawing begins with.
+    """
+
+    def __init__(self, held: torch.Tensor, scheduler: KarrasDiffusionSchedulers, noise: torch.Tensor):
+        self._mask = (held != DRAWN)[:, None]  # (B, 1, h, w)
+        self._state = D2iTGrainModel.state_from_grain_map(held.clamp_min(0), noise.shape[1])  # (B, k, h, w)
+        of_steps, times = (len(scheduler.timesteps), 1, 1, 1), scheduler.timesteps.repeat_interleave(len(held))
+        speaking = self._state * noise.abs()  # noise with the sign of the grain
+        noised = scheduler.add_noise(self._state.repeat(of_steps), speaking.repeat(of_steps), times)
+        self._noised = noised.unflatten(0, (-1, len(held)))  # (T, B, k, h, w), of all steps at once
+
+    def put_back(self, state: torch.Tensor, step: int) -> torch.Tensor:
+        """The state with these regions as they are at a step."""
+        return torch.where(self._mask, self._noised[step], state)
+
+    def decide(self, logits: torch.Tensor) -> torch.Tensor:
+        """The logits, certain of these regions: they come first or last where a share of fine regions is counted."""
+        return torch.where(self._mask, self._state * _CERTAIN, logits)
 
 
 def grain_map_from_logits(logits: torch.Tensor, num_fine: list[int | None]) -> torch.Tensor:
