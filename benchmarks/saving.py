@@ -111,15 +111,15 @@ def measure(bench: Bench, preset: str) -> str:
     whole = bench.record("a checkpoint, nothing beside it", [1e3 * seconds for seconds in alone])
     copy = bench.record("of these the copy into memory", [1e3 * seconds for seconds in copies])
     bench.record("a checkpoint beside updates", [1e3 * seconds for seconds in beside])
-    bench.record("of these lost for the updates", [1e3 * seconds for seconds in lost])
     bench.note("GiB of weights, average and moments", 4 * sum(w.nbytes for w in model.parameters()) / 2**30)
     bench.note("seconds of a processor that the thread computes", statistics.median(computing))
     bench.note("updates during a checkpoint", statistics.median(len(during) for *_, during, _ in turns))
-    bench.claim("copy / writing a checkpoint", copy / whole, 0.15)
-    mean = 1e3 * statistics.mean(lost)  # of turns that scatter widely
+    mean = statistics.mean(lost)  # of turns that scatter widely
+    bench.note("seconds that the updates lose", mean)
     if bench.repeats > 1:
-        bench.note("its standard error", 1e3 * statistics.stdev(lost) / bench.repeats**0.5 / whole)
-    bench.claim("what the updates lose / writing a checkpoint", mean / whole, 0.15)
+        bench.note("standard error of these", statistics.stdev(lost) / bench.repeats**0.5)
+    bench.claim("copy / writing a checkpoint", copy / whole, 0.15)
+    bench.claim("what the updates lose / writing a checkpoint", 1e3 * mean / whole, 0.15)
     return f"Saving {preset} while it trains"
 
 
