@@ -218,7 +218,7 @@ class Checkpoints:
                 written = {}
                 for name, file in self._files.items():
                     if name in _MODELS:
-                        self._save_config(staging / name, file)
+                        self._begin_model(Path(staging, name).parent, file)
                     written[staging / name] = yield from file.write(staging / name)
                 Path(staging, STATE).write_text(state + "\n", encoding="utf-8")
                 seal(staging, written=written)
@@ -231,12 +231,12 @@ class Checkpoints:
                 remove_folder(path)
         self.last = final
 
-    def _save_config(self, weights: Path, file: TensorFile) -> None:
-        """Begin the folder of a model, of which the file holds the weights, once they are fit to be loaded again."""
+    def _begin_model(self, folder: Path, weights: TensorFile) -> None:
+        """Begin the folder of a model with its configuration, once that and the weights are fit to be loaded again."""
         self.model.check_config(self.model.config)
-        if (name := file.first_not_finite()) is not None:
-            raise ValueError(f"{weights} could not be loaded again: `{name}` must be finite.")
-        self.model.save_config(weights.parent)
+        if (name := weights.first_not_finite()) is not None:
+            raise ValueError(f"`{name}` of `{folder.name}` must be finite: the checkpoint could not be loaded again.")
+        self.model.save_config(folder)
 
     def _averaged(self) -> ModelMixin:
         """A model of the averages, and where nothing is trained of the weights as they are; none of them is a copy."""
