@@ -81,8 +81,8 @@ class TensorFile:
     def write(self, path: Path) -> Generator[None, None, Record]:
         """Write the file, which must not be there yet, a piece at a time, and force it to the disk.
 
-        It passes the system's file cache by where that is possible (Linux, on most disks): nobody reads it soon, room
-        in the cache costs the processor more than all the rest, and the images of a training are better kept there.
+        It passes the system's file cache by where Linux and the disk allow that: it is rarely read soon, the images of
+        a training are better kept there, and where it was measured new room in the cache cost the processor most.
 
         Returns:
             Size and hash for a manifest, of the bytes that lie in memory.

@@ -11,7 +11,8 @@ checkpoint-<step>/
 
 No pickle, and whole tensors: torch gathers those of FSDP on the main process, and hands each process its part.
 
-The training waits for a copy of the state in memory, not for the disk: one thread of the main process writes it.
+The training waits for a copy of the state in memory, not for the disk: a thread of the main process writes it, and
+whoever waits for that writes the rest.
 """
 
 import json
