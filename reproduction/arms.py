@@ -73,7 +73,7 @@ PRESETS = {
     "smoke": Preset(
         resolution=32, grain_preset="grain-tiny", grain_steps=2,
         num_layers=6, num_attention_heads=1, head_dim=32, batch_size=4, steps=2, learning_rate=1e-3, warmup=0,
-        ema_decay=0.5, num_samples=8, seeds=(0,), sampling_steps=2, classifier_epochs=1,
+        ema_decay=0.5, num_samples=4, seeds=(0,), sampling_steps=2, classifier_epochs=1,
         timed_steps=1,
     ),
     # Two cores, in the background

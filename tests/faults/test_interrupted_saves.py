@@ -102,7 +102,7 @@ def test_kills_at_random_moments(way, fault, repeats):
     if isinstance(way, SaveCache):
         fresh_cache(way)  # it was whole
     generator, old = random.Random(0), 2
-    for trial in range(repeats(20, 200)):
+    for trial in range(repeats(8, 200)):
         in_child(partial(way.save, old + 1), kill_after=generator.uniform(0, 1.2 * duration))
         check(way, count, f"trial {trial}", old + 1, old)
         old += 2
