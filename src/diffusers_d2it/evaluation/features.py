@@ -27,6 +27,7 @@ from .vision_networks import EFFICIENTNET_LITE, EfficientNetLite, load_vision_mo
 
 
 _INCEPTION_SHA256 = "6726825d"  # as its authors put it into the name of the file
+_ON_A_CPU = 4  # images at once: layers of more are new memory each, which the system hands out page by page
 _IN_A_MODULE = re.compile(r"[\w.]+:\w+")
 _RESIZED = "resized to {0}x{0}, bicubic, antialiased, not rounded to 8 bits"
 
@@ -59,7 +60,8 @@ class FeatureExtractor(nn.Module, ABC):
         cudnn = torch.backends.cudnn
         exact = cudnn.flags(cudnn.enabled, cudnn.benchmark, deterministic=cudnn.deterministic, allow_tf32=False)
         with exact, torch.autocast(images.device.type, enabled=False):
-            return {name: feature.float() for name, feature in self.extract(images).items()}
+            found = [self.extract(part) for part in images.split(_ON_A_CPU if images.is_cpu else len(images) or 1)]
+            return {name: torch.cat([one[name] for one in found]).float() for name in found[0]}
 
     @property
     def device(self) -> torch.device:
