@@ -17,7 +17,6 @@ import builtins
 import hashlib
 import inspect
 import json
-from collections.abc import Iterator
 from importlib import import_module
 from importlib.util import resolve_name
 from itertools import accumulate
@@ -99,7 +98,7 @@ def bundled(pipeline: type) -> str:
         ValueError: two modules mean different things by one name, and it cannot be changed in the second; one imports
             something of the package under another name, or a module.
     """
-    modules = list(dict.fromkeys(_imported(pipeline.__module__)))
+    modules = _imported(pipeline.__module__, [])
     renamed = _renamed(modules)
     code = _HEADER.format(version=import_module(_PACKAGE).__version__)
     for module in modules:
@@ -110,15 +109,17 @@ def bundled(pipeline: type) -> str:
     return code
 
 
-def _imported(module: str) -> Iterator[str]:
-    """What a module imports of the package, each behind what it imports itself, and last the module."""
+def _imported(module: str, before: list[str]) -> list[str]:
+    """Modules `before`, then what this one imports of the package, each behind what it imports itself, and it."""
+    if module in before:
+        return before
     found = import_module(module)
     for node in ast.parse(inspect.getsource(found)).body:
         if _is_relative(node):
             if any(alias.asname or inspect.ismodule(getattr(found, alias.name)) for alias in node.names):
                 raise ValueError(f"{module} must import names of the package as they are: {ast.unparse(node)}.")
-            yield from _imported(resolve_name("." * node.level + (node.module or ""), found.__package__))
-    yield module
+            before = _imported(resolve_name("." * node.level + (node.module or ""), found.__package__), before)
+    return [*before, module]
 
 
 def _is_relative(node: ast.AST) -> bool:
