@@ -15,6 +15,7 @@
 Two grains see 32 px images, 8x8 latents and 4x4 maps; three grains 64 px images, 16x16 latents and 4x4 maps.
 """
 
+import gc
 import signal
 from functools import cache
 
@@ -151,6 +152,10 @@ def _make_pipeline(
 
 def _fixture(make):
     return pytest.fixture(scope="session")(lambda: make)
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # what is imported by now is no garbage: no collection searches it again
 
 
 @pytest.fixture
