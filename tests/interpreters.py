@@ -1,9 +1,10 @@
 # Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
-"""Interpreters that have not read their environment yet, without the seconds in which torch is imported.
+"""Interpreters with another Hub than this one, without the seconds in which libraries are imported.
 
 What the libraries of the Hub make of HF_ENDPOINT and HF_HOME they decide when they are imported, so it takes a process
-of its own to change it. `run_code` forks one from a helper that has imported torch and others, and nothing that reads
-these variables; the helper is this file, and ends with the process that has started it.
+of its own to change it. `run_code` forks one from a helper that has imported them under these variables: one for each
+of their values, so tests had better ask for the same. A helper is this file, and ends with the process that has
+started it.
 """
 
 import atexit
@@ -21,9 +22,9 @@ from types import ModuleType
 
 
 LIMIT = 300  # seconds of a process
-IMPORTED = ["torch._dynamo", "torch.distributed.fsdp", "scipy.stats", "safetensors.torch", "PIL.ImageFilter", "jinja2"]
-IMPORTED += ["requests", "tokenizers", "regex", "yaml", "fsspec", "psutil", "tqdm.auto"]
-MUST_READ = {"huggingface_hub", "transformers", "diffusers", "accelerate", "datasets", "peft", "einops"}
+IMPORTED = ["torch._dynamo", "torch.distributed.fsdp", "diffusers.training_utils", "diffusers.loaders.peft", "jinja2"]
+IMPORTED += ["diffusers.pipelines.pipeline_utils", "diffusers.schedulers.scheduling_unipc_multistep", "psutil"]
+MISSING = {"diffusers_d2it", "datasets", "einops"}  # what code imports in vain where a test wants it so
 
 
 def run_code(code: str, environment: dict[str, str]) -> subprocess.CompletedProcess:
@@ -31,7 +32,8 @@ def run_code(code: str, environment: dict[str, str]) -> subprocess.CompletedProc
     with TemporaryDirectory() as folder:
         request = {"code": code, "environment": environment, "folder": os.getcwd()}
         paths = [Path(folder, name) for name in ("stdout", "stderr")]
-        helper = _helper()
+        settings = [(key, value) for key, value in environment.items() if _is_of_the_hub(key)]
+        helper = _helper(tuple(sorted(settings)))
         helper.stdin.write(json.dumps(request | {"outputs": [*map(str, paths)]}) + "\n")
         helper.stdin.flush()
         status = int(helper.stdout.readline())
@@ -39,8 +41,8 @@ def run_code(code: str, environment: dict[str, str]) -> subprocess.CompletedProc
 
 
 @cache
-def _helper() -> subprocess.Popen:
-    environment = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))}
+def _helper(settings: tuple[tuple[str, str], ...]) -> subprocess.Popen:
+    environment = {key: value for key, value in os.environ.items() if not _is_of_the_hub(key)} | dict(settings)
     command = [sys.executable, "-W", "always", "-c", Path(__file__).read_text()]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     helper = subprocess.Popen(command, env=environment | {"OMP_NUM_THREADS": "1"}, **pipes)
@@ -48,12 +50,16 @@ def _helper() -> subprocess.Popen:
     return helper
 
 
+def _is_of_the_hub(variable: str) -> bool:
+    return variable.startswith(("HF_", "HUGGING"))
+
+
 def serve() -> str:
     """Answer requests by the status of a fork of each; in a fork, the code that it is to run."""
     for name in IMPORTED:
         importlib.import_module(name)
-    read = MUST_READ.intersection(name.partition(".")[0] for name in sys.modules)
-    assert not read, f"{read} of the helper knows no other environment any more"
+    found = MISSING.intersection(name.partition(".")[0] for name in sys.modules)
+    assert not found, f"{found} of the helper would be there for all"
     gc.freeze()  # what all forks share is not searched by each
     for line in sys.stdin:
         child = os.fork()

@@ -11,8 +11,10 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from urllib.parse import unquote, urlsplit
 
 import yaml
@@ -77,17 +79,23 @@ def serve_hub(repositories: dict[str, Path | MovingBranch], uploads: Uploads | N
 
     With `uploads` it also accepts new repositories and commits, and adds the repositories to the dictionary.
     """
-    server = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
+    server = _server()
+    assert not server.repositories, "a process has one Hub at a time"
     server.repositories, server.uploads = repositories, uploads
-    server.endpoint = f"http://127.0.0.1:{server.server_port}"
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
     try:
         yield server.endpoint
     finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
+        server.repositories, server.uploads = {}, None
+
+
+@cache
+def _server() -> ThreadingHTTPServer:
+    """That of this process: with one endpoint for all its Hubs, what knows it can be used again."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
+    server.repositories, server.uploads = {}, None
+    server.endpoint = f"http://127.0.0.1:{server.server_port}"
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    return server
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -226,7 +234,21 @@ def tree_of(folder: Path) -> list[dict]:
 def run_with_hub(code: str, endpoint: str, home: Path) -> str:
     """What a process prints, errors included, that sees this Hub and no other, and keeps its files in `home`."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))}
-    environment |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(home), "HF_TOKEN": TOKEN, "OMP_NUM_THREADS": "1"}
+    environment |= {"HF_ENDPOINT": endpoint, "HF_HOME": _home(home), "HF_TOKEN": TOKEN, "OMP_NUM_THREADS": "1"}
     result = run_code(code, environment)
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout + result.stderr
+
+
+def _home(folder: Path) -> str:
+    """The folder by a path that is the same for all: where files are kept is known once, as the endpoint is."""
+    folder.mkdir(parents=True, exist_ok=True)
+    link = Path(_links().name, "home")
+    link.unlink(missing_ok=True)
+    link.symlink_to(folder)
+    return str(link)
+
+
+@cache
+def _links() -> TemporaryDirectory:
+    return TemporaryDirectory()

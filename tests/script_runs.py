@@ -1,7 +1,7 @@
 # Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
 """Runs the scripts of examples/: as a user does, in processes of their own, or here, which spares their start.
 
-run, train              a process
+run, train              a process; `as_code` for one that another starts
 call, call_train        here
 in_processes, together  forks of this process
 """
@@ -48,6 +48,13 @@ def run(script: str, *arguments, launch: list[str] | None = None, expect_failure
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=LIMIT)
     assert (result.returncode != 0) == expect_failure, result.stdout + result.stderr
     return result
+
+
+def as_code(script: str, *arguments) -> str:
+    """Code that runs a script to its end, for a process that is no new one."""
+    words = [str(EXAMPLES / script), *map(str, arguments)]
+    start = f"import runpy, sys\nsys.argv = {words!r}\nsys.path.insert(0, {str(EXAMPLES)!r})\n"
+    return f"{start}runpy.run_path(sys.argv[0], run_name='__main__')"
 
 
 def train(script: str, output: Path, steps: int, *arguments, **kwargs):

@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
-from loopback_hub import serve_hub
+from loopback_hub import run_with_hub, serve_hub
 from PIL import Image
-from script_runs import call, in_processes, run, together
+from script_runs import as_code, call, in_processes, together
 
 from diffusers_d2it import D2iTImg2ImgPipeline, D2iTPipeline, DCDiTPipeline, load_sampler
 from diffusers_d2it.sampling import SampleFolder
@@ -225,8 +225,7 @@ def test_another_budget_is_another_set(dcdit, drawn_by_dcdit):
 
 def test_a_pipeline_of_the_hub_is_drawn_by_its_kind(dcdit, drawn_by_dcdit, tmp_path):
     with serve_hub({"user/dcdit": dcdit}) as endpoint:
-        hub = {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "0"}
-        run(SCRIPT, *flags("user/dcdit", tmp_path / "set", **LITE), **hub)
+        run_with_hub(as_code(SCRIPT, *flags("user/dcdit", tmp_path / "set", **LITE)), endpoint, tmp_path / "hf")
     assert pngs(tmp_path / "set") == pngs(drawn_by_dcdit[0])
 
 

@@ -10,9 +10,9 @@ import torch
 from alike import same_weights
 from diffusers import DiTTransformer2DModel
 from image_files import encode, photo, truncated_jpeg, write_tar
-from loopback_hub import TOKEN, Uploads, serve_hub
+from loopback_hub import Uploads, run_with_hub, serve_hub
 from safetensors.torch import load_file
-from script_runs import STEPS, call, call_train, logged, train
+from script_runs import STEPS, as_code, call, call_train, logged, train, training_flags
 from vision_models import save_vision_model
 
 from diffusers_d2it import (
@@ -300,10 +300,10 @@ def test_learned_variance_velocity_and_min_snr_from_given_weights_pushed_to_a_hu
     arguments += ["--objective", "v_prediction", "--learn_sigma", "--snr_gamma", 5]
     repositories, uploads = {}, Uploads(tmp_path / "hub")
     with serve_hub(repositories, uploads) as endpoint:
-        hub = {"HF_ENDPOINT": endpoint, "HF_TOKEN": TOKEN, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "0"}
         arguments += ["--push_to_hub", "--hub_model_id", "user/tiny", "--hub_private_repo", "--license", "cc0-1.0"]
         arguments += ["--hub_remote_code"]
-        train(f"train_{given}.py", tmp_path / "run", 1, *arguments, "--report_to", "tensorboard", **hub)
+        flags = [*training_flags(tmp_path / "run", 1), *arguments, "--report_to", "tensorboard"]
+        run_with_hub(as_code(f"train_{given}.py", *flags), endpoint, tmp_path / "hf")
     assert uploads.visibility == {"user/tiny": "private"}
     assert list(uploads.branches) == [("user/tiny", "remote-code")]
     pushed = repositories["user/tiny"]
