@@ -12,7 +12,7 @@ from diffusers import DiTTransformer2DModel
 from image_files import encode, photo, truncated_jpeg, write_tar
 from loopback_hub import Uploads, run_with_hub, serve_hub
 from safetensors.torch import load_file
-from script_runs import STEPS, as_code, call, call_train, logged, train, training_flags
+from script_runs import STEPS, as_code, call, call_train, logged, training_flags
 from vision_models import save_vision_model
 
 from diffusers_d2it import (
@@ -281,7 +281,7 @@ def test_a_stream_of_tars_trains_and_resumes(tmp_path, capsys):
     arguments = [*data, "--vae", tmp_path / "dvae" / "vae", "--preset", "grain-tiny"]
     call_train("train_grain.py", tmp_path / "whole", STEPS, *arguments)
     call_train("train_grain.py", tmp_path / "parts", 2, *arguments)
-    train("train_grain.py", tmp_path / "parts", STEPS, *arguments, "--resume_from_checkpoint", "latest")
+    call_train("train_grain.py", tmp_path / "parts", STEPS, *arguments, "--resume_from_checkpoint", "latest")
     whole, parts = (D2iTGrainModel.from_pretrained(tmp_path / run / "grain_model") for run in ("whole", "parts"))
     assert same_weights(whole, parts) and whole.config.num_classes == 3
 
@@ -319,8 +319,8 @@ def test_learned_variance_velocity_and_min_snr_from_given_weights_pushed_to_a_hu
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a compiler")
-def test_compiled_run_trains_as_an_uncompiled_one(grain, grain_arguments, tmp_path):
-    train("train_grain.py", tmp_path, 2, *grain_arguments, "--compile")
+def test_compiled_run_trains_as_an_uncompiled_one(grain, grain_arguments, fresh_compiler, tmp_path):
+    call_train("train_grain.py", tmp_path, 2, *grain_arguments, "--compile")
     files = (run / "checkpoint-2" / "model" / "diffusion_pytorch_model.safetensors" for run in (grain, tmp_path))
     # Adam's first steps have the size of the learning rate, 1e-4, whatever the gradient's last bits are
     torch.testing.assert_close(*map(load_file, files), atol=2e-5, rtol=1e-4)
