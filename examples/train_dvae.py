@@ -44,6 +44,12 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         " transformer of transformers",
     )
     group.add_argument(
+        "--perceptual_logits",
+        type=weight,
+        default=0.0,
+        help="weight of what the network, efficientnet-lite0, takes the image for, beside its levels",
+    )
+    group.add_argument(
         "--perceptual_resolution", type=positive, help="side of the images that it sees; default: --resolution"
     )
     group.add_argument(
@@ -212,7 +218,8 @@ def main(args: argparse.Namespace) -> None:
     perceptual = None
     check_resolution(args.resolution, region_size(args))
     if args.perceptual_weight > 0:
-        perceptual = PerceptualLoss(args.perceptual_network, args.perceptual_resolution).to(accelerator.device)
+        sees = args.perceptual_network, args.perceptual_resolution, args.perceptual_logits
+        perceptual = PerceptualLoss(*sees).to(accelerator.device)
         perceptual.check_resolution(args.resolution)
         num_compared = max(1, round(args.perceptual_share * args.train_batch_size))
     check_torchmetrics()  # what is missing is missed now

@@ -63,6 +63,22 @@ def test_distance_is_that_of_directions_at_every_place_and_level(loss_and_photos
     assert loss(photos.flip(0), photos).item() == pytest.approx(expected, rel=1e-4)
 
 
+def test_logits_are_compared_as_directions_beside_the_levels(photos):
+    reconstruction = photos.flip(0).requires_grad_()
+    plain, loss = (PerceptualLoss("efficientnet-lite0", 64, weight) for weight in (0.0, 0.5))
+    logits = [loss.network.classify(images, (64, 64))[1] for images in (reconstruction, photos)]
+    found, of_logits = loss(reconstruction, photos), (2 - 2 * F.cosine_similarity(*logits)).mean()
+    assert of_logits > 0.1
+    torch.testing.assert_close(found, plain(reconstruction, photos) + 0.5 * of_logits)
+    with_logits, without = (torch.autograd.grad(x(reconstruction, photos), reconstruction)[0] for x in (loss, plain))
+    assert (with_logits - without).norm() > 0.1 * without.norm()
+
+
+def test_a_network_without_logits_is_named(tmp_path):
+    with pytest.raises(ValueError, match="`logits_weight`.*0.5"):
+        PerceptualLoss(save_vision_model(tmp_path), 42, 0.5)
+
+
 def test_a_side_that_does_not_suit_the_network_is_named(tmp_path):
     loss = PerceptualLoss(save_vision_model(tmp_path), resolution=None)
     loss.check_resolution(3 * loss.network.multiple)

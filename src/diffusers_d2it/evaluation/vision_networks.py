@@ -89,6 +89,11 @@ class EfficientNetLite(VisionNetwork):
         outputs = islice(self._outputs(pixels), self._levels[-1] + 1)
         return [output for i, output in enumerate(outputs) if i in self._levels]
 
+    def levels_and_logits(self, pixels: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
+        """As `levels`, and the logits (B, 1000) of the same pass."""
+        outputs = list(self._outputs(pixels))
+        return [outputs[i] for i in self._levels], self._head(outputs[-1])[1]
+
     @torch.no_grad()
     def tokens(self, pixels: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
         outputs = self._outputs(pixels, tuple(self.patch_size * side for side in size))
@@ -97,8 +102,11 @@ class EfficientNetLite(VisionNetwork):
     @torch.no_grad()
     def classify(self, pixels: torch.Tensor, size: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
         """Images (B, 3, H, W) in [-1, 1], resized to (H', W') -> pooled features (B, 1280) and logits (B, 1000)."""
-        model = self.model
         (last,) = deque(self._outputs(pixels, size), maxlen=1)
+        return self._head(last)
+
+    def _head(self, last: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        model = self.model
         pool = model._swish(model._bn1(model._conv_head(last))).mean(dim=(2, 3))
         return pool, model._fc(pool)
 

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..evaluation import VisionNetwork, load_lpips, load_vision_network
+from ..evaluation.vision_networks import EfficientNetLite
 
 
 _LPIPS = ("`perceptual_network` lpips", "`perceptual_network` efficientnet-lite0 comes with packages.")
@@ -16,20 +17,26 @@ class PerceptualLoss(nn.Module):
 
     LPIPS (arXiv:1801.03924) has learned how much each feature counts. Of any other network features of several levels
     are compared, at every place as directions, of unit norm: the squared difference, 0 to 4, averaged over places and,
-    by `VisionNetwork.level_weights`, over levels.
+    by `VisionNetwork.level_weights`, over levels. What a classifier takes the whole image for can be compared
+    too, as for the tokenizer of MaskBit (arXiv:2409.16211): its logits, here as directions as well.
 
     Args:
         network: "lpips", that of VGG-16; or what `load_vision_network` takes.
         resolution: side of the square to which images are resized first; None for the images as they are.
+        logits_weight: weight of the logits beside the levels, whose weights are 1 in all; a classifier has them,
+            an EfficientNet-Lite.
 
     Raises:
-        ValueError: the network cannot be loaded, or `resolution` does not suit it.
+        ValueError: the network cannot be loaded, or it has no logits to weigh.
     """
 
-    def __init__(self, network: str = "lpips", resolution: int | None = None):
+    def __init__(self, network: str = "lpips", resolution: int | None = None, logits_weight: float = 0.0):
         super().__init__()
         self.resolution = resolution
+        self.logits_weight = logits_weight
         self.network = load_lpips("vgg", *_LPIPS) if network == "lpips" else load_vision_network(network)
+        if logits_weight > 0 and not isinstance(self.network, EfficientNetLite):
+            raise ValueError(f"`logits_weight` must be 0 for {network}, which has no logits, got {logits_weight}.")
 
     def check_resolution(self, resolution: int) -> None:
         """
@@ -53,10 +60,18 @@ class PerceptualLoss(nn.Module):
         if not isinstance(self.network, VisionNetwork):
             return self.network(reconstruction, pixels).float().mean()
         with torch.no_grad():
-            wanted = self.network.levels(pixels)
-        weights = self.network.level_weights
+            wanted = self._features(pixels)
         distances = [
             (F.normalize(got.float(), dim=1) - F.normalize(want.float(), dim=1)).square().sum(dim=1).mean()
-            for got, want in zip(self.network.levels(reconstruction), wanted)
+            for got, want in zip(self._features(reconstruction), wanted, strict=True)
         ]
-        return sum(weight * distance for weight, distance in zip(weights, distances)) / sum(weights)
+        weights = self.network.level_weights
+        distance = sum(weight * of_level for weight, of_level in zip(weights, distances)) / sum(weights)
+        return distance if self.logits_weight == 0 else distance + self.logits_weight * distances[-1]
+
+    def _features(self, pixels: torch.Tensor) -> list[torch.Tensor]:
+        """Levels (B, C, h, w), and if they count the logits (B, 1000)."""
+        if self.logits_weight == 0:
+            return self.network.levels(pixels)
+        levels, logits = self.network.levels_and_logits(pixels)
+        return [*levels, logits]
