@@ -74,9 +74,9 @@ def test_logits_are_compared_as_directions_beside_the_levels(photos):
     assert (with_logits - without).norm() > 0.1 * without.norm()
 
 
-def test_a_network_without_logits_is_named(tmp_path):
-    with pytest.raises(ValueError, match="`logits_weight`.*0.5"):
-        PerceptualLoss(save_vision_model(tmp_path), 42, 0.5)
+def test_a_network_without_logits_is_named():
+    with pytest.raises(ValueError, match="`perceptual_logits`.*lpips.*0.5"):
+        PerceptualLoss("lpips", 64, 0.5)
 
 
 def test_a_side_that_does_not_suit_the_network_is_named(tmp_path):

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..evaluation import VisionNetwork, load_lpips, load_vision_network
-from ..evaluation.vision_networks import EfficientNetLite
+from ..evaluation.vision_networks import EFFICIENTNET_LITE
 
 
 _LPIPS = ("`perceptual_network` lpips", "`perceptual_network` efficientnet-lite0 comes with packages.")
@@ -17,14 +17,14 @@ class PerceptualLoss(nn.Module):
 
     LPIPS (arXiv:1801.03924) has learned how much each feature counts. Of any other network features of several levels
     are compared, at every place as directions, of unit norm: the squared difference, 0 to 4, averaged over places and,
-    by `VisionNetwork.level_weights`, over levels. What a classifier takes the whole image for can be compared
-    too, as for the tokenizer of MaskBit (arXiv:2409.16211): its logits, here as directions as well.
+    by `VisionNetwork.level_weights`, over levels. What a classifier takes the whole image for can be compared too, as
+    for the tokenizer of MaskBit (arXiv:2409.16211): its logits, here as directions as well.
 
     Args:
         network: "lpips", that of VGG-16; or what `load_vision_network` takes.
         resolution: side of the square to which images are resized first; None for the images as they are.
-        logits_weight: weight of the logits beside the levels, whose weights are 1 in all; a classifier has them,
-            an EfficientNet-Lite.
+        logits_weight: weight of the logits beside the levels, whose weights are 1 in all; one of
+            efficientnet-lite0 and efficientnet-lite2 has them.
 
     Raises:
         ValueError: the network cannot be loaded, or it has no logits to weigh.
@@ -34,9 +34,9 @@ class PerceptualLoss(nn.Module):
         super().__init__()
         self.resolution = resolution
         self.logits_weight = logits_weight
+        if logits_weight > 0 and network not in EFFICIENTNET_LITE:
+            raise ValueError(f"`perceptual_logits` must be 0 for {network}, got {logits_weight}: it has no logits.")
         self.network = load_lpips("vgg", *_LPIPS) if network == "lpips" else load_vision_network(network)
-        if logits_weight > 0 and not isinstance(self.network, EfficientNetLite):
-            raise ValueError(f"`logits_weight` must be 0 for {network}, which has no logits, got {logits_weight}.")
 
     def check_resolution(self, resolution: int) -> None:
         """
@@ -66,7 +66,9 @@ class PerceptualLoss(nn.Module):
             for got, want in zip(self._features(reconstruction), wanted, strict=True)
         ]
         weights = self.network.level_weights
-        distance = sum(weight * of_level for weight, of_level in zip(weights, distances)) / sum(weights)
+        distance = sum(weight * of_level for weight, of_level in zip(weights, distances)) / sum(
+            weights
+        )  # logits apart
         return distance if self.logits_weight == 0 else distance + self.logits_weight * distances[-1]
 
     def _features(self, pixels: torch.Tensor) -> list[torch.Tensor]:
