@@ -66,10 +66,8 @@ class PerceptualLoss(nn.Module):
             for got, want in zip(self._features(reconstruction), wanted, strict=True)
         ]
         weights = self.network.level_weights
-        distance = sum(weight * of_level for weight, of_level in zip(weights, distances)) / sum(
-            weights
-        )  # logits apart
-        return distance if self.logits_weight == 0 else distance + self.logits_weight * distances[-1]
+        of_levels = sum(weight * distance for weight, distance in zip(weights, distances)) / sum(weights)
+        return of_levels if self.logits_weight == 0 else of_levels + self.logits_weight * distances[-1]
 
     def _features(self, pixels: torch.Tensor) -> list[torch.Tensor]:
         """Levels (B, C, h, w), and if they count the logits (B, 1000)."""
