@@ -69,6 +69,8 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     for flag in ("freeze_fine_path", "freeze_encoder"):
         if getattr(args, flag) and args.init_from is None:
             parser.error(f"--{flag} keeps what --init_from brings: pass both")
+    if args.perceptual_logits > 0 and args.perceptual_weight == 0:
+        parser.error("--perceptual_logits is a part of the perceptual loss, which --perceptual_weight 0 goes without")
     if args.mixed_precision == "fp16" and args.gan_weight > 0:
         parser.error("--mixed_precision fp16 cannot scale two losses: pass bf16, or --gan_weight 0")
     if args.freeze_fine_path and args.gan_weight > 0:
@@ -218,8 +220,8 @@ def main(args: argparse.Namespace) -> None:
     perceptual = None
     check_resolution(args.resolution, region_size(args))
     if args.perceptual_weight > 0:
-        sees = args.perceptual_network, args.perceptual_resolution, args.perceptual_logits
-        perceptual = PerceptualLoss(*sees).to(accelerator.device)
+        perceptual = PerceptualLoss(args.perceptual_network, args.perceptual_resolution, args.perceptual_logits)
+        perceptual.to(accelerator.device)
         perceptual.check_resolution(args.resolution)
         num_compared = max(1, round(args.perceptual_share * args.train_batch_size))
     check_torchmetrics()  # what is missing is missed now

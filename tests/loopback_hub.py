@@ -80,19 +80,19 @@ def serve_hub(repositories: dict[str, Path | MovingBranch], uploads: Uploads | N
     With `uploads` it also accepts new repositories and commits, and adds the repositories to the dictionary.
     """
     server = _server()
-    assert not server.repositories, "a process has one Hub at a time"
+    assert server.repositories is None, "a process has one Hub at a time"
     server.repositories, server.uploads = repositories, uploads
     try:
         yield server.endpoint
     finally:
-        server.repositories, server.uploads = {}, None
+        server.repositories, server.uploads = None, None
 
 
 @cache
 def _server() -> ThreadingHTTPServer:
     """That of this process: with one endpoint for all its Hubs, what knows it can be used again."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
-    server.repositories, server.uploads = {}, None
+    server.repositories, server.uploads = None, None
     server.endpoint = f"http://127.0.0.1:{server.server_port}"
     threading.Thread(target=server.serve_forever, daemon=True).start()
     return server
@@ -198,7 +198,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def repository(self, path: str, prefix: str) -> tuple[str | None, Path | None, str, str]:
         """Name, folder and commit of the repository that a path is about, and the rest of the path."""
-        for name, folder in self.server.repositories.items():
+        for name, folder in (self.server.repositories or {}).items():
             if f"{path}/".startswith(f"{prefix}{name}/"):
                 rest = path.removeprefix(f"{prefix}{name}")
                 revision = re.match(r"/(?:resolve|revision|tree|preupload|commit)/([^/]+)", rest)

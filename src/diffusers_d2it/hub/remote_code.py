@@ -110,7 +110,7 @@ def bundled(pipeline: type) -> str:
 
 
 def _imported(module: str, before: list[str]) -> list[str]:
-    """Modules `before`, then what this one imports of the package, each behind what it imports itself, and it."""
+    """Modules `before`, then what this one imports of the package, each behind what it imports itself; it is last."""
     if module in before:
         return before
     found = import_module(module)
