@@ -45,6 +45,11 @@ FLAGS = [
     ("train_grain.py", "@no/where.txt", ["no/where.txt"]),
     ("train_grain.py", "@recipe.txt", ["--resolutoin", "--resolution"]),
     ("train_dvae.py", f"{SOURCE} --output_dir o --max_train_steps 2 --freeze_fine_path", ["--freeze_fine_path"]),
+    (
+        "train_dvae.py",
+        f"{SOURCE} --output_dir o --max_train_steps 2 --perceptual_weight 0 --perceptual_logits 1",
+        ["--perceptual_logits", "--perceptual_weight 0"],
+    ),
     ("train_dvae.py", f"{SOURCE} --output_dir o --max_train_steps 2 --freeze_encoder", ["--freeze_encoder"]),
     ("cache_latents.py", "--vae v --output_dir o --train_data_dir", ["--train_data_dir"]),
     ("calibrate_dvae.py", SOURCE, ["--vae", "--output"]),
