@@ -204,19 +204,59 @@ def test_links_are_not_sealed(tmp_path):
         save_folder(tmp_path / "model", lambda folder: Path(folder, "passwd").symlink_to("/etc/passwd"))
 
 
-@pytest.mark.parametrize("name", ["../x", "/etc/passwd", "a/../../x", "\x1b[31mred"])
-@pytest.mark.parametrize("entry", ["files", "stale", "pending"])
-def test_a_manifest_that_names_what_lies_outside_is_refused(tmp_path, name, entry):
-    manifest = {"version": 1, "files": {}, "stale": [], "pending": ".staging-files-01234567"}
-    manifest[entry] = {"files": {name: {"bytes": 0, "sha256": ""}}, "stale": [name], "pending": name}[entry]
-    (tmp_path / "model").mkdir()
-    (tmp_path / "x").write_text("mine")
-    text = json.dumps({**manifest, "sha256": folders.digest(manifest)})
-    (tmp_path / "model" / MANIFEST).write_text(text)
+RECORD = {"bytes": 4, "sha256": ""}
+
+
+@pytest.mark.parametrize(
+    "entry, value, named",
+    [
+        *(("files", {name: RECORD}, name) for name in ("../x", "/etc/passwd", "a/../../x", "\x1b[31mred")),
+        *(("stale", [name], name) for name in ("../x.safetensors", "/etc/x.safetensors", "a/../../x.safetensors")),
+        *(("stale", [name], name) for name in ("\x1b[31mred.safetensors", "notes.txt", "sub", MANIFEST)),
+        *(
+            ("pending", name, name)
+            for name in ("../x", "/etc/passwd", ".", "", "sub", ".staging-a/..", ".staging-a/b")
+        ),
+        *(("pending", value, value) for value in (None, 3, [".staging-files-01234567"])),
+        *(("stale", value, value) for value in (None, 5, "notes.txt", [5], {})),
+        *(("files", value, None) for value in (None, [], {"a": 3}, {"a": {"bytes": 4}})),
+    ],
+)
+def test_a_manifest_of_somebody_else_moves_and_removes_nothing(tmp_path, entry, value, named):
+    """It comes with a folder, and whoever wrote it can compute its SHA-256."""
+    model = tmp_path / "model"
+    (model / "sub").mkdir(parents=True)
+    for path in (tmp_path / "x", model / "notes.txt", model / "sub" / "notes.txt"):
+        path.write_text("mine")
+    manifest = {"version": 1, "files": {}, "stale": [], "pending": ".staging-files-01234567"} | {entry: value}
+    (model / MANIFEST).write_text(json.dumps({**manifest, "sha256": folders.digest(manifest)}))
+    before = everything_in(tmp_path)
     for call in (verify, settle):
-        with pytest.raises(ValueError, match=re.escape(repr(name))):
-            call(tmp_path / "model")
-    assert (tmp_path / "x").read_text() == "mine"
+        with pytest.raises(ValueError, match=MANIFEST if named is None else re.escape(repr(named))):
+            call(model)
+    assert everything_in(tmp_path) == before
+
+
+@pytest.mark.parametrize("link", [".staging-files-01234567", "sub"])
+def test_a_link_leads_an_unfinished_save_nowhere(tmp_path, link):
+    """Neither files of somewhere else into the folder, nor its own over files of somewhere else."""
+    model, home = tmp_path / "model", tmp_path / "home"
+    staged = model / ".staging-files-01234567" / "sub" / "key"
+    for path in (home / "sub" / "key", home / "key", *([staged] if link == "sub" else [])):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("mine")
+    model.mkdir(exist_ok=True)
+    (model / link).symlink_to(home, target_is_directory=True)
+    manifest = {"version": 1, "files": {"sub/key": RECORD}, "stale": [], "pending": ".staging-files-01234567"}
+    (model / MANIFEST).write_text(json.dumps({**manifest, "sha256": folders.digest(manifest)}))
+    before = everything_in(tmp_path)
+    with pytest.raises(ValueError, match=link):
+        settle(model)
+    assert everything_in(tmp_path) == before
+
+
+def everything_in(folder: Path) -> dict[str, str | None]:
+    return {str(path): path.read_text() if path.is_file() else None for path in sorted(folder.rglob("*"))}
 
 
 def test_what_is_no_file_is_not_replaced_by_one(tmp_path):

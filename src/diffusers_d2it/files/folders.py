@@ -341,12 +341,35 @@ def _read_manifest(folder: Path) -> dict:
     if manifest.get("version") != _VERSION:
         raise ValueError(f"{path} must be of version {_VERSION}, got {manifest.get('version')!r}.")
     files = manifest.get("files")
-    if not isinstance(files, dict) or any(record.keys() != {"bytes", "sha256"} for record in files.values()):
+    records = files.values() if isinstance(files, dict) else [None]
+    if not all(isinstance(record, dict) and record.keys() == {"bytes", "sha256"} for record in records):
         raise ValueError(f"{path} is damaged: it does not list files with their sizes and hashes.")
-    for name in [*files, *manifest.get("stale", ()), manifest.get("pending", MANIFEST)]:
+    for name in files:
         if os.path.isabs(name) or ".." in Path(name).parts or not name.isprintable():
             raise ValueError(f"{path} must name files of its folder, got {name!r}.")
+    if "pending" in manifest:
+        _check_pending(folder, manifest)
     return manifest
+
+
+def _check_pending(folder: Path, manifest: dict) -> None:
+    """Raise a ValueError unless what is left of a save is what `_commit_inside` leaves.
+
+    The manifest may have come with a folder of somebody else's: finishing the save moves and removes files.
+    """
+    path, pending, stale = folder / MANIFEST, manifest["pending"], manifest.get("stale")
+    if not (isinstance(pending, str) and pending.startswith(STAGING) and Path(pending).name == pending):
+        raise ValueError(f"`pending` of {path} must name the folder of an unfinished save, got {pending!r}.")
+    if not (isinstance(stale, list) and all(isinstance(name, str) and _may_be_stale(name) for name in stale)):
+        raise ValueError(f"`stale` of {path} must name weights and manifests of its folder, got {stale!r}.")
+    for inside in [folder / pending, *((folder / name).parent for name in (*manifest["files"], *stale))]:
+        if not inside.resolve().is_relative_to(folder.resolve()):
+            raise ValueError(f"{inside} must lie in its folder for what {path} says of it: it is a link elsewhere.")
+
+
+def _may_be_stale(name: str) -> bool:
+    is_inside = not os.path.isabs(name) and ".." not in Path(name).parts and name.isprintable()
+    return is_inside and (".safetensors" in name or name.endswith(f"/{MANIFEST}"))
 
 
 @contextmanager
