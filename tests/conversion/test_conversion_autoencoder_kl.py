@@ -156,6 +156,8 @@ def test_calibration_is_the_presets_for_regions_of_16_pixels(vae_folder, tmp_pat
         ({"latents_std": [1.0] * 4}, "`latents_std`"),
         ({"in_channels": 4}, "`in_channels`"),
         ({"sample_size": [32, 48]}, "`sample_size`"),
+        ({"block_out_channels": None}, "`block_out_channels`"),
+        ({"block_out_channels": [], "down_block_types": [], "up_block_types": []}, "`block_out_channels`"),
         ({"temporal_compression_ratio": 4}, "temporal_compression_ratio.*4"),
         ({"use_quant_conv": False}, "`quant_conv.weight`"),
         ({"use_post_quant_conv": False}, "`post_quant_conv.weight`"),

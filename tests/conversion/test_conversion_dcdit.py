@@ -132,6 +132,9 @@ def test_bad_settings(tmp_path, settings):
         torch.save({"ema": released(make_model()), "config": config}, tmp_path / "a.pt")
         with pytest.raises(ValueError, match="config|`num_attention_heads`|`smoothing_sigma`"):
             convert_dcdit_checkpoint(tmp_path / "a.pt")
+    torch.save({"ema": released(make_model()), "config": settings([4], 1.0)}, tmp_path / "a.pt")
+    with pytest.raises(ValueError, match="`num_attention_heads`.* 0"):
+        convert_dcdit_checkpoint(tmp_path / "a.pt", num_attention_heads=0)
 
 
 @pytest.mark.parametrize("key", ["pos_embed", "hnet.residual_proj.weight", f"{BLOCK}.1.attn.qkv.bias", "more"])

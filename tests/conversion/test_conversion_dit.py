@@ -128,6 +128,11 @@ def test_refine_net_has_the_depth_of_the_preset_of_that_size(save_dit, depth, nu
         (lambda w: w | {"x_embedder.proj.weight": torch.ones(32, 16)}, r"x_embedder.proj.weight.*4.*\(32, 16\)"),
         (lambda w: w | {"final_layer.linear.weight": torch.ones(33, 32)}, "final_layer.linear.weight"),
         (lambda w: w | {"final_layer.linear.weight": torch.ones(20, 32)}, "out_channels"),
+        (
+            lambda w: w | {"x_embedder.proj.weight": torch.ones(32, 4, 0, 0)},
+            r"x_embedder.proj.weight.*\(32, 4, 0, 0\)",
+        ),
+        (lambda w: w | {"pos_embed": w["pos_embed"][:, :0]}, r"`pos_embed`.*\(1, 0, 32\)"),
         (lambda w: w | {"pos_embed": w["pos_embed"].flip(1)}, "`pos_embed`.*4x4"),
         (lambda w: w | {"pos_embed": w["pos_embed"] * float("nan")}, "`pos_embed`.*nan"),
         (lambda w: w | {"pos_embed": w["pos_embed"][:, 1:]}, r"`pos_embed`.*\(1, 15, 32\)"),

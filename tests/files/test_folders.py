@@ -153,6 +153,14 @@ def test_what_a_living_process_writes_is_not_swept_away(tmp_path, disk_that_lock
         assert {path.name for path in tmp_path.iterdir()} == {mine.name, "other"}
 
 
+def test_what_a_killed_process_left_of_a_name_is_cleared_up_whatever_the_name(tmp_path):
+    for name in ("model[1]", "model*"):
+        left = tmp_path / f".staging-{name}-01234567"
+        left.mkdir()
+        sweep(tmp_path, f"{name}-")
+        assert not left.exists()
+
+
 @pytest.fixture(params=["folders and files", "files alone"])
 def disk_that_locks(request, monkeypatch) -> None:
     """What a disk can lock: NFS refuses to lock what cannot be opened for writing."""

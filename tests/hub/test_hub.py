@@ -266,6 +266,7 @@ def test_publish_writes_the_card_of_a_run_also_without_a_push(make_vae, picture,
     exec(first_snippet(card), scope)  # without a name on the Hub it loads from its folder
     assert scope["decoded"].shape == (1, 3, 32, 32)
 
+    (tmp_path / "vae/README.md").write_bytes(card.encode() + "Größe".encode("latin-1"))  # edited
     stage = {"built_on": [tmp_path / "vae", "user/grains"], "commands": ["last"]}
     with pytest.warns(UserWarning, match="none.png"):
         publish(vae, tmp_path / "vae", **hub, **stage, dataset_name="user/photos", sample_image="none.png")

@@ -10,7 +10,9 @@ import torch
 from diffusers import AutoencoderKL
 from torch import nn
 
+from ..limits import check_values
 from ..models.autoencoder_kl_dynamic import DynamicAutoencoderKL
+from ..models.configs import LIMITS
 from ..presets import load_preset
 from .transfer import ConversionReport, check_config, read_folder, transfer
 
@@ -55,6 +57,7 @@ def convert_autoencoder_kl(
             wrong shape; the calibration was counted on regions of another size.
     """
     config, weights, source = read_folder(Path(folder), "vae", ("AutoencoderKL",), AutoencoderKL)
+    check_values(config, {"block_out_channels": tuple[int, ...], "sample_size": int}, LIMITS)
     widths = list(config["block_out_channels"])
     check_config(
         config,
@@ -66,8 +69,6 @@ def convert_autoencoder_kl(
         latents_mean=None,
         latents_std=None,
     )
-    if not isinstance(config["sample_size"], int):
-        raise ValueError(f"`sample_size` of {source} must be one number, got {config['sample_size']}.")
     report = ConversionReport(source)
     factor = 2 ** (len(widths) - 1)
     if calibration is None and factor == 8:

@@ -65,7 +65,9 @@ def convert_dcdit_checkpoint(
     side = check_positions("pos_embed", weights, dim, report)
     settings = _settings(others.get("config"), source)
     blocks = "hnet.main_network.main_network.layers"
-    heads = count_heads(num_attention_heads or settings.get("num_attention_heads"), dim, source)
+    if num_attention_heads is None:
+        num_attention_heads = settings.get("num_attention_heads")
+    heads = count_heads(num_attention_heads, dim, source)
     sizes = {
         "in_channels": in_channels,
         "out_channels": len(take(weights, "final_layer.linear.weight", source, ndim=2)),

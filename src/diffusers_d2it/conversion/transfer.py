@@ -1,7 +1,6 @@
 # Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
 """From files of other libraries, tensors and settings but never code, to a model that accounts for every weight."""
 
-import inspect
 import json
 import pickle
 import re
@@ -19,6 +18,7 @@ from torch import nn
 from ..files import read_json, save_folder
 from ..files.source import public_config
 from ..files.weights import read_headers, weight_files, weight_names
+from ..models.strict import init_parameters
 from ..words import listed, shown
 
 
@@ -65,12 +65,14 @@ def _modules(keys: Iterable[str]) -> str:
 
 
 def take(weights: dict[str, torch.Tensor], key: str, source: str, ndim: int | None = None) -> torch.Tensor:
-    """A weight of the source. Raises a ValueError if there is none, or one with other than `ndim` dimensions."""
+    """A weight of the source. Raises a ValueError if there is none, or it is empty or not of `ndim` dimensions."""
     if key not in weights:
         raise ValueError(f"{source} has no weight `{key}`.")
     value = weights[key]
-    if ndim is not None and value.ndim != ndim:
-        raise ValueError(f"`{key}` of {source} must have {ndim} dimensions, got shape {tuple(value.shape)}.")
+    if ndim is not None and (value.ndim != ndim or not value.numel()):
+        raise ValueError(
+            f"`{key}` of {source} must have {ndim} dimensions and values, got shape {tuple(value.shape)}."
+        )
     return value
 
 
@@ -168,9 +170,8 @@ def read_folder(
     name = config.get("_class_name")
     if name not in class_names:
         raise ValueError(f"{folder} must hold a model of class {class_names[0]}, got {shown(name)}.")
-    source = f"{name} in {folder.name}"
-    parameters = inspect.signature(cls.__init__).parameters.values()
-    defaults = {parameter.name: parameter.default for parameter in parameters if parameter.name != "self"}
+    source = f"{name} in {folder.absolute().name}"
+    defaults = {name: parameter.default for name, parameter in init_parameters(cls).items()}
     for key, value in public_config(config).items():
         # Old files have options that diffusers has dropped since: one that was off changes nothing.
         if key not in defaults and value not in (None, False, "default"):

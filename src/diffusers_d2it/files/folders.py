@@ -11,6 +11,7 @@ unnoticed.
 """
 
 import errno
+import glob
 import hashlib
 import json
 import os
@@ -63,7 +64,8 @@ def save_folder(folder: str | os.PathLike, save: Callable[[str], object]) -> Non
 
     Raises:
         OSError: the disk is full or failed. What was in the folder is still there.
-        ValueError: the folder is a file, or another process is saving to it.
+        ValueError: the folder is a file, another process is saving to it, its manifest is damaged or somebody else's,
+            or `save` has made a link.
     """
     folder = Path(folder).absolute()
     if folder.exists() and not folder.is_dir():
@@ -98,6 +100,10 @@ def seal(
         folder: what is sealed.
         paths: the files in it that count, such as manifests of what was sealed by itself; None for all.
         written: records of those that are on the disk already; they are not read again.
+
+    Raises:
+        OSError: the disk is full or failed.
+        ValueError: all files count, and one of them is a link.
     """
     # That of any new file, as the folder is new: safetensors makes files readable by their owner alone
     mode = folder.stat().st_mode & 0o666
@@ -106,7 +112,8 @@ def seal(
         path.chmod(mode)
         with path.open("rb+") as file:
             os.fsync(file.fileno())
-        files[path.relative_to(folder).as_posix()] = written.get(path) or _record(path)
+        record = written.get(path) or {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+        files[path.relative_to(folder).as_posix()] = record
     for path in sorted(folder.rglob("*"), reverse=True):
         if path.is_dir():
             fsync_folder(path)
@@ -187,6 +194,7 @@ def sweep(folder: Path, name: str = "") -> None:
     What was half-written or half-removed goes, what was to be replaced comes back unless the new one is there: of all
     files and folders, or of that whose name, with a hyphen behind it, is `name`.
     """
+    name = glob.escape(name)
     for path in sorted(folder.glob(f"{OLD}{name}*")):
         current = path.with_name(path.name[len(OLD) : -_ID_LENGTH - 1])
         if not current.exists():
@@ -290,8 +298,7 @@ def _commit_inside(staging: Path, folder: Path) -> None:
     others = {path.relative_to(folder).as_posix() for path in around if path.is_file()} - new.keys()
     # Of a sub-folder that was saved by itself before, the manifest does not hold any more
     stale = sorted(name for name in others if series_of(name) in series or name.endswith(f"/{MANIFEST}"))
-    files = {"version": _VERSION, "files": {**kept, **new}}
-    manifest = {**files, "pending": staging.name, "stale": stale}
+    manifest = {"version": _VERSION, "files": {**kept, **new}, "pending": staging.name, "stale": stale}
     _write_manifest(folder, manifest)  # from here on the new files count
     _move_pending(staging, folder, manifest)
 
@@ -327,10 +334,6 @@ def _files_of(folder: Path) -> Iterator[Path]:
 
 def _write_manifest(folder: Path, manifest: dict) -> None:
     write_json_durably(folder / MANIFEST, {**manifest, "sha256": digest(manifest)})
-
-
-def _record(path: Path) -> Record:
-    return {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
 
 
 def _read_manifest(folder: Path) -> dict:

@@ -122,24 +122,15 @@ def pin(name: str, arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def find_model(name: str | os.PathLike, subfolder: str | None, variant: str | None, arguments: dict[str, Any]) -> Path:
-    """The folder of a model: inside of a folder, or downloaded from the Hub.
+    """The folder of a model: inside of a folder, or in the cache of the Hub, to which one commit is downloaded.
 
     Raises:
-        ValueError: `name` is neither a folder nor a name of the Hub, or as for `download_model`.
-        OSError: as for `download_model`.
+        ValueError: `name` is neither a folder nor a name of the Hub.
+        OSError, ValueError: as for `pin`, or files are missing from the cache and the Hub cannot be reached.
     """
     check_source(name, subfolder, variant)
     if os.path.isdir(name):
         return Path(name, subfolder or "")
-    return download_model(name, subfolder, variant, arguments)
-
-
-def download_model(name: str, subfolder: str | None, variant: str | None, arguments: dict[str, Any]) -> Path:
-    """Download what a model of one variant is made of, at one commit, and return its folder in the cache.
-
-    Raises:
-        OSError, ValueError: as for `pin`, or files are missing from the cache and the Hub cannot be reached.
-    """
     inside = "" if subfolder is None else f"{subfolder.strip('/')}/"
     stem = "diffusion_pytorch_model"
     names = ["config.json", *weight_names(variant)]
@@ -147,7 +138,7 @@ def download_model(name: str, subfolder: str | None, variant: str | None, argume
         names += [f"{stem}-?????-of-?????.safetensors"]
     else:
         names += [f"{stem}.{variant}-?????-of-?????.safetensors", f"{stem}-?????-of-?????.{variant}.safetensors"]
-    folder = snapshot_download(name, allow_patterns=[f"{inside}{name}" for name in names], **pin(name, arguments))
+    folder = snapshot_download(str(name), allow_patterns=[f"{inside}{name}" for name in names], **pin(name, arguments))
     return Path(folder, subfolder or "")
 
 

@@ -118,18 +118,18 @@ def make_model_card(
     model, kind = _unwrap(pipe_or_model)
     check_license(license)
     for name in [repo_id, *(datasets or [])]:
-        if name is not None:
-            validate_repo_id(name)
+        validate_repo_id(name)  # which None passes
     for name, value in (("sample_image", sample_image), ("subfolder", subfolder), ("variant", variant)):
         if value is not None and not re.fullmatch(r"\w[\w.-]*", value, re.ASCII):
             raise ValueError(f"`{name}` must be a plain name of letters, digits, '_', '-' and '.', got {value!r}.")
     if remote_code and (kind != "pipeline" or repo_id is None or subfolder is not None or adapters_of is not None):
         raise ValueError("`remote_code` is for a pipeline at the top of a repository, named by `repo_id`.")
     metrics = {name: _check_metric(name, metric) for name, metric in (metrics or {}).items()}
+    facts = _facts(model, kind, repo_id, {"subfolder": subfolder, "variant": variant}, adapters_of)
     return ModelCard.from_template(
-        _metadata(model, kind, repo_id, license, datasets, metrics, adapters_of),
+        _metadata(facts, repo_id, license, datasets, metrics, adapters_of),
         template_path=str(_TEMPLATE),
-        **_facts(model, kind, repo_id, {"subfolder": subfolder, "variant": variant}, adapters_of),
+        **facts,
         branch=BRANCH if remote_code else None,
         train_data=train_data,
         train_data_terms=train_data_terms,
@@ -148,7 +148,8 @@ def commands_of(folder: str | os.PathLike) -> list[str]:
     card = Path(folder) / "README.md"
     if not card.is_file():
         return []
-    section = re.search(r"^## Commands\n\n(`{3,})bash\n(.*?)\n\1$", card.read_text(encoding="utf-8"), re.M | re.S)
+    text = card.read_text(encoding="utf-8", errors="replace")  # somebody may have edited it, in whatever encoding
+    section = re.search(r"^## Commands\n\n(`{3,})bash\n(.*?)\n\1$", text, re.M | re.S)
     return [section[2]] if section else []
 
 
@@ -170,7 +171,8 @@ def is_name(name: str) -> bool:
     return True
 
 
-def _is_on_hub(name: str) -> bool:
+def is_on_hub(name: str) -> bool:
+    """Whether a name can only be that of a repository of the Hub: nothing here is called so."""
     return is_name(name) and not os.path.exists(name)
 
 
@@ -187,23 +189,13 @@ def _unwrap(model: Any) -> tuple[Any, str]:
     return model, kind
 
 
-def _family(model: Any, kind: str) -> str:
-    return "dcdit" if _kind(model.transformer if kind == "pipeline" else model) == "dcdit" else "d2it"
-
-
 def _kind(model: Any) -> str | None:
     model = getattr(model, "_orig_mod", model)
     return next((kind for cls, kind in _KINDS.items() if isinstance(model, cls)), None)
 
 
-def _num_classes(model: Any, kind: str) -> int | None:
-    """Size of the label table; None without labels."""
-    return (model.transformer if kind == "pipeline" else model).config.get("num_classes")
-
-
 def _metadata(
-    model: Any,
-    kind: str,
+    facts: dict[str, Any],
     repo_id: str | None,
     license: str | None,
     datasets: list[str] | None,
@@ -211,18 +203,18 @@ def _metadata(
     adapters_of: str | None,
 ) -> ModelCardData:
     """For the Hub; of the metrics those that say how they were measured."""
-    task = "unconditional-image-generation" if kind == "pipeline" else None
+    task = "unconditional-image-generation" if facts["kind"] == "pipeline" else None
     results = [_eval_result(name, metric, task or "other") for name, metric in metrics.items() if metric["protocol"]]
     adapted = [] if adapters_of is None else ["lora"]
-    labelled = [] if _num_classes(model, kind) is None else ["class-conditional"]
+    labelled = [] if facts["num_classes"] is None else ["class-conditional"]
     return ModelCardData(
-        base_model=adapters_of if adapters_of is not None and _is_on_hub(adapters_of) else None,
+        base_model=adapters_of if adapters_of is not None and is_on_hub(adapters_of) else None,
         license=license,
         library_name="diffusers",
         pipeline_tag=task,
-        tags=[_family(model, kind), "diffusers", *adapted, *labelled],
+        tags=[facts["family"], "diffusers", *adapted, *labelled],
         datasets=datasets or None,
-        model_name=(repo_id or type(model).__name__) if results else None,
+        model_name=(repo_id or type(facts["model"]).__name__) if results else None,
         eval_results=results or None,
     )
 
@@ -233,8 +225,9 @@ def _facts(
     """What the model says of itself and where it is loaded from, by the names of the template; and its functions."""
     parts = model.components if kind == "pipeline" else {"": model}
     vae = {"pipeline": getattr(model, "vae", None), "autoencoder": model}.get(kind)
-    num_classes, id2label = _num_classes(model, kind), getattr(model, "id2label", None)
-    family = _family(model, kind)
+    network = model.transformer if kind == "pipeline" else model
+    num_classes, id2label = network.config.get("num_classes"), getattr(model, "id2label", None)  # None without labels
+    family = "dcdit" if _kind(network) == "dcdit" else "d2it"
     facts = {"literal": literal, "prose": prose, "shorten": shorten, "family": family, **_FAMILIES[family]}
     facts |= {"kind": kind, "model": model, "vae": vae, "num_classes": num_classes, "id2label": id2label}
     facts["title"] = repo_id.split("/")[-1] if repo_id else type(model).__name__
@@ -246,7 +239,7 @@ def _facts(
     }
     facts["base"] = None
     if adapters_of is not None:
-        facts["base"] = repr(adapters_of if _is_on_hub(adapters_of) else printable(Path(adapters_of).name))
+        facts["base"] = repr(adapters_of if is_on_hub(adapters_of) else printable(Path(adapters_of).name))
         trained = [weight for weight in model.transformer.parameters() if weight.requires_grad]
         words = _describe(model.transformer) | {"type": f"LoRA of {type(model.transformer).__name__}"}
         facts["parts"] = {"transformer": words | {"parameters": f"{sum(map(torch.numel, trained)):,}"}}

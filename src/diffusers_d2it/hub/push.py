@@ -24,7 +24,7 @@ from huggingface_hub.utils import validate_repo_id
 from ..files.folders import MANIFEST, durable_file
 from ..files.source import PARTS, without_origin
 from ..words import listed, printable, shown
-from .card import check_license, commands_of, is_name, make_model_card
+from .card import check_license, commands_of, is_name, is_on_hub, make_model_card
 from .remote_code import BRANCH, remote_files
 
 
@@ -85,10 +85,7 @@ def push_folder(
     with named_errors(repo_id, f"The files are kept in {str(folder)!r}."):
         code = None if code_of is None else remote_files(folder, code_of)
         repo_id = make_repository(repo_id, private, token)
-        made = upload(folder, repo_id, token=token, commit_message=commit_message, **commit)
-        if code is not None:
-            upload_code(folder, repo_id, code, token=token, commit_message=commit_message)
-        return made
+        return upload(folder, repo_id, code=code, token=token, commit_message=commit_message, **commit)
 
 
 def push_pipeline(
@@ -137,11 +134,8 @@ def push_pipeline(
             elif model_card is None and remote_code:
                 logger.warning("%s keeps its card: `make_model_card(..., remote_code=True)` shows the code.", repo_id)
             write_card(folder, model_card, sample_image)
-        message = commit_message or f"Upload {type(pipe).__name__}"
-        made = upload(folder, repo_id, subfolder, token=token, commit_message=message, create_pr=create_pr)
-        if code is not None:
-            upload_code(folder, repo_id, code, token=token, commit_message=message)
-        return made
+        commit = {"token": token, "commit_message": commit_message or f"Upload {type(pipe).__name__}"}
+        return upload(folder, repo_id, subfolder, code=code, **commit, create_pr=create_pr)
 
 
 def files_to_push(folder: Path) -> tuple[list[str], list[str]]:
@@ -175,10 +169,20 @@ def make_repository(repo_id: str, private: bool | None, token: str | None) -> st
     return repo_id
 
 
-def upload(folder: Path, repo_id: str, subfolder: str | None = None, **commit: Any) -> str:
+def upload(
+    folder: Path,
+    repo_id: str,
+    subfolder: str | None = None,
+    *,
+    code: dict[str, str] | None = None,
+    token: str | None,
+    commit_message: str,
+    **commit: Any,
+) -> str:
     """Commit what may be pushed of a folder to a repository, below `subfolder`, and return the commit's address.
 
     It is one commit, of which nobody loads half; `HfApi.upload_folder` splits a slow upload. A warning names the rest.
+    After it comes the branch with `code`, if there is any.
     """
     names, left_out = files_to_push(folder)
     if left_out:
@@ -186,7 +190,9 @@ def upload(folder: Path, repo_id: str, subfolder: str | None = None, **commit: A
         warnings.warn(f"left in {str(folder)!r}, not pushed to {repo_id}: {named}", stacklevel=3)
     prefix = "" if subfolder is None else f"{subfolder}/"
     files = [CommitOperationAdd(f"{prefix}{name}", _content(folder / name)) for name in names]
-    made = HfApi().create_commit(repo_id, files, **commit)
+    made = HfApi(token=token).create_commit(repo_id, files, commit_message=commit_message, **commit)
+    if code is not None:
+        upload_code(folder, repo_id, code, token, commit_message)
     return str(made.pr_url or made)
 
 
@@ -223,7 +229,7 @@ def named_errors(repo_id: str, kept: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # those of httpx, huggingface_hub and hf_xet have no base in common
-        raise ValueError(f"cannot push to `repo_id` {repo_id!r}: {printable(error).rstrip('.')}. {kept}") from error
+        raise ValueError(f"cannot push to {repo_id!r}: {printable(error).rstrip('.')}. {kept}") from error
 
 
 def write_card(folder: Path, model_card: ModelCard | None, sample_image: str | os.PathLike | None) -> None:
@@ -324,12 +330,11 @@ def publish(
     if sample_image is not None and not os.path.isfile(sample_image):
         warnings.warn(f"the model card shows no samples: there is no {str(sample_image)!r}", stacklevel=2)
         sample_image = None
-    is_on_hub = dataset_name is not None and is_name(dataset_name) and not os.path.exists(dataset_name)
     model_card = make_model_card(
         pipe_or_model,
         repo_id=hub_model_id,
         license=license,
-        datasets=[dataset_name] if is_on_hub else None,
+        datasets=[dataset_name] if dataset_name is not None and is_on_hub(dataset_name) else None,
         commands=[*(command for stage in built_on for command in commands_of(stage)), *commands],
         sample_image=None if sample_image is None else SAMPLES,
         remote_code=push_to_hub and hub_remote_code,
