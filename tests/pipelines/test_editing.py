@@ -345,6 +345,35 @@ def test_a_line_thinner_than_a_pixel_is_new(make, photos):
     assert grain_map.shape == output.grain_maps.shape
 
 
+def test_a_line_thinner_than_a_pixel_is_new_in_a_crop_too(make, photos, caplog):
+    from diffusers_d2it.pipelines.inpainting import crop_around
+
+    edits, _ = make(D2iTInpaintPipeline)
+    image = torch.nn.functional.interpolate((photos[1:2] + 1) / 2, scale_factor=8)[0].clamp(0, 1)
+    mask = mask_of((100, 0, 102, 512), size=(512, 512))
+    _, _, part_mask = crop_around(2 * image - 1, PIL.Image.fromarray(mask.numpy()).convert("L"), (32, 32), 200)
+    white = mask_of((6, 0, 7, 32)).numpy()
+    assert np.array_equal(np.asarray(part_mask), 255 * white)
+    caplog.set_level("WARNING")
+    call(edits, 1, image, mask, padding_mask_crop=200, output_type="pil")
+    assert not [message for message in caplog.messages if "`mask_image`" in message]
+
+
+def test_a_pipeline_of_the_users_own_draws_crops(make):
+    class Own(D2iTInpaintPipeline):
+        def __call__(self, *args, **kwargs):
+            return super().__call__(*args, **kwargs)
+
+    edits, plain = make(D2iTInpaintPipeline)
+    own = Own(**plain.components)
+    own.set_progress_bar_config(disable=True)
+    image = PIL.Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
+    settings = {"padding_mask_crop": 4, "output_type": "pil"}
+    mask = mask_of((20, 20, 40, 40), size=(64, 64))
+    [found], [expected] = (call(pipe, 1, image, mask, **settings).images for pipe in (own, edits))
+    assert found.tobytes() == expected.tobytes()
+
+
 def test_the_share_of_a_map_that_is_drawn_whole(make, picture):
     edits, plain = make(D2iTInpaintPipeline)
     white = mask_of((0, 0, 32, 32))
