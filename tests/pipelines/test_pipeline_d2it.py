@@ -5,7 +5,13 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, EulerAncestralDiscreteScheduler, VQDiffusionScheduler
+from diffusers import (
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    VQDiffusionScheduler,
+)
 from diffusers.callbacks import MultiPipelineCallbacks, SDCFGCutoffCallback
 
 from diffusers_d2it import D2iTCFGCutoffCallback, D2iTPipeline
@@ -13,6 +19,7 @@ from diffusers_d2it.grains import check_tied, fine_share
 from diffusers_d2it.pipelines.grain_sampling import grain_map_from_logits, sample_grain_map
 
 
+FLOW = FlowMatchEulerDiscreteScheduler
 LEARNED = DDPMScheduler(beta_start=1e-4, beta_end=2e-2, variance_type="learned_range", clip_sample=False)
 
 
@@ -391,6 +398,12 @@ def test_images_for_maps_are_checked(make_pipeline, photos):
         (lambda vae, grain, content: {"grain_model": grain(num_grains=3)}, "grain_model.num_grains"),
         (lambda vae, grain, content: {"grain_model": grain(num_classes=7)}, "grain_model.num_classes"),
         (lambda vae, grain, content: {"grain_scheduler": DDPMScheduler()}, "`grain_scheduler`.*'epsilon'"),
+        (lambda vae, grain, content: {"grain_scheduler": FLOW()}, "`grain_scheduler`.*FlowMatchEulerDiscrete.*None"),
+        (
+            # The configuration keeps what the scheduler does not have
+            lambda vae, grain, content: {"grain_scheduler": FLOW.from_config({"prediction_type": "sample"})},
+            "`grain_scheduler`.*FlowMatchEulerDiscrete",
+        ),
         (lambda vae, grain, content: {"grain_model": None}, "`grain_model`.*`grain_scheduler`"),
         (lambda vae, grain, content: {"scheduler": VQDiffusionScheduler(8)}, "`scheduler`.*VQDiffusionScheduler"),
         (lambda vae, grain, content: {"scheduler": LEARNED}, "`scheduler`.*'learned_range'"),
