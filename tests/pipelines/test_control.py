@@ -1,6 +1,8 @@
 # Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
 """Every way to a grain map, maps in part, several maps for one image, and what is between two images."""
 
+import copy
+
 import numpy as np
 import pandas as pd
 import PIL.Image
@@ -11,6 +13,7 @@ from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler, FlowMatchL
 
 from diffusers_d2it import (
     D2iTPipeline,
+    D2iTPipelineOutput,
     bundled_checkpoint,
     foveated_grain_map,
     grain_map_from_boxes,
@@ -411,5 +414,9 @@ def test_an_output_is_one_line_and_a_picture(make_pipeline):
     output = call(make_pipeline(), [1, 2, 3], grain_map=QUARTER, output_type="pil")
     assert repr(output) == "3 images 32x32, fine share 0.25"
     assert output._repr_png_().startswith(b"\x89PNG")
+    for grain_map, share in (([[0, 1, 1, 2]] * 4, "0.25"), ([[0, 1, 1, 1]] * 4, "0.00")):
+        output = call(make_pipeline(3), 1, grain_map=grain_map)
+        assert repr(output).endswith(f"fine share {share}") and repr(copy.deepcopy(output)) == repr(output)
+    assert repr(D2iTPipelineOutput(output.images, QUARTER[None])).endswith("fine share 0.25")
     output = call(make_pipeline(), 1, grain_map="coarse")
     assert "\n" not in repr(output) and output._repr_png_() is None
