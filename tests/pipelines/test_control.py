@@ -153,6 +153,8 @@ def test_boxes_are_fine_in_every_region_that_they_touch():
     assert torch.equal(
         grain_map_from_boxes((0, 0, 8, 8), (4, 4), (32, 32)), grain_map_from_boxes([(0, 0, 8, 8)], (4, 4), (32, 32))
     )
+    for box in (torch.tensor([0, 0, 8, 8]), np.array([[0, 0, 8, 8]]), [torch.tensor([0.0, 0, 8, 8])]):
+        assert grain_map_from_boxes(box, (4, 4), (32, 32)).nonzero().tolist() == [[0, 0]]
     assert grain_map_from_boxes([(0, 0, 64, 16)], (2, 4), (32, 64), num_grains=3).tolist() == [[2] * 4, [0] * 4]
     for box in ((0, 0, 0, 8), (0, 0, 8), (-1, 0, 8, 8), (0, 0, 33, 8)):
         with pytest.raises(ValueError, match="`boxes`"):
@@ -334,6 +336,21 @@ def test_the_ends_of_the_way_between_two_images_are_these_images(make_pipeline, 
         assert np.abs(np.asarray(between[-1], int) - np.asarray(last.images[0], int)).max() <= 1
         pipe.prepare_latents = prepare
     assert len({image.tobytes() for image in pipe.interpolate(3, 3, 3, **settings, **own)}) == 1
+
+
+def test_the_way_between_two_images_takes_numbers_as_a_call_does(make_pipeline):
+    pipe = make_pipeline()
+    plain = pipe.interpolate(0, 1, 2, 1, num_inference_steps=2, guidance_interval=(0.5, 1.0))
+    written = {"num_inference_steps": torch.tensor(2), "guidance_interval": np.array([0.5, 1.0])}
+    found = pipe.interpolate(np.int64(0), torch.tensor(1), np.uint8(2), np.array([1]), **written)
+    assert [image.tobytes() for image in found] == [image.tobytes() for image in plain]
+
+
+def test_there_is_no_way_between_two_images_without_a_transformer(make_pipeline):
+    pipe = make_pipeline(transformer=None)
+    for draw in (lambda: pipe(1), lambda: pipe.interpolate(0, 1, 3, 1)):
+        with pytest.raises(ValueError, match="`transformer`.*None"):
+            draw()
 
 
 @pytest.mark.parametrize(

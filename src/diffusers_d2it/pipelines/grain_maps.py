@@ -23,6 +23,7 @@ from diffusers.utils import logging
 
 from ..data.images import ImageInput
 from ..grains import grain_map_from_entropy
+from ..limits import plain
 from ..models.autoencoder_kl_dynamic import DynamicAutoencoderKL
 from ..words import shown
 from .pictures import MaskInput, fit_image, fit_mask, read_images, read_masks
@@ -80,7 +81,7 @@ def grain_map_from_boxes(
     Raises:
         ValueError: a box is empty or lies outside the image.
     """
-    grain_map = torch.zeros(size, dtype=torch.int64)
+    grain_map, boxes = torch.zeros(size, dtype=torch.int64), plain(boxes)
     if len(boxes) and not isinstance(boxes[0], Sequence | np.ndarray | torch.Tensor):
         boxes = [boxes]
     for box in boxes:
