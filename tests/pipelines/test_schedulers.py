@@ -7,8 +7,8 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 
 from diffusers_d2it import GrainLayout
+from diffusers_d2it.pipelines.sampling_steps import TiedScheduler
 from diffusers_d2it.pipelines.schedulers import check_scheduler, is_flow
-from diffusers_d2it.pipelines.tied_scheduler import TiedScheduler
 
 
 NAMES = sorted(name for name in dir(diffusers.schedulers) if name.endswith("Scheduler") and "Flax" not in name)

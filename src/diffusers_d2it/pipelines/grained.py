@@ -24,7 +24,7 @@ from .class_conditional import ClassConditionalPipeline
 from .grain_maps import DRAWN, NAMES, as_regions, grain_map_from_image, read_maps
 from .grain_sampling import random_grain_map, sample_grain_map
 from .outputs import D2iTPipelineOutput
-from .tied_scheduler import TiedScheduler
+from .sampling_steps import TiedScheduler
 
 
 class GrainedPipeline(ClassConditionalPipeline):

@@ -17,7 +17,7 @@ from .calls import one_call, turn_of
 from .grain_maps import MapInput
 from .grained import GrainedPipeline
 from .outputs import D2iTPipelineOutput
-from .tied_scheduler import TiedScheduler
+from .sampling_steps import TiedScheduler
 
 
 class D2iTPipeline(GrainedPipeline):

@@ -15,7 +15,7 @@ from .grain_maps import MapInput, read_maps
 from .inpainting import crop_around, is_new, masks_of, paste_part, pasted_back, touched, whole_codes
 from .outputs import D2iTPipelineOutput
 from .pictures import MaskInput
-from .tied_scheduler import TiedScheduler
+from .sampling_steps import TiedScheduler
 
 
 logger = logging.get_logger(__name__)
