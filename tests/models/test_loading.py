@@ -17,12 +17,19 @@ from diffusers.training_utils import EMAModel
 from image_files import flip_bit
 from safetensors.torch import load_file, save_file
 
-from diffusers_d2it import D2iTContentModel, D2iTGrainModel, D2iTPipeline, DynamicAutoencoderKL, load_preset
+from diffusers_d2it import (
+    D2iTContentModel,
+    D2iTGrainModel,
+    D2iTPipeline,
+    DCDiTModel,
+    DynamicAutoencoderKL,
+    load_preset,
+)
 from diffusers_d2it.files.folders import verify
 from diffusers_d2it.models import configs
 
 
-CLASSES = [DynamicAutoencoderKL, D2iTGrainModel, D2iTContentModel]
+CLASSES = [DynamicAutoencoderKL, D2iTGrainModel, D2iTContentModel, DCDiTModel]
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
@@ -117,7 +124,7 @@ def test_what_is_out_of_the_ordinary_is_still_in_range(cls, config):
 
 @pytest.mark.parametrize(
     ("cls", "name"),
-    [(DynamicAutoencoderKL, "dvae-f8f16"), (D2iTGrainModel, "grain-s"), (D2iTContentModel, "content-xl")],
+    zip(CLASSES, ["dvae-f8f16", "grain-s", "content-xl", "dcdit-xl"]),
 )
 def test_the_size_that_is_checked_is_about_that_of_the_model(monkeypatch, cls, name):
     with torch.device("meta"):
