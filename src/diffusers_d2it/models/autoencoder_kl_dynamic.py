@@ -87,7 +87,7 @@ class DynamicAutoencoderKL(StrictModelMixin, AutoencoderMixin, SafeAdapterMixin,
         grain_ratios: share of regions of each grain, coarsest first, that `encode` aims at by default; None for equal
             shares. (0.5, 0.5) is the paper's main setting.
         calibration: entropy quantiles of a data set and how they were counted, from `EntropyCalibration.to_config`.
-            Without it `encode` needs a `grain_map`, or a `fine_ratio` of 0 or 1.
+            Without it `encode` needs a `grain_map`, or a `fine_ratio` of 1, or with two grains of 0.
         use_post_quant_conv: a 1x1 convolution between the latents and the decoder, as diffusers' `AutoencoderKL` has
             one; for weights that come from there. Folded into the decoder's first convolution it would change the
             border of the image, because that convolution pads with zeros.
@@ -226,9 +226,10 @@ class DynamicAutoencoderKL(StrictModelMixin, AutoencoderMixin, SafeAdapterMixin,
             ratios = [(1 - fine_ratio) * share / sum(coarse) for share in coarse] + [fine_ratio]
         if self.config.calibration is None:
             if any(0 < ratio < 1 for ratio in ratios):
+                of_one_grain = "0 or 1" if self.num_grains == 2 else "1"
                 raise ValueError(
                     "this DynamicAutoencoderKL has no entropy thresholds: run examples/calibrate_dvae.py on its"
-                    " training images, or pass a `grain_map`, or a `fine_ratio` of 0 or 1."
+                    f" training images, or pass a `grain_map`, or a `fine_ratio` of {of_one_grain}."
                 )
             return thresholds_for_ratios({"quantiles": [0.0, 0.0]}, ratios)
         return thresholds_for_ratios(self.config.calibration, ratios)
