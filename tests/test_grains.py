@@ -286,6 +286,9 @@ def test_a_single_use_finds_the_cells_of_a_region_or_refuses():
         latents = torch.randn(2, 4, 3 * cells, 5 * cells, generator=torch.Generator().manual_seed(0))
         top_left = latents[..., ::cells, ::cells].repeat_interleave(cells, -1).repeat_interleave(cells, -2)
         assert torch.equal(tie(latents, grain_map), top_left)
+    for wrong in ([[[0, 1], [1, 0]]], grain_map[:, :0, :0], grain_map[0], grain_map.float(), grain_map - 1):
+        with pytest.raises(ValueError, match="`grain_map`"):
+            tie(torch.zeros(2, 4, 6, 10), wrong)
     # Ratio 3, two ratios, no whole ratio, fewer cells than regions, another batch
     for shape in ((2, 4, 9, 15), (2, 4, 6, 20), (2, 4, 7, 10), (2, 4, 2, 3), (3, 4, 6, 10)):
         with pytest.raises(ValueError, match=f"{re.escape(str(shape))}.*3x5"):

@@ -43,10 +43,10 @@ def check_fine_ratio(fine_ratio: float, name: str = "fine_ratio") -> None:
         raise ValueError(f"`{name}` must be a number in [0, 1], got {fine_ratio!r}.")
 
 
-def check_grain_map(grain_map: torch.Tensor, num_grains: int, name: str = "grain_map") -> None:
+def check_grain_map(grain_map: torch.Tensor, num_grains: int | None, name: str = "grain_map") -> None:
     """Raise a ValueError that names the argument unless it is int64 (B, h, w) with values 0 ... num_grains - 1.
 
-    Values are checked where they `can_be_read`.
+    Values are checked where they `can_be_read`, and the number of grains is known.
     """
     if not isinstance(grain_map, torch.Tensor):
         raise ValueError(f"`{name}` must be a torch.Tensor, got {type(grain_map).__name__}.")
@@ -54,7 +54,7 @@ def check_grain_map(grain_map: torch.Tensor, num_grains: int, name: str = "grain
         raise ValueError(f"`{name}` must be int64, got {grain_map.dtype}.")
     if grain_map.ndim != 3 or 0 in grain_map.shape:
         raise ValueError(f"`{name}` must have shape (B, h, w), got {tuple(grain_map.shape)}.")
-    if can_be_read(grain_map):
+    if num_grains is not None and can_be_read(grain_map):
         low, high = torch.aminmax(grain_map)
         if low < 0 or high >= num_grains:
             raise ValueError(
@@ -242,6 +242,7 @@ def check_tied(latents: torch.Tensor, grain_map: torch.Tensor) -> None:
 
 
 def _layout_of(latents: torch.Tensor, grain_map: torch.Tensor) -> GrainLayout:
+    check_grain_map(grain_map, None)
     cells = max(latents.shape[-1] // grain_map.shape[-1], 1)  # along a side of a region
     return GrainLayout.from_grain_map(grain_map, cells.bit_length())
 
