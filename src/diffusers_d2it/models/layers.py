@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
-"""What the grain model and the content model share: the adaLN-Zero block of DiT, embeddings, positions.
+"""What the models share: the adaLN-Zero block of DiT, embeddings, positions, checks of what comes in.
 
 Shapes:
     B batch, N tokens, D width, A heads
