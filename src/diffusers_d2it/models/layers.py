@@ -313,19 +313,23 @@ def init_dit_weights(module: nn.Module) -> None:
 
 
 def check_conditioning(
-    batch_size: int,
+    hidden_states: torch.Tensor,
+    channels: int,
     timestep: torch.Tensor | float | int,
     class_labels: torch.Tensor | None,
     num_classes: int | None,
-    device: torch.device,
 ) -> torch.Tensor:
-    """Validate what conditions a model and return the timestep as a (B,) tensor.
+    """Validate what every model takes besides its own, and return the timestep as a (B,) tensor on the same device.
 
     Raises:
-        ValueError: the timestep is neither a scalar nor (B,); labels are given to an unconditional model, missing for
-            a conditional one, of a wrong shape or dtype, or outside 0 ... num_classes.
+        ValueError: the hidden states are not (B, channels, h, w); the timestep is neither a scalar nor (B,); labels
+            are given to an unconditional model, missing for a conditional one, of a wrong shape or dtype, or outside
+            0 ... num_classes.
     """
-    timestep = torch.as_tensor(timestep, device=device)
+    if hidden_states.ndim != 4 or hidden_states.shape[1] != channels:
+        raise ValueError(f"`hidden_states` must have shape (B, {channels}, h, w), got {tuple(hidden_states.shape)}.")
+    batch_size = hidden_states.shape[0]
+    timestep = torch.as_tensor(timestep, device=hidden_states.device)
     if timestep.ndim > 1 or (timestep.ndim == 1 and timestep.shape[0] not in (1, batch_size)):
         raise ValueError(f"`timestep` must be a scalar or have shape ({batch_size},), got {tuple(timestep.shape)}.")
     if num_classes is None:
