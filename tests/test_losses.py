@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 from diffusers import DDPMScheduler
-from grain_maps import codes, random_latents, random_map
+from grain_maps import codes, layout_of, random_latents, random_map
 from torch.distributions import Normal, kl_divergence
 
 from diffusers_d2it.grains import GrainLayout
@@ -33,10 +33,6 @@ def loss_case(num_grains: int) -> tuple[torch.Tensor, torch.Tensor, GrainLayout]
     layout = GrainLayout.from_grain_map(random_map(num_grains, (2, 3, 5)), num_grains)
     prediction, target = (layout.tie(random_latents(layout.grain_map, num_grains, 3, seed)) for seed in (0, 1))
     return prediction, target, layout
-
-
-def layout_of(latents: torch.Tensor, grain_map: torch.Tensor) -> GrainLayout:
-    return GrainLayout.from_grain_map(grain_map, (latents.shape[-1] // grain_map.shape[-1]).bit_length())
 
 
 def errors_of_codes(prediction: torch.Tensor, target: torch.Tensor, layout: GrainLayout) -> list[list[float]]:

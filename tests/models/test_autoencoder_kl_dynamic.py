@@ -7,10 +7,10 @@ import re
 import pytest
 import torch
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
-from grain_maps import codes, random_map
+from grain_maps import check_tied, codes, random_map
 
 from diffusers_d2it import DynamicAutoencoderKL, load_preset, region_entropy
-from diffusers_d2it.grains import check_tied, fine_share, grain_map_from_entropy, tie
+from diffusers_d2it.grains import fine_share, grain_map_from_entropy, tie
 
 
 KINDS = pytest.mark.parametrize("num_grains", [2, 3])

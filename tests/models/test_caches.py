@@ -6,8 +6,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from diffusers import FirstBlockCacheConfig, MagCacheConfig, PyramidAttentionBroadcastConfig, TaylorSeerCacheConfig
-
-from diffusers_d2it.grains import check_tied
+from grain_maps import check_tied
 
 
 STEPS = 12

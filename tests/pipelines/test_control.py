@@ -8,6 +8,7 @@ import PIL.ImageDraw
 import pytest
 import torch
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler, FlowMatchLCMScheduler
+from grain_maps import check_tied
 
 from diffusers_d2it import (
     D2iTPipeline,
@@ -17,7 +18,7 @@ from diffusers_d2it import (
     grain_map_from_mask,
     sample_grain_map,
 )
-from diffusers_d2it.grains import check_tied, fine_share, tie
+from diffusers_d2it.grains import fine_share, tie
 
 
 def call(pipe, *args, seed: int = 0, **kwargs):
@@ -173,8 +174,9 @@ def test_a_fovea_is_fine_around_its_point(num_grains, fine_ratio):
 def test_a_fovea_lies_in_the_image():
     with pytest.raises(ValueError, match="`center`.*65"):
         foveated_grain_map((65, 0), (4, 4), (64, 64))
-    with pytest.raises(ValueError, match="`fine_ratio`.*1.5"):
-        foveated_grain_map((0, 0), (4, 4), (64, 64), fine_ratio=1.5)
+    for ratio in (1.5, "0.3"):
+        with pytest.raises(ValueError, match=f"`fine_ratio`.*{ratio}"):
+            foveated_grain_map((0, 0), (4, 4), (64, 64), fine_ratio=ratio)
 
 
 def test_the_size_of_a_map(make_pipeline):

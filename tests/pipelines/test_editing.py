@@ -15,10 +15,10 @@ from diffusers import (
     HeunDiscreteScheduler,
     UniPCMultistepScheduler,
 )
+from grain_maps import check_tied
 from peft import LoraConfig
 
 from diffusers_d2it import D2iTImg2ImgPipeline, D2iTInpaintPipeline, D2iTPipeline
-from diffusers_d2it.grains import check_tied
 
 
 SCHEDULERS = {

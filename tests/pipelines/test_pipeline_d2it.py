@@ -7,9 +7,10 @@ import pytest
 import torch
 from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, EulerAncestralDiscreteScheduler, VQDiffusionScheduler
 from diffusers.callbacks import MultiPipelineCallbacks, SDCFGCutoffCallback
+from grain_maps import check_tied
 
 from diffusers_d2it import D2iTCFGCutoffCallback, D2iTPipeline
-from diffusers_d2it.grains import check_tied, fine_share
+from diffusers_d2it.grains import fine_share
 from diffusers_d2it.pipelines.grain_sampling import grain_map_from_logits, sample_grain_map
 
 

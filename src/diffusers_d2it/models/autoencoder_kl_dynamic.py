@@ -18,8 +18,8 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import nn
 
 from ..entropy import NUM_BINS, SIGMA, region_entropy, thresholds_for_ratios
-from ..grains import GrainLayout, check_fine_ratio, check_grain_map, code_weights, grain_map_from_entropy
-from ..limits import plain
+from ..grains import GrainLayout, check_grain_map, code_weights, grain_map_from_entropy
+from ..limits import check_values, plain
 from .configs import check_autoencoder
 from .hierarchical_encoder import HierarchicalEncoder
 from .strict import SafeAdapterMixin, StrictModelMixin
@@ -221,7 +221,7 @@ class DynamicAutoencoderKL(StrictModelMixin, AutoencoderMixin, SafeAdapterMixin,
         ratios = self.grain_ratios
         if fine_ratio is not None:
             fine_ratio = plain(fine_ratio)
-            check_fine_ratio(fine_ratio)
+            check_values({"fine_ratio": fine_ratio}, {"fine_ratio": float}, {"fine_ratio": (0, 1)}, exact=False)
             coarse = ratios[:-1] if sum(ratios[:-1]) > 0 else [1.0] * (self.num_grains - 1)
             ratios = [(1 - fine_ratio) * share / sum(coarse) for share in coarse] + [fine_ratio]
         if self.config.calibration is None:

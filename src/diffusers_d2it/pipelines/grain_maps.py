@@ -23,6 +23,7 @@ from diffusers.utils import logging
 
 from ..data.images import ImageInput
 from ..grains import grain_map_from_entropy
+from ..limits import check_values, plain
 from ..models.autoencoder_kl_dynamic import DynamicAutoencoderKL
 from ..words import shown
 from .pictures import MaskInput, fit_image, fit_mask, read_images, read_masks
@@ -119,8 +120,8 @@ def foveated_grain_map(
         raise ValueError(
             f"`center` must be (x, y) inside {image_size[1]}x{image_size[0]} pixels, got {shown(center)}."
         )
-    if not 0 <= fine_ratio <= 1:
-        raise ValueError(f"`fine_ratio` must lie in [0, 1], got {fine_ratio!r}.")
+    fine_ratio = plain(fine_ratio)
+    check_values({"fine_ratio": fine_ratio}, {"fine_ratio": float}, {"fine_ratio": (0, 1)}, exact=False)
     rows = (torch.arange(height) + 0.5) * (image_size[0] / height) - center[1]
     columns = (torch.arange(width) + 0.5) * (image_size[1] / width) - center[0]
     nearest = (rows[:, None] ** 2 + columns**2).flatten().argsort(stable=True)
