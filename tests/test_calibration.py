@@ -180,6 +180,11 @@ def test_a_calibration_of_something_else_is_refused(config, changes, message):
         calibrated(**config | changes)
 
 
+def test_a_key_that_a_calibration_does_not_have_is_refused(config):
+    with pytest.raises(ValueError, match="calibration.num_bin'.*128.*num_bins"):
+        calibrated(**config, num_bin=128)
+
+
 # ---- The calibration that is shipped ----
 
 

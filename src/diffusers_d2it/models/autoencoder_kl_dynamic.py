@@ -14,7 +14,6 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.autoencoders.vae import AutoencoderMixin, Decoder, DecoderOutput, DiagonalGaussianDistribution
 from diffusers.utils import BaseOutput, is_torch_version
 from diffusers.utils.accelerate_utils import apply_forward_hook
-from diffusers.utils.torch_utils import randn_tensor
 from torch import nn
 
 from ..entropy import NUM_BINS, SIGMA, region_entropy, thresholds_for_ratios
@@ -40,8 +39,7 @@ class TiedGaussianDistribution(DiagonalGaussianDistribution):
 
     def sample(self, generator: torch.Generator | list[torch.Generator] | None = None) -> torch.Tensor:
         """Draw latents (B, C, H/f, W/f), equal inside every code."""
-        noise = randn_tensor(self.mean.shape, generator=generator, device=self.mean.device, dtype=self.mean.dtype)
-        return self.mean + self.std * self.layout.tie(noise)
+        return self.layout.tie(super().sample(generator))
 
     def kl(self) -> torch.Tensor:
         """KL divergence to the standard normal in nats, (B,): summed over codes, each counted once."""

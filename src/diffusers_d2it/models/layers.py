@@ -9,6 +9,7 @@ import math
 from functools import lru_cache
 
 import torch
+import torch._dynamo
 import torch.nn.functional as F
 from diffusers.models import attention
 from diffusers.models.attention import AttentionModuleMixin
@@ -62,9 +63,6 @@ class SelfAttention(nn.Module, AttentionModuleMixin):
         dim: width D.
         heads: number of heads A; divides D.
     """
-
-    _default_processor_cls = SelfAttentionProcessor
-    _available_processors = [SelfAttentionProcessor]
 
     def __init__(self, dim: int, heads: int):
         super().__init__()
@@ -207,6 +205,13 @@ def run_block(net: nn.Module, block: nn.Module, tokens: torch.Tensor, *args) -> 
     if torch.is_grad_enabled() and net.gradient_checkpointing:
         return net._gradient_checkpointing_func(block, tokens, *args)
     return block(tokens, *args)
+
+
+def of_any_size(tensor: torch.Tensor, dim: int) -> torch.Tensor:
+    """The tensor, for which a compiled block that takes it makes one graph for all sizes of a dimension."""
+    if not is_traced(tensor):
+        torch._dynamo.maybe_mark_dynamic(tensor, dim)
+    return tensor
 
 
 def residual_stream(tokens: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:

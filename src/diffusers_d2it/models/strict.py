@@ -96,7 +96,8 @@ class StrictModelMixin(SingleFileMixin, WithoutOrigin, ModelMixin):
     def _check_folder(cls, folder: Path, variant: str | None, kwargs: dict[str, Any]) -> None:
         """Check all files of a model that are going to be read, and that they fit one another."""
         files = checked_files(folder, variant)
-        config = cls._read_config(folder / CONFIG, kwargs)
+        names = [base.__name__ for base in cls.__mro__ if issubclass(base, StrictModelMixin)][:-1]
+        config = read_config(cls, folder / CONFIG, kwargs, names, cls.check_config)
         tensors = read_headers(files)
         if config.get("quantization_config") is None and kwargs.get("quantization_config") is None:
             check_floating(tensors)
@@ -106,12 +107,6 @@ class StrictModelMixin(SingleFileMixin, WithoutOrigin, ModelMixin):
             check_fits(tensors, shapes, f"{cls.__name__} in {folder}")
         dtype = kwargs.get("dtype") or kwargs.get("torch_dtype")
         check_finite(tensors, dtype if isinstance(dtype, torch.dtype) else None)
-
-    @classmethod
-    def _read_config(cls, file: Path, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """The configuration that a file and the arguments make together, checked, with every key."""
-        known = [base.__name__ for base in cls.__mro__ if issubclass(base, StrictModelMixin)][:-1]
-        return read_config(cls, file, kwargs, known, cls.check_config)
 
     def save_pretrained(
         self,

@@ -21,8 +21,8 @@ from diffusers.utils import BaseOutput, apply_lora_scale
 from torch import nn
 
 from ..budgets import BudgetArgument
-from .chunking import Chunks, confidence, dechunk, keep_likeliest, of_any_size
-from .configs import check_chunking_model
+from .chunking import Chunks, confidence, dechunk, keep_likeliest
+from .configs import ROUTER_GROUPS, ROUTER_REDUCTION, check_chunking_model
 from .layers import (
     ClassLabelsMixin,
     DiTBlock,
@@ -31,6 +31,7 @@ from .layers import (
     TimestepEmbedder,
     check_conditioning,
     init_dit_weights,
+    of_any_size,
     residual_stream,
     run_block,
     sincos_positions,
@@ -90,13 +91,13 @@ class ConvolutionStack(nn.Module):
 class PredictabilityRouter(nn.Module):
     """Boundary probability of a cell: what its neighbours do not predict is worth a token."""
 
-    def __init__(self, dim: int, reduction: int = 4, groups: int = 8):
+    def __init__(self, dim: int):
         super().__init__()
-        width = dim // reduction
+        width = dim // ROUTER_REDUCTION
         self.proj = nn.Conv2d(dim, width, 1)
         self.predictor = nn.Conv2d(width, width, 3, padding=1)
         self.conv = nn.Conv2d(width, width, 3, padding=1)
-        self.norm = nn.GroupNorm(groups, width)
+        self.norm = nn.GroupNorm(ROUTER_GROUPS, width)
         self.score = nn.Conv2d(width, 1, 1)
         nn.init.constant_(self.score.bias, _FEW_TOKENS)
 
