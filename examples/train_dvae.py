@@ -108,7 +108,6 @@ from diffusers_d2it.training import (
     PatchDiscriminator,
     PerceptualLoss,
     bar_of,
-    compile_blocks,
     count_entropy,
     draw_fine_ratio,
     find_checkpoint,
@@ -250,7 +249,7 @@ def main(args: argparse.Namespace) -> None:
     if args.gradient_checkpointing:
         vae.enable_gradient_checkpointing()
     if args.compile:
-        compile_blocks(vae, dynamic=False)
+        vae.compile_repeated_blocks(dynamic=False)
     # Half as wide as the decoder at the size of the image: 64 channels, as usual, for the paper's autoencoder
     critic = PatchDiscriminator(base_channels=max(8, vae.config.decoder_block_out_channels[0] // 16 * 8))
     optimizer = torch.optim.AdamW(

@@ -186,8 +186,6 @@ class DynamicAutoencoderKL(StrictModelMixin, AutoencoderMixin, SafeAdapterMixin,
 
         Compiled as one, the decoder has wrong gradients on a CPU under bf16 autocast (torch 2.13).
         """
-        # Blocks of a class share their code: each width and size is another variant of it
-        torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
         self.compile_repeated_blocks(*args, **kwargs)
 
     def scale_latents(self, latents: torch.Tensor) -> torch.Tensor:

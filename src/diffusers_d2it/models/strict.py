@@ -108,6 +108,12 @@ class StrictModelMixin(SingleFileMixin, WithoutOrigin, ModelMixin):
         dtype = kwargs.get("dtype") or kwargs.get("torch_dtype")
         check_finite(tensors, dtype if isinstance(dtype, torch.dtype) else None)
 
+    def compile_repeated_blocks(self, *args: Any, **kwargs: Any) -> None:
+        """As of diffusers: `torch.compile` every repeated block, however many widths and sizes of one there are."""
+        # Blocks of a class share their code: each width and size of an autoencoder is another variant of it
+        torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+        super().compile_repeated_blocks(*args, **kwargs)
+
     def save_pretrained(
         self,
         save_directory: str | os.PathLike,
