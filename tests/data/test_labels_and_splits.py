@@ -114,6 +114,13 @@ def test_a_column_of_labels_that_holds_none_is_an_error(tmp_path, place, labels)
         load_images(tmp_path)
 
 
+@pytest.mark.parametrize("num_classes", [0, -1])
+def test_a_table_has_one_class_at_least(tmp_path, num_classes):
+    in_parquet(tmp_path, pyarrow.array(NUMBERS), "label")
+    with pytest.raises(ValueError, match=f"`num_classes`.* {num_classes}"):
+        load_images(tmp_path, streaming=True, num_classes=num_classes)
+
+
 @pytest.mark.parametrize("place", ["parquet", "tar"])
 def test_other_columns_are_named_where_there_are_no_labels(tmp_path, place):
     PLACES[place](tmp_path, pyarrow.array(NAMES), "weather")
@@ -247,6 +254,19 @@ def test_metadata_go_with_their_split(tmp_path, where):
     files = pictures("train/train.png", "test/test.png") | {where: text}
     source = load_images(write_folder(tmp_path, files))
     assert names_of(source) == {"train.png"} and source.id2label == {0: "train"}
+
+
+@pytest.mark.parametrize(
+    "names, split, table, text",
+    [
+        (["train/a.png", "test/b.png"], "test", "metadata.jsonl", b'{"file_name": "train/a.png"}'),
+        (["0.png"], None, "metadata.csv", b"file_name,label\n"),
+    ],
+    ids=["images of another split", "a header alone"],
+)
+def test_metadata_that_name_no_image_are_an_error(tmp_path, names, split, table, text):
+    with pytest.raises(ValueError, match=f"file_name.*{table}.*{names[-1]}"):
+        load_images(write_folder(tmp_path, pictures(*names) | {table: text}), split=split)
 
 
 @pytest.mark.parametrize("name", ["set[1]", "set*", "se?1", "set1", "{set1}"])
