@@ -142,7 +142,7 @@ def grain_map_from_image(
 
     Args:
         vae: its thresholds decide.
-        image: one or several, as of `data.images.image_to_pixels`; each is fitted to the size.
+        image: one or several, as of `pipelines.pictures.read_images`; each is fitted to the size.
         image_size: (H, W), multiples of a region.
         fine_ratio: share of fine regions over the calibration set; None for the autoencoder's default.
         device: where to count; default: the autoencoder's.
