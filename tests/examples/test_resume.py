@@ -4,6 +4,7 @@
 That an interrupted run ends in the state of one that was not: tests/faults/test_interrupted_runs.py
 """
 
+import json
 from functools import partial
 
 import launched_script
@@ -21,6 +22,7 @@ from script_runs import (
     training_flags,
 )
 
+from diffusers_d2it import load_preset
 from diffusers_d2it.training import draw_budget
 
 
@@ -97,6 +99,16 @@ def test_budgets_must_be_those_of_the_checkpoint(dcdit, dcdit_arguments, dcdit_s
     arguments = [*dcdit_arguments, "--init_from", dcdit_start, "--resume_from_checkpoint", dcdit / "checkpoint-4"]
     with pytest.raises(ValueError, match="checkpoint-4.*budgets.*0.3.*0.4"):
         call_train("train_dcdit.py", tmp_path, 6, *arguments, "--budgets", 0.1, 0.4, 0.6, 1)
+
+
+def test_a_preset_may_be_named_otherwise_but_be_no_other(grain, grain_arguments, tmp_path):
+    config, file = load_preset("grain-tiny"), tmp_path / "grain.json"
+    resume = ["--preset", file, "--resume_from_checkpoint", grain / "checkpoint-4"]
+    file.write_text(json.dumps(config | {"num_layers": config["num_layers"] + 1}))
+    with pytest.raises(ValueError, match="checkpoint-4.*num_layers"):
+        call_train("train_grain.py", tmp_path / "run", 5, *grain_arguments, *resume)
+    file.write_text(json.dumps(config))
+    call_train("train_grain.py", tmp_path / "run", 5, *grain_arguments, *resume)
 
 
 @pytest.mark.parametrize("of_photos, flag", [(False, ["--seed", 8]), (True, ["--num_classes", 9])])
