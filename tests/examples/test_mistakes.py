@@ -223,7 +223,7 @@ def test_what_goes_wrong_later_is_the_last_line(error, status, shows_all):
         ("`vae` must be", "--vae must be"),
         ("`batch_size` 0", "--train_batch_size 0"),
         ("`other` is", "`other` is"),
-        ("two\nlines \x1b[31m", r"two lines \x1b[31m"),
+        ("two\nlines \x1b[31m \u200b", r"two lines \x1b[31m \u200b"),
         ("or `labelled=False`", "or --unconditional"),
     ],
 )
