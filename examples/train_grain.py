@@ -188,8 +188,8 @@ def main(args: argparse.Namespace) -> None:
             sample_caption="Maps drawn by the model: red is fine.",
             subfolder="grain_model",
         )
-        cache = {"latent_cache": args.latent_cache} if args.latent_cache else where(args)
-        print(next_command("train_d2it.py", grain=args.output_dir, vae=args.vae, resolution=args.resolution, **cache))
+        given = where(args) | {"streaming": args.streaming, "latent_cache": args.latent_cache}
+        print(next_command("train_d2it.py", grain=args.output_dir, vae=args.vae, resolution=args.resolution, **given))
 
 
 if __name__ == "__main__":

@@ -89,6 +89,15 @@ def test_without_lpips_the_run_stops_and_says_what_to_do(folder, tmp_path, monke
         call_train("train_dvae.py", tmp_path / "run", 1, *arguments)
 
 
+def test_a_perceptual_loss_is_a_weighted_part_of_the_loss(dvae_arguments, tmp_path):
+    arguments = [*dvae_arguments, "--preset", "dvae-tiny", "--report_to", "tensorboard", "--kl_weight", 0.1]
+    arguments += ["--perceptual_network", "efficientnet-lite0", "--perceptual_weight", 0.5]
+    call_train("train_dvae.py", tmp_path / "run", 1, *arguments)
+    parts = {name: values[1] for name, values in logged(tmp_path / "run").items() if 1 in values}
+    assert parts["perceptual"] > 0.1
+    assert parts["loss"] == pytest.approx(parts["l1"] + 0.1 * parts["kl"] + 0.5 * parts["perceptual"])
+
+
 def test_frozen_fine_path_keeps_codes_decoder_and_scale(dvae, dvae_arguments, tmp_path):
     start = DynamicAutoencoderKL.from_pretrained(dvae / "vae")
     arguments = [*dvae_arguments, "--init_from", dvae / "vae", "--freeze_fine_path", "--gan_weight", 0]
@@ -280,6 +289,7 @@ def test_a_stream_of_tars_trains_and_resumes(tmp_path, capsys):
     assert "tars: a stream" in printed and "2 images could not" in printed
     arguments = [*data, "--vae", tmp_path / "dvae" / "vae", "--preset", "grain-tiny"]
     call_train("train_grain.py", tmp_path / "whole", STEPS, *arguments)
+    assert "--streaming" in capsys.readouterr().out.rsplit("next: ", 1)[1]
     call_train("train_grain.py", tmp_path / "parts", 2, *arguments)
     call_train("train_grain.py", tmp_path / "parts", STEPS, *arguments, "--resume_from_checkpoint", "latest")
     whole, parts = (D2iTGrainModel.from_pretrained(tmp_path / run / "grain_model") for run in ("whole", "parts"))
