@@ -203,7 +203,7 @@ def add_report_arguments(parser: argparse.ArgumentParser, several: bool = False)
     """Checkpoint, or several, data, features and sampling: shared by the reports on checkpoints."""
     group = parser.add_argument_group("checkpoint")
     what = "folders or Hub names of pipelines" if several else "folder or Hub name of a pipeline"
-    group.add_argument("--checkpoint", nargs="+" if several else None, help=f"{what}; default: the bundled one")
+    group.add_argument("--checkpoint", nargs="+" if several else 1, help=f"{what}; default: the bundled one")
     add_data_arguments(parser)
     add_class_arguments(parser)
     parser.set_defaults(resolution=None)  # that of the checkpoint

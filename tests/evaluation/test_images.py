@@ -239,6 +239,11 @@ def test_an_npz_of_another_layout_is_refused(tmp_path, npz):
     refused("packed.npz.* 64x64.* 32", open_images, npz, resolution=32)
 
 
+def test_labels_are_as_many_as_the_images():
+    for wrong in (torch.zeros(2), torch.zeros(4), torch.zeros(3, 1)):
+        refused(r"`labels`.*\(N,\).* 3 images", ImageSet.from_tensor, crops(3, 0), "three", labels=wrong.long())
+
+
 def test_tensors_that_are_no_images_are_refused():
     for wrong in (crops(2, 0).float(), crops(2, 0)[:, :2], crops(2, 0)[:0], crops(2, 0)[0]):
         refused("`images`.*uint8", ImageSet.from_tensor, wrong, "wrong")
