@@ -7,6 +7,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from alike import same_weights
+from small_runs import Numbers
 
 from diffusers_d2it import DynamicAutoencoderKL
 from diffusers_d2it.data import make_loader
@@ -22,18 +23,6 @@ from diffusers_d2it.training import (
     token_signals,
     warn_of_few_tokens,
 )
-
-
-class Numbers(torch.utils.data.Dataset):
-    """0 to 7."""
-
-    seed = 0
-
-    def __len__(self) -> int:
-        return 8
-
-    def __getitem__(self, place: tuple[int, int]) -> dict[str, torch.Tensor]:
-        return {"x": torch.tensor(float(place[1]))}
 
 
 def make_run(accelerator: Accelerator, **changed) -> Run:
