@@ -1,6 +1,6 @@
 # Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
-"""Runs what pages show: Python blocks as they stand, in one namespace a page, and commands as far as their flags, for
-which each script's own parser is asked.
+"""Runs what pages show: Python blocks as they stand, in one namespace a page, and commands as far as their flags, which
+each script reads itself.
 
     pytest README.md docs        pages are tests, their blocks too: pytest -v docs/control.md
 
@@ -48,6 +48,7 @@ def start_page(namespace: dict) -> None:
     for name in FOLDERS:
         os.symlink(ROOT / name, name)
     os.makedirs("runs/d2it")
+    os.makedirs("DiT-XL-2-256")  # what `hf download` would have made
     os.symlink(ROOT / "src/diffusers_d2it/checkpoints/tiny-imagenet-20-64", "runs/d2it/pipeline")
 
 
@@ -115,12 +116,12 @@ def check_script(script: str, *words: str) -> None:
     sys.argv = [script, *words]
     sys.path.insert(0, str(ROOT / path.parent))
     try:
-        with reading_flags_only():
-            if path.parent.name == "examples":
-                load_script(path.name).parse_args()
-            else:
+        if path.parent.name == "examples":
+            load_script(path.name).parse_args()  # with what is said of flags that contradict one another
+        else:
+            with reading_flags_only():
                 runpy.run_path(script, run_name="__main__")
-        raise AssertionError(f"{script} reads no flags")
+            raise AssertionError(f"{script} reads no flags")
     except _Parsed:
         pass
     except SystemExit as end:

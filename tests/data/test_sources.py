@@ -8,7 +8,6 @@ import shutil
 from pathlib import Path
 
 import datasets
-import huggingface_hub
 import numpy as np
 import pyarrow
 import pyarrow.parquet
@@ -22,15 +21,6 @@ from diffusers_d2it.data.source import load_images
 
 
 STREAMED = pytest.mark.parametrize("streaming", [False, True], ids=["map", "stream"])
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory, monkeypatch):
-    """Nothing of the user's is read or written, and nothing goes to the network."""
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    datasets.disable_progress_bars()
 
 
 @pytest.fixture

@@ -34,13 +34,17 @@ from diffusers_d2it.training import draw_budget
     ],
 )
 def test_a_run_is_the_same_with_any_number_of_processes_and_passes(name, own, request, tmp_path):
-    """Four images an update: of one process, and of two, then of four, then of one in two passes."""
+    """Four images an update: of one process, and of two, then of four, then of one in two passes.
+
+    Samples that are drawn on the way change nothing.
+    """
     script, arguments = f"train_{name}.py", [*request.getfixturevalue(f"{name}_arguments"), *own]
     arguments += ["--init_from", request.getfixturevalue("dcdit_start")] if name == "dcdit" else []
     arguments += ["--report_to", "tensorboard", "--checkpointing_steps", 20, "--ema_decay", 0.5]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     batch = ["--gradient_accumulation_steps", 1, "--train_batch_size"]
     call_train(script, whole, 20, *arguments, *batch, 4)
+    arguments += ["--validation_steps", 1000]
     for steps, processes in ((7, 2), (13, 4)):
         resume = ["--resume_from_checkpoint", "latest"] if parts.exists() else []
         flags = [*arguments, *batch, 4 // processes, *resume]
@@ -127,14 +131,3 @@ def test_arguments_that_contradict_one_another_are_named(d2it_arguments, tmp_pat
     arguments = ["--output_dir", tmp_path, "--max_train_steps", 1, "--resolution", 32, "--train_batch_size", 2]
     with pytest.raises((ValueError, OSError), match=message):
         call("train_d2it.py", *arguments, *d2it_arguments, *change)
-
-
-OF_NO_USE = ["--train_data_dir .", "--alignment x", "--fine_ratio 0.8 0.3", "--fine_ratio 2", "--overfit_batches 0"]
-OF_NO_USE += ["--checkpoints_total_limit 0", "--skip_nonfinite_steps -1"]
-
-
-@pytest.mark.parametrize("change", OF_NO_USE)
-def test_flags_that_cannot_be_used_are_named_at_once(d2it_arguments, tmp_path, capsys, change):
-    with pytest.raises(SystemExit):
-        call("train_d2it.py", "--output_dir", tmp_path, "--max_train_steps", 1, *d2it_arguments, *change.split())
-    assert change.split()[0] in capsys.readouterr().err
