@@ -16,6 +16,7 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 from peft import LoraConfig
+from pipeline_calls import call_with
 
 from diffusers_d2it import D2iTImg2ImgPipeline, D2iTInpaintPipeline, D2iTPipeline
 from diffusers_d2it.grains import check_tied
@@ -33,9 +34,7 @@ EACH_SCHEDULER = pytest.mark.parametrize("scheduler", SCHEDULERS)
 CLASSES = [D2iTImg2ImgPipeline, D2iTInpaintPipeline]
 
 
-def call(pipe, *args, seed: int = 0, **kwargs):
-    defaults = {"num_inference_steps": 4, "grain_num_inference_steps": 3, "output_type": "pt"}
-    return pipe(*args, generator=torch.Generator().manual_seed(seed), **(defaults | kwargs))
+call = call_with(num_inference_steps=4, grain_num_inference_steps=3, output_type="pt")
 
 
 @pytest.fixture
@@ -83,6 +82,10 @@ def test_strength_one_is_generation_under_the_map_of_the_picture(make, picture, 
     grain_map = plain.grain_map_from_image(picture)
     assert torch.equal(edited.grain_maps, grain_map)
     assert torch.equal(edited.images, call(plain, 1, grain_map=grain_map).images)
+
+
+def test_strength_one_is_generation_under_any_map(make, picture):
+    edits, plain = make(D2iTImg2ImgPipeline)
     for other in ("draw", "fine", torch.zeros(4, 4, dtype=torch.int64), None):
         given = None if isinstance(other, str) and other == "draw" else other
         assert torch.equal(
@@ -101,7 +104,7 @@ def test_strength_zero_is_the_reconstruction(make, photos, picture, caplog, num_
     assert any("`strength` 0" in message for message in caplog.messages)
 
 
-@EACH_SCHEDULER
+@pytest.mark.parametrize("scheduler", ["DDIM", "UniPC", "Heun"])
 @pytest.mark.parametrize("cls", CLASSES)
 def test_an_edit_of_a_strength_costs_its_share_of_the_steps(make, picture, scheduler, cls):
     edits, _ = make(cls, scheduler=SCHEDULERS[scheduler]())
@@ -114,19 +117,6 @@ def test_an_edit_of_a_strength_costs_its_share_of_the_steps(make, picture, sched
         assert len(passes) == max(steps * per_step - (per_step - 1), 0), strength
     with pytest.raises(ValueError, match="`strength`.*1 / 10.*0.05"):
         call(edits, 1, picture, strength=0.05, num_inference_steps=10, **masked)
-
-
-@EACH_SCHEDULER
-def test_less_strength_stays_nearer(make, picture, scheduler):
-    edits, _ = make(D2iTImg2ImgPipeline, scheduler=SCHEDULERS[scheduler]())
-    kept = encoded(edits, picture, edits.grain_map_from_image(picture))
-    far = [
-        (call(edits, 1, picture, strength=strength, num_inference_steps=10, output_type="latent").images - kept)
-        .square()
-        .mean()
-        for strength in (0.0, 0.2, 0.5, 1.0)
-    ]
-    assert far[0] == 0 and far == sorted(far) and len({*map(float, far)}) == 4
 
 
 @EACH_SCHEDULER
@@ -167,20 +157,16 @@ def test_shares_of_the_steps_are_of_all_steps(make, picture):
         assert batches == expected
 
 
-@pytest.mark.parametrize("cls", CLASSES)
-def test_offloaded_models_and_adapters_edit_alike(make, picture, cls):
-    edits, plain = make(cls)
-    masked = {"mask_image": mask_of((4, 4, 20, 20))} if cls is D2iTInpaintPipeline else {}
-    expected = call(edits, 1, picture, strength=0.5, **masked).images
+def test_offloaded_models_and_adapters_edit_alike(make, picture):
+    edits, _ = make(D2iTInpaintPipeline)
+    given = {"image": picture, "mask_image": mask_of((4, 4, 20, 20)), "strength": 0.5}
+    expected = call(edits, 1, **given).images
     edits.enable_group_offload(onload_device=torch.device("cpu"), offload_type="leaf_level")
-    assert torch.equal(call(edits, 1, picture, strength=0.5, **masked).images, expected)
-    edits, _ = make(cls)
+    assert torch.equal(call(edits, 1, **given).images, expected)
+    edits, _ = make(D2iTInpaintPipeline)
     targets = ["to_q", "to_k", "to_v", "to_out.0"]
     edits.transformer.add_adapter(LoraConfig(r=2, target_modules=targets, init_lora_weights=False))
-    off, on = (
-        call(edits, 1, picture, strength=0.5, attention_kwargs={"scale": scale}, **masked).images
-        for scale in (0.0, 1.0)
-    )
+    off, on = (call(edits, 1, **given, attention_kwargs={"scale": scale}).images for scale in (0.0, 1.0))
     assert torch.equal(off, expected) and not torch.equal(on, expected)
 
 
@@ -239,9 +225,13 @@ MASKS = {
 }
 
 
-@EACH_SCHEDULER
-@pytest.mark.parametrize("boxes", MASKS)
-@pytest.mark.parametrize("strength", [0.5, 1.0])
+@pytest.mark.parametrize(
+    "scheduler, boxes, strength",
+    [
+        *((scheduler, "two", strength) for scheduler in SCHEDULERS for strength in (0.5, 1.0)),
+        *(("DDIM", boxes, 1.0) for boxes in MASKS if boxes != "two"),
+    ],
+)
 def test_what_the_mask_does_not_touch_keeps_its_code_its_grain_and_its_pixels(
     make, picture, scheduler, boxes, strength
 ):
@@ -408,6 +398,11 @@ def test_an_edit_without_an_encoder_or_a_picture_is_refused(make, picture, cls):
         call(edits, 1, picture, output_type="latent")
 
 
+@pytest.fixture(scope="module")
+def refusing(make_pipeline):
+    return D2iTInpaintPipeline.from_pipe(make_pipeline())
+
+
 GREY = PIL.Image.new("L", (32, 32), 200)
 
 
@@ -434,7 +429,6 @@ GREY = PIL.Image.new("L", (32, 32), 200)
         ({"padding_mask_crop": -1}, "`padding_mask_crop`.*-1"),
     ],
 )
-def test_bad_input_is_named(make, picture, arguments, message):
-    edits, _ = make(D2iTInpaintPipeline)
+def test_bad_input_is_named(refusing, picture, arguments, message):
     with pytest.raises(ValueError, match=message):
-        call(edits, 1, **({"image": picture, "mask_image": mask_of((0, 0, 8, 8))} | arguments))
+        call(refusing, 1, **({"image": picture, "mask_image": mask_of((0, 0, 8, 8))} | arguments))
