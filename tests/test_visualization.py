@@ -85,14 +85,6 @@ def test_arrays_tensors_and_a_batch_of_one_give_the_same_picture(photo):
     assert np.array_equal(np.asarray(photo), before), "the given picture is left as it was"
 
 
-@pytest.mark.parametrize("mode", ["L", "RGBA", "P"])
-def test_pictures_of_other_modes_are_drawn_in_rgb(photo, mode):
-    picture = photo.convert(mode)
-    grain_map = torch.tensor([[1, 0], [0, 1]])
-    expected = visualize_grain_map(picture.convert("RGB"), grain_map)
-    assert visualize_grain_map(picture, grain_map).tobytes() == expected.tobytes()
-
-
 @pytest.mark.parametrize(
     ("grain_map", "message"),
     [
@@ -126,14 +118,3 @@ def test_fine_areas_have_an_outline_and_nothing_else_has():
     assert strong[32:, 32].all() and strong[32, 32:].all()  # its left and upper edge
     assert not strong[:32].any() and not strong[:, :32].any() and not strong[40:, 40:].any()
     assert not (redness(visualize_grain_map(grey(96, 96), torch.ones(3, 3, dtype=torch.int64))) > 150).any()
-
-
-def test_all_images_of_an_output_are_drawn_at_once(make_pipeline):
-    pipe = make_pipeline()
-    for output_type in ("pil", "np", "pt"):
-        output = pipe([1, 2], num_inference_steps=1, output_type=output_type)
-        drawn = visualize_grain_map(output.images, output.grain_maps)
-        alone = [visualize_grain_map(image, one) for image, one in zip(output.images, output.grain_maps)]
-        assert [one.tobytes() for one in drawn] == [one.tobytes() for one in alone]
-    with pytest.raises(ValueError, match="`grain_map`.*2.*1"):
-        visualize_grain_map(output.images, output.grain_maps[:1])
