@@ -24,12 +24,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from script_runs import call, load_script
+from script_runs import ROOT, call, importing_from, load_script
 from sybil import Sybil
 from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser, SkipParser
 
 
-ROOT = Path(__file__).parents[1]
 PAGES = ["README.md", "CONTRIBUTING.md", "docs/*.md", "examples/README.md", "benchmarks/README.md"]
 PAGES += ["benchmarks/device/README.md", "src/diffusers_d2it/checkpoints/*/README.md"]
 RUN = {"python examples/demo.py --checkpoint runs/d2it/pipeline"}  # commands that are short, and have all they need
@@ -110,12 +109,11 @@ def check_command(words: list[str]) -> None:
 
 def check_script(script: str, *words: str) -> None:
     """Raise unless a script of the repository takes these words."""
-    path, argv, known, places = Path(script), sys.argv, {*sys.modules}, [*sys.path]
+    path, argv = Path(script), sys.argv
     assert (ROOT / path).is_file(), script
     sys.argv = [script, *words]
-    sys.path.insert(0, str(ROOT / path.parent))
     try:
-        with reading_flags_only():
+        with importing_from(ROOT / path.parent), reading_flags_only():
             if path.parent.name == "examples":
                 load_script(path.name).parse_args()
             else:
@@ -127,12 +125,6 @@ def check_script(script: str, *words: str) -> None:
         raise AssertionError(f"{shlex.join([script, *words])}: exit status {end.code}, see stderr") from None
     finally:
         sys.argv = argv
-        sys.path[:] = places
-        folders = [ROOT / name for name in ("examples", "reproduction", "benchmarks")]
-        for name in {*sys.modules} - known:
-            # Folders have modules of the same name, and the folder of a page is gone when it ends
-            if Path(getattr(sys.modules[name], "__file__", None) or "").resolve().parent in folders:
-                del sys.modules[name]
 
 
 @contextmanager

@@ -12,13 +12,12 @@ import time
 from pathlib import Path
 
 from safetensors.torch import load_file
-from script_runs import load_script
+from script_runs import ROOT, load_script
 from training_runs import call
 
 from diffusers_d2it.training import found_checkpoints
 
 
-ROOT = Path(__file__).parents[2]
 COMMANDS = {
     "srun": 'echo $$ > "$FOLDER/step"; shift 2; exec "$@"',  # behind --kill-on-bad-exit 1
     "scancel": 'echo "$@" >> "$FOLDER/cancelled"; kill -s "$2" "$(cat "$FOLDER/step")"',
