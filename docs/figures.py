@@ -20,14 +20,14 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 sys.path += [str(ROOT / name) for name in ("examples", "reproduction", "benchmarks")]
 
+import adaptive  # noqa: E402
 import dcdit  # noqa: E402
-from adaptive import adaptive_table, seen_table  # noqa: E402
 from arithmetic import models_table, runs_table  # noqa: E402
 from budget_report import budget_table  # noqa: E402
 from feeding import cores_table  # noqa: E402
 from figure_5 import reconstructions_table  # noqa: E402
 from figure_6 import curves_table  # noqa: E402
-from report import claims_table, rows_table  # noqa: E402
+from report import claims_table, markdown_table, rows_table  # noqa: E402
 from run import goals_table  # noqa: E402
 from small_dcdit import judged_table, lengths_table  # noqa: E402
 from step_savers import savers_table  # noqa: E402
@@ -58,10 +58,6 @@ def in_turn(first: str, second: str, digits: int) -> Callable[..., str]:
     return cell
 
 
-def table(*lines: list[str]) -> str:
-    return "".join(f"| {' | '.join(line)} |\n" for line in (lines[0], ["---"] * len(lines[0]), *lines[1:]))
-
-
 def coherence(*names: str) -> str:
     cell = in_turn(*names, digits=3)
     rows = [["imagenette-128 / tiny-imagenet-20-64", *KINDS, "equal across the edge, half", "centre"]]
@@ -72,7 +68,7 @@ def coherence(*names: str) -> str:
     for mask in MASKS:
         edges = [f"**{cell('maps', mask, 'completed', 'equal across the edge')}**" * (one == mask) for one in MASKS]
         rows.insert(-1, [f"completed, {mask}", *(cell("maps", mask, "completed", kind) for kind in KINDS), *edges])
-    return table(*rows)
+    return markdown_table(*rows)
 
 
 def in_painted(*names: str) -> str:
@@ -81,7 +77,7 @@ def in_painted(*names: str) -> str:
     for name in names:
         found = result(name)["judge"]
         rows.append([name.removeprefix("editing-"), *(f"{found[f'top-1, {one}']:.2f}"[1:] for one in columns)])
-    return table(*rows)
+    return markdown_table(*rows)
 
 
 def seams(*names: str) -> str:
@@ -95,7 +91,7 @@ def seams(*names: str) -> str:
             )
             cells.append(f"{drawn} (photographs {there})")
         rows.append(cells)
-    return table(*rows)
+    return markdown_table(*rows)
 
 
 FIGURES: dict[str, Callable[..., str]] = {
@@ -104,8 +100,8 @@ FIGURES: dict[str, Callable[..., str]] = {
     "reconstructions": lambda name: reconstructions_table(result(name)["reconstructions"]),
     "curves": lambda name: curves_table(result(name)["curves"], result(name)["claims"]),
     "budget": lambda name: budget_table(result(name)["rows"], result(name)["real_images"]),
-    "adaptive": lambda name: adaptive_table(result(name)["rows"]),
-    "seen": lambda name: seen_table(result(name)["claims"]),
+    "adaptive": lambda name: adaptive.adaptive_table(result(name)["rows"]),
+    "seen": lambda name: claims_table(result(name)["claims"], adaptive.BUDGETS),
     "parts": lambda name, steps: dcdit.table(result(name)["arms"], int(steps)),
     "shares": lambda name: dcdit.shares_table(result(name)["arms"]),
     "claims_of_parts": lambda name: dcdit.claims_table(result(name)["arms"]),

@@ -61,11 +61,7 @@ from report_inputs import in_words, markdown_table, prepare
 
 
 def budget(
-    drawings: Mapping[str, Drawing],
-    images: torch.Tensor,
-    evaluator: Evaluator,
-    budgets: Sequence[float],
-    progress: bool = False,
+    drawings: Mapping[str, Drawing], images: torch.Tensor, evaluator: Evaluator, budgets: Sequence[float]
 ) -> list[dict]:
     """Quality and cost of checkpoints at several budgets.
 
@@ -74,7 +70,6 @@ def budget(
         images: real images (N, 3, H, W) uint8, to be reconstructed.
         evaluator: metrics and reference.
         budgets: of each checkpoint.
-        progress: of `compare`.
 
     Returns:
         For each row: "checkpoint"; "budget"; "results" of `evaluate`; "tokens" of an image in a pass, by stage;
@@ -94,7 +89,7 @@ def budget(
         tuple(images.shape),
         title="samples of {}",
         costs=True,
-        progress=progress,
+        progress=True,
     )
     rows = []
     for row, (name, one) in zip(found, asked.values()):
@@ -145,7 +140,7 @@ def budget_table(rows: Sequence[dict], real: Sequence[dict]) -> str:
             ]
         )
     cells.append(["real images", "", *in_words(real), *[""] * 5])
-    return markdown_table(cells, "---")
+    return markdown_table(cells)
 
 
 def check_matplotlib() -> None:
@@ -155,7 +150,6 @@ def check_matplotlib() -> None:
 
 def plot_budget(rows: Sequence[dict], path: str | Path) -> None:
     """The rows of `budget` as a picture: each metric over multiply-adds and over seconds, a line a checkpoint."""
-    check_matplotlib()
     from matplotlib.figure import Figure
 
     metrics = [result["metric"] for result in rows[0]["results"]]
@@ -198,7 +192,7 @@ def main(args: argparse.Namespace) -> None:
     images, others = counted(args.num_images, "image"), counted(args.num_reference_images, "other")
     accelerator.print(f"{report.description}: {images} to reconstruct, {others}")
 
-    rows = budget(report.drawings, report.images, report.evaluator, args.budgets, progress=True)
+    rows = budget(report.drawings, report.images, report.evaluator, args.budgets)
     if accelerator.is_main_process:
         machine = describe_machine(accelerator)
         table = budget_table(rows, report.real)

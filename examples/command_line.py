@@ -244,7 +244,8 @@ def next_command(script: str, rest: str = " ...", **flags: object) -> str:
 
 def in_flags(message: str, args: argparse.Namespace) -> str:
     """A message of the library on one line, in which arguments that are flags of the script are written as such."""
-    line = "".join(char if char.isprintable() else f"\\x{ord(char):02x}" for char in " ".join(message.split()))
+    line = " ".join(message.split())
+    line = "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in line)
     line = line.replace("`labelled=False`", "--unconditional").replace("`streaming=False`", "no --streaming")
     if "checkpoint" in vars(args):
         line = line.replace("`pretrained_model_name_or_path`", "--checkpoint")

@@ -67,9 +67,7 @@ def main(args: argparse.Namespace) -> None:
         guidance_scale=args.guidance_scale,
         generator=generator,
     )
-    maps = [
-        visualize_grain_map(image, grain_map, min_side=1) for image, grain_map in zip(output.images, output.grain_maps)
-    ]
+    maps = visualize_grain_map(output.images, output.grain_maps, min_side=1)
     names = names or [f"sample {i + 1}" for i in range(len(maps))]
     draw_grid(names, output.images, maps).save(args.output)
     print(f"{args.output}: {counted(len(maps), 'sample')}, each beside its grain map (red fine, blue coarse)")

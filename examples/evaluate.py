@@ -70,8 +70,8 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error("pass --metrics and --output")
     if args.save_statistics is not None and (args.metrics or args.output):
         parser.error("--save_statistics computes no metrics: pass neither --metrics nor --output")
-    if args.reference is None and not set(args.metrics) <= {"is", "top1"}:
-        parser.error("--reference is needed, but for the metrics 'is' and 'top1'")
+    if args.reference is None and (args.samples is None or not set(args.metrics) <= {"is", "top1"}):
+        parser.error("--reference is needed, but for the metrics 'is' and 'top1' of --samples")
     if args.reconstruction is None and args.fine_ratio is not None:
         parser.error("--fine_ratio belongs to --reconstruction")
     if args.reconstruction is not None and not set(args.metrics) <= set(PAIR_METRICS):
@@ -141,19 +141,16 @@ def main(args: argparse.Namespace) -> None:
         number = save_statistics(args.save_statistics, reference, features, **reading)
         accelerator.print(f"{args.save_statistics}: {features.name}, {counted(number, 'image')} of {reference.name}")
         return
-    results = []
     if args.reconstruction is not None:
         vae = load_autoencoder(args.reconstruction)
-        results += evaluate_reconstructions(vae, reference, of_pairs, features, fine_ratio=args.fine_ratio, **reading)
+        results = evaluate_reconstructions(vae, reference, of_pairs, features, fine_ratio=args.fine_ratio, **reading)
     else:
-        samples = open_images(args.samples)
-        pairs = []
+        samples, results = open_images(args.samples), []
         if of_pairs:  # before the sets, which take longer to find that something is missing
-            pairs = evaluate_pairs(samples, reference, of_pairs, features, **reading)
+            results = evaluate_pairs(samples, reference, of_pairs, features, **reading)
         if of_sets:
             kid = {"seed": args.seed, "kid_subset_size": args.kid_subset_size}
-            results += evaluate(samples, reference, of_sets, features, **kid, **reading)
-        results += pairs
+            results = evaluate(samples, reference, of_sets, features, **kid, **reading) + results
 
     if accelerator.is_main_process:
         for result in results:  # before they are saved, which may fail

@@ -39,7 +39,11 @@ def second_stage_parser(description: str, with_grains: bool = True) -> argparse.
     """The flags that the scripts of the second stage share; `check_second_stage` belongs to them."""
     parser = make_parser(description)
     add_data_arguments(parser, required=False)  # or --latent_cache
-    add_second_stage_arguments(parser, with_grains)
+    group = parser.add_argument_group("second stage")
+    kinds = "a DynamicAutoencoderKL from train_dvae.py" + ("" if with_grains else ", or of an AutoencoderKL")
+    group.add_argument("--vae", required=True, help=f"folder or Hub name of {kinds}")
+    group.add_argument("--latent_cache", help="folder written by cache_latents.py, instead of images")
+    group.add_argument("--label_dropout", type=share, default=0.1, help="share of labels dropped, for guidance")
     add_class_arguments(parser)
     add_training_arguments(parser, with_grains)
     add_hub_arguments(parser)
@@ -143,15 +147,6 @@ def add_training_arguments(parser: argparse.ArgumentParser, with_grains: bool = 
     group.add_argument("--report_to", default="tensorboard", help="tracker known to accelerate, or 'none'")
 
 
-def add_second_stage_arguments(parser: argparse.ArgumentParser, with_grains: bool) -> None:
-    """What the models of the second stage have in common, and the autoencoder has not."""
-    group = parser.add_argument_group("second stage")
-    kinds = "a DynamicAutoencoderKL from train_dvae.py" + ("" if with_grains else ", or of an AutoencoderKL")
-    group.add_argument("--vae", required=True, help=f"folder or Hub name of {kinds}")
-    group.add_argument("--latent_cache", help="folder written by cache_latents.py, instead of images")
-    group.add_argument("--label_dropout", type=share, default=0.1, help="share of labels dropped, for guidance")
-
-
 def add_denoiser_arguments(parser: argparse.ArgumentParser) -> None:
     """What the content model and DC-DiT have in common, each with a pipeline; `check_second_stage` belongs to it."""
     group = parser.add_argument_group("denoising")
@@ -203,7 +198,7 @@ def add_report_arguments(parser: argparse.ArgumentParser, several: bool = False)
     """Checkpoint, or several, data, features and sampling: shared by the reports on checkpoints."""
     group = parser.add_argument_group("checkpoint")
     what = "folders or Hub names of pipelines" if several else "folder or Hub name of a pipeline"
-    group.add_argument("--checkpoint", nargs="+" if several else None, help=f"{what}; default: the bundled one")
+    group.add_argument("--checkpoint", nargs="+" if several else 1, help=f"{what}; default: the bundled one")
     add_data_arguments(parser)
     add_class_arguments(parser)
     parser.set_defaults(resolution=None)  # that of the checkpoint

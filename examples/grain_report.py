@@ -53,12 +53,7 @@ from diffusers_d2it.words import counted
 from report_inputs import in_words, markdown_table, prepare
 
 
-def table_5(
-    drawing: Drawing,
-    maps: Mapping[str, torch.Tensor],
-    evaluator: Evaluator,
-    progress: bool = False,
-) -> list[dict]:
+def table_5(drawing: Drawing, maps: Mapping[str, torch.Tensor], evaluator: Evaluator) -> list[dict]:
     """How good images are by where their maps come from.
 
     Args:
@@ -66,7 +61,6 @@ def table_5(
         maps: the maps of each row, (N, h, w) int64, by the name of the row, such as those of `Drawing.maps`.
         evaluator: metrics and reference. If the real images that the maps were taken from are among the reference, the
             true maps are at an advantage.
-        progress: of `compare`.
 
     Returns:
         For each row: "map", its name; "results" of `evaluate`; "fine_share" and "autocorrelation" of its maps;
@@ -80,14 +74,7 @@ def table_5(
     num_images, height, width = next(iter(maps.values())).shape
     arguments = {source: {"grain_map": asked} for source, asked in maps.items()}
     shape = (num_images, 3, height * side, width * side)
-    rows = compare(
-        drawing,
-        arguments,
-        evaluator,
-        shape,
-        title="samples with {} maps",
-        progress=progress,
-    )
+    rows = compare(drawing, arguments, evaluator, shape, title="samples with {} maps", progress=True)
     return [
         {
             "map": row.name,
@@ -132,7 +119,7 @@ def report_text(rows: Sequence[dict], real: Sequence[dict], diagnostics: dict) -
         "PSNR of reconstructions by grain, dB: "
         + " / ".join(f"{value:.2f}" for value in errors["reconstruction_psnr_db"]),
     ]
-    return markdown_table(cells, "---") + "\n".join(lines)
+    return markdown_table(cells) + "\n".join(lines)
 
 
 def main(args: argparse.Namespace) -> None:
@@ -146,7 +133,7 @@ def main(args: argparse.Namespace) -> None:
 
     true_maps = drawing.true_maps(report.images)
     maps = {source: drawing.maps(source, true_maps) for source in MAP_SOURCES}
-    rows = table_5(drawing, maps, report.evaluator, progress=True)
+    rows = table_5(drawing, maps, report.evaluator)
     diagnostics = grain_diagnostics(drawing, report.images, maps)
     if accelerator.is_main_process:
         found = {"table_5": rows, "real_images": report.real, "diagnostics": diagnostics}

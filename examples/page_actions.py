@@ -24,6 +24,7 @@ from diffusers_d2it import (
     load_sampler,
     visualize_grain_map,
 )
+from diffusers_d2it.grains import fine_share
 from diffusers_d2it.pipelines.calls import turn_of
 from diffusers_d2it.pipelines.grain_maps import DRAWN
 from diffusers_d2it.pipelines.schedulers import is_flow
@@ -97,7 +98,8 @@ def cost(pipe: D2iTPipeline, grain_maps: torch.Tensor, milliseconds: float) -> s
     """The tokens of the maps, the share of fine regions and the time, in words."""
     tokens = sum(pipe.transformer.prepare_grain_map(grain_maps).num_tokens.values()).tolist()
     tokens = ", ".join(map(str, tokens))
-    return f"{tokens} tokens, {(grain_maps > 0).float().mean():.0%} of the regions fine, {milliseconds:.0f} ms"
+    share = fine_share(grain_maps, pipe.transformer.config.num_grains).mean()
+    return f"{tokens} tokens, {share:.0%} of the regions fine, {milliseconds:.0f} ms"
 
 
 def with_map(pipe: D2iTPipeline, **call: Any) -> Iterator[tuple]:
@@ -154,7 +156,7 @@ def strokes(editor: dict[str, Any] | None) -> np.ndarray | None:
 
 
 def read_painted(editor: dict[str, Any] | None, boxes: str, pipe: D2iTPipeline) -> torch.Tensor:
-    """The map that strokes and boxes say, (h, w): 1 where red, 0 where blue, -1 where nothing is.
+    """The map that strokes and boxes say, (h, w): the finest grain where red, 0 where blue, -1 where nothing is.
 
     Args:
         editor: of `gr.ImageEditor`.
@@ -171,7 +173,7 @@ def read_painted(editor: dict[str, Any] | None, boxes: str, pipe: D2iTPipeline) 
         held = torch.where(coarse + fine >= PAINTED, finest * (fine >= coarse), held)
     for line in filter(str.strip, boxes.splitlines()):
         words = line.replace(",", " ").split()
-        grain = words.pop(0) if words[0] in ("coarse", "fine") else "fine"
+        grain = words.pop(0) if words[:1] in (["coarse"], ["fine"]) else "fine"
         if not all(word.replace(".", "", 1).isdecimal() for word in words):
             raise ValueError(f"a box must be left, top, right and bottom in pixels, got {line!r}.")
         inside = grain_map_from_boxes([[float(word) for word in words]], size, pipe.image_size(size)) > 0

@@ -28,7 +28,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from diffusers_d2it import D2iTPipeline, bundled_checkpoint, visualize_grain_map
 from diffusers_d2it.data import decode_image, to_pixels
-from diffusers_d2it.pixels import to_uint8
+from diffusers_d2it.pipelines.pictures import to_pil
 from diffusers_d2it.words import counted
 
 
@@ -52,13 +52,13 @@ def main(args: argparse.Namespace) -> None:
         entropy = vae.region_entropy(pixels[None]).expand(3, -1, -1)
         low, high = entropy.aminmax()
         shade = (2 * (entropy - low) / (high - low).clamp(min=1e-6) - 1).clamp(-1, 1)  # white has most
-        shown = [(as_image(pixels), ""), (as_image(shade), "")]
+        shown = [(to_pil(pixels), ""), (to_pil(shade), "")]
         for ratio in args.fine_ratios:
             encoded = vae.encode(pixels[None], fine_ratio=ratio)
             reconstruction = vae.decode(encoded.latent_dist.mode()).sample[0]
             grain_map = encoded.grain_map[0]
             codes = f"{(4**grain_map).sum()} of {4 ** (vae.num_grains - 1) * grain_map.numel()} codes"
-            shown += [(visualize_grain_map(shown[0][0], grain_map, min_side=1), ""), (as_image(reconstruction), codes)]
+            shown += [(visualize_grain_map(shown[0][0], grain_map, min_side=1), ""), (to_pil(reconstruction), codes)]
         for column, (picture, words) in enumerate(shown):
             sheet.paste(picture.resize((side, side), Image.Resampling.NEAREST), (column * step, top))
             pen.text((column * step + 2, top + side + 1), words, fill="black", font=font)
@@ -66,11 +66,6 @@ def main(args: argparse.Namespace) -> None:
     print(
         f"{args.output}: {counted(len(args.images), 'photograph')} at {counted(len(args.fine_ratios), 'fine ratio')}"
     )
-
-
-def as_image(pixels: torch.Tensor) -> Image.Image:
-    """Pixels (3, H, W) in [-1, 1] as a picture."""
-    return Image.fromarray(to_uint8(pixels).permute(1, 2, 0).numpy())
 
 
 if __name__ == "__main__":

@@ -111,8 +111,7 @@ def prepare(args: argparse.Namespace, bad_images: Path) -> ReportInputs:
         ValueError: a flag cannot be used, or does not suit the others.
     """
     compute_exactly()
-    names = args.checkpoint or bundled_checkpoint()
-    names = names if isinstance(names, list) else [names]
+    names = args.checkpoint or [bundled_checkpoint()]
     if len(set(names)) < len(names):
         raise ValueError(f"--checkpoint must name different ones, got {' '.join(names)}.")
     # The others wait while the main process compares features
@@ -221,9 +220,9 @@ def draw_images(
     return images, labels[:number], reference
 
 
-def markdown_table(cells: list[list[str]], first: str = "---:") -> str:
-    """A table, its header first; `first` aligns the first column, the others are numbers."""
-    lines = [cells[0], [first, *["---:"] * (len(cells[0]) - 1)], *cells[1:]]
+def markdown_table(cells: list[list[str]]) -> str:
+    """A table, its header first; all columns but the first are numbers."""
+    lines = [cells[0], ["---", *["---:"] * (len(cells[0]) - 1)], *cells[1:]]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 

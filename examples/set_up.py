@@ -33,11 +33,12 @@ from flags import hub_arguments, image_arguments, run_arguments
 
 
 # Flags that may change when a run is continued: where things lie, how long and how often, what changes no weight.
+# Of a preset the configuration counts, which `Checkpoints` compares: its file may be named from elsewhere.
 _FREE = frozenset(
     "output_dir resume_from_checkpoint max_train_steps checkpointing_steps checkpoints_total_limit validation_steps"
     " report_to dataloader_num_workers train_batch_size gradient_accumulation_steps gradient_checkpointing compile"
     " push_to_hub hub_model_id hub_private_repo"
-    " hub_remote_code license train_data_dir latent_cache vae grain init_from distill_from alignment"
+    " hub_remote_code license train_data_dir latent_cache vae grain preset init_from distill_from alignment"
     " calibration_images fid_model skip_nonfinite_steps".split()
 )
 

@@ -73,7 +73,6 @@ from diffusers_d2it.training import (
     Alignment,
     FiniteGate,
     add_adapters,
-    compile_blocks,
     draw_grain_map,
     drop_labels,
     find_checkpoint,
@@ -126,9 +125,7 @@ def validate(pipe: D2iTPipeline, class_labels: list[int] | None, seed: int, path
     generator = torch.Generator(pipe.device).manual_seed(seed)
     count = 1 if class_labels else 8
     output = pipe(class_labels, num_images_per_prompt=count, generator=generator)
-    maps = [
-        visualize_grain_map(image, grain_map, min_side=1) for image, grain_map in zip(output.images, output.grain_maps)
-    ]
+    maps = visualize_grain_map(output.images, output.grain_maps, min_side=1)
     os.makedirs(os.path.dirname(path), exist_ok=True)
     make_image_grid(output.images + maps, rows=2, cols=len(maps)).save(path)
 
@@ -162,7 +159,7 @@ def main(args: argparse.Namespace) -> None:
     if args.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
     if args.compile:
-        compile_blocks(transformer)
+        transformer.compile_repeated_blocks()
     network, alignment = None, torch.nn.Identity()
     if args.alignment is not None:
         network = load_vision_network(args.alignment).to(accelerator.device)

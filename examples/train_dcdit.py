@@ -81,7 +81,6 @@ from diffusers_d2it.training import (
     Alignment,
     Distillation,
     FiniteGate,
-    compile_blocks,
     draw_budget,
     drop_labels,
     find_checkpoint,
@@ -170,7 +169,7 @@ def main(args: argparse.Namespace) -> None:
     if args.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
     if args.compile:
-        compile_blocks(transformer)
+        transformer.compile_repeated_blocks()
     network, alignment = None, torch.nn.Identity()
     if args.alignment is not None:
         network = load_vision_network(args.alignment).to(accelerator.device)

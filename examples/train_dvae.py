@@ -13,7 +13,7 @@ reconstructions last.
 
 import argparse
 
-from command_line import begin, natural, next_command, positive, weight
+from command_line import begin, natural, next_command, number, positive, weight
 from flags import image_arguments, training_parser, where
 
 
@@ -22,7 +22,9 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     group = parser.add_argument_group("autoencoder")
     start = group.add_mutually_exclusive_group()
     start.add_argument("--preset", default="dvae-f8f16", help="a preset, or a JSON file with a model's configuration")
-    start.add_argument("--init_from", help="folder of a DynamicAutoencoderKL, such as convert_autoencoder_kl.py's")
+    start.add_argument(
+        "--init_from", help="folder of a DynamicAutoencoderKL, such as convert_autoencoder_kl.py's, or of a pipeline"
+    )
     frozen = group.add_mutually_exclusive_group()
     frozen.add_argument(
         "--freeze_fine_path",
@@ -53,7 +55,10 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         "--perceptual_resolution", type=positive, help="side of the images that it sees; default: --resolution"
     )
     group.add_argument(
-        "--perceptual_share", type=_share, default=1.0, help="share of a batch whose perceptual loss is computed"
+        "--perceptual_share",
+        type=number(float, 1e-6, 1),
+        default=1.0,
+        help="share of a batch whose perceptual loss is computed",
     )
     group.add_argument("--gan_weight", type=weight, default=0.5, help="weight of the PatchGAN; 0 goes without it")
     group.add_argument("--gan_start_step", type=natural, default=50_000, help="updates before the PatchGAN joins")
@@ -78,13 +83,6 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def _share(text: str) -> float:
-    share = float(text)
-    if not 0 < share <= 1:
-        raise argparse.ArgumentTypeError(f"must be above 0 and at most 1, got {share}")
-    return share
-
-
 if __name__ == "__main__":
     ARGS = begin(parse_args)  # before torch is imported, which takes seconds
 
@@ -99,7 +97,7 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.training_utils import EMAModel
 from diffusers.utils import make_image_grid
 
-from diffusers_d2it import DynamicAutoencoderKL, load_preset, visualize_grain_map
+from diffusers_d2it import DynamicAutoencoderKL, visualize_grain_map
 from diffusers_d2it.data import BadImages, check_resolution, first_batches, load_images, make_dataset
 from diffusers_d2it.evaluation import FeatureExtractor, check_torchmetrics, load_features, reconstruction_scores
 from diffusers_d2it.losses import adaptive_weight, adversarial_loss, dvae_loss, hinge_loss
@@ -108,7 +106,6 @@ from diffusers_d2it.training import (
     PatchDiscriminator,
     PerceptualLoss,
     bar_of,
-    compile_blocks,
     count_entropy,
     draw_fine_ratio,
     find_checkpoint,
@@ -118,7 +115,7 @@ from diffusers_d2it.training import (
     trained_weights,
     use_ema,
 )
-from set_up import checkpoints_of, loader_of, publish_result, run_of, schedule_of, start
+from set_up import checkpoints_of, load_start, loader_of, publish_result, run_of, schedule_of, start
 
 
 class DvaeStep(torch.nn.Module):
@@ -140,33 +137,6 @@ class DvaeStep(torch.nn.Module):
         return self.vae.decode(latents).sample, posterior.kl()
 
 
-def region_size(args: argparse.Namespace) -> int:
-    """Side of a region in pixels of the autoencoder of the flags."""
-    if args.init_from is None:
-        config = load_preset(args.preset, DynamicAutoencoderKL)
-    else:
-        config = DynamicAutoencoderKL.load_config(args.init_from)
-    with torch.device("meta"):  # takes no memory
-        return DynamicAutoencoderKL.from_config({**config, "calibration": None}).region_size
-
-
-def make_model(args: argparse.Namespace, calibration: dict) -> DynamicAutoencoderKL:
-    """The autoencoder of the flags, new or started from --init_from, with the thresholds of the data."""
-    if args.init_from is None:
-        config = load_preset(args.preset, DynamicAutoencoderKL) | {
-            "sample_size": args.resolution,
-            "calibration": calibration,
-        }
-        return DynamicAutoencoderKL(**config)
-    vae = DynamicAutoencoderKL.from_pretrained(args.init_from)
-    vae.register_to_config(sample_size=args.resolution, calibration=calibration)
-    if args.freeze_fine_path:
-        vae.freeze_fine_path()
-    if args.freeze_encoder:
-        vae.encoder.requires_grad_(False)
-    return vae
-
-
 @torch.no_grad()
 def validate(vae: DynamicAutoencoderKL, pixels: torch.Tensor, path: str) -> dict[str, float]:
     """Draw originals, reconstructions and maps at the default ratio; PSNR and SSIM at ratios 0, 0.5 and 1."""
@@ -174,9 +144,7 @@ def validate(vae: DynamicAutoencoderKL, pixels: torch.Tensor, path: str) -> dict
     decoded = vae.decode(encoded.latent_dist.mode()).sample
     processor = VaeImageProcessor()
     originals, reconstructions = processor.postprocess(pixels), processor.postprocess(decoded)
-    maps = [
-        visualize_grain_map(image, grain_map, min_side=1) for image, grain_map in zip(originals, encoded.grain_map)
-    ]
+    maps = visualize_grain_map(originals, encoded.grain_map, min_side=1)
     os.makedirs(os.path.dirname(path), exist_ok=True)
     make_image_grid(originals + reconstructions + maps, rows=3, cols=len(originals)).save(path)
     scores = {ratio: reconstruction_scores(vae, [pixels], ratio) for ratio in (0.0, 0.5, 1.0)}
@@ -218,7 +186,6 @@ def main(args: argparse.Namespace) -> None:
             f" {args.max_train_steps}: it trains without the PatchGAN"
         )
     perceptual = None
-    check_resolution(args.resolution, region_size(args))
     if args.perceptual_weight > 0:
         perceptual = PerceptualLoss(args.perceptual_network, args.perceptual_resolution, args.perceptual_logits)
         perceptual.to(accelerator.device)
@@ -226,18 +193,21 @@ def main(args: argparse.Namespace) -> None:
         num_compared = max(1, round(args.perceptual_share * args.train_batch_size))
     check_torchmetrics()  # what is missing is missed now
     features = None if args.fid_model is None else load_features(args.fid_model)
+    vae = load_start(args, DynamicAutoencoderKL, "vae")
+    if isinstance(vae, dict):
+        vae = DynamicAutoencoderKL(**vae | {"sample_size": args.resolution, "calibration": None})
+    check_resolution(args.resolution, vae.region_size)
 
     # 1. Data and thresholds
     source = load_images(**image_arguments(args)).shuffled(args.seed)  # the first images are then a fair sample
     accelerator.print(source)
     bad_images = BadImages(os.path.join(args.output_dir, "bad_images.jsonl"))
-    calibration = None
-    if checkpoint is not None or args.freeze_encoder:  # they have been counted
-        start_of_run = args.init_from if checkpoint is None else checkpoint / "model"
-        calibration = DynamicAutoencoderKL.load_config(start_of_run).get("calibration")
+    calibration = vae.config.calibration if args.freeze_encoder else None
+    if checkpoint is not None:  # they have been counted
+        calibration = DynamicAutoencoderKL.load_config(checkpoint / "model").get("calibration")
     if calibration is None:
         counted = count_entropy(
-            accelerator, source, args.resolution, region_size(args), bad_images, args.calibration_images
+            accelerator, source, args.resolution, vae.region_size, bad_images, args.calibration_images
         )
         calibration = counted.to_config(source.describe(args.resolution))
     dataset = make_dataset(accelerator, source, resolution=args.resolution, seed=args.seed, bad_images=bad_images)
@@ -245,12 +215,16 @@ def main(args: argparse.Namespace) -> None:
     samples = next(first_batches(source, args.resolution, 8, 8, bad_images)).to(accelerator.device)
 
     # 2. Model, discriminator, optimizers, average
-    vae = make_model(args, calibration)
+    vae.register_to_config(sample_size=args.resolution, calibration=calibration)
+    if args.freeze_fine_path:
+        vae.freeze_fine_path()
+    if args.freeze_encoder:
+        vae.encoder.requires_grad_(False)
     vae.to(memory_format=torch.channels_last)  # convolutions are faster with it
     if args.gradient_checkpointing:
         vae.enable_gradient_checkpointing()
     if args.compile:
-        compile_blocks(vae, dynamic=False)
+        vae.compile_repeated_blocks(dynamic=False)
     # Half as wide as the decoder at the size of the image: 64 channels, as usual, for the paper's autoencoder
     critic = PatchDiscriminator(base_channels=max(8, vae.config.decoder_block_out_channels[0] // 16 * 8))
     optimizer = torch.optim.AdamW(

@@ -49,7 +49,6 @@ from diffusers_d2it.grains import fine_share
 from diffusers_d2it.losses import grain_loss
 from diffusers_d2it.training import (
     FiniteGate,
-    compile_blocks,
     draw_grain_map,
     draw_integers,
     draw_uniform,
@@ -107,7 +106,7 @@ def main(args: argparse.Namespace) -> None:
     if args.gradient_checkpointing:
         grain_model.enable_gradient_checkpointing()
     if args.compile:
-        compile_blocks(grain_model)
+        grain_model.compile_repeated_blocks()
     # Steps of x0-prediction over a one-hot state; the estimate is an expectation, so there is nothing to clip.
     scheduler = DDIMScheduler(prediction_type="sample", clip_sample=False, timestep_spacing="trailing")
     optimizer = torch.optim.AdamW(
@@ -188,8 +187,8 @@ def main(args: argparse.Namespace) -> None:
             sample_caption="Maps drawn by the model: red is fine.",
             subfolder="grain_model",
         )
-        cache = {"latent_cache": args.latent_cache} if args.latent_cache else where(args)
-        print(next_command("train_d2it.py", grain=args.output_dir, vae=args.vae, resolution=args.resolution, **cache))
+        given = where(args) | {"streaming": args.streaming, "latent_cache": args.latent_cache}
+        print(next_command("train_d2it.py", grain=args.output_dir, vae=args.vae, resolution=args.resolution, **given))
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from arms import CHUNKED_ARMS, find_arm
 from cell_dit import CellDiT
 from dcdit import MovedBoundaries
 from plots import plot_costs
-from report import SEEN, open_study, protocol, spread, verdict
+from report import SEEN, Claim, claims_table, judge, markdown_table, open_study, protocol, spread
 from scoring import Scorer, map_jobs
 from study import ADAPTIVE, Study, make_parser, write_json
 from train_arm import without_refine_net
@@ -63,16 +63,18 @@ ROWS = {
     "dit": [Row(1.0)],
     "dit-1": [Row(1.0)],
 }
+BUDGETS = {"equal_steps": "equal updates", "equal_macs": "equal multiply-adds"}  # and how tables call them
+MEASURES = {"frechet_distance": 1, "labelled_correctly": -1}  # of `report.MEASURES`
 CLAIMS = [
-    ("DC-DiT is better than DiT/2", "DC-DiT, 1", "DiT/2, 1"),
-    ("D2iT is better than DiT/2", "D2iT, 0.5", "DiT/2, 1"),
-    ("D2iT is better than DC-DiT", "D2iT, 0.5", "DC-DiT, 1"),
-    ("DiT/1 is better than DC-DiT", "DiT/1, 1", "DC-DiT, 1"),
-    ("DC-DiT with 0.4 of its tokens is better than DiT/2", "DC-DiT, 0.4", "DiT/2, 1"),
-    ("DC-DiT is better with all of its tokens than with 0.4", "DC-DiT, 1", "DC-DiT, 0.4"),
-    ("learned boundaries are better than as many random ones", "DC-DiT, 1", "DC-DiT, 1, boundaries at random"),
-    ("guidance helps DC-DiT", "DC-DiT, 1, guided", "DC-DiT, 1"),
-    (
+    Claim("DC-DiT is better than DiT/2", "DC-DiT, 1", "DiT/2, 1"),
+    Claim("D2iT is better than DiT/2", "D2iT, 0.5", "DiT/2, 1"),
+    Claim("D2iT is better than DC-DiT", "D2iT, 0.5", "DC-DiT, 1"),
+    Claim("DiT/1 is better than DC-DiT", "DiT/1, 1", "DC-DiT, 1"),
+    Claim("DC-DiT with 0.4 of its tokens is better than DiT/2", "DC-DiT, 0.4", "DiT/2, 1"),
+    Claim("DC-DiT is better with all of its tokens than with 0.4", "DC-DiT, 1", "DC-DiT, 0.4"),
+    Claim("learned boundaries are better than as many random ones", "DC-DiT, 1", "DC-DiT, 1, boundaries at random"),
+    Claim("guidance helps DC-DiT", "DC-DiT, 1, guided", "DC-DiT, 1"),
+    Claim(
         "a cheap half without labels is better than as many tokens in both halves",
         "DC-DiT, 1, guided, 0.1 without labels",
         "DC-DiT, 0.55, guided",
@@ -172,8 +174,7 @@ def time_steps(scorer: Scorer) -> dict[str, float]:
 def score_all(scorer: Scorer, args: argparse.Namespace) -> dict[tuple[str, int, str], dict]:
     """Scores by (arm, seed, training); trains what is missing first."""
     scorer.study.train_all(list(ADAPTIVE))
-    trainings = ("equal_steps", "equal_macs")
-    jobs = [(arm, seed, one) for seed in scorer.study.preset.seeds for arm in ADAPTIVE for one in trainings]
+    jobs = [(arm, seed, one) for seed in scorer.study.preset.seeds for arm in ADAPTIVE for one in BUDGETS]
     return map_jobs(score, scorer, args, jobs)
 
 
@@ -189,62 +190,30 @@ def table_of(scorer: Scorer, scores: dict[tuple[str, int, str], dict], milliseco
             for budget, steps in lengths_of(study, arm).items():
                 found = [scores[arm, seed, budget].get(name) for seed in seeds]
                 if found[0] is not None:
-                    measures = ("frechet_distance", "labelled_correctly")
-                    table[name][budget] = {"steps": steps} | {key: [one[key] for one in found] for key in measures}
+                    table[name][budget] = {"steps": steps} | {key: [one[key] for one in found] for key in MEASURES}
     return table
-
-
-def judge(table: dict[str, dict]) -> list[dict]:
-    """Every claim by both measures after both trainings; differences speak for it where they are positive."""
-    judged = []
-    for text, better, worse in CLAIMS:
-        entry = {"claim": text}
-        for budget in ("equal_steps", "equal_macs"):
-            if not all(budget in table[label] for label in (better, worse)):
-                continue
-            entry[budget] = {}
-            for measure, sign in (("frechet_distance", 1), ("labelled_correctly", -1)):
-                low, high = ([sign * one for one in table[label][budget][measure]] for label in (better, worse))
-                difference = statistics.mean(high) - statistics.mean(low)
-                entry[budget][measure] = {"verdict": SEEN[verdict(low, high)], "difference": difference}
-        judged.append(entry)
-    return judged
 
 
 def adaptive_table(table: dict[str, dict]) -> str:
     """The rows as Markdown."""
-    lines = ["| | tokens | GMAC / image | ms / step | equal updates | labelled | equal multiply-adds (updates) |"]
-    lines += ["|---|---|---|---|---|---|---|"]
+    heads = ["tokens", "GMAC / image", "ms / step", "equal updates", "labelled", "equal multiply-adds (updates)"]
+    lines = [["", *heads]]
     for name, row in table.items():
         tokens = " + ".join(f"{number:.3g}" for number in row["tokens"].values())
         after, macs = row["equal_steps"], row.get("equal_macs")
         labelled = spread([100 * share for share in after["labelled_correctly"]], 1)
         last = "" if macs is None else f"{spread(macs['frechet_distance'])} ({macs['steps']})"
         cells = [name, tokens, f"{row['gmac']:.3f}", f"{row['milliseconds']:.2f}"]
-        cells += [spread(after["frechet_distance"]), f"{labelled} %", last]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
-
-
-def seen_table(judged: list[dict]) -> str:
-    """The claims as Markdown, by Frechet distance / by labels."""
-    lines = ["| claim | equal updates | equal multiply-adds |", "|---|---|---|"]
-    for entry in judged:
-        cells = []
-        for budget in ("equal_steps", "equal_macs"):
-            distance, labels = (entry.get(budget, {}).get(one) for one in ("frechet_distance", "labelled_correctly"))
-            told = distance and f"{distance['verdict']} ({distance['difference']:+.2f}) / {labels['verdict']}"
-            cells.append(told or "")
-        lines.append(f"| {entry['claim']} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+        lines.append([*cells, spread(after["frechet_distance"]), f"{labelled} %", last])
+    return markdown_table(*lines)
 
 
 def main() -> None:
     with open_study(make_parser(__doc__)) as (args, scorer):
         scores = score_all(scorer, args)
         table = table_of(scorer, scores, time_steps(scorer))
-        judged = judge(table)
-        print(adaptive_table(table) + "\n" + seen_table(judged))
+        judged = judge(CLAIMS, table, BUDGETS, MEASURES, SEEN)
+        print(adaptive_table(table) + "\n" + claims_table(judged, BUDGETS))
         training = {"seconds": scorer.study.step_seconds, "macs": scorer.study.macs}
         training = {kind: {arm: found[arm] for arm in ADAPTIVE} for kind, found in training.items()}
         result = {"protocol": protocol(scorer, args), "training_step": training, "rows": table, "claims": judged}

@@ -20,18 +20,20 @@ The judge is efficientnet-lite2, which has trained nothing here.
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from diffusers.utils import make_image_grid
+from diffusers.utils import BaseOutput, make_image_grid
 from PIL import Image
 from report import RESULTS
 from study import write_json
 
 from diffusers_d2it import (
     D2iTPipeline,
+    DCDiTPipeline,
     DynamicAutoencoderKL,
     bundled_checkpoint,
     load_sampler,
@@ -44,7 +46,7 @@ from diffusers_d2it.losses import grain_loss
 from diffusers_d2it.pixels import from_uint8, unit_to_uint8
 
 
-sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
 from common import describe_machine  # noqa: E402
 
 
@@ -123,17 +125,18 @@ def spread_of_data(pipe: D2iTPipeline, images: ImageSet) -> torch.Tensor:
     return code_spread(torch.cat(latents), torch.cat(maps))
 
 
-def draw(pipe: D2iTPipeline, labels: torch.Tensor, seed: int, **arguments) -> tuple[torch.Tensor, ...]:
-    """Images uint8 (N, 3, H, W), latents and maps of a call of the pipeline for each batch of labels."""
-    images, latents, maps = [], [], []
+def draw(
+    pipe: D2iTPipeline | DCDiTPipeline, labels: torch.Tensor, seed: int, **arguments
+) -> tuple[torch.Tensor, list[BaseOutput]]:
+    """Images uint8 (N, 3, H, W), and what the pipeline returned, latents, for each batch of labels."""
+    images, outputs = [], []
     for start in range(0, len(labels), BATCH):
         batch = labels[start : start + BATCH].tolist()
         generators = generators_of(range(start, start + len(batch)), seed)
         output = pipe(batch, generator=generators, output_type="latent", **arguments)
         images.append(unit_to_uint8(pipe.decode_latents(output.images, "pt")))
-        latents.append(output.images)
-        maps.append(output.grain_maps)
-    return torch.cat(images), torch.cat(latents), torch.cat(maps)
+        outputs.append(output)
+    return torch.cat(images), outputs
 
 
 @torch.no_grad()
@@ -179,7 +182,8 @@ def measure(pipe: D2iTPipeline, args: argparse.Namespace) -> tuple[dict, torch.T
     labels = torch.tensor(classes).repeat_interleave(args.num_samples // len(classes))
     expected = spread_of_data(pipe, validation)
     for name, arguments in CALLS.items():
-        images, latents, maps = draw(pipe, labels, args.seed, **arguments)
+        images, outputs = draw(pipe, labels, args.seed, **arguments)
+        latents, maps = (torch.cat([one[name] for one in outputs]) for name in ("images", "grain_maps"))
         results = evaluator(ImageSet.from_tensor(images, name, {"arguments": arguments, "seed": args.seed}, labels))
         coarse, fine = (code_spread(latents, maps) / expected).tolist()
         found[f"samples {name}"] = {
@@ -238,13 +242,16 @@ def metrics_of(found: dict) -> dict[str, dict]:
     return metrics
 
 
-def picture(pipe: D2iTPipeline, images: torch.Tensor, maps: torch.Tensor, columns: int = 10) -> Image.Image:
+def picture(
+    images: torch.Tensor, maps: torch.Tensor, visualize: Callable[..., Image.Image] = visualize_grain_map
+) -> Image.Image:
     """Rows of samples, of each class in turn, above their maps: two, or one where they are larger than 64 pixels."""
+    columns = 10
     starts = range(0, columns * (2 if images.shape[-1] <= 64 else 1), columns)
     number = len(starts) * columns
     chosen = list(range(0, len(images), max(1, len(images) // number)))[:number]
     drawn = [Image.fromarray(images[i].permute(1, 2, 0).numpy()) for i in chosen]
-    painted = [visualize_grain_map(image, maps[i], min_side=1) for image, i in zip(drawn, chosen)]
+    painted = [visualize(image, maps[i], min_side=1) for image, i in zip(drawn, chosen)]
     rows = [row for k in starts for row in (drawn[k : k + columns], painted[k : k + columns])]
     return make_image_grid(sum(rows, []), rows=len(rows), cols=columns)
 
@@ -293,7 +300,7 @@ def main(args: argparse.Namespace) -> None:
     found, images, maps = measure(pipe, args)
     write_json(args.results, found)
     if args.output_dir is not None:
-        picture(pipe, images, maps).save(args.output_dir / "samples.png")
+        picture(images, maps).save(args.output_dir / "samples.png")
         write_card(pipe.to(torch.float16), args, found)
 
 

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from diffusers_d2it.data import to_pixels
+from diffusers_d2it.files import durable_file
 
 
 BATCH = 100
@@ -99,9 +100,8 @@ def trained_classifier(
     torch.manual_seed(seed)
     classifier = train_classifier(train[0], class_targets(train[1], classes).to(train[0].device), len(classes), epochs)
     if file is not None:
-        aside = file.with_suffix(".part")
-        torch.save(classifier.state_dict(), aside)
-        aside.replace(file)
+        with durable_file(file) as staged:
+            torch.save(classifier.state_dict(), staged)
     return classifier
 
 

@@ -10,10 +10,7 @@ latents have detail; and the error with as many boundaries at random places. Wha
 """
 
 import argparse
-import os
 import statistics
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,8 +18,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from report import RESULTS, SEEN, spread, verdict
-from study import EXAMPLES, write_json
+from report import RESULTS, SEEN, markdown_table, spread, verdict
+from study import EXAMPLES, run_script, write_json
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -83,11 +80,8 @@ def parse_args() -> argparse.Namespace:
 
 
 def call(script: str, *flags) -> None:
-    """Run a script of examples/ to its end; where it fails, the error ends with what it said last."""
-    command = [sys.executable, EXAMPLES / script, *map(str, flags)]
-    result = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
-    if result.returncode:
-        raise RuntimeError(f"{script}: {result.stdout}{result.stderr[-3000:]}")
+    """`run_script` of examples/, in one thread."""
+    run_script(EXAMPLES / script, *flags, OMP_NUM_THREADS="1")
 
 
 def cache_of(data: str, split: str, work_dir: Path, *more) -> Path:
@@ -241,36 +235,32 @@ CLAIMS = {
 }
 
 
-def table(rows: dict[str, dict[str, list[dict]]], steps: int) -> str:
-    """As Markdown: each arm after so many updates, mean and deviation over its seeds."""
-    lines = [f"| after {steps} updates | {' | '.join(COLUMNS)} |", "|---|" + "---|" * len(COLUMNS)]
+def measures_table(head: str, rows: dict[str, list[dict]], columns: dict[str, tuple]) -> str:
+    """As Markdown: of the runs of each row mean and deviation of what stands under the keys of each column."""
+    lines = [[head, *columns]]
+    digits = {column: 3 if keys[0] in ("natural_share", "detail") else 4 for column, keys in columns.items()}
     for name, runs in rows.items():
-        cells = []
-        for keys in COLUMNS.values():
-            digits = 3 if keys[0] in ("natural_share", "detail") else 4
-            cells.append(spread(found(runs[str(steps)], keys), digits))
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+        lines.append([name, *(spread(found(runs, keys), digits[column]) for column, keys in columns.items())])
+    return markdown_table(*lines)
+
+
+def table(rows: dict[str, dict[str, list[dict]]], steps: int) -> str:
+    """Each arm after so many updates."""
+    return measures_table(f"after {steps} updates", {arm: runs[str(steps)] for arm, runs in rows.items()}, COLUMNS)
 
 
 def shares_table(rows: dict[str, dict[str, list[dict]]]) -> str:
-    """As Markdown: the natural share of the first arm by timestep, after each length of its training."""
+    """The natural share of the first arm by timestep, after each length of its training."""
     (name, lengths), *_ = rows.items()
-    lines = [f"| natural share of {name} | {' | '.join(f't = {t}' for t in TIMESTEPS)} |"]
-    lines.append("|---|" + "---|" * len(TIMESTEPS))
-    for steps, runs in lengths.items():
-        cells = [spread(found(runs, ("natural_share", place)), 3) for place in range(len(TIMESTEPS))]
-        lines.append(f"| after {steps} updates | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+    columns = {f"t = {t}": ("natural_share", place) for place, t in enumerate(TIMESTEPS)}
+    after = {f"after {steps} updates": runs for steps, runs in lengths.items()}
+    return measures_table(f"natural share of {name}", after, columns)
 
 
 def claims_table(rows: dict[str, dict[str, list[dict]]]) -> str:
     """As Markdown: each claim about the arms that are there, after each length of training."""
     lengths = next(iter(rows.values()))
-    lines = [
-        f"| claim | {' | '.join(f'after {steps} updates' for steps in lengths)} |",
-        "|---|" + "---|" * len(lengths),
-    ]
+    lines = [["claim", *(f"after {steps} updates" for steps in lengths)]]
     for text, sides in CLAIMS.items():
         if any(side is not None and side[0] not in rows for side in sides):
             continue
@@ -280,8 +270,8 @@ def claims_table(rows: dict[str, dict[str, list[dict]]]) -> str:
             low = [0.0] * len(high) if sides[0] is None else found(rows[sides[0][0]][steps], sides[0][1])
             difference = statistics.mean(high) - statistics.mean(low)
             cells.append(f"{SEEN[verdict(low, high)]} ({difference:+.4f})")
-        lines.append(f"| {text} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+        lines.append([text, *cells])
+    return markdown_table(*lines)
 
 
 def found(runs: list[dict], keys: tuple) -> list[float]:

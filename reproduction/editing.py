@@ -37,7 +37,7 @@ from diffusers_d2it import (
     sample_grain_map,
 )
 from diffusers_d2it.evaluation.scores import classifies
-from diffusers_d2it.pixels import from_uint8, to_uint8, unit_to_uint8
+from diffusers_d2it.pixels import from_uint8, unit_to_uint8
 
 
 BATCH = 50
@@ -195,9 +195,9 @@ def seams(pipe: D2iTPipeline, photos, number: int) -> dict[str, float]:
     ImageDraw.Draw(bar).line([0, side * 0.4, side, side * 0.7], fill=1, width=max(side // 24, 2))
     found: dict[str, float] = {"photographs": number}
     for name, mask in {"ellipse": ellipse, "centre": None, "narrow bar": bar}.items():
-        mask = centre_mask(side) if mask is None else _as_tensor(mask)
+        mask = centre_mask(side) if mask is None else torch.from_numpy(np.array(mask))
         options = {"output_type": "pt", "generator": torch.Generator().manual_seed(0)}
-        images = to_uint8(2 * inpaint(labels, pixels, mask, **options).images - 1)
+        images = unit_to_uint8(inpaint(labels, pixels, mask, **options).images)
         for what, values in (("in-painted", images), ("photographs there", pixels)):
             found[f"{name}: gradient across the edge, {what}"] = _across(values, mask)
     everywhere = [from_uint8(pixels).diff(dim=dim).abs().mean().item() / 2 for dim in (2, 3)]
@@ -211,10 +211,6 @@ def _across(images: torch.Tensor, mask: torch.Tensor) -> float:
     total = [(values.diff(dim=dim).abs() * mask.float().diff(dim=dim - 2).abs()).sum() for dim in (2, 3)]
     pairs = [mask.float().diff(dim=dim).abs().sum() * values.shape[0] * values.shape[1] for dim in (0, 1)]
     return (sum(total) / sum(pairs)).item()
-
-
-def _as_tensor(mask: Image.Image) -> torch.Tensor:
-    return torch.from_numpy(np.array(mask))
 
 
 # ---- Seconds ----

@@ -9,7 +9,7 @@ and 1 need no map to be predicted: samples with the maps of photographs tell wha
 """
 
 from plots import plot_ratios
-from report import Claim, Row, open_study, score_table
+from report import Claim, Row, markdown_table, open_study, score_table
 from scoring import Scorer
 from study import make_parser
 
@@ -52,9 +52,9 @@ def reconstructions(scorer: Scorer) -> dict[str, dict[str, float]]:
 
 def reconstructions_table(found: dict[str, dict[str, float]]) -> str:
     """`reconstructions` as Markdown."""
-    rows = [f"| {label} | {row['frechet_distance']:.2f} | {row['psnr_db']:.2f} dB |" for label, row in found.items()]
-    head = ["| | reconstructions, Fréchet distance to the originals | PSNR |", "|---|---|---|"]
-    return "\n".join([*head, *rows]) + "\n"
+    head = ["", "reconstructions, Fréchet distance to the originals", "PSNR"]
+    rows = ([label, f"{row['frechet_distance']:.2f}", f"{row['psnr_db']:.2f} dB"] for label, row in found.items())
+    return markdown_table(head, *rows)
 
 
 def main() -> None:

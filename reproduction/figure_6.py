@@ -5,7 +5,7 @@ python reproduction/figure_6.py --data tiny-imagenet-20 --work_dir runs/reproduc
 """
 
 from plots import plot_curves
-from report import open_study, protocol, spread, verdict
+from report import markdown_table, open_study, protocol, spread, verdict
 from scoring import Scorer, score_all
 from study import make_parser, write_json
 
@@ -48,14 +48,12 @@ def curves_table(curves: dict[str, list[dict]], judged: list[dict]) -> str:
     """As Markdown: a line for the steps of each checkpoint of D2iT."""
     distances = {(name, one["steps"]): spread(one["frechet_distance"]) for name in curves for one in curves[name]}
     verdicts = {(one["model"], one["steps"]): one["verdict"] for one in judged}
-    head = [cell for own, other in PAIRS.items() for cell in (other, own, f"{own} is ahead")]
-    lines = [f"| steps | {' | '.join(head)} |", "|---|" + "---|" * len(head)]
+    lines = [["steps", *(cell for own, other in PAIRS.items() for cell in (other, own, f"{own} is ahead"))]]
     for steps in sorted({one["steps"] for one in judged}):
         # Steps at equal seconds are those of one objective alone
         keys = [key for own, other in PAIRS.items() for key in ((distances, other), (distances, own), (verdicts, own))]
-        cells = [found.get((name, steps), "") for found, name in keys]
-        lines.append(f"| {steps} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+        lines.append([str(steps), *(found.get((name, steps), "") for found, name in keys)])
+    return markdown_table(*lines)
 
 
 def main() -> None:

@@ -5,6 +5,8 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
+from diffusers_d2it.files import durable_file
+
 
 def plot_ratios(path: Path, ratios: Sequence[float], reconstructions: Sequence[dict], table: dict[str, dict]) -> None:
     """Reconstruction and generation over the fine ratio."""
@@ -60,6 +62,5 @@ def _draw(axes, positions: Sequence[float], values: Sequence[Sequence[float]], l
 
 def _save(figure, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f"{path.stem}.part.png")
-    figure.savefig(aside, dpi=100)
-    aside.replace(path)
+    with durable_file(path) as staged:
+        figure.savefig(staged, dpi=100)

@@ -3,10 +3,11 @@
 
 import argparse
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import diffusers
 import torch
@@ -25,6 +26,7 @@ RESULTS = Path(__file__).parent / "results"
 SEEN = {"holds": "seen", "cannot be told": "not seen", "does not hold": "opposite"}
 # By which a claim is judged; 1 where less is better
 MEASURES = {"frechet_distance": 1, "distance_to_reconstructions": 1, "labelled_correctly": -1}
+BUDGETS = {"equal_steps": "at equal steps", "equal_seconds": "at equal seconds"}  # and how tables call them
 
 
 @dataclass(frozen=True)
@@ -91,18 +93,28 @@ def score_rows(scorer: Scorer, args: argparse.Namespace, rows: Sequence[Row]) ->
     return table
 
 
-def judge(claims: Sequence[Claim], table: dict[str, dict]) -> list[dict]:
-    """Every claim with its verdicts at equal steps and at equal seconds; differences speak for it if positive."""
+def judge(
+    claims: Sequence[Claim],
+    table: dict[str, dict],
+    budgets: Iterable[str] = BUDGETS,
+    measures: Mapping[str, int] = MEASURES,
+    words: Mapping[str, str] = MappingProxyType({}),
+) -> list[dict]:
+    """Every claim with its verdicts by each measure, under each budget that both of its rows have.
+
+    Differences speak for the claim if they are positive; `words` are other words for verdicts.
+    """
     judged = []
     for claim in claims:
-        entry = {"claim": claim.text}
-        for budget in ("equal_steps", "equal_seconds"):
-            better, worse = (table[label][budget] for label in (claim.better, claim.worse))
+        entry, better, worse = {"claim": claim.text}, table[claim.better], table[claim.worse]
+        for budget in budgets:
+            if not (budget in better and budget in worse):
+                continue
             entry[budget] = {}
-            for measure, sign in MEASURES.items():
-                low, high = ([sign * value for value in row[measure]] for row in (better, worse))
-                difference = statistics.mean(high) - statistics.mean(low)
-                entry[budget][measure] = {"verdict": verdict(low, high), "difference": difference}
+            for measure, sign in measures.items():
+                low, high = ([sign * value for value in row[budget][measure]] for row in (better, worse))
+                told, difference = verdict(low, high), statistics.mean(high) - statistics.mean(low)
+                entry[budget][measure] = {"verdict": words.get(told, told), "difference": difference}
         judged.append(entry)
     return judged
 
@@ -133,34 +145,37 @@ def spread(values: Sequence[float], digits: int = 2) -> str:
     return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
 
 
+def markdown_table(*lines: Sequence[str]) -> str:
+    """Lines of cells as Markdown, the head first."""
+    return "".join(f"| {' | '.join(line)} |\n" for line in (lines[0], ["---"] * len(lines[0]), *lines[1:]))
+
+
 def rows_table(table: dict[str, dict]) -> str:
     """The rows of a result as Markdown."""
-    lines = ["| | paper | equal steps | equal seconds (steps) | floor | to reconstructions | labelled | noise error |"]
-    lines += ["|---|---|---|---|---|---|---|---|"]
+    heads = ["paper", "equal steps", "equal seconds (steps)", "floor", "to reconstructions", "labelled", "noise error"]
+    lines = [["", *heads]]
     for label, row in table.items():
         steps, seconds = row["equal_steps"], row["equal_seconds"]
         noise = ["" if None in values else spread(values, digits=4) for values in zip(*steps["noise_error"])]
-        lines.append(
-            f"| {label} | {'' if row['paper'] is None else row['paper']} | {spread(steps['frechet_distance'])} |"
-            f" {spread(seconds['frechet_distance'])} ({seconds['steps']}) | {row['floor']:.2f} |"
-            f" {spread(steps['distance_to_reconstructions'])} |"
-            f" {spread([100 * share for share in steps['labelled_correctly']], 1)} % |"
-            f" {' / '.join(noise)} |"
-        )
-    return "\n".join(lines) + "\n"
+        cells = [label, "" if row["paper"] is None else str(row["paper"]), spread(steps["frechet_distance"])]
+        cells += [f"{spread(seconds['frechet_distance'])} ({seconds['steps']})", f"{row['floor']:.2f}"]
+        cells += [spread(steps["distance_to_reconstructions"])]
+        cells += [f"{spread([100 * share for share in steps['labelled_correctly']], 1)} %", " / ".join(noise)]
+        lines.append(cells)
+    return markdown_table(*lines)
 
 
-def claims_table(judged: list[dict]) -> str:
-    """The claims of a result as Markdown, by Frechet distance / by distance to reconstructions / by labels."""
-    lines = ["| claim | at equal steps | at equal seconds |", "|---|---|---|"]
+def claims_table(judged: list[dict], heads: Mapping[str, str] = BUDGETS) -> str:
+    """The claims of a result as Markdown, under budgets with their heads: verdicts by `MEASURES`, in that order."""
+    lines = [["claim", *heads.values()]]
     for entry in judged:
-        cells = []
-        for budget in (entry["equal_steps"], entry["equal_seconds"]):
-            distance, *others = (budget[measure] for measure in MEASURES)
-            verdicts = [f"{distance['verdict']} ({distance['difference']:+.2f})", *(one["verdict"] for one in others)]
-            cells.append(" / ".join(verdicts))
-        lines.append(f"| {entry['claim']} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+        lines.append([entry["claim"]])
+        for found in (entry.get(budget, {}) for budget in heads):
+            told = [found[measure]["verdict"] for measure in MEASURES if measure in found]
+            if found:
+                told[0] += f" ({found['frechet_distance']['difference']:+.2f})"
+            lines[-1].append(" / ".join(told))
+    return markdown_table(*lines)
 
 
 def score_table(

@@ -32,6 +32,7 @@ from diffusers_d2it.evaluation import (
     denoising_error_by_grain,
     frechet_distance,
     load_features,
+    reconstruct,
 )
 from diffusers_d2it.evaluation.scores import FeatureStatistics
 from diffusers_d2it.grains import GrainLayout
@@ -107,12 +108,8 @@ class Scorer:
     @cache  # noqa: B019  lives as long as the script
     def reconstructions(self, split: str, fine_ratio: float) -> torch.Tensor:
         """Images of a split through the autoencoder at a ratio of the data set, uint8."""
-        vae, parts = self.study.vae, []
-        for batch in (self.photographs if split == "train" else self.validation)[0].split(BATCH):
-            pixels = from_uint8(batch.to(self.study.device))
-            with torch.no_grad():
-                parts.append(to_uint8(vae.decode(vae.encode(pixels, fine_ratio=fine_ratio).latent_dist.mode()).sample))
-        return torch.cat(parts).cpu()
+        images, _ = self.photographs if split == "train" else self.validation
+        return torch.cat([reconstruct(self.study.vae, part, fine_ratio)[0].cpu() for part in images.split(BATCH)])
 
     @cache  # noqa: B019
     def reconstructed_reference(self, fine_ratio: float) -> FeatureStatistics:

@@ -21,19 +21,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bundled_checkpoint import BATCH, describe_machine
-from dcdit import RESOLUTION, TIMESTEPS, VAE, cache_of, call, measure, validation
-from diffusers.utils import make_image_grid
+from bundled_checkpoint import describe_machine, draw, picture
+from dcdit import RESOLUTION, TIMESTEPS, VAE, cache_of, call, measure, measures_table, validation
 from PIL import Image
-from report import RESULTS
+from report import RESULTS, markdown_table
 from study import EXAMPLES, write_json
 
 from diffusers_d2it import D2iTPipeline, DCDiTPipeline, bundled_checkpoint, load_features, visualize_boundary_map
-from diffusers_d2it.draws import generators_of
 from diffusers_d2it.evaluation import Evaluator, ImageSet, open_images
 from diffusers_d2it.files import lock
 from diffusers_d2it.objectives import FlowMatchingObjective
-from diffusers_d2it.pixels import unit_to_uint8
 
 
 NAME = "dcdit-tiny-imagenet-20-64"
@@ -44,6 +41,15 @@ CALLS: dict[str, dict[str, Any]] = {
     "budget 0.4": {"budget": 0.4},
     "0.1 without labels": {"null_budget": 0.1},
     "without guidance": {"guidance_scale": 1.0},
+}
+COLUMNS = {
+    "error, budget 1": ("error", "1"),
+    "budget 0.4": ("error", "0.4"),
+    "boundaries at random places": ("random",),
+    "without the tokens": ("without_tokens",),
+    f"natural share, t = {TIMESTEPS[0]}": ("natural_share", 0),
+    f"natural share, t = {TIMESTEPS[-1]}": ("natural_share", -1),
+    "follows detail": ("detail",),
 }
 
 
@@ -81,54 +87,28 @@ def judge(pipe: DCDiTPipeline, args: argparse.Namespace, spread: float) -> tuple
     labels = torch.tensor(sorted(pipe.id2label)).repeat_interleave(args.num_samples // len(pipe.id2label))
     rows = {}
     for name, arguments in CALLS.items():
-        latents, tokens, maps = [], [], []
-        for start in range(0, len(labels), BATCH):
-            batch = labels[start : start + BATCH].tolist()
-            generators = generators_of(range(start, start + len(batch)), args.seed)
-            output = pipe(batch, generator=generators, output_type="latent", **arguments)
-            latents.append(output.images)
-            tokens.append(output.token_counts.float())
-            maps.append(output.boundary_maps)
-        drawn = torch.cat(latents)
-        images = unit_to_uint8(torch.cat([pipe.decode_latents(one, "pt") for one in latents]))
+        images, outputs = draw(pipe, labels, args.seed, **arguments)
+        tokens = torch.cat([one.token_counts for one in outputs]).float().mean().item()
+        deviation = torch.cat([one.images for one in outputs]).std().item()
         found = evaluator(ImageSet.from_tensor(images, name, {"arguments": arguments, "seed": args.seed}, labels))
-        rows[name] = {"tokens": torch.cat(tokens).mean().item(), "spread": drawn.std().item() / spread}
-        rows[name]["results"] = [asdict(one) for one in found]
+        rows[name] = {"tokens": tokens, "spread": deviation / spread, "results": [asdict(one) for one in found]}
         if not arguments:
-            picture = grid(images, torch.cat(maps))
-    return rows, picture
-
-
-def grid(images: torch.Tensor, maps: torch.Tensor, columns: int = 10) -> Image.Image:
-    """Two rows of samples, of each class in turn, each above its tokens of the last step."""
-    chosen = torch.arange(2 * columns) * (len(images) // (2 * columns))
-    drawn = [Image.fromarray(images[i].permute(1, 2, 0).numpy()) for i in chosen]
-    painted = [visualize_boundary_map(image, maps[i], min_side=1) for image, i in zip(drawn, chosen)]
-    rows = [row for k in (0, columns) for row in (drawn[k : k + columns], painted[k : k + columns])]
-    return make_image_grid(sum(rows, []), rows=len(rows), cols=columns)
+            shown = picture(images, torch.cat([one.boundary_maps for one in outputs]), visualize_boundary_map)
+    return rows, shown
 
 
 def judged_table(rows: dict[str, dict[str, float]]) -> str:
     """As Markdown: a row a call."""
-    lines = ["| | tokens | top-1 | Fréchet distance | spread of codes |", "|---|---|---|---|---|"]
+    lines = [["", "tokens", "top-1", "Fréchet distance", "spread of codes"]]
     for name, row in rows.items():
         top1, distance = (one["value"] for one in row["results"])
-        lines.append(f"| {name} | {row['tokens']:.1f} | {top1:.2f} | {distance:.1f} | {row['spread']:.2f} |")
-    return "\n".join(lines) + "\n"
+        lines.append([name, f"{row['tokens']:.1f}", f"{top1:.2f}", f"{distance:.1f}", f"{row['spread']:.2f}"])
+    return markdown_table(*lines)
 
 
 def lengths_table(lengths: dict[str, dict[str, Any]]) -> str:
     """As Markdown: a row a number of updates."""
-    shares = [f"natural share, t = {timestep}" for timestep in (TIMESTEPS[0], TIMESTEPS[-1])]
-    errors = ["error, budget 1", "budget 0.4", "boundaries at random places", "without the tokens"]
-    heads = ["updates", *errors, *shares, "follows detail"]
-    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
-    for updates, found in lengths.items():
-        errors = (*(found["error"][budget] for budget in ("1", "0.4")), found["random"], found["without_tokens"])
-        cells = [f"{sum(one) / len(one):.4f}" for one in errors]
-        cells += [f"{found['natural_share'][place]:.3f}" for place in (0, -1)]
-        lines.append(f"| {updates} | {' | '.join(cells)} | {sum(found['detail']) / len(found['detail']):.3f} |")
-    return "\n".join(lines) + "\n"
+    return measures_table("updates", {updates: [found] for updates, found in lengths.items()}, COLUMNS)
 
 
 def main() -> None:
@@ -147,12 +127,12 @@ def main() -> None:
         }
         pipe = DCDiTPipeline.from_pretrained(run / "pipeline")
         pipe.set_progress_bar_config(disable=True)
-        rows, picture = judge(pipe, args, latents.std().item())
+        rows, shown = judge(pipe, args, latents.std().item())
     print(lengths_table(lengths), judged_table(rows), sep="\n")
     protocol = {"recipe": RECIPE.read_text().split(), "timesteps": TIMESTEPS, "num_images": args.num_images}
     protocol |= {"data": Path(args.data).name, "machine": describe_machine("cpu")}
     write_json(args.output_dir / f"{NAME}.json", {"protocol": protocol, "lengths": lengths, "rows": rows})
-    picture.save(args.output_dir / f"{NAME}.png")
+    shown.save(args.output_dir / f"{NAME}.png")
 
 
 if __name__ == "__main__":

@@ -193,12 +193,17 @@ class Study:
         return flags + ["--grain_weights", *ablated.grain_weights]
 
     def _call(self, script: Path, *flags) -> None:
-        """Run a script to its end; where it fails, the error ends with what it said last."""
+        """`run_script` on the device of the study."""
         cpu = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"} if self.device.type == "cpu" else {}
-        command = [sys.executable, script, *map(str, flags)]
-        result = subprocess.run(command, env=os.environ | cpu, capture_output=True, text=True)
-        if result.returncode:
-            raise RuntimeError(f"{script.name} {' '.join(map(str, flags))}\n{result.stdout}{result.stderr[-3000:]}")
+        run_script(script, *flags, **cpu)
+
+
+def run_script(script: Path, *flags, **environment: str) -> None:
+    """Run a script to its end; where it fails, a RuntimeError ends with what it said last."""
+    command = [sys.executable, script, *map(str, flags)]
+    result = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
+    if result.returncode:
+        raise RuntimeError(f"{script.name} {' '.join(map(str, flags))}\n{result.stdout}{result.stderr[-3000:]}")
 
 
 def write_json(path: Path, values: dict) -> None:

@@ -22,7 +22,7 @@ from diffusers_d2it import D2iTContentModel
 from diffusers_d2it.grains import GrainLayout
 
 
-sys.path.append(str(Path(__file__).parents[1] / "examples"))
+sys.path.append(str(Path(__file__).resolve().parents[1] / "examples"))
 import train_d2it  # noqa: E402
 import train_dcdit  # noqa: E402
 

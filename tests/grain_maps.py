@@ -5,6 +5,8 @@ from collections.abc import Iterator
 
 import torch
 
+from diffusers_d2it.grains import GrainLayout
+
 
 def random_map(num_grains: int, shape: tuple[int, int, int] = (3, 4, 6), seed: int = 0) -> torch.Tensor:
     """A random map (B, h, w) with every grain in the first row of every image."""
@@ -19,6 +21,16 @@ def random_latents(grain_map: torch.Tensor, num_grains: int, channels: int = 2, 
     cells = 2 ** (num_grains - 1)
     shape = (batch, channels, height * cells, width * cells)
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def layout_of(latents: torch.Tensor, grain_map: torch.Tensor) -> GrainLayout:
+    """The layout of a map, with as many grains as the latents have cells for."""
+    return GrainLayout.from_grain_map(grain_map, (latents.shape[-1] // grain_map.shape[-1]).bit_length())
+
+
+def check_tied(latents: torch.Tensor, grain_map: torch.Tensor) -> None:
+    """Raise a ValueError unless every coarse code of `latents` has one value over its cells."""
+    layout_of(latents, grain_map).check_tied(latents)
 
 
 def codes(

@@ -4,8 +4,8 @@
     launched_script.py sharded train_grain.py --flags of the script ...
     launched_script.py <strike> <process>/<number of processes> <folder> train_d2it.py --flags of the script ...
 
-After the third batch <folder>/struck is written, and the process is killed ("kill"), raises an error ("raise") or
-goes on and waits for a signal from outside ("wait").
+After the third batch <folder>/struck is written, and the process is killed ("kill") or goes on and waits for a signal
+from outside ("wait").
 """
 
 import os
@@ -47,8 +47,6 @@ def strike(how: str, process: str, folder: str) -> None:
                 Path(folder, "struck").touch()
                 if how == "kill":
                     os.kill(os.getpid(), signal.SIGKILL)
-                if how == "raise":
-                    raise ValueError("injected: this process cannot go on")
             yield batch
 
     run.batches_from = batches_from

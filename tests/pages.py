@@ -1,6 +1,6 @@
 # Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
-"""Runs what pages show: Python blocks as they stand, in one namespace a page, and commands as far as their flags, for
-which each script's own parser is asked.
+"""Runs what pages show: Python blocks as they stand, in one namespace a page, and commands as far as their flags,
+which each script reads itself.
 
     pytest README.md docs        pages are tests, their blocks too: pytest -v docs/control.md
 
@@ -24,12 +24,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from script_runs import call, load_script
+from script_runs import ROOT, call, importing_from, load_script
 from sybil import Sybil
 from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser, SkipParser
 
 
-ROOT = Path(__file__).parents[1]
 PAGES = ["README.md", "CONTRIBUTING.md", "docs/*.md", "examples/README.md", "benchmarks/README.md"]
 PAGES += ["benchmarks/device/README.md", "src/diffusers_d2it/checkpoints/*/README.md"]
 RUN = {"python examples/demo.py --checkpoint runs/d2it/pipeline"}  # commands that are short, and have all they need
@@ -48,6 +47,7 @@ def start_page(namespace: dict) -> None:
     for name in FOLDERS:
         os.symlink(ROOT / name, name)
     os.makedirs("runs/d2it")
+    os.makedirs("DiT-XL-2-256")  # what `hf download` would have made
     os.symlink(ROOT / "src/diffusers_d2it/checkpoints/tiny-imagenet-20-64", "runs/d2it/pipeline")
 
 
@@ -110,15 +110,15 @@ def check_command(words: list[str]) -> None:
 
 def check_script(script: str, *words: str) -> None:
     """Raise unless a script of the repository takes these words."""
-    path, argv, known, places = Path(script), sys.argv, {*sys.modules}, [*sys.path]
+    path, argv = Path(script), sys.argv
     assert (ROOT / path).is_file(), script
     sys.argv = [script, *words]
-    sys.path.insert(0, str(ROOT / path.parent))
     try:
-        with reading_flags_only():
+        with importing_from(ROOT / path.parent):
             if path.parent.name == "examples":
-                load_script(path.name).parse_args()
-            else:
+                load_script(path.name).parse_args()  # with what is said of flags that contradict one another
+                return
+            with reading_flags_only():
                 runpy.run_path(script, run_name="__main__")
         raise AssertionError(f"{script} reads no flags")
     except _Parsed:
@@ -127,12 +127,6 @@ def check_script(script: str, *words: str) -> None:
         raise AssertionError(f"{shlex.join([script, *words])}: exit status {end.code}, see stderr") from None
     finally:
         sys.argv = argv
-        sys.path[:] = places
-        folders = [ROOT / name for name in ("examples", "reproduction", "benchmarks")]
-        for name in {*sys.modules} - known:
-            # Folders have modules of the same name, and the folder of a page is gone when it ends
-            if Path(getattr(sys.modules[name], "__file__", None) or "").resolve().parent in folders:
-                del sys.modules[name]
 
 
 @contextmanager

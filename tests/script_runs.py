@@ -4,9 +4,11 @@
 run, train              a process; `as_code` for one that another starts
 call, call_train        here
 in_processes, together  forks of this process
+importing_from, main_of scripts of other folders, here
 """
 
 import gc
+import importlib
 import importlib.util
 import json
 import os
@@ -17,8 +19,8 @@ import sys
 import tempfile
 import threading
 import traceback
-from collections.abc import Callable
-from contextlib import redirect_stderr, redirect_stdout
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from types import ModuleType
 
@@ -29,7 +31,8 @@ from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils.launch import prepare_multi_gpu_env
 
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+ROOT = Path(__file__).parents[1]
+OF_SCRIPTS = EXAMPLES, REPRODUCTION, BENCHMARKS = [ROOT / name for name in ("examples", "reproduction", "benchmarks")]
 sys.path.append(str(EXAMPLES))  # where the scripts find what they share
 LIMIT = 500  # seconds of a process
 STEPS = 5  # eight photographs in batches of two: the fifth step is in the second epoch
@@ -81,6 +84,32 @@ def call(script: str, *arguments) -> None:
     finally:
         sys.argv = argv
         forget_group()
+
+
+@contextmanager
+def importing_from(*folders: Path) -> Iterator[None]:
+    """Modules of folders can be imported by their names, as the scripts in them do.
+
+    What is imported meanwhile of any folder of scripts is forgotten: several of them have modules of the same name.
+    """
+    places, known = [*sys.path], {*sys.modules}
+    sys.path[:0] = map(str, folders)
+    try:
+        yield
+    finally:
+        sys.path[:] = places
+        for name in {*sys.modules} - known:
+            if Path(getattr(sys.modules[name], "__file__", None) or "").resolve().parent in OF_SCRIPTS:
+                del sys.modules[name]
+
+
+def main_of(module: str, *arguments) -> None:
+    """Call `main` of a module of such a folder with these arguments."""
+    argv, sys.argv = sys.argv, [f"{module}.py", *map(str, arguments)]
+    try:
+        importlib.import_module(module).main()
+    finally:
+        sys.argv = argv
 
 
 def forget_group() -> None:

@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
-"""A run of a few updates whose state is all that a training has, without a script."""
+"""A run of a few updates whose state is all that a training has, without a script; numbers for one without a state."""
 
 from pathlib import Path
 
@@ -12,6 +12,18 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from diffusers_d2it import D2iTGrainModel
 from diffusers_d2it.training import Checkpoints, FiniteGate
+
+
+class Numbers(torch.utils.data.Dataset):
+    """0 to 7."""
+
+    seed = 0
+
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, place: tuple[int, int]) -> dict[str, torch.Tensor]:
+        return {"x": torch.tensor(float(place[1]))}
 
 
 class SmallRun:

@@ -137,6 +137,15 @@ def test_a_share_of_one_is_exact_also_on_images_unlike_the_calibrated_ones(confi
     assert (grain_map == grain).all()
 
 
+def test_ratios_are_numbers_from_0_to_1(config):
+    vae = calibrated(**config)
+    for ratio in (0, 1, 0.5, np.float32(0.25), torch.tensor(0.25)):
+        assert len(vae.thresholds(ratio)) == 1
+    for ratio in (-0.01, 1.01, math.nan, math.inf, "0.5", [0.5], torch.tensor([0.5, 0.5])):
+        with pytest.raises(ValueError, match=r"`fine_ratio`.*\[0, 1\]"):
+            vae.thresholds(ratio)
+
+
 def test_shares_that_sum_to_one_only_after_rounding_are_exact_too(config):
     """0.7 + 0.2 + 0.1 is 0.9999999999999999: the empty finest grain must stay empty."""
     ratios = [0.7, 0.2, 0.1, 0.0]
@@ -169,6 +178,11 @@ def test_a_calibration_of_something_else_is_refused(config, changes, message):
     calibrated(**config | {"quantiles": [2.0, 2.0]})
     with pytest.raises(ValueError, match=f"`calibration.*{message}"):
         calibrated(**config | changes)
+
+
+def test_a_key_that_a_calibration_does_not_have_is_refused(config):
+    with pytest.raises(ValueError, match="calibration.num_bin'.*128.*num_bins"):
+        calibrated(**config, num_bin=128)
 
 
 # ---- The calibration that is shipped ----

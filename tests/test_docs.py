@@ -3,24 +3,15 @@
 
 import re
 import runpy
-import sys
-from pathlib import Path
 
 import pytest
-
-
-ROOT = Path(__file__).parents[1]
+from script_runs import ROOT, importing_from
 
 
 @pytest.fixture(scope="module")
 def filled():
-    path, modules = [*sys.path], {*sys.modules}
-    yield runpy.run_path(str(ROOT / "docs/figures.py"))["filled"]
-    sys.path[:] = path
-    folders = {ROOT / name for name in ("examples", "reproduction", "benchmarks")}
-    for name in {*sys.modules} - modules:  # scripts of several folders have modules of the same name
-        if Path(getattr(sys.modules[name], "__file__", None) or "").parent in folders:
-            del sys.modules[name]
+    with importing_from():
+        yield runpy.run_path(str(ROOT / "docs/figures.py"))["filled"]
 
 
 @pytest.mark.parametrize("name", ["control", "evaluation", "performance", "reproduction"])

@@ -35,10 +35,6 @@ def loss_case(num_grains: int) -> tuple[torch.Tensor, torch.Tensor, GrainLayout]
     return prediction, target, layout
 
 
-def layout_of(latents: torch.Tensor, grain_map: torch.Tensor) -> GrainLayout:
-    return GrainLayout.from_grain_map(grain_map, (latents.shape[-1] // grain_map.shape[-1]).bit_length())
-
-
 def errors_of_codes(prediction: torch.Tensor, target: torch.Tensor, layout: GrainLayout) -> list[list[float]]:
     """Mean squared error over the channels of every code, grain by grain, each code looked at once."""
     errors = [[] for _ in range(layout.num_grains)]
@@ -84,7 +80,7 @@ def test_sample_weights_scale_the_loss_of_their_image_alone():
     plain = multi_grained_loss(prediction, target, layout)
     weighted = multi_grained_loss(prediction, target, layout, sample_weights=torch.tensor([0.25, 3.0]))
     each = [
-        multi_grained_loss(prediction[i], target[i], layout_of(target, layout.grain_map[i]))["loss"]
+        multi_grained_loss(prediction[i], target[i], GrainLayout.from_grain_map(layout.grain_map[i], 2))["loss"]
         for i in (slice(0, 1), slice(1, 2))
     ]
     torch.testing.assert_close(weighted["loss"], (0.25 * each[0] + 3 * each[1]) / 2)
@@ -94,7 +90,7 @@ def test_sample_weights_scale_the_loss_of_their_image_alone():
 def test_the_error_of_an_absent_grain_is_nan_and_the_loss_is_not():
     """And an all-fine map gives the plain mean squared error."""
     prediction, target, layout = loss_case(2)
-    losses = multi_grained_loss(prediction, target, layout_of(target, torch.ones_like(layout.grain_map)))
+    losses = multi_grained_loss(prediction, target, GrainLayout.from_grain_map(torch.ones_like(layout.grain_map), 2))
     assert torch.equal(mse_loss(prediction, target), losses["loss"])
     assert math.isnan(losses["mse_grain_0"].item())
     torch.testing.assert_close(losses["loss"], (prediction - target).pow(2).mean())
@@ -211,7 +207,7 @@ def test_variance_loss_counts_every_code_once():
             latents,
             timesteps,
             SCHEDULER.alphas_cumprod,
-            weights_of_cells(layout_of(latents, torch.full((1, 1, 1), grain)), weights),
+            weights_of_cells(GrainLayout.from_grain_map(torch.full((1, 1, 1), grain), 2), weights),
         )
         for grain, weights in ((0, None), (1, None), (0, (3.0, 1.0)))
     )

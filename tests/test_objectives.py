@@ -4,8 +4,9 @@
 import pytest
 import torch
 from diffusers import DDPMScheduler, DPMSolverMultistepScheduler
+from grain_maps import check_tied
 
-from diffusers_d2it.grains import check_tied, tie
+from diffusers_d2it.grains import tie
 from diffusers_d2it.objectives import OBJECTIVES, make_objective
 
 

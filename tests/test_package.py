@@ -168,11 +168,6 @@ def test_dtype_and_variant(saved, make_pipeline, tmp_path):
     assert same_pipelines(pipe, again)
 
 
-def test_pipeline_without_a_grain_model_loads(make_pipeline, tmp_path):
-    make_pipeline(grain_model=None, grain_scheduler=None).save_pretrained(tmp_path)
-    assert D2iTPipeline.from_pretrained(tmp_path).grain_model is None
-
-
 def test_presets_ship_with_the_package():
     assert set(diffusers_d2it.list_presets()) == {
         "dvae-f8f16", "grain-s", "content-b", "content-l", "content-xl", "dvae-tiny", "grain-tiny", "content-tiny",

@@ -13,6 +13,7 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     FlowMatchHeunDiscreteScheduler,
 )
+from grain_maps import check_tied
 
 from diffusers_d2it import (
     D2iTContentModel,
@@ -22,7 +23,6 @@ from diffusers_d2it import (
     list_presets,
     load_preset,
 )
-from diffusers_d2it.grains import check_tied
 from diffusers_d2it.presets import list_samplers, load_sampler
 
 

@@ -6,7 +6,7 @@ import PIL.Image
 import pytest
 import torch
 
-from diffusers_d2it import D2iTPipeline, visualize_grain_map
+from diffusers_d2it import D2iTPipeline, visualize_boundary_map, visualize_grain_map
 
 
 def redness(picture: PIL.Image.Image) -> np.ndarray:
@@ -85,14 +85,6 @@ def test_arrays_tensors_and_a_batch_of_one_give_the_same_picture(photo):
     assert np.array_equal(np.asarray(photo), before), "the given picture is left as it was"
 
 
-@pytest.mark.parametrize("mode", ["L", "RGBA", "P"])
-def test_pictures_of_other_modes_are_drawn_in_rgb(photo, mode):
-    picture = photo.convert(mode)
-    grain_map = torch.tensor([[1, 0], [0, 1]])
-    expected = visualize_grain_map(picture.convert("RGB"), grain_map)
-    assert visualize_grain_map(picture, grain_map).tobytes() == expected.tobytes()
-
-
 @pytest.mark.parametrize(
     ("grain_map", "message"),
     [
@@ -107,6 +99,47 @@ def test_pictures_of_other_modes_are_drawn_in_rgb(photo, mode):
 def test_maps_that_are_no_map_of_the_picture_are_refused(grain_map, message):
     with pytest.raises(ValueError, match=message):
         visualize_grain_map(grey(16, 32), grain_map)
+
+
+@pytest.mark.parametrize(
+    ("boundary_map", "message"),
+    [
+        (torch.full((4, 4), 1.5), "`boundary_map`.*float32"),
+        (torch.full((4, 4), -0.5), "`boundary_map`.*float32"),
+        (torch.full((4, 4), float("nan")), "`boundary_map`.*float32"),
+        (np.full((4, 4), "much"), "`boundary_map`.*<U4"),
+        (torch.zeros(1, 4, 4), r"`boundary_map`.*\(1, 4, 4\)"),
+        (torch.zeros(3, 4), "`boundary_map`.*3x4.*16x32"),
+    ],
+)
+def test_boundaries_that_are_none_of_the_picture_are_refused(boundary_map, message):
+    visualize_boundary_map(grey(16, 32), torch.zeros(4, 4, dtype=torch.bool))
+    with pytest.raises(ValueError, match=message):
+        visualize_boundary_map(grey(16, 32), boundary_map)
+    with pytest.raises(ValueError, match="`boundary_map`.*2.*1"):
+        visualize_boundary_map([grey(16, 32)] * 2, [boundary_map])
+
+
+@pytest.mark.parametrize("dtype", [int, bool, np.int32])
+@pytest.mark.parametrize("visualize", [visualize_grain_map, visualize_boundary_map])
+def test_pixels_are_uint8_or_from_0_to_1(photo, visualize, dtype):
+    pixels = np.asarray(photo)
+    drawn = visualize(photo, torch.ones(2, 2, dtype=torch.int64))
+    for same in (pixels, torch.tensor(pixels).movedim(-1, 0), (pixels / 255).astype(np.float32)):
+        assert visualize(same, torch.ones(2, 2, dtype=torch.int64)).tobytes() == drawn.tobytes()
+    for wrong in (pixels.astype(dtype), torch.tensor(pixels.astype(dtype)).movedim(-1, 0)):
+        with pytest.raises(ValueError, match=f"`image`.*{wrong.dtype}"):
+            visualize(wrong, torch.ones(2, 2, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("visualize", [visualize_grain_map, visualize_boundary_map])
+def test_the_smallest_side_is_a_whole_number(visualize):
+    grain_map = torch.ones(2, 2, dtype=torch.int64)
+    for side in (32, np.int64(32), torch.tensor(32)):
+        assert visualize(grey(16, 16), grain_map, min_side=side).size == (32, 32)
+    for side in (None, 256.0, "256", 0, -1, True):
+        with pytest.raises(ValueError, match=f"`min_side`.*{side}"):
+            visualize(grey(16, 16), grain_map, min_side=side)
 
 
 def test_grains_beyond_those_of_the_model_are_refused():
@@ -126,14 +159,3 @@ def test_fine_areas_have_an_outline_and_nothing_else_has():
     assert strong[32:, 32].all() and strong[32, 32:].all()  # its left and upper edge
     assert not strong[:32].any() and not strong[:, :32].any() and not strong[40:, 40:].any()
     assert not (redness(visualize_grain_map(grey(96, 96), torch.ones(3, 3, dtype=torch.int64))) > 150).any()
-
-
-def test_all_images_of_an_output_are_drawn_at_once(make_pipeline):
-    pipe = make_pipeline()
-    for output_type in ("pil", "np", "pt"):
-        output = pipe([1, 2], num_inference_steps=1, output_type=output_type)
-        drawn = visualize_grain_map(output.images, output.grain_maps)
-        alone = [visualize_grain_map(image, one) for image, one in zip(output.images, output.grain_maps)]
-        assert [one.tobytes() for one in drawn] == [one.tobytes() for one in alone]
-    with pytest.raises(ValueError, match="`grain_map`.*2.*1"):
-        visualize_grain_map(output.images, output.grain_maps[:1])

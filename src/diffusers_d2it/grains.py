@@ -10,7 +10,6 @@ Shapes:
     R cells per region side at the finest grain: R = 2 ** (k - 1); latents are (B, C, h * R, w * R)
 """
 
-import numbers
 from dataclasses import dataclass
 
 import torch
@@ -37,16 +36,10 @@ def grain_map_from_entropy(entropy: torch.Tensor, thresholds: list[float]) -> to
     return sum((entropy > threshold).long() for threshold in thresholds)
 
 
-def check_fine_ratio(fine_ratio: float, name: str = "fine_ratio") -> None:
-    """Raise a ValueError that names the argument unless it is a number in [0, 1]."""
-    if not isinstance(fine_ratio, numbers.Real) or not 0 <= fine_ratio <= 1:
-        raise ValueError(f"`{name}` must be a number in [0, 1], got {fine_ratio!r}.")
-
-
-def check_grain_map(grain_map: torch.Tensor, num_grains: int, name: str = "grain_map") -> None:
+def check_grain_map(grain_map: torch.Tensor, num_grains: int | None, name: str = "grain_map") -> None:
     """Raise a ValueError that names the argument unless it is int64 (B, h, w) with values 0 ... num_grains - 1.
 
-    Values are checked where they `can_be_read`.
+    Values are checked where they `can_be_read`, and the number of grains is known.
     """
     if not isinstance(grain_map, torch.Tensor):
         raise ValueError(f"`{name}` must be a torch.Tensor, got {type(grain_map).__name__}.")
@@ -54,7 +47,7 @@ def check_grain_map(grain_map: torch.Tensor, num_grains: int, name: str = "grain
         raise ValueError(f"`{name}` must be int64, got {grain_map.dtype}.")
     if grain_map.ndim != 3 or 0 in grain_map.shape:
         raise ValueError(f"`{name}` must have shape (B, h, w), got {tuple(grain_map.shape)}.")
-    if can_be_read(grain_map):
+    if num_grains is not None and can_be_read(grain_map):
         low, high = torch.aminmax(grain_map)
         if low < 0 or high >= num_grains:
             raise ValueError(
@@ -233,17 +226,9 @@ def tie(latents: torch.Tensor, grain_map: torch.Tensor) -> torch.Tensor:
     Raises:
         ValueError: latents and map do not match, or the map holds no grains of theirs.
     """
-    return _layout_of(latents, grain_map).tie(latents)
-
-
-def check_tied(latents: torch.Tensor, grain_map: torch.Tensor) -> None:
-    """`GrainLayout.check_tied` for a single use."""
-    _layout_of(latents, grain_map).check_tied(latents)
-
-
-def _layout_of(latents: torch.Tensor, grain_map: torch.Tensor) -> GrainLayout:
+    check_grain_map(grain_map, None)  # its sides tell how many grains there are
     cells = max(latents.shape[-1] // grain_map.shape[-1], 1)  # along a side of a region
-    return GrainLayout.from_grain_map(grain_map, cells.bit_length())
+    return GrainLayout.from_grain_map(grain_map, cells.bit_length()).tie(latents)
 
 
 # A tree of tensors to whatever walks arguments: torch.export, hooks, DataParallel

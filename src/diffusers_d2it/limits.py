@@ -7,7 +7,7 @@ check_values(config, get_type_hints(Model.__init__), LIMITS)
 """
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from inspect import formatannotation
 from numbers import Integral, Real
 from types import UnionType
@@ -82,16 +82,6 @@ def plain(value: Any) -> Any:
     if hasattr(value, "to_numpy") and getattr(value, "ndim", None) == 2:
         return value.to_numpy()
     return value
-
-
-def check_keys(values: Mapping[str, Any], known: Collection[str], inside: str = "") -> None:
-    """Raise a ValueError that names a key that is not known and its value."""
-    for key in values:
-        if key not in known:
-            raise ValueError(
-                f"{shown(f'{inside}{key}')} is no key of this configuration, got {shown(values[key])}; expected are"
-                f" {', '.join(sorted(known))}."
-            )
 
 
 def _allows(value: Any, annotation: Any, limits: tuple[float, float], exact: bool) -> bool:

@@ -127,11 +127,11 @@ def multi_grained_loss(
         ValueError: there is not one weight for each grain, or the map does not match.
     """
     layout.check_sides(target)
-    losses = {"loss": mse_loss(prediction, target, weights_of_cells(layout, grain_weights), sample_weights)}
-    squared_error = _squared_error(prediction.detach(), target)
+    squared_error = _squared_error(prediction, target)  # (B, hR, wR)
+    losses = {"loss": _weighted(squared_error, weights_of_cells(layout, grain_weights), sample_weights).mean()}
     for grain in range(layout.num_grains):
         of_grain = (layout.grain_of_cell == grain).float()
-        losses[f"mse_grain_{grain}"] = (squared_error * of_grain).sum() / of_grain.sum()
+        losses[f"mse_grain_{grain}"] = (squared_error.detach() * of_grain).sum() / of_grain.sum()
     return losses
 
 

@@ -6,13 +6,14 @@ import PIL.Image
 import torch
 from scipy.ndimage import minimum_filter
 
-from .limits import plain
+from .limits import check_values, plain
 from .pixels import unit_to_uint8, upright_rgb
 
 
 _FINE = np.array([214, 39, 40], dtype=np.float32)
 _COARSE = np.array([31, 119, 180], dtype=np.float32)
 _OPACITY = 0.3
+_SIDES = (1, 65536)  # pixels, of `min_side`
 
 
 def visualize_grain_map(
@@ -39,7 +40,7 @@ def visualize_grain_map(
 
     Raises:
         ValueError: the image is none of these, the map has another number of dimensions, holds no integers or other
-            grains than 0 ... k - 1, or does not divide the picture.
+            grains than 0 ... k - 1, or does not divide the picture; `min_side` is no whole number from 1 on.
     """
     if isinstance(image, (list, tuple)) or getattr(image, "ndim", 0) == 4:
         number = len(grain_map) if hasattr(grain_map, "__len__") else 0
@@ -83,7 +84,7 @@ def visualize_boundary_map(
 
     Raises:
         ValueError: the image is none, the map has another number of dimensions, values outside [0, 1], or does not
-            divide the picture.
+            divide the picture; `min_side` is no whole number from 1 on.
     """
     if isinstance(image, (list, tuple)) or getattr(image, "ndim", 0) == 4:
         number = len(boundary_map) if hasattr(boundary_map, "__len__") else 0
@@ -108,7 +109,9 @@ def _laid_over(
         raise ValueError(
             f"`{name}` of {rows}x{columns} does not divide an image of {picture.height}x{picture.width} pixels."
         )
-    scale = max(1, -(-plain(min_side) // min(picture.size)))
+    min_side = plain(min_side)
+    check_values({"min_side": min_side}, {"min_side": int}, {"min_side": _SIDES}, exact=False)
+    scale = max(1, -(-min_side // min(picture.size)))
     if scale > 1:
         picture = picture.resize((picture.width * scale, picture.height * scale), PIL.Image.Resampling.BICUBIC)
     return picture, values.repeat(picture.height // rows, axis=0).repeat(picture.width // columns, axis=1)
@@ -125,11 +128,13 @@ def _picture(image: PIL.Image.Image | np.ndarray | torch.Tensor) -> PIL.Image.Im
     if isinstance(image, PIL.Image.Image):
         return upright_rgb(image)
     pixels = torch.tensor(image).movedim(-1, -3) if isinstance(image, np.ndarray) and image.ndim > 2 else image
-    if not isinstance(pixels, torch.Tensor) or pixels.shape[:-2] not in ((3,), (1, 3)):
+    if not isinstance(pixels, torch.Tensor) or pixels.shape[:-2] != (3,):
         raise ValueError(
             "`image` must be a picture, PIL, array (H, W, 3) or tensor (3, H, W), got"
             f" {type(image).__name__} {tuple(getattr(image, 'shape', ()))}; latents are decoded by `decode_latents`."
         )
     if pixels.is_floating_point():
         pixels = unit_to_uint8(pixels.float().clamp(0, 1))
-    return PIL.Image.fromarray(pixels.reshape(pixels.shape[-3:]).movedim(0, -1).numpy(force=True))
+    if pixels.dtype != torch.uint8:
+        raise ValueError(f"`image` must hold numbers in [0, 1] or uint8, got {image.dtype}.")
+    return PIL.Image.fromarray(pixels.movedim(0, -1).numpy(force=True))

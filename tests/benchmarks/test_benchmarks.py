@@ -12,6 +12,7 @@ from types import ModuleType
 import psutil
 import pytest
 import torch
+from script_runs import BENCHMARKS, importing_from
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -21,7 +22,6 @@ from diffusers_d2it.models.layers import SelfAttention
 from diffusers_d2it.models.packed_attention import PackedAttention
 
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 SCRIPTS = sorted(path.stem for path in BENCHMARKS.glob("*.py"))
 SMALLEST = {
     "dit_forward": "--no-compile",
@@ -36,18 +36,13 @@ SMALLEST = {
     "between_steps": "",
     "pipeline_overhead": "--batch_size 1 --num_inference_steps 1",
 }
+UNIPC = "UniPCMultistepScheduler"
 
 
 @pytest.fixture(scope="module", autouse=True)
 def benchmarks():
-    """The modules of the folder, importable by their names as its scripts import them."""
-    before = set(sys.modules)
-    sys.path.insert(0, str(BENCHMARKS))
-    yield
-    sys.path.remove(str(BENCHMARKS))
-    for name in set(sys.modules) - before:
-        if str(BENCHMARKS) in str(getattr(sys.modules[name], "__file__", "")):
-            del sys.modules[name]
+    with importing_from(BENCHMARKS):
+        yield
 
 
 def test_every_script_imports_and_is_run_by_run():
@@ -64,6 +59,11 @@ def test_smallest_form(script, tmp_path, monkeypatch):
     assert result["title"] and result["settings"]["device"] == "cpu" and result["settings"]["repeats"] == 1
     assert result["claims"] or result["notes"]
     assert all(timing["median"] > 0 for timing in result["milliseconds"].values())
+    if script == "between_steps":  # nothing waits and nothing is compiled, whatever the scheduler
+        notes = result["notes"]
+        assert notes.pop("graphs of the first map") == 2 and len(notes) == 15
+        # diffusers sends the coefficients of UniPC to the device and solves for them there
+        assert {name for name, number in notes.items() if number} <= {f"{UNIPC}, eager: inside its own step"}
 
 
 @pytest.mark.parametrize("flags", ["--fine_ratio 0", "--fine_ratio 0.5 2", "--repeats 0", "--threads 0"])
@@ -148,10 +148,8 @@ def of_kit(name: str, monkeypatch) -> ModuleType:
 
 def test_a_step_that_fails_or_hangs_stops_no_other(tmp_path, monkeypatch, capsys):
     kit = of_kit("run", monkeypatch)
-    limit, same = kit.steps("cpu")["same"]
-    same[same.index("--output") + 1] = str(tmp_path / "same.json")
     fails = [sys.executable, "-c", "print('first'); raise SystemExit('no memory')"]
-    mine = {"fails": (60, fails), "hangs": (1, ["sh", "-c", "sleep 617 & wait"]), "same": (limit, same)}
+    mine = {"fails": (60, fails), "hangs": (1, ["sh", "-c", "sleep 617 & wait"]), "same": (60, ["true"])}
     monkeypatch.setattr(kit, "steps", lambda device: mine)
     monkeypatch.setattr(kit.common, "RESULTS", None)
     monkeypatch.setattr(sys, "argv", ["run.py", "--device", "cpu", "--output", str(tmp_path)])
@@ -163,10 +161,6 @@ def test_a_step_that_fails_or_hangs_stops_no_other(tmp_path, monkeypatch, capsys
     assert not any(process.info["cmdline"] == ["sleep", "617"] for process in psutil.process_iter(["cmdline"]))
     assert (tmp_path / "fails.log").read_text().split() == ["first", "no", "memory"]
     assert "not measured" in capsys.readouterr().out  # the table
-    same = json.loads((tmp_path / "same.json").read_text())
-    assert same["machine"]["torch"] == torch.__version__
-    assert {name.split(":")[0] for name in same["checks"]} == {"D2iT", "DC-DiT", "region_entropy"}
-    assert all(check["reached"] and check["difference"] <= check["limit"] for check in same["checks"].values())
 
     monkeypatch.setattr(sys, "argv", [*sys.argv, "--only", "same", "--budget", "1"])
     with pytest.raises(SystemExit, match="--only same$"):
@@ -181,6 +175,18 @@ def test_every_step_names_a_script_that_is_there(monkeypatch):
         for name, (limit, step) in kit.steps(device).items():
             (script,) = (Path(word) for word in step if word.endswith(".py"))
             assert script.is_file() and script.stem in (name, "checks") and limit >= kit.LEAST
+
+
+def test_checks_of_both_models(tmp_path, monkeypatch):
+    """As the command of a step runs them."""
+    _, command = of_kit("run", monkeypatch).steps("cpu")["same"]
+    command[command.index("--output") + 1] = str(tmp_path / "same.json")
+    monkeypatch.setattr(sys, "argv", command[1:])
+    of_kit("checks", monkeypatch).main()
+    same = json.loads((tmp_path / "same.json").read_text())
+    assert same["machine"]["torch"] == torch.__version__
+    assert {name.split(":")[0] for name in same["checks"]} == {"D2iT", "DC-DiT", "region_entropy"}
+    assert all(check["reached"] and check["difference"] <= check["limit"] for check in same["checks"].values())
 
 
 def test_checks_of_one_model(tmp_path, monkeypatch):

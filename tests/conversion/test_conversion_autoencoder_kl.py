@@ -189,3 +189,4 @@ def test_autoencoder_script_converts_a_folder(vae_folder, tmp_path, calibrate, c
     assert same_weights(model, expected) and model.config.calibration == calibrate(16)
     assert str(report) in capsys.readouterr().out
     assert json.loads((output / "conversion.json").read_text()) == json.loads(report.to_json())
+    assert "conversion.json" in json.loads((output / "manifest.json").read_text())["files"]  # saved as one

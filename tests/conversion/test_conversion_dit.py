@@ -16,6 +16,7 @@ from script_runs import call
 
 from diffusers_d2it import D2iTContentModel, load_preset
 from diffusers_d2it.conversion import ConversionReport, convert_diffusers_dit, convert_dit_checkpoint
+from diffusers_d2it.conversion.dit import count_heads
 from diffusers_d2it.grains import GrainLayout, tie
 
 
@@ -89,12 +90,13 @@ def test_training_checkpoint_gives_its_averaged_weights(save_dit):
 
 
 def test_sizes_are_read_off_the_weights(save_dit):
-    for dim, heads in {384: 6, 768: 12, 1024: 16, 1152: 16}.items():
-        model, _ = convert_dit_checkpoint(save_dit(dit_weights(dim=dim, depth=1)), window_size=8)
-        expected = {"sample_size": 2 * SIDE, "in_channels": 4, "out_channels": 8, "num_layers": 1, "mlp_ratio": 4.0}
-        expected |= {"num_attention_heads": heads, "attention_head_dim": dim // heads, "num_classes": CLASSES}
-        expected |= {"num_refine_layers": 1, "window_size": 8, "frequency_shift": 0.0}
-        assert {key: model.config[key] for key in expected} == expected
+    model, _ = convert_dit_checkpoint(save_dit(dit_weights(dim=384, depth=1)), window_size=8)
+    expected = {"sample_size": 2 * SIDE, "in_channels": 4, "out_channels": 8, "num_layers": 1, "mlp_ratio": 4.0}
+    expected |= {"num_attention_heads": 6, "attention_head_dim": 64, "num_classes": CLASSES}
+    expected |= {"num_refine_layers": 1, "window_size": 8, "frequency_shift": 0.0}
+    assert {key: model.config[key] for key in expected} == expected
+    for dim, heads in {768: 12, 1024: 16, 1152: 16}.items():
+        assert count_heads(None, dim, "dit.pt") == heads
     with pytest.raises(ValueError, match="32.*`num_attention_heads`"):
         convert_dit_checkpoint(save_dit(dit_weights()))
     with pytest.raises(ValueError, match="`num_attention_heads`.*32.*3"):

@@ -5,7 +5,6 @@ import json
 import os
 from decimal import Decimal
 
-import datasets
 import pyarrow
 import pyarrow.csv
 import pyarrow.parquet
@@ -18,13 +17,6 @@ from diffusers_d2it.data import BadImages, load_images, usable_images
 NAMES = ["sea", "earth", "sea", "sky"]
 NUMBERS = [2, 0, 2, 1]
 IMAGES = [encode(photo(i, 32)) for i in range(4)]
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory, monkeypatch):
-    """Nothing of the user's is read or written."""
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
-    datasets.disable_progress_bars()
 
 
 def in_parquet(folder, labels: pyarrow.Array, column: str) -> None:
@@ -68,13 +60,16 @@ ARROW_TYPES = {
 }
 
 
+TYPES_OF_TEXT = ["string", "int64", "double", "bool"]  # of the others text files hold the same
+
+
 @pytest.mark.parametrize("streaming", [False, True], ids=["map", "stream"])
-@pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("kind", ARROW_TYPES)
+@pytest.mark.parametrize(
+    "kind, place",
+    [(kind, place) for place in PLACES for kind in (ARROW_TYPES if "parquet" in place else TYPES_OF_TEXT)],
+)
 def test_labels_of_every_type_are_read_everywhere(tmp_path, kind, place, streaming):
     labels = ARROW_TYPES[kind]
-    if place != "parquet" and "string" in kind and place != "metadata.parquet":
-        labels = pyarrow.array(NAMES)  # text files have one kind of text
     PLACES[place](tmp_path, labels, "label")
     of_names = "string" in kind or kind == "dictionary"
     expected = [1, 0, 1, 2] if of_names else [int(label) for label in labels.to_pylist()]
@@ -112,6 +107,13 @@ def test_a_column_of_labels_that_holds_none_is_an_error(tmp_path, place, labels)
     PLACES[place](tmp_path, pyarrow.array(labels), "label")
     with pytest.raises(ValueError, match="`label(led|_column)`"):
         load_images(tmp_path)
+
+
+@pytest.mark.parametrize("num_classes", [0, -1])
+def test_a_table_has_one_class_at_least(tmp_path, num_classes):
+    in_parquet(tmp_path, pyarrow.array(NUMBERS), "label")
+    with pytest.raises(ValueError, match=f"`num_classes`.* {num_classes}"):
+        load_images(tmp_path, streaming=True, num_classes=num_classes)
 
 
 @pytest.mark.parametrize("place", ["parquet", "tar"])
@@ -249,15 +251,36 @@ def test_metadata_go_with_their_split(tmp_path, where):
     assert names_of(source) == {"train.png"} and source.id2label == {0: "train"}
 
 
+@pytest.mark.parametrize(
+    "names, split, table, text",
+    [
+        (["train/a.png", "test/b.png"], "test", "metadata.jsonl", b'{"file_name": "train/a.png"}'),
+        (["0.png"], None, "metadata.csv", b"file_name,label\n"),
+    ],
+    ids=["images of another split", "a header alone"],
+)
+def test_metadata_that_name_no_image_are_an_error(tmp_path, names, split, table, text):
+    with pytest.raises(ValueError, match=f"file_name.*{table}.*{names[-1]}"):
+        load_images(write_folder(tmp_path, pictures(*names) | {table: text}), split=split)
+
+
 @pytest.mark.parametrize("name", ["set[1]", "set*", "se?1", "set1", "{set1}"])
-@pytest.mark.parametrize("kind", ["parquet", "tar", "metadata.parquet", "csv"])
-@pytest.mark.parametrize("single_file", [False, True], ids=["folder", "file"])
+@pytest.mark.parametrize(
+    "kind, single_file",
+    [
+        ("parquet", False),
+        ("parquet", True),
+        ("tar", False),
+        ("tar", True),
+        ("metadata.parquet", False),
+        ("csv", False),
+    ],
+)
 def test_paths_are_no_patterns(tmp_path, name, kind, single_file):
     for folder, label in {"set1": 1, "seta1": 1, name: 0}.items():
         (tmp_path / folder).mkdir(exist_ok=True)
         PLACES[kind](tmp_path / folder, pyarrow.array([label] * 4), "label")
-    file = tmp_path / name / f"data.{kind}"
-    source = load_images(file if single_file and file.exists() else tmp_path / name)
+    source = load_images(tmp_path / name / f"data.{kind}" if single_file else tmp_path / name)
     assert {row.label for row in source.rows()} == {0} and source.num_rows == 4
 
 

@@ -15,12 +15,12 @@ from diffusers_d2it.data import loaders
 from diffusers_d2it.data.bad_images import BadImages
 from diffusers_d2it.data.images import to_pixels
 from diffusers_d2it.data.loaders import (
-    GlobalBatches,
     ImageDataset,
     ImageStream,
     StreamLoader,
     batches_from,
     first_batches,
+    global_batches,
     make_dataset,
     make_loader,
     usable_images,
@@ -157,11 +157,11 @@ def test_order_and_flips_are_a_permutation_an_epoch(tmp_path, accelerator, bad_i
 def test_processes_and_passes_share_the_batch_of_an_update(num_processes, batch_size):
     """Twelve images an update, of seven: as many passes as it takes, each of them from where an update begins."""
     passes = 12 // (num_processes * batch_size)
-    whole = iter(GlobalBatches(7, 12, 5, 0, 0, 1))
+    whole = global_batches(7, 12, 5, 0, 0, 1)
     expected = [next(whole) for _ in range(4)]
     for first_update in (0, 3):
         parts = [
-            iter(GlobalBatches(7, batch_size, 5, first_update * passes, process, num_processes))
+            global_batches(7, batch_size, 5, first_update * passes, process, num_processes)
             for process in range(num_processes)
         ]
         for update in expected[first_update:]:

@@ -3,6 +3,7 @@
 
 import json
 import math
+import sys
 import warnings
 
 import numpy as np
@@ -14,6 +15,7 @@ from torch import nn
 
 from diffusers_d2it.evaluation import (
     Evaluator,
+    FeatureExtractor,
     ImageSet,
     ModuleFeatures,
     evaluate,
@@ -22,7 +24,13 @@ from diffusers_d2it.evaluation import (
     save_statistics,
 )
 from diffusers_d2it.evaluation.results import compare, differences
-from diffusers_d2it.evaluation.scores import frechet_distance, inception_score, kernel_distance, precision_recall
+from diffusers_d2it.evaluation.scores import (
+    FeatureStatistics,
+    frechet_distance,
+    inception_score,
+    kernel_distance,
+    precision_recall,
+)
 
 
 METRICS = ("fid", "sfid", "is", "precision", "recall", "kid")  # top1 needs another network: test_classifier.py
@@ -106,6 +114,32 @@ def test_each_image_is_given_to_the_network_once_and_a_reference_for_many_sets(s
     for _ in range(2):
         assert evaluator(samples) == list(expected.values())
     assert counting.count == 2 * (1 + 60) + 50
+
+
+def test_unknown_classes_are_refused_before_any_image_is_read(samples):
+    class Classifier(FeatureExtractor):
+        name, preprocessing, count = "classifier", "none", 0
+
+        def extract(self, images):
+            self.count += len(images)
+            return {"pool": torch.zeros(len(images), 2), "imagenet": torch.zeros(len(images), 1000)}
+
+    classifier = Classifier()
+    refused("samples .*classes", scores, samples, None, classifier, ["top1"])
+    assert classifier.count == 1  # the black one
+
+
+def test_a_covariance_is_allocated_once_for_all_batches(samples, monkeypatch):
+    made = []
+
+    class Noted(FeatureStatistics):
+        def __init__(self, num_features):
+            made.append(num_features)
+            super().__init__(num_features)
+
+    monkeypatch.setattr(sys.modules[Evaluator.__module__], "FeatureStatistics", Noted)
+    scores(samples, samples, ModuleFeatures(small_network(), "small"), ["fid", "sfid"])
+    assert sorted(made) == [8, 8, 18, 18]  # of either set
 
 
 class Misdealt(ImageSet):

@@ -190,13 +190,16 @@ def test_files_without_a_partner_are_named(tmp_path, files, named):
         refused(f"(samples|reference).*{named}", evaluate_pairs, one, other, ["psnr"])
 
 
-@pytest.mark.parametrize("batch_size", [1, 64])
-def test_reconstructions_that_cannot_be_used_are_named(tmp_path, batch_size):
+@pytest.mark.parametrize("resolution", [None, 64])  # a data set would leave them out
+@pytest.mark.parametrize("metric", ["ssim", "psnr", "rfid"])
+@pytest.mark.parametrize("batch_size", [1, 2, 64])
+def test_reconstructions_that_cannot_be_used_are_named(tmp_path, features, resolution, metric, batch_size):
     # Folders have 2 before 10, data sets after it: pairs are read in another order than that of the set
-    samples = open_images(write_folder(tmp_path / "samples", pictures("0.png", "2.png") | {"10/1.webp": b""}))
+    files = pictures("0.png", "2.png") | {"10/1.webp": b""}
+    samples = open_images(write_folder(tmp_path / "samples", files), resolution)
     reference = open_images(write_folder(tmp_path / "reference", pictures("0.png", "2.png", "10/1.png")), 64)
-    message = "1 .* 3 images of samples .*: 10/1.webp: "
-    refused(message, evaluate_pairs, samples, reference, ["ssim"], batch_size=batch_size)
+    message = "of samples .*: .*10/1.webp: "
+    refused(message, evaluate_pairs, samples, reference, [metric], features, batch_size=batch_size)
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 64])

@@ -20,6 +20,7 @@ from page_actions import (
     SURFACES,
     begin_painting,
     compare,
+    cost,
     draw,
     draw_budgets,
     edit,
@@ -71,6 +72,11 @@ def test_a_budget_is_kept(pipe):
     assert words.startswith("32 tokens, 25% of the regions fine")
 
 
+def test_of_three_grains_the_finest_is_fine(make_pipeline):
+    words = cost(make_pipeline(num_grains=3), torch.tensor([[[0, 1, 2], [1, 1, 0], [2, 1, 1]]]), 7)
+    assert "22% of the regions fine" in words
+
+
 def test_one_noise_under_four_budgets(pipe):
     *steps, (pictures, words) = draw_budgets(pipe, *ABOVE)
     assert len(steps) == 4 and len(pictures) == 2 * len(BUDGETS)
@@ -89,7 +95,7 @@ def test_strokes_and_boxes_are_a_map_in_part(pipe):
     assert (read_painted(None, "", pipe) == -1).all()
 
 
-@pytest.mark.parametrize("boxes", ["0 0 8", "0 0 64 8", "a b c d", "fine", "0 0 8 nan"])
+@pytest.mark.parametrize("boxes", ["0 0 8", "0 0 64 8", "a b c d", "fine", "0 0 8 nan", ","])
 def test_a_box_that_is_none_is_refused(pipe, boxes):
     with pytest.raises(ValueError, match="box"):
         read_painted(None, boxes, pipe)

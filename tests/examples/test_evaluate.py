@@ -168,6 +168,8 @@ def test_files_without_a_common_metric_are_refused(by_one, tmp_path, capsys):
         ("--samples a --reference b --metrics fid", ["--metrics", "--output"]),
         ("--samples a --reference b --output c.json", ["--metrics", "--output"]),
         ("--samples a --metrics fid is --output c.json", ["--reference", "'is'"]),
+        ("--reconstruction a --metrics top1 --output c.json", ["--reference", "--samples"]),
+        ("--save_statistics c.npz", ["--reference"]),
         ("--samples a --reference b --metrics psnr --output c.json --fine_ratio 0.5", ["--fine_ratio"]),
         ("--reconstruction a --reference b --metrics fid --output c.json", ["--reconstruction", "psnr, ssim"]),
         ("--reference b --save_statistics c.npz --metrics fid", ["--save_statistics", "--metrics"]),

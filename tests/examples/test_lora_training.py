@@ -1,10 +1,12 @@
 # Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
 """train_d2it.py on top of a model: adapters alone (--lora_rank), and other classes than those it knows."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from safetensors.torch import load_file
-from script_runs import call_train
+from script_runs import call, call_train
 
 from diffusers_d2it import D2iTContentModel, D2iTPipeline
 
@@ -15,18 +17,35 @@ def draw(pipe):
 
 
 @pytest.fixture(scope="module")
-def adapters(d2it, cache, dvae, grain, tmp_path_factory):
+def pipeline(make_pipeline, tmp_path_factory) -> Path:
+    """Of the eight classes of the data, without their names."""
+    output = tmp_path_factory.mktemp("models") / "pipeline"
+    make_pipeline(num_classes=8, id2label=None).save_pretrained(output)
+    return output
+
+
+@pytest.fixture(scope="module")
+def arguments(folder, pipeline, tmp_path_factory) -> list:
+    """A start is still to be named."""
+    output = tmp_path_factory.mktemp("runs") / "cache"
+    flags = ["--train_data_dir", folder, "--vae", pipeline / "vae", "--resolution", 32, "--output_dir", output]
+    call("cache_latents.py", *flags)
+    return ["--latent_cache", output, "--vae", pipeline / "vae", "--grain", pipeline]
+
+
+@pytest.fixture(scope="module")
+def adapters(arguments, pipeline, tmp_path_factory):
     """Flags, and the output of four steps."""
     output = tmp_path_factory.mktemp("runs") / "lora"
-    flags = ["--latent_cache", cache, "--vae", dvae / "vae", "--grain", grain, "--init_from", d2it / "pipeline"]
-    flags += ["--lora_rank", 2, "--learning_rate", 0.05, "--ema_decay", 0.5, "--mixed_precision", "no"]
+    flags = [*arguments, "--init_from", pipeline, "--lora_rank", 2, "--learning_rate", 0.05, "--ema_decay", 0.5]
+    flags += ["--mixed_precision", "no"]
     call_train("train_d2it.py", output, 4, *flags)
     return flags, output
 
 
-def test_the_pipeline_loads_what_was_trained(adapters, d2it):
+def test_the_pipeline_loads_what_was_trained(adapters, pipeline):
     _, output = adapters
-    pipe = D2iTPipeline.from_pretrained(d2it / "pipeline")
+    pipe = D2iTPipeline.from_pretrained(pipeline)
     before = draw(pipe)
     pipe.load_lora_weights(output / "lora")
     assert not torch.allclose(draw(pipe), before)
@@ -57,12 +76,12 @@ def test_a_resumed_run_ends_with_the_same_adapters(adapters, tmp_path):
         assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
 
 
-def test_adapters_of_another_rank_or_model_are_not_resumed(adapters, d2it, tmp_path):
+def test_adapters_of_another_rank_or_model_are_not_resumed(adapters, pipeline, tmp_path):
     flags, output = adapters
     again = ["--resume_from_checkpoint", output / "checkpoint-4"]
     with pytest.raises(ValueError, match="lora_rank"):
         call_train("train_d2it.py", tmp_path / "a", 6, *flags, "--lora_rank", 3, *again)
-    other = D2iTContentModel.from_pretrained(d2it / "pipeline", subfolder="transformer")
+    other = D2iTContentModel.from_pretrained(pipeline, subfolder="transformer")
     other.patch_embed.bias.data += 1
     other.save_pretrained(tmp_path / "other")
     with pytest.raises(ValueError, match="base"):
@@ -87,14 +106,8 @@ def test_other_classes_begin_a_new_table_and_keep_the_rest(make_content_model, t
         D2iTContentModel.from_pretrained(tmp_path, num_layers=4, ignore_mismatched_sizes=True)
 
 
-def test_a_model_is_trained_further_on_other_classes(make_content_model, cache, dvae, grain, tmp_path):
-    vae = dvae / "vae"
-    from diffusers_d2it import DynamicAutoencoderKL
-
-    channels = DynamicAutoencoderKL.from_pretrained(vae).config.latent_channels
-    model = make_content_model(num_classes=3, in_channels=channels)
-    model.save_pretrained(tmp_path / "model")
-    flags = ["--latent_cache", cache, "--vae", vae, "--grain", grain, "--init_from", tmp_path / "model"]
-    call_train("train_d2it.py", tmp_path / "run", 2, *flags)
+def test_a_model_is_trained_further_on_other_classes(make_content_model, arguments, tmp_path):
+    make_content_model(num_classes=3).save_pretrained(tmp_path / "model")
+    call_train("train_d2it.py", tmp_path / "run", 2, *arguments, "--init_from", tmp_path / "model")
     pipe = D2iTPipeline.from_pretrained(tmp_path / "run" / "pipeline")
     assert pipe.transformer.config.num_classes == 8 and len(pipe.id2label) == 8

@@ -2,9 +2,7 @@
 """The scripts of examples/ that do not train, and the recipes of those that do."""
 
 import json
-import shlex
 import shutil
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -22,7 +20,7 @@ from diffusers_d2it.entropy import EntropyCalibration
 from diffusers_d2it.pixels import to_uint8
 
 
-def test_calibration_is_the_same_streamed_and_by_two_processes(folder, dvae, tmp_path, capsys):
+def test_calibration_is_the_same_streamed_and_by_two_processes(folder, make_vae, tmp_path, capsys):
     expected = EntropyCalibration(region_size=8)
     for path in sorted(folder.rglob("*.png")):
         expected.update(to_pixels(PIL.Image.open(path), 32)[None])
@@ -41,13 +39,13 @@ def test_calibration_is_the_same_streamed_and_by_two_processes(folder, dvae, tmp
     assert one == two == expected.to_config(source=one["source"])
 
     vae = tmp_path / "vae"
-    DynamicAutoencoderKL.from_pretrained(dvae / "vae", calibration=None).save_pretrained(vae)
+    make_vae(calibration=None).save_pretrained(vae)
     call("calibrate_dvae.py", *source, "--vae", vae, "--max_images", "5")
     assert DynamicAutoencoderKL.from_pretrained(vae).config.calibration["num_images"] == 5
 
 
 def test_codes_of_an_autoencoder_kl_are_cached_and_models_of_grains_refuse_it(
-    folder, make_autoencoder_kl, autoencoder_kl, grain_arguments, tmp_path, capsys
+    folder, make_autoencoder_kl, autoencoder_kl, tmp_path, capsys
 ):
     flags = ["--vae", autoencoder_kl, "--resolution", 32]
     call("cache_latents.py", *flags, "--train_data_dir", folder, "--output_dir", tmp_path / "cache")
@@ -56,7 +54,8 @@ def test_codes_of_an_autoencoder_kl_are_cached_and_models_of_grains_refuse_it(
     cache = LatentCache(tmp_path / "cache", make_autoencoder_kl(), seed=0, resolution=32)
     assert len(cache) == 8 and [one.shape for one in cache[0]["moments"]] == [(8, 8, 8)]
     with pytest.raises(ValueError, match="`vae`.*DynamicAutoencoderKL.*'AutoencoderKL'"):
-        call_train("train_grain.py", tmp_path / "grain", 1, *grain_arguments, *flags)
+        of_cache = ["--latent_cache", tmp_path / "cache", "--preset", "grain-tiny"]
+        call_train("train_grain.py", tmp_path / "grain", 1, *of_cache, *flags)
 
 
 def test_demo_draws_the_bundled_checkpoint(tmp_path):
@@ -134,22 +133,3 @@ def test_configurations_of_accelerate_are_read_by_it(name):
     assert (config.distributed_type, config.num_machines, config.num_processes) == LAUNCHES[name]
     assert config.mixed_precision == "bf16" and not config.use_cpu
     assert config.fsdp_config.get("fsdp_version") == (2 if config.distributed_type == DistributedType.FSDP else None)
-
-
-@pytest.mark.parametrize("page", ["examples/README.md", "docs/evaluation.md"])
-def test_training_commands_of_the_pages_parse(page, monkeypatch, tmp_path):
-    text = (EXAMPLES.parent / page).read_text(encoding="utf-8").replace("\\\n", " ")
-    (tmp_path / "examples").symlink_to(EXAMPLES)
-    (tmp_path / "DiT-XL-2-256").mkdir()  # what `hf download` would have made
-    monkeypatch.chdir(tmp_path)
-    commands = [line for line in text.splitlines() if line.startswith(("accelerate launch", "python examples"))]
-    assert commands
-    for command in commands:
-        words = shlex.split(command)
-        if "--config_file" in words:
-            assert words[words.index("--config_file") + 1].removeprefix("examples/configs/accelerate/") in LAUNCHES
-        position = next(i for i, word in enumerate(words) if word.startswith("examples/") and word.endswith(".py"))
-        script = load_script(Path(words[position]).name)
-        with monkeypatch.context() as context:
-            context.setattr(sys, "argv", words[position:])
-            script.parse_args()  # a flag that is unknown exits

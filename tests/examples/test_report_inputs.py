@@ -37,7 +37,7 @@ def folder(tmp_path) -> Path:
     return write_folder(tmp_path / "photos", files)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def pipe(make_pipeline) -> D2iTPipeline:
     return make_pipeline(id2label=NAMES)
 

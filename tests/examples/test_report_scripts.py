@@ -22,7 +22,6 @@ from diffusers_d2it.pixels import to_uint8
 
 pytestmark = pytest.mark.filterwarnings("ignore:fd_small_network. there are no more images")
 BUDGET = ["budget.json", "budget.md", "budget.png"]
-GUIDANCE = ([], ["--guidance_scale", 2], ["--num_inference_steps", 4])
 
 
 def read_json(path: Path) -> dict:
@@ -85,12 +84,22 @@ def test_report_holds_table_5_with_protocols_and_the_diagnostics_and_is_printed(
     assert "| real images | " in printed and "PSNR of reconstructions by grain" in printed
 
 
-def test_budgets_of_both_models_are_a_file_a_table_and_a_plot(flags, other, tmp_path, capsys):
-    (tmp_path / "notes.txt").write_text("mine")
+@pytest.fixture(scope="module")
+def budgets(flags, other, tmp_path_factory) -> tuple[Path, str]:
+    """The folder that budget_report.py writes of both models, and what it prints."""
+    folder, printed = tmp_path_factory.mktemp("budgets"), io.StringIO()
+    (folder / "notes.txt").write_text("mine")
+    with redirect_stdout(printed):
+        both = ["--checkpoint", flags[1], other, "--budgets", 0.25, 1]
+        call("budget_report.py", *flags, *both, "--output_dir", folder)
+    return folder, printed.getvalue()
+
+
+def test_budgets_of_both_models_are_a_file_a_table_and_a_plot(flags, other, budgets):
+    folder, printed = budgets
     checkpoints = [str(flags[1]), str(other)]
-    call("budget_report.py", *flags, "--checkpoint", *checkpoints, "--budgets", 0.25, 1, "--output_dir", tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [*BUDGET, "notes.txt"]
-    budget = read_json(tmp_path / "budget.json")
+    assert sorted(path.name for path in folder.iterdir()) == [*BUDGET, "notes.txt"]
+    budget = read_json(folder / "budget.json")
     rows = budget["rows"]
     assert [(row["checkpoint"], row["budget"]) for row in rows] == [
         (name, b) for name in checkpoints for b in (0.25, 1)
@@ -108,25 +117,26 @@ def test_budgets_of_both_models_are_a_file_a_table_and_a_plot(flags, other, tmp_
     assert [("reconstruction_psnr_db" in row) for row in rows] == [True, True, False, False]
     assert all(row["seconds_per_image"] > 0 for row in rows) and budget["protocol"]["machine"]["num_processes"] == 1
     assert list(budget["protocol"]["checkpoints"]) == checkpoints
-    table = (tmp_path / "budget.md").read_text()
+    table = (folder / "budget.md").read_text()
     assert table.startswith("4 samples a row: 2 steps, guidance 1, seed 0, float32 on ")
-    picture = PIL.Image.open(tmp_path / "budget.png")
+    picture = PIL.Image.open(folder / "budget.png")
     assert picture.size[0] > 500 and len(picture.convert("RGB").getcolors(2**20)) > 10
-    lines = capsys.readouterr().out.splitlines()
+    lines = printed.splitlines()
     lines = lines[lines.index(next(line for line in lines if line.startswith("|  | budget"))) :]
     assert lines[0].endswith("| PSNR, dB | tokens | GMAC / image | s / image | ms / step |")
     assert lines[2].startswith(f"| {checkpoints[0]} | 0.25 | ") and " | 16 + 16 | " in lines[2]
     assert lines[6].startswith("| real images | ") and {line.count("|") for line in lines[:7]} == {10}
 
 
-def test_multiply_adds_of_all_passes(flags, other, tmp_path):
+def test_multiply_adds_of_all_passes(flags, other, budgets, tmp_path):
     """Guided every step has two passes, of DC-DiT each with tokens of its own."""
-    plain, guided, longer = ([*flags, "--checkpoint", flags[1], other, "--budgets", 1, *more] for more in GUIDANCE)
-    found = []
-    for number, arguments in enumerate((plain, guided, longer)):
-        call("budget_report.py", *arguments, "--output_dir", tmp_path / str(number))
-        found.append([row["gmac"] for row in read_json(tmp_path / str(number) / "budget.json")["rows"]])
-    plain, guided, longer = found
+    for name, more in (("guided", ["--guidance_scale", 2]), ("longer", ["--num_inference_steps", 4])):
+        both = ["--checkpoint", flags[1], other, "--budgets", 1, *more]
+        call("budget_report.py", *flags, *both, "--output_dir", tmp_path / name)
+    plain, guided, longer = (
+        [row["gmac"] for row in read_json(folder / "budget.json")["rows"] if row["budget"] == 1]
+        for folder in (budgets[0], tmp_path / "guided", tmp_path / "longer")
+    )
     # Of grains, not of images, is the embedding of grains; and DC-DiT keeps what it keeps
     assert guided == [pytest.approx(2 * plain[0], rel=0.02), pytest.approx(2 * plain[1], rel=0.2)]
     assert longer == [pytest.approx(2 * plain[0]), pytest.approx(2 * plain[1], rel=0.2)]

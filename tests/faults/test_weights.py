@@ -359,7 +359,7 @@ def test_foreign_weights_are_read_with_the_same_care(tmp_path, fault, repeats):
     expected = convert_autoencoder_kl(tmp_path)[0]
     rng = random.Random(0)
     harmful = [mutate for mutate in MUTATIONS if mutate is not not_finite]
-    for trial in range(repeats(60, 1000)):
+    for trial in range(repeats(len(harmful), 1000)):
         mutate = harmful[trial % len(harmful)]
         (tmp_path / WEIGHTS).write_bytes(mutate(content, rng))
 
@@ -382,7 +382,7 @@ def test_an_autoencoder_kl_is_read_with_the_same_care(tmp_path, fault, repeats):
     model.save_pretrained(tmp_path)
     content = (tmp_path / WEIGHTS).read_bytes()
     rng = random.Random(0)
-    for trial in range(repeats(60, 1000)):
+    for trial in range(repeats(len(MUTATIONS), 1000)):
         mutate = MUTATIONS[trial % len(MUTATIONS)]
         (tmp_path / WEIGHTS).write_bytes(mutate(content, rng))
         problem = problem_of(attempt(partial(load_autoencoder_kl, tmp_path)), model, tmp_path.name)

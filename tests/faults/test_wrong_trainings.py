@@ -33,14 +33,18 @@ def reversed_gradient(loss: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("script", LOGGED)
-def test_a_training_that_learns_nothing_fails_the_smoke_test(script, inputs, tmp_path, fault):
+def test_a_training_that_learns_passes_the_smoke_test_and_one_that_learns_nothing_fails(
+    script, inputs, tmp_path, fault
+):
     count = fault("training that learns nothing: the smoke test fails")
     flags = inputs.flags(script) | {"overfit_batches": 1, "max_train_steps": 30, "gradient_accumulation_steps": 1}
     flags |= {"learning_rate": 1e-3}
     flags |= {"checkpointing_steps": 1000, "gan_start_step": 1000} if script == "train_dvae.py" else {}
-    assert train(script, tmp_path / "learns", flags) == 0
-    status = train(script, tmp_path / "does not", flags, change=partial(change_loss, reversed_gradient))
-    count.tried(status, silent=status == 0)
+    status = train(script, tmp_path / "learns", flags)
+    count.tried(status, lost=status != 0)
+    if script == "train_grain.py":  # who compares the losses is `Run`, in all scripts
+        status = train(script, tmp_path / "does not", flags, change=partial(change_loss, reversed_gradient))
+        count.tried(status, silent=status == 0)
 
     curves = logged(tmp_path / "learns")
     assert LOGGED[script] <= curves.keys()
@@ -55,27 +59,24 @@ BAD_CALL = 4  # of the loss function: after the first checkpoint, of the fifth s
 
 
 class Poison:
-    """Spoils the loss once or for ever. Infinity is added: the gradient stays finite, and must be refused too."""
+    """Spoils the loss once. Infinity is added: the gradient stays finite, and must be refused too."""
 
-    def __init__(self, value: float, for_ever: bool):
-        self.value, self.for_ever, self.num_calls = value, for_ever, 0
+    def __init__(self, value: float):
+        self.value, self.num_calls = value, 0
 
     def __call__(self, loss: torch.Tensor) -> torch.Tensor:
         self.num_calls += 1
-        if self.num_calls <= BAD_CALL or (self.num_calls > BAD_CALL + 1 and not self.for_ever):
+        if self.num_calls != BAD_CALL + 1:
             return loss
         return loss * self.value if math.isnan(self.value) else loss + self.value
 
 
-@pytest.mark.parametrize("mixed_precision", ["no", "bf16"])
-@pytest.mark.parametrize("value", [math.nan, math.inf], ids=str)
 @pytest.mark.parametrize("script", LOSSES)
-def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(
-    script, value, mixed_precision, inputs, tmp_path, fault
-):
-    count = fault(f"{script}: loss {value} once")
-    flags = inputs.flags(script) | {"mixed_precision": mixed_precision, "gradient_accumulation_steps": 1}
-    status = train(script, tmp_path / "run", flags, change=partial(change_loss, Poison(value, for_ever=False)))
+def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(script, inputs, tmp_path, fault):
+    """Of NaN: tests/training/test_gate.py, and below."""
+    count = fault(f"{script}: loss inf once")
+    flags = inputs.flags(script) | {"mixed_precision": "bf16", "gradient_accumulation_steps": 1}
+    status = train(script, tmp_path / "run", flags, change=partial(change_loss, Poison(math.inf)))
     kept = [path.name for path in found_checkpoints(tmp_path / "run")]
     verify(tmp_path / "run" / "checkpoint-3")
     count.tried((status, kept), silent=status != 1 or kept != ["checkpoint-3"])
@@ -83,16 +84,12 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(
 
 @pytest.mark.parametrize("script", LOSSES)
 def test_as_many_bad_updates_are_skipped_as_are_allowed(script, inputs, tmp_path, fault):
-    once, for_ever = fault(f"{script}: loss nan once, one may be skipped"), fault(f"{script}: loss nan for ever")
+    count = fault(f"{script}: loss nan once, one may be skipped")
     flags = inputs.flags(script) | {"skip_nonfinite_steps": 1, "gradient_accumulation_steps": 1}
-    status = train(script, tmp_path / "once", flags, change=partial(change_loss, Poison(math.nan, False)))
-    last = tmp_path / "once" / f"checkpoint-{STEPS}"
+    status = train(script, tmp_path / "run", flags, change=partial(change_loss, Poison(math.nan)))
+    last = tmp_path / "run" / f"checkpoint-{STEPS}"
     weights = {path: load_file(path) for path in last.rglob("*.safetensors")}
     finite = all(tensor.isfinite().all() for tensors in weights.values() for tensor in tensors.values())
     state = json.loads((last / "state.json").read_text())
     counted = state["skipped_steps"] == 1 and state["average_steps"] == STEPS - 1
-    once.tried((status, finite, state["skipped_steps"]), lost=status != 0, silent=not finite or not counted)
-
-    status = train(script, tmp_path / "for ever", flags, change=partial(change_loss, Poison(math.nan, True)))
-    kept = [path.name for path in found_checkpoints(tmp_path / "for ever")]
-    for_ever.tried((status, kept), silent=status != 1 or kept != ["checkpoint-3"])
+    count.tried((status, finite, state["skipped_steps"]), lost=status != 0, silent=not finite or not counted)

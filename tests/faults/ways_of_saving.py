@@ -16,8 +16,7 @@ from PIL import Image
 from script_runs import join_threads
 from small_runs import SmallRun
 
-from diffusers_d2it import D2iTGrainModel, D2iTPipeline, DynamicAutoencoderKL
-from diffusers_d2it.conversion.transfer import ConversionReport, save_converted
+from diffusers_d2it import D2iTGrainModel, D2iTPipeline
 from diffusers_d2it.data.latent_cache import LatentCache, LatentCachePlan
 from diffusers_d2it.data.latent_cache_writer import EncodedRows, write_latent_cache
 from diffusers_d2it.files import lock, write_json_durably
@@ -94,21 +93,6 @@ class SavePipeline(Way):
     def saved(self):
         pipe = D2iTPipeline.from_pretrained(self.folder / "pipeline")
         return version_of(pipe.vae, pipe.grain_model, pipe.transformer)
-
-
-class SaveConversion(Way):
-    """A converted model with its report."""
-
-    def save(self, version):
-        set_version(self.components.vae, version)
-        save_converted(self.components.vae, ConversionReport(f"version {version}"), self.folder / "converted")
-
-    def saved(self):
-        version = version_of(DynamicAutoencoderKL.from_pretrained(self.folder / "converted"))
-        report = json.loads((self.folder / "converted" / "conversion.json").read_text())
-        if report["source"] != f"version {version}":
-            raise Mixed(f"weights of version {version}, report of {report['source']}")
-        return version
 
 
 class SaveCheckpoint(Way):
@@ -219,4 +203,4 @@ class SaveFiles(Way):
         return min(versions)
 
 
-WAYS = [SaveModel, SavePipeline, SaveConversion, SaveCheckpoint, SaveCache, SaveFiles]
+WAYS = [SaveModel, SavePipeline, SaveCheckpoint, SaveCache, SaveFiles]

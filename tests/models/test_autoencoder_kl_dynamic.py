@@ -7,10 +7,10 @@ import re
 import pytest
 import torch
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
-from grain_maps import codes, random_map
+from grain_maps import check_tied, codes, random_map
 
 from diffusers_d2it import DynamicAutoencoderKL, load_preset, region_entropy
-from diffusers_d2it.grains import check_tied, fine_share, grain_map_from_entropy, tie
+from diffusers_d2it.grains import fine_share, grain_map_from_entropy, tie
 
 
 KINDS = pytest.mark.parametrize("num_grains", [2, 3])
@@ -264,8 +264,11 @@ def test_maps_and_ratios_that_do_not_fit_are_refused(make_vae, photos, arguments
 @KINDS
 def test_without_calibration_there_are_no_thresholds_between_0_and_1(make_vae, photos, num_grains):
     vae = make_vae(num_grains, calibration=None)
-    for kwargs in ({}, {"fine_ratio": 0.5}):
-        with pytest.raises(ValueError, match="`grain_map`.*`fine_ratio`"):
+    asked, of_one_grain = [{}, {"fine_ratio": 0.5}], "0 or 1"
+    if num_grains == 3:  # two grains share what is not fine
+        asked, of_one_grain = [*asked, {"fine_ratio": 0}], "1"
+    for kwargs in asked:
+        with pytest.raises(ValueError, match=f"`grain_map`.*`fine_ratio` of {of_one_grain}"):
             vae.encode(photos, **kwargs)
     assert torch.equal(vae.encode(photos, grain_map=map_for(vae)).grain_map, map_for(vae))
 

@@ -3,9 +3,7 @@
 
 import pytest
 import torch
-from grain_maps import random_map
-
-from diffusers_d2it.grains import check_tied
+from grain_maps import check_tied, random_map
 
 
 KINDS = pytest.mark.parametrize("num_grains", [2, 3])

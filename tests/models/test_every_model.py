@@ -176,20 +176,6 @@ def test_conditions_that_do_not_fit_are_refused(make_transformer, inputs_for, na
         run(model, inputs_for(model) | {name: value})
 
 
-@pytest.mark.parametrize("factory", OF_GRAINS[1:])
-@torch.no_grad()
-def test_no_value_is_read_back_from_a_device(request, factory, inputs_for):
-    """A map that was prepared elsewhere is moved."""
-    model = request.getfixturevalue(factory)()
-    inputs = inputs_for(model)
-    shape = run(model, inputs).shape
-    meta = {name: value.to("meta") for name, value in inputs.items() if name != "grain_map"}
-    if "grain_map" in inputs:
-        meta["grain_map"] = model.prepare_grain_map(inputs["grain_map"])
-    output = model.to("meta")(**meta, return_dict=False)[0].flatten(1)
-    assert output.device.type == "meta" and output.shape == shape
-
-
 # ---- Services of diffusers ----
 
 

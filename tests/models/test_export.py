@@ -49,7 +49,7 @@ def content_inputs(num_grains: int = 2, shape: tuple[int, int, int] = (2, 4, 4))
     return [(tie(random_latents(one, num_grains, 4), one), TIMESTEPS, one, LABELS) for one in maps]
 
 
-@pytest.fixture(params=["content", "content-3", "content-8", "grain", "grain-ratio", "encode", "encode-map", "decode"])
+@pytest.fixture(params=["content-3", "content-8", "grain", "grain-ratio", "encode", "encode-map", "decode"])
 def network(request, make_content_model, make_grain_model, make_vae, load_photos) -> tuple[nn.Module, list[Inputs]]:
     """A network and inputs of the same shapes that differ in all else."""
     name, _, kind = request.param.partition("-")
@@ -183,8 +183,8 @@ def test_no_network_reads_values_that_are_not_there(network):
 def test_no_step_reads_values_from_another_device(network):
     model, (inputs, *_) = network
     if hasattr(model, "prepare_grain_map"):  # how many tokens are packed is read from the map, once for all steps
-        inputs = (*inputs[:2], model.prepare_grain_map(inputs[2]), inputs[3])
-    outputs = model.to("meta")(*tree_map_only(torch.Tensor, lambda x: x.to("meta"), inputs))
+        inputs = (*inputs[:2], model.prepare_grain_map(inputs[2]), inputs[3])  # which is moved by itself
+    outputs = model.to("meta")(*(x.to("meta") if isinstance(x, torch.Tensor) else x for x in inputs))
     assert all(x.is_meta for x in tree_leaves(outputs))
 
 

@@ -6,7 +6,6 @@ import json
 import os
 import re
 import tempfile
-from pathlib import Path
 from typing import get_type_hints
 
 import pytest
@@ -15,26 +14,37 @@ from alike import same_weights
 from diffusers import AutoModel
 from diffusers.training_utils import EMAModel
 from image_files import flip_bit
+from loopback_hub import files_of
 from safetensors.torch import load_file, save_file
 
-from diffusers_d2it import D2iTContentModel, D2iTGrainModel, D2iTPipeline, DynamicAutoencoderKL, load_preset
+from diffusers_d2it import (
+    D2iTContentModel,
+    D2iTGrainModel,
+    D2iTPipeline,
+    DCDiTModel,
+    DynamicAutoencoderKL,
+    load_preset,
+)
 from diffusers_d2it.files.folders import verify
 from diffusers_d2it.models import configs
 
 
-CLASSES = [DynamicAutoencoderKL, D2iTGrainModel, D2iTContentModel]
+CLASSES = [DynamicAutoencoderKL, D2iTGrainModel, D2iTContentModel, DCDiTModel]
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-
-
-def names_in(folder: str | Path) -> list[str]:
-    return sorted(path.relative_to(folder).as_posix() for path in Path(folder).rglob("*") if path.is_file())
 
 
 # ---- Loading ----
 
 
-@pytest.mark.parametrize("factory", ["make_vae", "make_grain_model", "make_content_model", "make_dcdit"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("factory", "dtype"),
+    [
+        ("make_vae", torch.float32),
+        ("make_grain_model", torch.float16),
+        ("make_content_model", torch.bfloat16),
+        *(("make_dcdit", dtype) for dtype in (torch.float32, torch.float16, torch.bfloat16)),
+    ],
+)
 def test_loading_under_autocast_changes_nothing(request, tmp_path, factory, dtype):
     model = request.getfixturevalue(factory)().to(dtype)
     model.save_pretrained(tmp_path)
@@ -44,8 +54,13 @@ def test_loading_under_autocast_changes_nothing(request, tmp_path, factory, dtyp
     assert same_weights(loaded.to(dtype), model)  # a router of DC-DiT is in float32 before
 
 
-@pytest.mark.parametrize("fault", ["missing", "foreign", "shape", "nan", "inf", "-inf"])
-@pytest.mark.parametrize("factory", ["make_vae", "make_grain_model", "make_content_model", "make_dcdit"])
+@pytest.mark.parametrize(
+    ("factory", "fault"),
+    [
+        *(("make_vae", fault) for fault in ("missing", "foreign", "shape", "nan", "inf", "-inf")),
+        *((factory, "missing") for factory in ("make_grain_model", "make_content_model", "make_dcdit")),
+    ],
+)
 def test_a_checkpoint_with_other_weights_is_refused_by_name(request, tmp_path, factory, fault):
     model = request.getfixturevalue(factory)()
     model.save_pretrained(tmp_path, max_shard_size="100KB")
@@ -83,7 +98,7 @@ def test_shards_dtype_and_loading_information_are_to_be_had(make_vae, tmp_path):
     vae = make_vae()
     vae.save_pretrained(tmp_path, max_shard_size="100KB")
     loaded, info = DynamicAutoencoderKL.from_pretrained(tmp_path, output_loading_info=True)
-    assert same_weights(loaded, vae) and len(names_in(tmp_path)) > 4
+    assert same_weights(loaded, vae) and len(files_of(tmp_path)) > 4
     assert not info["missing_keys"] and not info["unexpected_keys"]
     assert same_weights(DynamicAutoencoderKL.from_pretrained(tmp_path, torch_dtype=torch.bfloat16), vae.bfloat16())
 
@@ -117,7 +132,7 @@ def test_what_is_out_of_the_ordinary_is_still_in_range(cls, config):
 
 @pytest.mark.parametrize(
     ("cls", "name"),
-    [(DynamicAutoencoderKL, "dvae-f8f16"), (D2iTGrainModel, "grain-s"), (D2iTContentModel, "content-xl")],
+    zip(CLASSES, ["dvae-f8f16", "grain-s", "content-xl", "dcdit-xl"]),
 )
 def test_the_size_that_is_checked_is_about_that_of_the_model(monkeypatch, cls, name):
     with torch.device("meta"):
@@ -207,14 +222,14 @@ def test_what_is_refused_leaves_nothing_behind(make_grain_model, make_pipeline, 
         with pytest.raises(ValueError, match=str(tmp_path / "file")):
             saved.save_pretrained(tmp_path / "file")
     make_grain_model().save_pretrained(tmp_path / "new", is_main_process=False)
-    assert names_in(tmp_path) == ["file"]
+    assert files_of(tmp_path) == ["file"]
 
 
 def test_saved_files_do_not_say_where_on_this_machine_they_came_from(make_pipeline, tmp_path):
     make_pipeline().save_pretrained(tmp_path / "a")
     pipe = D2iTPipeline.from_pretrained(tmp_path / "a")
     pipe.save_pretrained(tmp_path / "b")
-    for name in names_in(tmp_path / "b"):
+    for name in files_of(tmp_path / "b"):
         if name.endswith(".json"):
             assert str(tmp_path) not in (tmp_path / "b" / name).read_text(), name
             assert "_name_or_path" not in json.loads((tmp_path / "b" / name).read_text()), name

@@ -7,10 +7,10 @@ That an all-fine map with a fresh RefineNet is a DiT: tests/conversion.
 import pytest
 import torch
 import torch.nn.functional as F
-from grain_maps import codes, random_latents, random_map
+from grain_maps import check_tied, codes, random_latents, random_map
 
 from diffusers_d2it import D2iTContentModel
-from diffusers_d2it.grains import check_tied, tie
+from diffusers_d2it.grains import tie
 from diffusers_d2it.models.layers import sincos_positions
 from diffusers_d2it.models.refine_net import patchify, unpatchify
 

@@ -7,7 +7,6 @@ import plain_dcdit
 import pytest
 import torch
 from accelerate.utils import send_to_device
-from alike import same_weights
 from diffusers.models.attention_dispatch import attention_backend
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -48,7 +47,6 @@ def test_sizes_of_the_paper(name):
     assert model.num_parameters() == PARAMETERS[name]
 
 
-@pytest.mark.parametrize("budgets", [[1.0, 1.0, 1.0], [0.5, 1.0, 0.1]])
 @pytest.mark.parametrize(
     "changes, sides",
     [
@@ -58,9 +56,9 @@ def test_sizes_of_the_paper(name):
         ({"conditioning_norm": True, "position_patch_size": 2}, (5, 7)),
     ],
 )
-def test_is_the_plain_form(changes, sides, budgets):
+def test_is_the_plain_form(changes, sides):
     """Noise, kept cells and every gradient, in float64."""
-    model, given = make(**changes), inputs(*sides)
+    model, given, budgets = make(**changes), inputs(*sides), [0.5, 1.0, 0.1]
     output = model(*given, budget=torch.tensor(budgets))
     noise, probability, kept = plain_dcdit.forward(model, *given, budgets)
     assert output.kept.equal(kept) and 3 < kept.sum() < kept.numel()
@@ -197,20 +195,6 @@ def test_weights_of_eight_bits_pass_gradients_on():
     assert latents.grad.any() and latents.grad.isfinite().all()
 
 
-def test_checkpointing_and_round_trip(tmp_path):
-    model, given = make(), inputs()
-    sample = model(*given).sample
-    sample.square().mean().backward()
-    gradients = [weight.grad.clone() for weight in model.parameters()]
-    model.zero_grad()
-    model.enable_gradient_checkpointing()
-    model.train()(*given).sample.square().mean().backward()
-    for weight, gradient in zip(model.parameters(), gradients):
-        torch.testing.assert_close(weight.grad, gradient)
-    model.eval().save_pretrained(tmp_path)
-    assert same_weights(DCDiTModel.from_pretrained(tmp_path), model.float())
-
-
 @pytest.mark.parametrize(
     "changes, key",
     [
@@ -218,11 +202,7 @@ def test_checkpointing_and_round_trip(tmp_path):
         ({"conv_reduction": 5}, "conv_reduction"),
         ({"attention_head_dim": 20}, "attention_head_dim"),
         ({"router": "random"}, "router"),
-        ({"smoothing_sigma": 0.0}, "smoothing_sigma"),
         ({"out_channels": 5}, "out_channels"),
-        ({"num_conv_layers": 0}, "num_conv_layers"),
-        ({"conditioning_norm": 1}, "conditioning_norm"),
-        ({"position_patch_size": 0}, "position_patch_size"),
         ({"position_patch_size": 3}, "position_patch_size"),  # of 8 cells
     ],
 )

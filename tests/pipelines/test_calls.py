@@ -9,14 +9,14 @@ import PIL.Image
 import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler, UniPCMultistepScheduler
+from pipeline_calls import MAP_ALONE, call_with
 
 from diffusers_d2it import D2iTPipeline, visualize_grain_map
 from diffusers_d2it.data import decode_image, to_pixels
+from diffusers_d2it.pipelines.labels import class_ids
 
 
-def call(pipe: D2iTPipeline, *args, seed: int = 0, **kwargs):
-    defaults = {"num_inference_steps": 3, "grain_num_inference_steps": 3, "output_type": "pt"}
-    return pipe(*args, generator=torch.Generator().manual_seed(seed), **(defaults | kwargs))
+call = call_with(num_inference_steps=3, grain_num_inference_steps=3, output_type="pt")
 
 
 # ---- Several calls at once ----
@@ -30,25 +30,30 @@ CALLS = [
 ]
 
 
-def shares_scheduler(pipe, make_pipeline):
-    other = make_pipeline(scheduler=pipe.scheduler, grain_scheduler=pipe.grain_scheduler)
-    return [pipe, other]
+def one_pipeline(pipe, make_pipeline):
+    return [pipe]
+
+
+def one_model(pipe, make_pipeline):
+    return [pipe, D2iTPipeline(**pipe.components)]
+
+
+def one_scheduler(pipe, make_pipeline):
+    return [pipe, make_pipeline(scheduler=pipe.scheduler, grain_scheduler=pipe.grain_scheduler)]
 
 
 @pytest.mark.parametrize(
-    "scheduler", [None, UniPCMultistepScheduler(), DPMSolverMultistepScheduler(algorithm_type="sde-dpmsolver++")]
-)
-@pytest.mark.parametrize(
-    "pipes_of",
+    "pipes_of, components",
     [
-        lambda pipe, make_pipeline: [pipe],
-        lambda pipe, make_pipeline: [pipe, D2iTPipeline(**pipe.components)],
-        shares_scheduler,
+        (one_pipeline, {}),
+        (one_pipeline, {"scheduler": UniPCMultistepScheduler()}),
+        (one_pipeline, {"scheduler": DPMSolverMultistepScheduler(algorithm_type="sde-dpmsolver++")}),
+        (one_model, {"scheduler": UniPCMultistepScheduler()}),
+        (one_scheduler, {"scheduler": UniPCMultistepScheduler()}),
     ],
-    ids=["one pipeline", "one model", "one scheduler"],
 )
-def test_threads_get_what_they_would_get_alone(make_pipeline, scheduler, pipes_of):
-    pipes = pipes_of(make_pipeline(**({} if scheduler is None else {"scheduler": scheduler})), make_pipeline)
+def test_threads_get_what_they_would_get_alone(make_pipeline, pipes_of, components):
+    pipes = pipes_of(make_pipeline(**components), make_pipeline)
     tasks = [(pipes[i % len(pipes)], arguments) for i, arguments in enumerate(CALLS)]
     alone = [call(pipe, **arguments) for pipe, arguments in tasks]
     together, barrier = [None] * len(tasks), threading.Barrier(len(tasks))
@@ -119,9 +124,8 @@ def test_a_callback_cannot_call_its_own_pipeline_and_nothing_stays_locked(make_p
     ],
     ids=lambda labels: type(labels).__name__,
 )
-def test_labels_of_every_kind(make_pipeline, labels):
-    pipe = make_pipeline()
-    assert torch.equal(call(pipe, labels).images, call(pipe, [3]).images)
+def test_labels_of_every_kind(labels):
+    assert class_ids(labels, 10, {3: "class 3, synonym 3", 4: "class 4"}) == [3]
 
 
 @pytest.mark.parametrize(
@@ -139,13 +143,16 @@ def test_labels_of_every_kind(make_pipeline, labels):
         {3},
         {3: "three"},
         torch.eye(3),
+        np.eye(3),
+        np.array([[1, 2]]),
+        pd.DataFrame({"first": [1], "second": [2]}),
         object(),
     ],
     ids=lambda labels: type(labels).__name__,
 )
-def test_what_is_no_label(make_pipeline, labels):
+def test_what_is_no_label(labels):
     with pytest.raises(ValueError, match="`class_labels`"):
-        call(make_pipeline(), labels)
+        class_ids(labels, 10, None)
 
 
 @pytest.mark.parametrize("kind", [np.float32, np.float64, torch.tensor, np.array], ids=lambda kind: kind.__name__)
@@ -159,6 +166,7 @@ def test_numbers_of_every_kind(make_pipeline, kind):
 
 
 def test_settings_that_are_no_numbers_stay_refused(make_pipeline):
+    pipe = make_pipeline()
     wrong = {
         "num_inference_steps": [np.float64(2.5), torch.tensor([2, 3]), "3", True],
         "guidance_scale": [torch.tensor([1.0, 2.0]), np.nan, "4"],
@@ -168,7 +176,7 @@ def test_settings_that_are_no_numbers_stay_refused(make_pipeline):
     for name, values in wrong.items():
         for value in values:
             with pytest.raises(ValueError, match=f"`{name}`"):
-                call(make_pipeline(), 1, **{name: value})
+                call(pipe, 1, **{name: value})
 
 
 def test_a_callback_that_returns_nothing_only_looks(make_pipeline):
@@ -211,22 +219,13 @@ ROWS = [[0, 1, 1, 0], [0, 0, 1, 1], [1, 1, 0, 0], [0, 0, 0, 1]]
     ids=lambda grain_map: f"{type(grain_map).__name__} {getattr(grain_map, 'dtype', '')}",
 )
 def test_maps_of_every_kind(make_pipeline, grain_map):
-    output = call(make_pipeline(), 1, grain_map=grain_map)
+    output = call(make_pipeline(), 1, grain_map=grain_map, **MAP_ALONE)
     assert torch.equal(output.grain_maps, torch.tensor([ROWS]))
 
 
 def test_of_a_mask_true_is_the_finest_grain(make_pipeline):
     mask = torch.tensor(ROWS) > 0
-    assert torch.equal(call(make_pipeline(3), 1, grain_map=mask).grain_maps, 2 * torch.tensor([ROWS]))
-
-
-@pytest.mark.parametrize(
-    "grain_map",
-    [np.full((4, 4), 1.5), [[0, 1], [1]], ["finest"], np.full((4, 4), np.nan), np.full((4, 4), 255), 1j, []],
-)
-def test_what_is_no_map(make_pipeline, grain_map):
-    with pytest.raises(ValueError, match="`grain_map`"):
-        call(make_pipeline(), 1, grain_map=grain_map)
+    assert torch.equal(call(make_pipeline(3), 1, grain_map=mask, **MAP_ALONE).grain_maps, 2 * torch.tensor([ROWS]))
 
 
 @pytest.mark.parametrize(
@@ -240,7 +239,7 @@ def test_what_is_no_map(make_pipeline, grain_map):
 )
 def test_a_map_that_asks_for_another_size_says_so(make_pipeline, caplog, arguments, told):
     caplog.set_level("WARNING")
-    call(make_pipeline(), 1, num_inference_steps=1, **arguments)
+    call(make_pipeline(), 1, **arguments, **MAP_ALONE)
     assert len(caplog.messages) == bool(told)
     assert all(part in caplog.messages[0] for part in told)
 
@@ -325,10 +324,12 @@ def test_arrays_and_tensors_of_every_depth(make_pipeline, photos):
 @pytest.mark.parametrize("output_type", ["pil", "np", "pt"])
 def test_a_map_is_drawn_on_any_output(make_pipeline, output_type):
     pipe = make_pipeline()
-    output = call(pipe, 1, output_type=output_type)
-    expected = visualize_grain_map(call(pipe, 1, output_type="pil").images[0], output.grain_maps[0])
-    for drawn in (visualize_grain_map(output.images[0], output.grain_maps[0]), *visualize_grain_map(*output.values())):
-        assert np.abs(np.asarray(drawn, int) - np.asarray(expected, int)).max() <= 1
+    output, pictures = (call(pipe, [1, 2], output_type=kind) for kind in (output_type, "pil"))
+    expected = np.array([*map(visualize_grain_map, pictures.images, output.grain_maps)], int)
+    for drawn in (visualize_grain_map(*output.values()), map(visualize_grain_map, output.images, output.grain_maps)):
+        assert np.abs(np.array([*drawn], int) - expected).max() <= 1
+    with pytest.raises(ValueError, match="`grain_map`.*2.*1"):
+        visualize_grain_map(output.images, output.grain_maps[:1])
     latents = call(pipe, 1, output_type="latent").images
     for wrong in (latents[0], "photo.png", None, np.zeros((4, 4))):
         with pytest.raises(ValueError, match="`image`"):

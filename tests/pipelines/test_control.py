@@ -1,28 +1,37 @@
 # Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
 """Every way to a grain map, maps in part, several maps for one image, and what is between two images."""
 
+import copy
+
 import numpy as np
 import pandas as pd
 import PIL.Image
 import PIL.ImageDraw
 import pytest
 import torch
-from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler, FlowMatchLCMScheduler
+from diffusers import DDPMScheduler, FlowMatchLCMScheduler
+from grain_maps import check_tied
+from pipeline_calls import MAP_ALONE, call_with
 
 from diffusers_d2it import (
     D2iTPipeline,
+    D2iTPipelineOutput,
     bundled_checkpoint,
     foveated_grain_map,
     grain_map_from_boxes,
     grain_map_from_mask,
     sample_grain_map,
 )
-from diffusers_d2it.grains import check_tied, fine_share, tie
+from diffusers_d2it.grains import fine_share, tie
 
 
-def call(pipe, *args, seed: int = 0, **kwargs):
-    defaults = {"num_inference_steps": 3, "grain_num_inference_steps": 3, "output_type": "pt"}
-    return pipe(*args, generator=torch.Generator().manual_seed(seed), **(defaults | kwargs))
+call = call_with(num_inference_steps=3, grain_num_inference_steps=3, output_type="pt")
+
+
+@pytest.fixture(scope="module")
+def refusing(make_pipeline) -> D2iTPipeline:
+    """For all that a pipeline refuses, after which it is as it was."""
+    return make_pipeline()
 
 
 # ---- Masks ----
@@ -48,6 +57,7 @@ QUARTER[:2, :2] = 1
         painted().convert("RGB"),
         painted().convert("P"),
         painted().convert("RGBA"),
+        painted().convert("LA"),
         np.asarray(painted().convert("RGBA")),
         PIL.Image.fromarray(np.asarray(painted()).astype(np.uint16) * 257),
         pd.DataFrame(np.asarray(painted()) > 0),
@@ -73,7 +83,7 @@ def test_a_mask_of_any_kind_is_the_map_that_was_painted(make_pipeline, tmp_path,
     if isinstance(mask, str):
         mask = tmp_path / "mask.png"
         painted().save(mask)
-    assert torch.equal(call(make_pipeline(), 1, grain_map=mask).grain_maps[0], QUARTER)
+    assert torch.equal(call(make_pipeline(), 1, grain_map=mask, **MAP_ALONE).grain_maps[0], QUARTER)
     if not isinstance(mask, pd.DataFrame) and getattr(mask, "dtype", None) != np.uint16:  # of a call alone
         assert torch.equal(grain_map_from_mask(mask, (4, 4)), QUARTER)
 
@@ -81,7 +91,6 @@ def test_a_mask_of_any_kind_is_the_map_that_was_painted(make_pipeline, tmp_path,
 def test_a_region_takes_the_grain_of_most_of_its_pixels():
     mask = np.zeros((16, 16))
     for region, white in enumerate((7, 8, 9)):  # of 16 pixels
-        mask[:4, 4 * region : 4 * region + 4].flat[:white] = 1
         block = np.zeros(16)
         block[:white] = 1
         mask[:4, 4 * region : 4 * region + 4] = block.reshape(4, 4)
@@ -104,7 +113,6 @@ def test_the_centre_of_a_mask_of_another_form_is_taken_and_said(caplog):
     "grain_map, message",
     [
         ("finest", "'finest'"),
-        (painted().convert("LA"), None),
         (PIL.Image.new("LA", (8, 8)), "transparent"),
         (np.zeros((8, 8, 4), np.uint8), "transparent"),
         (np.zeros((8, 8, 2), np.uint8), "transparent"),
@@ -118,27 +126,27 @@ def test_the_centre_of_a_mask_of_another_form_is_taken_and_said(caplog):
         (np.full((8, 8), np.nan), "nan"),
         (np.zeros((4, 4, 4, 4)), "4, 4, 4, 4"),
         (np.full((4, 4), 3), "3"),
+        (np.full((4, 4), 255), "255"),
+        ([[0, 1], [1]], ""),
+        (["finest"], "finest"),
+        (1j, "1j"),
         (np.full((4, 4), -2), "-2"),
         ([], "empty"),
         (["fine", "coarse", "fine"], "3"),
         (np.zeros((3, 4, 4), int), "3"),
     ],
 )
-def test_what_is_no_map_is_refused(make_pipeline, grain_map, message):
-    pipe = make_pipeline()
-    if message is None:
-        assert torch.equal(call(pipe, 1, grain_map=grain_map).grain_maps[0], QUARTER)
-        return
+def test_what_is_no_map_is_refused(refusing, grain_map, message):
     with pytest.raises(ValueError, match=f"`grain_map`.*{message}"):
-        call(pipe, [1, 2], grain_map=grain_map)
+        call(refusing, [1, 2], grain_map=grain_map)
 
 
 def test_small_whole_numbers_of_eight_bits_may_be_two_things_for_three_grains(make_pipeline):
     ones = np.ones((4, 4), dtype=np.uint8)
     with pytest.raises(ValueError, match="`grain_map`.*uint8.*int64"):
         call(make_pipeline(3), 1, grain_map=ones)
-    assert call(make_pipeline(3), 1, grain_map=ones.astype(int)).grain_maps.eq(1).all()
-    assert call(make_pipeline(3), 1, grain_map=ones * 255).grain_maps.eq(2).all()
+    assert call(make_pipeline(3), 1, grain_map=ones.astype(int), **MAP_ALONE).grain_maps.eq(1).all()
+    assert call(make_pipeline(3), 1, grain_map=ones * 255, **MAP_ALONE).grain_maps.eq(2).all()
 
 
 # ---- Shapes ----
@@ -150,6 +158,8 @@ def test_boxes_are_fine_in_every_region_that_they_touch():
     assert torch.equal(
         grain_map_from_boxes((0, 0, 8, 8), (4, 4), (32, 32)), grain_map_from_boxes([(0, 0, 8, 8)], (4, 4), (32, 32))
     )
+    for box in (torch.tensor([0, 0, 8, 8]), np.array([[0, 0, 8, 8]]), [torch.tensor([0.0, 0, 8, 8])]):
+        assert grain_map_from_boxes(box, (4, 4), (32, 32)).nonzero().tolist() == [[0, 0]]
     assert grain_map_from_boxes([(0, 0, 64, 16)], (2, 4), (32, 64), num_grains=3).tolist() == [[2] * 4, [0] * 4]
     for box in ((0, 0, 0, 8), (0, 0, 8), (-1, 0, 8, 8), (0, 0, 33, 8)):
         with pytest.raises(ValueError, match="`boxes`"):
@@ -173,8 +183,9 @@ def test_a_fovea_is_fine_around_its_point(num_grains, fine_ratio):
 def test_a_fovea_lies_in_the_image():
     with pytest.raises(ValueError, match="`center`.*65"):
         foveated_grain_map((65, 0), (4, 4), (64, 64))
-    with pytest.raises(ValueError, match="`fine_ratio`.*1.5"):
-        foveated_grain_map((0, 0), (4, 4), (64, 64), fine_ratio=1.5)
+    for ratio in (1.5, "0.3"):
+        with pytest.raises(ValueError, match=f"`fine_ratio`.*{ratio}"):
+            foveated_grain_map((0, 0), (4, 4), (64, 64), fine_ratio=ratio)
 
 
 def test_the_size_of_a_map(make_pipeline):
@@ -195,10 +206,10 @@ def test_held_regions_are_held(make_pipeline, num_grains, scheduler):
     pipe = make_pipeline(num_grains, **({} if scheduler is None else {"grain_scheduler": scheduler}))
     held = torch.full((4, 4), -1)
     held[:, :2] = torch.arange(8).view(4, 2) % num_grains
-    drawn = call(pipe, [1] * 8, grain_map=held).grain_maps
+    drawn = call(pipe, [1] * 8, grain_map=held, **MAP_ALONE).grain_maps
     assert torch.equal(drawn[:, :, :2], held[:, :2].expand(8, 4, 2))
-    free = call(pipe, [1] * 8).grain_maps
-    assert torch.equal(call(pipe, [1] * 8, grain_map=torch.full((4, 4), -1)).grain_maps, free)
+    free = call(pipe, [1] * 8, **MAP_ALONE).grain_maps
+    assert torch.equal(call(pipe, [1] * 8, grain_map=torch.full((4, 4), -1), **MAP_ALONE).grain_maps, free)
 
 
 def test_the_rest_is_drawn_given_what_is_held():
@@ -207,7 +218,7 @@ def test_the_rest_is_drawn_given_what_is_held():
     for grain in (0, 1):
         held = torch.full(pipe.grain_map_size(), -1)
         held[:, :4] = grain
-        drawn = call(pipe, [207] * 8, grain_map=held, num_inference_steps=1, grain_num_inference_steps=10).grain_maps
+        drawn = call(pipe, [207] * 8, grain_map=held, grain_num_inference_steps=10, **MAP_ALONE).grain_maps
         shares.append(drawn[:, :, 4:].float().mean().item())
     assert shares[1] > shares[0] + 0.1  # what is beside fine regions is rather fine
 
@@ -215,9 +226,8 @@ def test_the_rest_is_drawn_given_what_is_held():
 def test_holding_costs_no_pass_more(make_pipeline):
     pipe, passes = make_pipeline(), []
     pipe.grain_model.register_forward_hook(lambda *_: passes.append(1))
-    call(pipe, 1, grain_num_inference_steps=5)
-    call(pipe, 1, grain_num_inference_steps=5, grain_map=[[1, -1, -1, 0]] * 4)
-    call(pipe, 1, grain_num_inference_steps=5, grain_map=[[1, 0, 1, 0]] * 4)
+    for grain_map in (None, [[1, -1, -1, 0]] * 4, [[1, 0, 1, 0]] * 4):
+        call(pipe, 1, grain_num_inference_steps=5, grain_map=grain_map, **MAP_ALONE)
     assert len(passes) == 10
 
 
@@ -225,7 +235,7 @@ def test_a_share_holds_for_the_whole_map_or_says_why_not(make_pipeline):
     pipe, held = make_pipeline(), torch.full((4, 4), -1)
     held[0], held[1] = 1, 0
     for ratio in (0.25, 0.5, 0.75):
-        grain_maps = call(pipe, [1, 2], grain_map=held, fine_ratio=ratio).grain_maps
+        grain_maps = call(pipe, [1, 2], grain_map=held, fine_ratio=ratio, **MAP_ALONE).grain_maps
         assert fine_share(grain_maps, 2).tolist() == [ratio] * 2
         assert torch.equal(grain_maps[:, :2], held[:2].expand(2, 2, 4))
     for ratio in (0.1, 0.8):
@@ -260,7 +270,7 @@ def test_the_held_state_is_that_of_every_step(make_grain_model, make_pipeline):
 # ---- Several maps ----
 
 
-@pytest.mark.parametrize("scheduler", [None, DDPMScheduler(clip_sample=False), FlowMatchEulerDiscreteScheduler()])
+@pytest.mark.parametrize("scheduler", [None, DDPMScheduler(clip_sample=False)])
 def test_several_maps_for_one_label_have_the_same_noise(make_pipeline, scheduler):
     pipe = make_pipeline(**({} if scheduler is None else {"scheduler": scheduler}))
     maps = ["coarse", "fine", painted(), QUARTER, None, [[1, -1, -1, 0]] * 4, "random"]
@@ -288,9 +298,9 @@ def test_several_shares_for_one_label(make_pipeline):
 
 def test_one_map_a_label_and_one_an_image(make_pipeline):
     pipe = make_pipeline()
-    two = call(pipe, [1, 2], num_images_per_prompt=2, grain_map=["coarse", "fine"]).grain_maps
+    two = call(pipe, [1, 2], 2, grain_map=["coarse", "fine"], **MAP_ALONE).grain_maps
     assert two.float().mean((1, 2)).tolist() == [0, 0, 1, 1]
-    four = call(pipe, [1, 2], num_images_per_prompt=2, grain_map=["coarse", "fine"] * 2).grain_maps
+    four = call(pipe, [1, 2], 2, grain_map=["coarse", "fine"] * 2, **MAP_ALONE).grain_maps
     assert four.float().mean((1, 2)).tolist() == [0, 1, 0, 1]
     one = call(pipe, 1, num_images_per_prompt=2, grain_map=["coarse", "fine"]).images
     assert not torch.equal(one[0], one[1])
@@ -313,8 +323,14 @@ def test_the_generator_goes_on_after_several_maps(make_pipeline):
 # ---- Between images ----
 
 
-@pytest.mark.parametrize("scheduler", [None, DDPMScheduler(clip_sample=False), FlowMatchLCMScheduler()])
-@pytest.mark.parametrize("own", [{}, {"grain_map": "random"}, {"fine_ratio": 0.25}, {"grain_map": QUARTER}])
+@pytest.mark.parametrize(
+    "scheduler, own",
+    [
+        *((None, own) for own in ({}, {"grain_map": "random"}, {"fine_ratio": 0.25}, {"grain_map": QUARTER})),
+        *((DDPMScheduler(clip_sample=False), own) for own in ({}, {"grain_map": "random"})),
+        (FlowMatchLCMScheduler(), {"grain_map": "random"}),
+    ],
+)
 def test_the_ends_of_the_way_between_two_images_are_these_images(make_pipeline, scheduler, own):
     pipe = make_pipeline(**({} if scheduler is None else {"scheduler": scheduler}))
     settings = {"num_inference_steps": 3, "class_labels": 1}
@@ -333,6 +349,21 @@ def test_the_ends_of_the_way_between_two_images_are_these_images(make_pipeline, 
     assert len({image.tobytes() for image in pipe.interpolate(3, 3, 3, **settings, **own)}) == 1
 
 
+def test_the_way_between_two_images_takes_numbers_as_a_call_does(make_pipeline):
+    pipe = make_pipeline()
+    plain = pipe.interpolate(0, 1, 2, 1, num_inference_steps=2, guidance_interval=(0.5, 1.0))
+    written = {"num_inference_steps": torch.tensor(2), "guidance_interval": np.array([0.5, 1.0])}
+    found = pipe.interpolate(np.int64(0), torch.tensor(1), np.uint8(2), np.array([1]), **written)
+    assert [image.tobytes() for image in found] == [image.tobytes() for image in plain]
+
+
+def test_there_is_no_way_between_two_images_without_a_transformer(make_pipeline):
+    pipe = make_pipeline(transformer=None)
+    for draw in (lambda: pipe(1), lambda: pipe.interpolate(0, 1, 3, 1)):
+        with pytest.raises(ValueError, match="`transformer`.*None"):
+            draw()
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
@@ -347,11 +378,9 @@ def test_the_ends_of_the_way_between_two_images_are_these_images(make_pipeline, 
         ({"strength": 0.5}, "strength"),
     ],
 )
-def test_what_is_no_way_between_two_images(make_pipeline, arguments, message):
+def test_what_is_no_way_between_two_images(refusing, arguments, message):
     with pytest.raises((ValueError, TypeError), match=message):
-        make_pipeline().interpolate(
-            **({"a": 0, "b": 1, "steps": 3, "class_labels": 1, "num_inference_steps": 1} | arguments)
-        )
+        refusing.interpolate(**({"a": 0, "b": 1, "steps": 3, "class_labels": 1, "num_inference_steps": 1} | arguments))
 
 
 def test_the_way_is_on_the_sphere_and_tied():
@@ -383,9 +412,9 @@ def test_the_way_is_on_the_sphere_and_tied():
         ("num_inference_step", "num_inference_steps"),
     ],
 )
-def test_an_argument_of_other_pipelines_is_told_what_to_use_instead(make_pipeline, name, instead):
+def test_an_argument_of_other_pipelines_is_told_what_to_use_instead(refusing, name, instead):
     with pytest.raises(TypeError, match=f"`{name}`.*{instead}"):
-        make_pipeline()(1, **{name: 1})
+        refusing(1, **{name: 1})
 
 
 def test_names_are_found_in_any_case_and_close_ones_are_close(make_pipeline):
@@ -411,5 +440,9 @@ def test_an_output_is_one_line_and_a_picture(make_pipeline):
     output = call(make_pipeline(), [1, 2, 3], grain_map=QUARTER, output_type="pil")
     assert repr(output) == "3 images 32x32, fine share 0.25"
     assert output._repr_png_().startswith(b"\x89PNG")
+    for grain_map, share in (([[0, 1, 1, 2]] * 4, "0.25"), ([[0, 1, 1, 1]] * 4, "0.00")):
+        output = call(make_pipeline(3), 1, grain_map=grain_map)
+        assert repr(output).endswith(f"fine share {share}") and repr(copy.deepcopy(output)) == repr(output)
+    assert repr(D2iTPipelineOutput(output.images, QUARTER[None])).endswith("fine share 0.25")
     output = call(make_pipeline(), 1, grain_map="coarse")
     assert "\n" not in repr(output) and output._repr_png_() is None

@@ -15,10 +15,11 @@ from diffusers import (
     HeunDiscreteScheduler,
     UniPCMultistepScheduler,
 )
+from grain_maps import check_tied
 from peft import LoraConfig
+from pipeline_calls import call_with
 
 from diffusers_d2it import D2iTImg2ImgPipeline, D2iTInpaintPipeline, D2iTPipeline
-from diffusers_d2it.grains import check_tied
 
 
 SCHEDULERS = {
@@ -33,9 +34,7 @@ EACH_SCHEDULER = pytest.mark.parametrize("scheduler", SCHEDULERS)
 CLASSES = [D2iTImg2ImgPipeline, D2iTInpaintPipeline]
 
 
-def call(pipe, *args, seed: int = 0, **kwargs):
-    defaults = {"num_inference_steps": 4, "grain_num_inference_steps": 3, "output_type": "pt"}
-    return pipe(*args, generator=torch.Generator().manual_seed(seed), **(defaults | kwargs))
+call = call_with(num_inference_steps=4, grain_num_inference_steps=3, output_type="pt")
 
 
 @pytest.fixture
@@ -83,6 +82,10 @@ def test_strength_one_is_generation_under_the_map_of_the_picture(make, picture, 
     grain_map = plain.grain_map_from_image(picture)
     assert torch.equal(edited.grain_maps, grain_map)
     assert torch.equal(edited.images, call(plain, 1, grain_map=grain_map).images)
+
+
+def test_strength_one_is_generation_under_any_map(make, picture):
+    edits, plain = make(D2iTImg2ImgPipeline)
     for other in ("draw", "fine", torch.zeros(4, 4, dtype=torch.int64), None):
         given = None if isinstance(other, str) and other == "draw" else other
         assert torch.equal(
@@ -101,7 +104,7 @@ def test_strength_zero_is_the_reconstruction(make, photos, picture, caplog, num_
     assert any("`strength` 0" in message for message in caplog.messages)
 
 
-@EACH_SCHEDULER
+@pytest.mark.parametrize("scheduler", ["DDIM", "UniPC", "Heun"])
 @pytest.mark.parametrize("cls", CLASSES)
 def test_an_edit_of_a_strength_costs_its_share_of_the_steps(make, picture, scheduler, cls):
     edits, _ = make(cls, scheduler=SCHEDULERS[scheduler]())
@@ -114,19 +117,6 @@ def test_an_edit_of_a_strength_costs_its_share_of_the_steps(make, picture, sched
         assert len(passes) == max(steps * per_step - (per_step - 1), 0), strength
     with pytest.raises(ValueError, match="`strength`.*1 / 10.*0.05"):
         call(edits, 1, picture, strength=0.05, num_inference_steps=10, **masked)
-
-
-@EACH_SCHEDULER
-def test_less_strength_stays_nearer(make, picture, scheduler):
-    edits, _ = make(D2iTImg2ImgPipeline, scheduler=SCHEDULERS[scheduler]())
-    kept = encoded(edits, picture, edits.grain_map_from_image(picture))
-    far = [
-        (call(edits, 1, picture, strength=strength, num_inference_steps=10, output_type="latent").images - kept)
-        .square()
-        .mean()
-        for strength in (0.0, 0.2, 0.5, 1.0)
-    ]
-    assert far[0] == 0 and far == sorted(far) and len({*map(float, far)}) == 4
 
 
 @EACH_SCHEDULER
@@ -167,20 +157,16 @@ def test_shares_of_the_steps_are_of_all_steps(make, picture):
         assert batches == expected
 
 
-@pytest.mark.parametrize("cls", CLASSES)
-def test_offloaded_models_and_adapters_edit_alike(make, picture, cls):
-    edits, plain = make(cls)
-    masked = {"mask_image": mask_of((4, 4, 20, 20))} if cls is D2iTInpaintPipeline else {}
-    expected = call(edits, 1, picture, strength=0.5, **masked).images
+def test_offloaded_models_and_adapters_edit_alike(make, picture):
+    edits, _ = make(D2iTInpaintPipeline)
+    given = {"image": picture, "mask_image": mask_of((4, 4, 20, 20)), "strength": 0.5}
+    expected = call(edits, 1, **given).images
     edits.enable_group_offload(onload_device=torch.device("cpu"), offload_type="leaf_level")
-    assert torch.equal(call(edits, 1, picture, strength=0.5, **masked).images, expected)
-    edits, _ = make(cls)
+    assert torch.equal(call(edits, 1, **given).images, expected)
+    edits, _ = make(D2iTInpaintPipeline)
     targets = ["to_q", "to_k", "to_v", "to_out.0"]
     edits.transformer.add_adapter(LoraConfig(r=2, target_modules=targets, init_lora_weights=False))
-    off, on = (
-        call(edits, 1, picture, strength=0.5, attention_kwargs={"scale": scale}, **masked).images
-        for scale in (0.0, 1.0)
-    )
+    off, on = (call(edits, 1, **given, attention_kwargs={"scale": scale}).images for scale in (0.0, 1.0))
     assert torch.equal(off, expected) and not torch.equal(on, expected)
 
 
@@ -239,9 +225,13 @@ MASKS = {
 }
 
 
-@EACH_SCHEDULER
-@pytest.mark.parametrize("boxes", MASKS)
-@pytest.mark.parametrize("strength", [0.5, 1.0])
+@pytest.mark.parametrize(
+    "scheduler, boxes, strength",
+    [
+        *((scheduler, "two", strength) for scheduler in SCHEDULERS for strength in (0.5, 1.0)),
+        *(("DDIM", boxes, 1.0) for boxes in MASKS if boxes != "two"),
+    ],
+)
 def test_what_the_mask_does_not_touch_keeps_its_code_its_grain_and_its_pixels(
     make, picture, scheduler, boxes, strength
 ):
@@ -345,6 +335,35 @@ def test_a_line_thinner_than_a_pixel_is_new(make, photos):
     assert grain_map.shape == output.grain_maps.shape
 
 
+def test_a_line_thinner_than_a_pixel_is_new_in_a_crop_too(make, photos, caplog):
+    from diffusers_d2it.pipelines.inpainting import crop_around
+
+    edits, _ = make(D2iTInpaintPipeline)
+    image = torch.nn.functional.interpolate((photos[1:2] + 1) / 2, scale_factor=8)[0].clamp(0, 1)
+    mask = mask_of((100, 0, 102, 512), size=(512, 512))
+    _, _, part_mask = crop_around(2 * image - 1, PIL.Image.fromarray(mask.numpy()).convert("L"), (32, 32), 200)
+    white = mask_of((6, 0, 7, 32)).numpy()
+    assert np.array_equal(np.asarray(part_mask), 255 * white)
+    caplog.set_level("WARNING")
+    call(edits, 1, image, mask, padding_mask_crop=200, output_type="pil")
+    assert not [message for message in caplog.messages if "`mask_image`" in message]
+
+
+def test_a_pipeline_of_the_users_own_draws_crops(make):
+    class Own(D2iTInpaintPipeline):
+        def __call__(self, *args, **kwargs):
+            return super().__call__(*args, **kwargs)
+
+    edits, plain = make(D2iTInpaintPipeline)
+    own = Own(**plain.components)
+    own.set_progress_bar_config(disable=True)
+    image = PIL.Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
+    settings = {"padding_mask_crop": 4, "output_type": "pil"}
+    mask = mask_of((20, 20, 40, 40), size=(64, 64))
+    [found], [expected] = (call(pipe, 1, image, mask, **settings).images for pipe in (own, edits))
+    assert found.tobytes() == expected.tobytes()
+
+
 def test_the_share_of_a_map_that_is_drawn_whole(make, picture):
     edits, plain = make(D2iTInpaintPipeline)
     white = mask_of((0, 0, 32, 32))
@@ -408,6 +427,11 @@ def test_an_edit_without_an_encoder_or_a_picture_is_refused(make, picture, cls):
         call(edits, 1, picture, output_type="latent")
 
 
+@pytest.fixture(scope="module")
+def refusing(make_pipeline):
+    return D2iTInpaintPipeline.from_pipe(make_pipeline())
+
+
 GREY = PIL.Image.new("L", (32, 32), 200)
 
 
@@ -434,7 +458,6 @@ GREY = PIL.Image.new("L", (32, 32), 200)
         ({"padding_mask_crop": -1}, "`padding_mask_crop`.*-1"),
     ],
 )
-def test_bad_input_is_named(make, picture, arguments, message):
-    edits, _ = make(D2iTInpaintPipeline)
+def test_bad_input_is_named(refusing, picture, arguments, message):
     with pytest.raises(ValueError, match=message):
-        call(edits, 1, **({"image": picture, "mask_image": mask_of((0, 0, 8, 8))} | arguments))
+        call(refusing, 1, **({"image": picture, "mask_image": mask_of((0, 0, 8, 8))} | arguments))

@@ -51,9 +51,8 @@ on_gpu = pytest.mark.skipif(DEVICE.type == "cpu", reason="streams need a GPU")
 
 
 def draw(pipe):
-    generator = torch.Generator().manual_seed(0)
-    settings = {"num_inference_steps": 2, "guidance_scale": 2.0, "output_type": "pt"}
-    return pipe([1, 2], fine_ratio=0.4, generator=generator, **settings).images.cpu()
+    settings = {"num_inference_steps": 2, "grain_num_inference_steps": 2, "guidance_scale": 2.0, "output_type": "pt"}
+    return pipe([1, 2], fine_ratio=0.4, generator=torch.Generator().manual_seed(0), **settings).images.cpu()
 
 
 @pytest.fixture(scope="module")
@@ -61,8 +60,14 @@ def expected(make_pipeline):
     return draw(make_pipeline().to(DEVICE))
 
 
-@pytest.mark.parametrize("names", [*((name,) for name in MODELS), MODELS], ids=" ".join)
-@pytest.mark.parametrize("way", [*WAYS, *(pytest.param(name, marks=on_gpu) for name in STREAMS)])
+@pytest.mark.parametrize(
+    "way, names",
+    [
+        *((way, MODELS) for way in WAYS),
+        *(pytest.param(way, MODELS, marks=on_gpu) for way in STREAMS),
+        *((way, [name]) for way in ("cpu_offload", "leaf by leaf") for name in MODELS),
+    ],
+)
 def test_offloading_changes_no_image(make_pipeline, expected, tmp_path, way, names):
     pipe = make_pipeline()
     for name in MODELS:

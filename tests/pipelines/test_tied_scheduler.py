@@ -9,7 +9,7 @@ from diffusers.schedulers import KarrasDiffusionSchedulers
 from grain_maps import random_map
 
 from diffusers_d2it.grains import GrainLayout, grain_map_to_cells
-from diffusers_d2it.pipelines.tied_scheduler import TiedScheduler
+from diffusers_d2it.pipelines.sampling_steps import TiedScheduler
 
 
 SCHEDULERS = [scheduler.name for scheduler in KarrasDiffusionSchedulers]

@@ -3,7 +3,7 @@
 
 import importlib
 import json
-import sys
+from multiprocessing import get_context
 from pathlib import Path
 
 import datasets
@@ -12,13 +12,12 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 from photographs import load_photographs
-from script_runs import call
+from script_runs import REPRODUCTION, call, importing_from, main_of
 
 from diffusers_d2it import D2iTContentModel, DCDiTModel, DCDiTPipeline, load_preset
 from diffusers_d2it.grains import tie
 
 
-REPRODUCTION = Path(__file__).parents[2] / "reproduction"
 CLASSES = (1, 107)  # of the bundled checkpoint
 WRITTEN = {
     "tables": ["table_3", "table_4", "table_5", "loss_and_noise"],
@@ -29,14 +28,8 @@ WRITTEN = {
 
 @pytest.fixture(scope="module", autouse=True)
 def reproduction():
-    """The modules of the folder, importable by their names as its scripts import them."""
-    before = set(sys.modules)
-    sys.path.insert(0, str(REPRODUCTION))
-    yield
-    sys.path.remove(str(REPRODUCTION))
-    for name in set(sys.modules) - before:
-        if str(REPRODUCTION) in str(getattr(sys.modules[name], "__file__", "")):
-            del sys.modules[name]
+    with importing_from(REPRODUCTION):
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +40,7 @@ def photographs(tmp_path_factory) -> Path:
     crops = [pixels[:, :, y : y + 64, x : x + 64] for y in range(0, 64, 9) for x in range(0, 64, 16)]
     images = [PIL.Image.fromarray(crop.permute(1, 2, 0).numpy()) for part in crops for crop in part]
     labels = [CLASSES[i % 2] for i in range(len(images))]
-    for split, chosen in (("train", slice(0, 128)), ("validation", slice(128, 160))):
+    for split, chosen in (("train", slice(0, 64)), ("validation", slice(64, 96))):
         rows = {"image": images[chosen], "label": labels[chosen]}
         features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
         datasets.Dataset.from_dict(rows, features=features).to_parquet(folder / f"{split}.parquet")
@@ -66,11 +59,26 @@ def in_this_process(monkeypatch):
     monkeypatch.setattr(study.Study, "_call", lambda self, script, *flags: call(str(script), *flags))
 
 
+def without_some(rows: list, claims: list) -> tuple[list, list]:
+    """A table without arms each of whose settings another one has that is trained here."""
+    left_out = [row.label for row in rows if row.arm in ("router", "grain-loss", "equal-weights")]
+    kept = [row for row in rows if row.label not in left_out]
+    return kept, [claim for claim in claims if not {claim.better, claim.worse}.intersection(left_out)]
+
+
+def test_claims_of_tables_are_about_their_rows_and_rows_about_arms():
+    arms, tables = (importlib.import_module(name) for name in ("arms", "tables"))
+    for rows, claims in tables.TABLES.values():
+        labels = [row.label for row in rows]
+        assert {row.arm for row in rows} <= arms.ARMS.keys() and len({*labels}) == len(labels)
+        assert claims and all({claim.better, claim.worse} <= {*labels} for claim in claims)
+
+
 @pytest.mark.parametrize("script", WRITTEN)
 def test_each_script_in_its_smallest_preset(script, photographs, work_dir, tmp_path, in_this_process, monkeypatch):
-    flags = ["--data", photographs, "--work_dir", work_dir, "--preset", "smoke", "--output_dir", tmp_path]
-    monkeypatch.setattr(sys, "argv", [f"{script}.py", *map(str, flags)])
-    importlib.import_module(script).main()
+    tables = importlib.import_module("tables")
+    monkeypatch.setattr(tables, "TABLES", {name: without_some(*table) for name, table in tables.TABLES.items()})
+    main_of(script, "--data", photographs, "--work_dir", work_dir, "--preset", "smoke", "--output_dir", tmp_path)
     for name in WRITTEN[script]:
         result = json.loads((tmp_path / f"{name}-smoke.json").read_text())
         assert result["protocol"]["preset"]["name"] == "smoke"
@@ -81,10 +89,8 @@ def test_each_script_in_its_smallest_preset(script, photographs, work_dir, tmp_p
         assert distances and all(value > 0 for of_seeds in distances for value in of_seeds)
 
 
-def test_both_adaptive_models_and_dit(photographs, work_dir, tmp_path, in_this_process, monkeypatch):
-    flags = ["--data", photographs, "--work_dir", work_dir, "--preset", "smoke", "--output_dir", tmp_path]
-    monkeypatch.setattr(sys, "argv", ["adaptive.py", *map(str, flags)])
-    importlib.import_module("adaptive").main()
+def test_both_adaptive_models_and_dit(photographs, work_dir, tmp_path, in_this_process):
+    main_of("adaptive", "--data", photographs, "--work_dir", work_dir, "--preset", "smoke", "--output_dir", tmp_path)
     result = json.loads((tmp_path / "adaptive-smoke.json").read_text())
     rows, macs = result["rows"], result["training_step"]["macs"]
     assert (tmp_path / "adaptive-smoke.png").is_file() and len(result["claims"]) == 9
@@ -101,19 +107,11 @@ def test_both_adaptive_models_and_dit(photographs, work_dir, tmp_path, in_this_p
 
 def test_several_processes_score_the_same(photographs, work_dir, tmp_path, in_this_process, monkeypatch):
     """Once all is trained: the scores that are kept are read, and whatever is missing is scored, by two processes."""
+    # Forks are spared the start of a process; what they are sent goes through pickle too
+    monkeypatch.setattr(importlib.import_module("scoring"), "get_context", lambda _: get_context("fork"))
     flags = ["--data", photographs, "--work_dir", work_dir, "--preset", "smoke"]
     for jobs in (1, 2):
-        argv = [
-            "tables.py",
-            "table_5",
-            *map(str, flags),
-            "--output_dir",
-            str(tmp_path / str(jobs)),
-            "--jobs",
-            str(jobs),
-        ]
-        monkeypatch.setattr(sys, "argv", argv)
-        importlib.import_module("tables").main()
+        main_of("tables", "table_5", *flags, "--output_dir", tmp_path / str(jobs), "--jobs", jobs)
         next((work_dir / "scores").glob("*-random.json")).unlink()
     one, two = (json.loads((tmp_path / jobs / "table_5-smoke.json").read_text()) for jobs in "12")
     assert one == two
@@ -215,9 +213,7 @@ def test_dcdit_in_miniature(photographs, tmp_path, monkeypatch, capsys):
     dcdit = importlib.import_module("dcdit")
     monkeypatch.setattr(dcdit, "call", lambda script, *flags: call(script, *flags))
     flags = ["--data", photographs, "--work_dir", tmp_path, "--steps", 2, "--seeds", 0, "--num_images", 8]
-    flags += ["--arms", "dc-dit", "residual at zero", "--output_dir", tmp_path]
-    monkeypatch.setattr(sys, "argv", ["dcdit.py", *map(str, flags)])
-    dcdit.main()
+    main_of("dcdit", *flags, "--arms", "dc-dit", "residual at zero", "--output_dir", tmp_path)
     found = json.loads((tmp_path / "dcdit-small.json").read_text())["arms"]
     assert list(found) == ["dc-dit", "residual at zero"] and "| residual at zero |" in capsys.readouterr().out
     first, zero = (tmp_path / "runs" / f"{arm}-0-start" for arm in ("dc-dit", "residual-at-zero"))
@@ -246,8 +242,7 @@ def test_a_small_dcdit_is_trained_and_judged(photographs, tmp_path, monkeypatch,
     monkeypatch.setattr(small, "RECIPE", tmp_path / "recipe.txt")
     monkeypatch.setattr(small, "CALLS", {"as called by default": {}, "few": {"budget": 0.01, "guidance_scale": 1.0}})
     flags = ["--data", photographs, "--work_dir", tmp_path, "--lengths", 1, 2, "--num_samples", 20, "--num_images", 8]
-    monkeypatch.setattr(sys, "argv", ["small_dcdit.py", *map(str, flags), "--output_dir", str(tmp_path)])
-    small.main()
+    main_of("small_dcdit", *flags, "--output_dir", tmp_path)
     found = json.loads((tmp_path / f"{small.NAME}.json").read_text())
     assert list(found["lengths"]) == ["1", "2"] and "| few |" in capsys.readouterr().out
     latents, labels = dcdit.validation(tmp_path / "cache-validation", 8)
@@ -264,3 +259,34 @@ def test_a_small_dcdit_is_trained_and_judged(photographs, tmp_path, monkeypatch,
     assert found["rows"]["few"]["tokens"] == pytest.approx(drawn.token_counts.float().mean().item(), rel=0.3)
     assert found["rows"]["few"]["results"][0]["protocol"]["samples"]["num_images"] == 20
     assert PIL.Image.open(tmp_path / f"{small.NAME}.png").size == (10 * 64, 4 * 64)
+
+
+def test_curves_of_single_changes(photographs, tmp_path, monkeypatch):
+    """Each arm is its recipe with its change, and is scored after each of its lengths; what is there is kept."""
+    curves, trained = importlib.import_module("curves"), []
+
+    def train(script: str, *flags) -> None:
+        trained.append(list(map(str, flags)))
+        call(script, *flags)
+
+    monkeypatch.setattr(curves, "call", train)
+    monkeypatch.setattr(curves, "RECIPES", tmp_path)
+    monkeypatch.setattr(curves, "CALLS", {"few": {"num_inference_steps": 2, "guidance_scale": 1.0}})
+    sizes = {"content": "content-tiny", "dvae": "dvae-tiny"}
+    for stage, preset in sizes.items():
+        flags = ["--resolution=64", "--train_batch_size=2", f"--preset={preset}"]
+        flags += ["--objective=flow_matching"] if stage == "content" else ["--gan_weight=0", "--perceptual_weight=1"]
+        (tmp_path / f"{stage}.txt").write_text("\n".join(flags))
+    arms = ["noise predicted", "without perceptual loss"]
+    flags = ["--data", photographs, "--work_dir", tmp_path / "work", "--steps", 1, 2, "--steps_of_autoencoders", 1]
+    flags += ["--num_samples", 20, "--output_dir", tmp_path, "--arms", *arms]
+    for _ in range(2):
+        main_of("curves", *flags)
+    lengths = [one[one.index("--max_train_steps") + 1] for one in trained]
+    assert lengths == ["1", "2", "1"] and "epsilon" in trained[0] and "--perceptual_weight" in trained[2]
+    found = json.loads((tmp_path / f"{curves.NAME}.json").read_text())["curves"]
+    assert list(found) == arms and list(found[arms[0]]) == ["1", "2"] and list(found[arms[1]]) == ["1"]
+    for what, number in ((found[arms[0]]["2"]["few"], 20), (found[arms[1]]["1"][""], 32)):
+        assert {one["protocol"]["samples"]["num_images"] for one in what} == {number}
+    rows = [line.split("|")[1:-1] for line in curves.over_images(found).splitlines()]
+    assert [cell.strip() for cell in rows[0]] == ["", "", "32", "64"] and not rows[3][-1].strip()

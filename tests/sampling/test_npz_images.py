@@ -1,6 +1,7 @@
 # Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
 """Sets of images in one .npz: what is written is read again, by numpy too, and nothing else passes for it."""
 
+import pickle
 import re
 import tracemalloc
 import zipfile
@@ -53,6 +54,12 @@ def test_what_numpy_writes_is_read_in_any_order(images, save, tmp_path):
     for start, stop in ((3, 9), (-1, 2), (4, 4)):
         with pytest.raises(ValueError, match="a.npz .*0 to 7"):
             stored.read(start, stop)
+
+
+def test_another_process_may_be_handed_them(images, tmp_path):
+    stored = NpzImages(write(tmp_path / "a.npz", images))
+    stored.read(0, 3)
+    assert np.array_equal(pickle.loads(pickle.dumps(stored)).read(2, 8), images[2:])
 
 
 def test_memory_does_not_depend_on_the_number_of_images(tmp_path):

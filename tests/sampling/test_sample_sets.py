@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
 from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from script_runs import forget_group
 
 from diffusers_d2it import D2iTPipeline, open_images
 from diffusers_d2it.files import lock, verify
@@ -164,8 +164,7 @@ PLAN = SamplePlan(10, 4, classes=(3, 5, 8))
 @pytest.fixture
 def accelerator() -> Iterator[Accelerator]:
     yield Accelerator(cpu=True)
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    forget_group()
 
 
 def picture(image: int) -> torch.Tensor:

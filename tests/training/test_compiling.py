@@ -9,7 +9,6 @@ import torch
 
 from diffusers_d2it import DynamicAutoencoderKL
 from diffusers_d2it.losses import dvae_loss, mse_loss, multi_grained_loss, ratio_loss
-from diffusers_d2it.training import compile_blocks
 
 
 BF16 = torch.autocast("cpu", torch.bfloat16)
@@ -37,7 +36,7 @@ def same_directions(found: dict[str, torch.Tensor], exact: dict[str, torch.Tenso
 def assert_compiled_like_eager(model: torch.nn.Module, gradients_in: Callable, **options) -> None:
     exact = gradients_in(nullcontext())
     assert same_directions(gradients_in(BF16), exact)
-    compile_blocks(model, **options)
+    model.compile_repeated_blocks(**options)
     assert same_directions(gradients_in(BF16), exact)
 
 

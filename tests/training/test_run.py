@@ -7,6 +7,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from alike import same_weights
+from small_runs import Numbers
 
 from diffusers_d2it import DynamicAutoencoderKL
 from diffusers_d2it.data import make_loader
@@ -22,18 +23,6 @@ from diffusers_d2it.training import (
     token_signals,
     warn_of_few_tokens,
 )
-
-
-class Numbers(torch.utils.data.Dataset):
-    """0 to 7."""
-
-    seed = 0
-
-    def __len__(self) -> int:
-        return 8
-
-    def __getitem__(self, place: tuple[int, int]) -> dict[str, torch.Tensor]:
-        return {"x": torch.tensor(float(place[1]))}
 
 
 def make_run(accelerator: Accelerator, **changed) -> Run:
@@ -121,7 +110,12 @@ def test_a_folder_with_anything_in_it_is_refused_with_the_way_out(tmp_path):
 @pytest.mark.parametrize("resume", [None, "latest"])
 @pytest.mark.parametrize(
     "left, begins",
-    [([], True), (["bad_images.jsonl"], True), (["logs", "samples"], True), (["logs", "notes.txt"], False)],
+    [
+        ([], True),
+        (["bad_images.jsonl"], True),
+        (["logs", "samples"], True),
+        (["bad_images.jsonl", "notes.txt"], False),
+    ],
 )
 def test_what_a_run_left_before_its_first_checkpoint_is_in_nobodys_way(left, begins, resume, tmp_path):
     for name in left:
@@ -131,6 +125,8 @@ def test_what_a_run_left_before_its_first_checkpoint_is_in_nobodys_way(left, beg
     else:
         with pytest.raises(ValueError, match="`output_dir`.*notes.txt"):
             make_accelerator(tmp_path, resume_from_checkpoint=resume)
+    # A new run may be of other images
+    assert (tmp_path / "bad_images.jsonl").exists() == ("bad_images.jsonl" in left and not (begins and resume is None))
 
 
 def test_signals_tell_the_share_its_drift_and_the_scale_of_each_grain(make_vae, photos):

@@ -6,11 +6,13 @@ import pty
 import signal
 import threading
 from contextlib import suppress
+from functools import partial
 
 import pytest
 import torch
 from accelerate import Accelerator
-from torch.utils.data import Dataset
+from script_runs import in_processes
+from small_runs import Numbers
 
 from diffusers_d2it.data import make_loader
 from diffusers_d2it.training import Run
@@ -18,18 +20,6 @@ from diffusers_d2it.training.stopping import StopSignals
 
 
 NUMBERS = {"SIGINT": 130, "SIGHUP": 129, "SIGTERM": 143, "SIGUSR1": 143, "SIGUSR2": 143, "SIGXCPU": 143}
-
-
-class Numbers(Dataset):
-    """0 to 7."""
-
-    seed = 0
-
-    def __len__(self) -> int:
-        return 8
-
-    def __getitem__(self, place: tuple[int, int]) -> torch.Tensor:
-        return torch.tensor(float(place[1]))
 
 
 def steps_until_stopped(strike, num_steps: int = 4) -> tuple[int, int]:
@@ -53,6 +43,14 @@ def test_a_signal_ends_a_run_after_the_update(name, exit_code):
     before = signal.getsignal(number)
     found = steps_until_stopped(lambda step: step == 1 and os.kill(os.getpid(), number))
     assert found == (2, exit_code) and signal.getsignal(number) == before
+
+
+def test_processes_stop_together_whichever_is_told_to():
+    def told(step: int) -> None:
+        if step == 1 and os.environ["RANK"] == "0":
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    assert in_processes(partial(steps_until_stopped, told)) == [[2, 143]] * 2
 
 
 def test_what_is_ignored_stays_ignored(monkeypatch):

@@ -70,9 +70,9 @@ def folder_kind(root: str, files: list[str]) -> str:
     if len(kinds) == 1:
         return kinds[0]
     counts = {kind: found[kind] for kind in kinds} or {ending or "without ending": n for ending, n in endings.items()}
-    listed = ", ".join(f"{number} {kind}" for kind, number in counts.items())
+    held = ", ".join(f"{number} {kind}" for kind, number in counts.items())
     raise ValueError(
-        f"{root} holds {listed or 'no files'}: expected images"
+        f"{root} holds {held or 'no files'}: expected images"
         f" ({', '.join(sorted(image_endings()))}), or .parquet files, or WebDataset .tar files."
     )
 
@@ -85,7 +85,7 @@ def is_image(file: str) -> bool:
 def check_tars(files: Iterable[str]) -> None:
     """Raise a ValueError if a local tar was cut off: datasets reads it as far as it goes, and says nothing."""
     for file in files:
-        if file.endswith(".tar") and "://" not in file:
+        if file.lower().endswith(".tar") and "://" not in file:
             with open(file, "rb") as archive:
                 size = archive.seek(0, os.SEEK_END)
                 archive.seek(max(0, size - 1024))
@@ -172,7 +172,7 @@ def load_folder(
 
     Raises:
         ValueError: some images lie in class folders and others do not, or deeper; a class folder is empty; or a
-            metadata file cannot be read.
+            metadata file cannot be read, or none of them names an image.
     """
     import datasets
 
@@ -230,8 +230,12 @@ def _read_metadata(tables: list[str], paths: list[str]) -> tuple[Any, list[str],
             raise ValueError(f"{file} cannot be read: {type(error).__name__}: {error}") from error
         names = [_find(os.path.dirname(file), name, on_disk) for name in names]
         kept = [i for i, name in enumerate(names) if composed(name) in on_disk or not os.path.isfile(name)]
-        parts.append(table.take(kept))
+        parts.append(table.take(pyarrow.array(kept, pyarrow.int64())))  # of an empty list it knows no type
         found += [names[i] for i in kept]
+    if not found:
+        raise ValueError(
+            f"no file_name in {listed(tables)} is that of one of {counted(len(paths), 'image')}, such as {paths[0]}."
+        )
     table = pyarrow.concat_tables(parts, promote_options="permissive")
     unnamed = len({*paths} - {*found})
     remarks = [f"{counted(unnamed, 'image')} not used: missing in the metadata"] if unnamed else []
@@ -258,7 +262,7 @@ def _classes(root: str, paths: list[str], asked: bool) -> tuple[list[str] | None
     places = [Path(os.path.relpath(path, root)).parts[:-1] for path in paths]
     names = {place[0] for place in places if place}
     flat = [path for path, place in zip(paths, places) if not place]
-    what = _no_classes(names, paths) if len(flat) == 0 and not asked else None
+    what = _no_classes(names) if len(flat) == 0 and not asked else None
     if what is not None:
         return None, [f"{what} no classes (`label_column` {CLASS_FOLDER!r} makes them some)"]
     hint = "Pass the folder that holds the class folders, or `labelled=False` to ignore them."
@@ -287,7 +291,7 @@ def _classes(root: str, paths: list[str], asked: bool) -> tuple[list[str] | None
     return [composed(place[0]) for place in places], remarks
 
 
-def _no_classes(names: set[str], paths: list[str]) -> str | None:
+def _no_classes(names: set[str]) -> str | None:
     """In words what sub-folders are, if they hold images together without being classes."""
     if len(names) == 1 and {*map(str.lower, names)} <= _CONTAINERS:
         return f"folder {min(names)} is"

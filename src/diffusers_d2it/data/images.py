@@ -5,6 +5,7 @@ import io
 import os
 import stat
 import warnings
+from functools import cache
 
 import numpy as np
 import PIL.Image
@@ -13,7 +14,6 @@ import PIL.ImageOps
 import torch
 
 from ..pixels import UnusableImageError, from_uint8, to_rgb, upright_rgb
-from ..words import printable
 
 
 MAX_IMAGE_PIXELS = 100_000_000  # 300 MB as RGB; a file of a few kB can announce any number
@@ -25,9 +25,10 @@ _RESAMPLING = PIL.Image.Resampling.BICUBIC
 ImageInput = str | os.PathLike | PIL.Image.Image | np.ndarray | torch.Tensor | list
 
 
-def image_endings() -> set[str]:
-    """The endings of files that `decode_image` reads, as this Pillow knows them: {".jpg", ".png", ...}."""
-    return {ending for ending, name in PIL.Image.registered_extensions().items() if name in _FORMATS}
+@cache
+def image_endings() -> frozenset[str]:
+    """The endings of files that `decode_image` reads, as this Pillow knows them: ".jpg", ".png", ..."""
+    return frozenset(ending for ending, name in PIL.Image.registered_extensions().items() if name in _FORMATS)
 
 
 def decode_image(encoded: dict) -> PIL.Image.Image:
@@ -105,11 +106,6 @@ def fitted(image: PIL.Image.Image, size: tuple[int, int]) -> PIL.Image.Image:
     return image if image.size == (width, height) else PIL.ImageOps.fit(image, (width, height), _RESAMPLING)
 
 
-def open_image(path: str | os.PathLike) -> PIL.Image.Image:
-    """`decode_image` of a path; "~" is the user's home."""
-    return decode_image({"path": os.path.expanduser(path)})
-
-
 def _open(encoded: dict) -> io.IOBase:
     """The file of an image, unread."""
     if encoded and "refused" in encoded:
@@ -150,53 +146,6 @@ def _decode(file: io.IOBase) -> PIL.Image.Image:
         if image.format in ("JPEG", "MPO") and _is_cut_off(file, image):
             raise UnusableImageError("image file is truncated: its end is missing")
         return upright_rgb(image)
-
-
-def image_to_pixels(image: ImageInput) -> torch.Tensor:
-    """An image, or several of one size, at their own size as training would read them: (B, 3, H, W) in [-1, 1].
-
-    Args:
-        image: a path, a PIL image, an array ([B,] H, W[, 3]) or a tensor ([B,] 3, H, W), or a list of these. Floating-
-            point values lie in [0, 1], others have 8 or 16 bits.
-
-    Raises:
-        ValueError: it is none of these, values lie outside, a file cannot be used, or images differ in size.
-    """
-    if isinstance(image, (list, tuple)):
-        images = [image_to_pixels(one) for one in image]
-        sizes = sorted({tuple(one.shape[-2:]) for one in images})
-        if len(sizes) != 1:
-            raise ValueError(f"`image` must be images of one size, got a list of the sizes {sizes}.")
-        return torch.cat(images)
-    if isinstance(image, (str, os.PathLike)):
-        try:
-            image = open_image(image)
-        except UnusableImageError as error:
-            raise ValueError(f"`image` {printable(image)}: {error}") from None
-    if isinstance(image, torch.Tensor) and image.ndim in (3, 4) and image.shape[-3] in (1, 3, 4):
-        image = (image.float() if image.is_floating_point() else image).movedim(-3, -1).numpy(force=True)
-    if isinstance(image, np.ndarray) and image.dtype in (np.uint8, np.uint16) and image.ndim > 1:
-        if image.ndim == 4:
-            return image_to_pixels(list(image))
-        if image.ndim == 3 and image.dtype == np.uint16:  # Pillow knows 16 bits of grey alone
-            image = ((image.astype(np.int64) + 128) // 257).astype(np.uint8)
-        image = PIL.Image.fromarray(image[..., 0] if image.ndim == 3 and image.shape[-1] == 1 else image)
-    if isinstance(image, PIL.Image.Image):
-        try:
-            return from_uint8(torch.from_numpy(np.array(upright_rgb(image)))).permute(2, 0, 1)[None]
-        except UnusableImageError as error:
-            raise ValueError(f"`image`: {error}") from None
-    is_array = isinstance(image, np.ndarray) and image.dtype.kind == "f"
-    if not is_array or image.ndim not in (3, 4) or image.shape[-1] != 3:
-        raise ValueError(
-            "`image` must be paths, PIL images, an array (B, H, W, 3) or a tensor (B, 3, H, W), floating-point in"
-            f" [0, 1] or of 8 or 16 bits, got {type(image).__name__} {getattr(image, 'dtype', '')}"
-            f" {tuple(getattr(image, 'shape', ()))}."
-        )
-    if not (image.min() >= 0 and image.max() <= 1):  # written so that NaN fails it
-        raise ValueError(f"`image` must lie in [0, 1], got {image.min():.4g} to {image.max():.4g}.")
-    pixels = torch.from_numpy(2 * image.astype(np.float32) - 1).movedim(-1, -3)
-    return pixels if pixels.ndim == 4 else pixels[None]
 
 
 def _is_cut_off(file: io.IOBase, image: PIL.Image.Image) -> bool:

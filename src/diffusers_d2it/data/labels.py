@@ -129,8 +129,10 @@ def read_classes(
 
     Raises:
         ValueError: a label is missing (their rows are named), not whole, negative, beyond `num_classes`, or has no
-            name or id in `id2label`; or a stream does not tell its classes.
+            name or id in `id2label`; a stream does not tell its classes; or `num_classes` is less than 1.
     """
+    if num_classes is not None and num_classes < 1:
+        raise ValueError(f"`num_classes` must be at least 1, got {num_classes}.")
     feature = look_up(dataset.features, column)
     of_names = "string" in str(feature.dtype)
     names = None

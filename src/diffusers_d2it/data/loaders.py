@@ -21,7 +21,7 @@ import PIL.Image
 import torch
 from accelerate import Accelerator
 from accelerate.utils import send_to_device
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
+from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
 from ..draws import generators_of
 from ..words import counted
@@ -42,7 +42,9 @@ def place_of_item(item: int | Place) -> Place:
     return item if isinstance(item, tuple) else (0, item)
 
 
-class GlobalBatches(Sampler[list[Place]]):
+def global_batches(
+    num_images: int, batch_size: int, seed: int, first_pass: int, process_index: int, num_processes: int
+) -> Iterator[list[Place]]:
     """The images of one process in all forward passes from one on, without end.
 
     Every epoch is a new order of all images, and the next one follows within a batch. The images of a pass are shared
@@ -56,25 +58,16 @@ class GlobalBatches(Sampler[list[Place]]):
         first_pass: number of the pass that is begun with.
         process_index, num_processes: whose images.
     """
-
-    def __init__(
-        self, num_images: int, batch_size: int, seed: int, first_pass: int, process_index: int, num_processes: int
-    ):
-        self.num_images, self.batch_size, self.seed = num_images, batch_size, seed
-        self.first_pass, self.process_index, self.num_processes = first_pass, process_index, num_processes
-        self._epoch, self._order = -1, torch.empty(0)
-
-    def __iter__(self) -> Iterator[list[Place]]:
-        for number in count(self.first_pass):
-            start = (number * self.num_processes + self.process_index) * self.batch_size
-            yield [self._place(number) for number in range(start, start + self.batch_size)]
-
-    def _place(self, number: int) -> Place:
-        epoch, position = divmod(number, self.num_images)
-        if epoch != self._epoch:
-            (generator,) = generators_of(range(1), self.seed, _ORDER, epoch)
-            self._epoch, self._order = epoch, torch.randperm(self.num_images, generator=generator)
-        return epoch, int(self._order[position])
+    epoch, order = -1, torch.empty(0)
+    for number in count(first_pass):
+        start, places = (number * num_processes + process_index) * batch_size, []
+        for image in range(start, start + batch_size):
+            if image // num_images != epoch:
+                epoch = image // num_images
+                (generator,) = generators_of(range(1), seed, _ORDER, epoch)
+                order = torch.randperm(num_images, generator=generator)
+            places.append((epoch, int(order[image % num_images])))
+        yield places
 
 
 class _Images(Dataset):
@@ -185,7 +178,7 @@ class ImageStream(_Images, IterableDataset):
 
 @dataclass(frozen=True)
 class OrderedLoader:
-    """Batches of a map-style data set in the order of `GlobalBatches`; `Accelerator.prepare` leaves it as it is."""
+    """Batches of a map-style data set in the order of `global_batches`; `Accelerator.prepare` leaves it as it is."""
 
     dataset: Dataset
     batch_size: int
@@ -197,7 +190,7 @@ class OrderedLoader:
         place = self.accelerator.process_index, self.accelerator.num_processes
         loader = DataLoader(
             self.dataset,
-            batch_sampler=GlobalBatches(len(self.dataset), self.batch_size, self.dataset.seed, first_pass, *place),
+            batch_sampler=global_batches(len(self.dataset), self.batch_size, self.dataset.seed, first_pass, *place),
             num_workers=self.num_workers,
             pin_memory=self.accelerator.device.type == "cuda",
             collate_fn=getattr(self.dataset, "collate", None),

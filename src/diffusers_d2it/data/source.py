@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
-"""Where the images of a run come from. datasets is imported where it is used: the package does not need it."""
+"""Where the images of a run come from. datasets is imported where it is used: it takes a while."""
 
 import glob
 import hashlib
@@ -177,9 +177,13 @@ class ImageSource:
         """Whether a path that stands in a row leads to the data set: a table from somebody else may hold any."""
         file = path.split("::")[-1]  # zip://inside::archive
         if "://" in file:
-            return file in self.files
+            return file in self._files
         file = os.path.abspath(file)
         return any(os.path.commonpath([file, folder]) == folder for folder in self._folders)
+
+    @cached_property
+    def _files(self) -> frozenset[str]:
+        return frozenset(self.files)
 
     @cached_property
     def _folders(self) -> list[str]:
@@ -256,7 +260,7 @@ def load_images(
                 dataset, found, streaming=streaming, num_classes=num_classes, id2label=id2label
             )
             columns.append(found if found in features else found.split(".")[0])
-            remarks += _remarks_on_classes(names, num_classes, counted=of_classes["num_classes"] is None)
+            remarks += _remarks_on_classes(names, num_classes, is_counted=of_classes["num_classes"] is None)
             unused = [column for column in label_columns(features) if column != found]
             if unused and label_column is None:
                 remarks.append(f"labels are {found}, not {listed(unused)} (`label_column`)")
@@ -286,10 +290,10 @@ def load_images(
     )
 
 
-def _remarks_on_classes(names: dict[int, str], num_classes: int, counted: bool) -> list[str]:
+def _remarks_on_classes(names: dict[int, str], num_classes: int, is_counted: bool) -> list[str]:
     """What may not be as it was meant in a table of classes, whose size was counted or asked for."""
     remarks = []
-    if counted and num_classes > max(_MANY_CLASSES, 10 * len(names)):
+    if is_counted and num_classes > max(_MANY_CLASSES, 10 * len(names)):
         remarks.append(f"ids up to {max(names):,} make a table of {num_classes:,} classes for {len(names)}")
     alike = Counter(name.casefold() for name in names.values())
     twins = [name for name in names.values() if alike[name.casefold()] > 1]

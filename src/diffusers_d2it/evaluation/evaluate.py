@@ -142,10 +142,11 @@ class Evaluator:
         """A result for each metric. Raises what `evaluate` raises."""
         widths = self.features.widths(samples.size)
         self._check(samples, widths)
+        labels = samples.labels if "top1" in self.metrics else None  # an error before all images are read
         ours = self._read(samples, {"moments", "rows", "scores"})
         if self._parts and self._theirs is None:
             self._theirs = self._read(self.images, self._parts)
-        labels = samples.labels[ours.places] if "top1" in self.metrics else None
+        labels = None if labels is None else labels[ours.places]
         values = on_main_process(self.accelerator, lambda: self._values(ours, labels))
         described, results = {**samples.describe(), "digest": ours.digest}, []
         for name, metric in self.metrics.items():
@@ -269,16 +270,13 @@ def compute_exactly() -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-Features = dict[str, torch.Tensor]  # what is known of each image, (B, ...), by its name
-
-
 @dataclass(frozen=True)
 class ReadImages:
     """What metrics need of the images of a set."""
 
     places: torch.Tensor  # int64 (N,), those of the images that were read; others were left out
     digest: str  # of the pixels
-    rows: Features  # of all images, in the order of the set
+    rows: dict[str, torch.Tensor]  # what is kept of all images, (N, ...), in the order of the set
     moments: dict[str, Moments]  # of features, by their names
 
 
@@ -304,7 +302,9 @@ class Reading:
         for name, values in rows.items():
             self._rows.setdefault(name, []).append(values.cpu())
         for name, features in counted.items():
-            self._statistics.setdefault(name, FeatureStatistics(features.shape[1])).update(features, places)
+            if name not in self._statistics:
+                self._statistics[name] = FeatureStatistics(features.shape[1])
+            self._statistics[name].update(features, places)
 
     def joined(self, accelerator: Accelerator | None = None) -> ReadImages:
         """What all processes have read, the same on each; it must not be nothing."""

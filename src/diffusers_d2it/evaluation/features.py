@@ -54,7 +54,7 @@ class FeatureExtractor(nn.Module, ABC):
 
     @torch.no_grad()
     def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Features of uint8 images (B, 3, H, W), others are a ValueError: (B, D) of "pool", "spatial", "logits"."""
+        """Features of uint8 images (B, 3, H, W), others are a ValueError: each (B, D), as `extract` has them."""
         check_uint8(images)
         # TensorFloat-32, which cuDNN uses unasked, would give each GPU and each batch size results of its own
         cudnn = torch.backends.cudnn

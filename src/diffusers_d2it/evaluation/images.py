@@ -25,6 +25,7 @@ from ..data.images import UnusableImageError, decode_image, to_pixels
 from ..data.source import ImageSource, Row, load_images
 from ..files import gather
 from ..pixels import check_uint8, to_uint8
+from ..sampling.folder import NPZ
 from ..sampling.npz import NpzImages
 from ..sampling.sets import PROTOCOL, SamplePlan, read_protocol
 from ..words import composed, counted, listed, printable
@@ -32,7 +33,6 @@ from ..words import composed, counted, listed, printable
 
 logger = logging.getLogger(__name__)
 
-_SAMPLES = "images.npz"  # as examples/sample.py names it
 _MAX_NAMED = 10  # images in one error
 _DATA_SETS = (".parquet", ".tar")
 
@@ -216,9 +216,11 @@ class ImageSet:
         """A set of images in memory, uint8 (N, 3, H, W), with a name, how they were made, and their classes.
 
         Raises:
-            ValueError: these are no such images, or there are none.
+            ValueError: these are no such images, there are none, or as many labels are not there.
         """
         check_uint8(images)
+        if labels is not None and labels.shape != (len(images),):
+            raise ValueError(f"`labels` must be (N,), of {counted(len(images), 'image')}, got {tuple(labels.shape)}.")
         size = tuple(images.shape[2:])
         return ImageSet(name, len(images), images.__getitem__, size, protocol=protocol, labels=labels)
 
@@ -313,7 +315,7 @@ def _open_npz(path: str, resolution: int | None) -> ImageSet:
     size = images.height, images.width
     if resolution is not None and size != (resolution, resolution):
         raise ValueError(f"{name} holds images of {size[0]}x{size[1]}, which are not resized to {resolution}.")
-    is_sampled = os.path.basename(path) == _SAMPLES  # another file may lie beside samples by chance
+    is_sampled = os.path.basename(path) == NPZ  # another file may lie beside samples by chance
     protocol = _read_protocol(os.path.dirname(path), len(images)) if is_sampled else {}
     read, labels = partial(_read_packed, images), _drawn_labels(protocol)
     return ImageSet(name, len(images), read, size, protocol=protocol, labels=labels)

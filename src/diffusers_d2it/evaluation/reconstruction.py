@@ -19,6 +19,7 @@ from ..grains import fine_share
 from ..models.autoencoder_kl_dynamic import DynamicAutoencoderKL
 from ..optional import import_optional
 from ..pixels import from_uint8, to_uint8
+from ..words import listed
 from .evaluate import ReadImages, Reading, check_metrics, result_name, versions
 from .features import FeatureExtractor, weights_digest
 from .images import ImageSet
@@ -193,8 +194,13 @@ def evaluate_pairs(
     originals = reference.batches(batch_size, *place, num_workers, progress=place[0] == 0)
     theirs = samples.batches(batch_size, *place, num_workers, order=order)
     for places, images in originals:  # of which some may be left out, and whole batches
-        others, reconstructions = next(batch for batch in theirs if batch[0][-1] >= places[-1])
-        scores.update(places, images, reconstructions[torch.isin(others, places)])
+        none = places[:0], images[:0]
+        others, reconstructions = next((batch for batch in theirs if batch[0][-1] >= places[-1]), none)
+        partners = torch.isin(others, places)
+        if partners.sum() < len(places):
+            reasons = listed((f"{name}: {reason}" for name, reason in samples.left_out.items()), most=10)
+            raise ValueError(f"reconstructions of {samples.name} cannot be used, and their originals can: {reasons}.")
+        scores.update(places, images, reconstructions[partners])
     return scores.results(samples.describe() | {"paired": paired}, reference, accelerator)
 
 

@@ -14,12 +14,11 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.autoencoders.vae import AutoencoderMixin, Decoder, DecoderOutput, DiagonalGaussianDistribution
 from diffusers.utils import BaseOutput, is_torch_version
 from diffusers.utils.accelerate_utils import apply_forward_hook
-from diffusers.utils.torch_utils import randn_tensor
 from torch import nn
 
 from ..entropy import NUM_BINS, SIGMA, region_entropy, thresholds_for_ratios
-from ..grains import GrainLayout, check_fine_ratio, check_grain_map, code_weights, grain_map_from_entropy
-from ..limits import plain
+from ..grains import GrainLayout, check_grain_map, code_weights, grain_map_from_entropy
+from ..limits import check_values, plain
 from .configs import check_autoencoder
 from .hierarchical_encoder import HierarchicalEncoder
 from .strict import SafeAdapterMixin, StrictModelMixin
@@ -40,8 +39,7 @@ class TiedGaussianDistribution(DiagonalGaussianDistribution):
 
     def sample(self, generator: torch.Generator | list[torch.Generator] | None = None) -> torch.Tensor:
         """Draw latents (B, C, H/f, W/f), equal inside every code."""
-        noise = randn_tensor(self.mean.shape, generator=generator, device=self.mean.device, dtype=self.mean.dtype)
-        return self.mean + self.std * self.layout.tie(noise)
+        return self.layout.tie(super().sample(generator))
 
     def kl(self) -> torch.Tensor:
         """KL divergence to the standard normal in nats, (B,): summed over codes, each counted once."""
@@ -87,7 +85,7 @@ class DynamicAutoencoderKL(StrictModelMixin, AutoencoderMixin, SafeAdapterMixin,
         grain_ratios: share of regions of each grain, coarsest first, that `encode` aims at by default; None for equal
             shares. (0.5, 0.5) is the paper's main setting.
         calibration: entropy quantiles of a data set and how they were counted, from `EntropyCalibration.to_config`.
-            Without it `encode` needs a `grain_map`, or a `fine_ratio` of 0 or 1.
+            Without it `encode` needs a `grain_map`, or a `fine_ratio` of 1, or with two grains of 0.
         use_post_quant_conv: a 1x1 convolution between the latents and the decoder, as diffusers' `AutoencoderKL` has
             one; for weights that come from there. Folded into the decoder's first convolution it would change the
             border of the image, because that convolution pads with zeros.
@@ -188,8 +186,6 @@ class DynamicAutoencoderKL(StrictModelMixin, AutoencoderMixin, SafeAdapterMixin,
 
         Compiled as one, the decoder has wrong gradients on a CPU under bf16 autocast (torch 2.13).
         """
-        # Blocks of a class share their code: each width and size is another variant of it
-        torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
         self.compile_repeated_blocks(*args, **kwargs)
 
     def scale_latents(self, latents: torch.Tensor) -> torch.Tensor:
@@ -221,14 +217,15 @@ class DynamicAutoencoderKL(StrictModelMixin, AutoencoderMixin, SafeAdapterMixin,
         ratios = self.grain_ratios
         if fine_ratio is not None:
             fine_ratio = plain(fine_ratio)
-            check_fine_ratio(fine_ratio)
+            check_values({"fine_ratio": fine_ratio}, {"fine_ratio": float}, {"fine_ratio": (0, 1)}, exact=False)
             coarse = ratios[:-1] if sum(ratios[:-1]) > 0 else [1.0] * (self.num_grains - 1)
             ratios = [(1 - fine_ratio) * share / sum(coarse) for share in coarse] + [fine_ratio]
         if self.config.calibration is None:
             if any(0 < ratio < 1 for ratio in ratios):
+                of_one_grain = "0 or 1" if self.num_grains == 2 else "1"
                 raise ValueError(
                     "this DynamicAutoencoderKL has no entropy thresholds: run examples/calibrate_dvae.py on its"
-                    " training images, or pass a `grain_map`, or a `fine_ratio` of 0 or 1."
+                    f" training images, or pass a `grain_map`, or a `fine_ratio` of {of_one_grain}."
                 )
             return thresholds_for_ratios({"quantiles": [0.0, 0.0]}, ratios)
         return thresholds_for_ratios(self.config.calibration, ratios)

@@ -9,10 +9,10 @@ Shapes:
 from dataclasses import dataclass, replace
 
 import torch
-import torch._dynamo
 import torch.nn.functional as F
 
-from ..limits import can_be_read, check_values, is_traced
+from ..limits import can_be_read, check_values
+from .layers import of_any_size
 
 
 NATURAL = 0.5  # boundary probability above which a cell wants to be a token
@@ -64,13 +64,6 @@ class Chunks:
             return self
         tensors = {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
         return replace(self, **{name: one.to(device, non_blocking=non_blocking) for name, one in tensors.items()})
-
-
-def of_any_size(tensor: torch.Tensor, dim: int) -> torch.Tensor:
-    """The tensor, for which a compiled block that takes it makes one graph for all sizes of a dimension."""
-    if not is_traced(tensor):
-        torch._dynamo.maybe_mark_dynamic(tensor, dim)
-    return tensor
 
 
 @torch.compiler.disable  # and one of this budget

@@ -11,13 +11,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..entropy import LUMA_WEIGHTS, NUM_BINS
-from ..limits import check_keys, check_values
+from ..limits import check_values
 from ..words import shown
 
 
 MAX_PARAMETERS = 20_000_000_000  # 80 GB in float32: thirty times the largest model of the paper
 _MAX_WINDOW = 16
-_ROUTER_GROUPS = 8  # of the norm in DC-DiT's router
+ROUTER_REDUCTION = 4  # width of DC-DiT over that of its router
+ROUTER_GROUPS = 8  # of the norm in it
 _ROUNDING = 1e-4  # quantiles are rounded up to it
 
 LIMITS = {
@@ -129,7 +130,12 @@ def check_autoencoder(config: Mapping[str, Any]) -> None:
 
 
 def _check_calibration(calibration: Mapping[str, Any], region_size: int) -> None:
-    check_keys(calibration, CALIBRATION.keys(), inside="calibration.")
+    for key in calibration:
+        if key not in CALIBRATION:
+            raise ValueError(
+                f"{shown(f'calibration.{key}')} is no key of this configuration, got {shown(calibration[key])};"
+                f" expected are {', '.join(sorted(CALIBRATION))}."
+            )
     check_values(calibration, CALIBRATION, LIMITS, inside="calibration.")
     if not {"quantiles", "region_size"} <= calibration.keys():
         raise ValueError(f"`calibration` must have `quantiles` and `region_size`, got {shown(dict(calibration))}.")
@@ -184,10 +190,11 @@ def check_chunking_model(config: Mapping[str, Any]) -> None:
     _check_outputs(config)
     _check_width(config)
     dim, groups = config["num_attention_heads"] * config["attention_head_dim"], config["norm_num_groups"]
-    if dim % (4 * _ROUTER_GROUPS) or dim % config["conv_reduction"]:
+    unit = ROUTER_REDUCTION * ROUTER_GROUPS
+    if dim % unit or dim % config["conv_reduction"]:
         raise ValueError(
-            f"`num_attention_heads` times `attention_head_dim` must be a multiple of {4 * _ROUTER_GROUPS}, which the"
-            f" router needs, and of `conv_reduction` {config['conv_reduction']}, got {dim}."
+            f"`num_attention_heads` times `attention_head_dim` must be a multiple of {unit}, which the router needs,"
+            f" and of `conv_reduction` {config['conv_reduction']}, got {dim}."
         )
     width = dim // config["conv_reduction"]
     if width % groups or width < 2 * groups:  # alone in its group a channel loses what conditions it

@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
-"""What the grain model and the content model share: the adaLN-Zero block of DiT, embeddings, positions.
+"""What the models share: the adaLN-Zero block of DiT, embeddings, positions, checks of what comes in.
 
 Shapes:
     B batch, N tokens, D width, A heads
@@ -9,6 +9,7 @@ import math
 from functools import lru_cache
 
 import torch
+import torch._dynamo
 import torch.nn.functional as F
 from diffusers.models import attention
 from diffusers.models.attention import AttentionModuleMixin
@@ -62,9 +63,6 @@ class SelfAttention(nn.Module, AttentionModuleMixin):
         dim: width D.
         heads: number of heads A; divides D.
     """
-
-    _default_processor_cls = SelfAttentionProcessor
-    _available_processors = [SelfAttentionProcessor]
 
     def __init__(self, dim: int, heads: int):
         super().__init__()
@@ -209,6 +207,13 @@ def run_block(net: nn.Module, block: nn.Module, tokens: torch.Tensor, *args) -> 
     return block(tokens, *args)
 
 
+def of_any_size(tensor: torch.Tensor, dim: int) -> torch.Tensor:
+    """The tensor, for which a compiled block that takes it makes one graph for all sizes of a dimension."""
+    if not is_traced(tensor):
+        torch._dynamo.maybe_mark_dynamic(tensor, dim)
+    return tensor
+
+
 def residual_stream(tokens: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """Tokens in the dtype that blocks add to, where autocast leaves a choice: outside, it is that of the weights."""
     device = tokens.device.type
@@ -313,19 +318,23 @@ def init_dit_weights(module: nn.Module) -> None:
 
 
 def check_conditioning(
-    batch_size: int,
+    hidden_states: torch.Tensor,
+    channels: int,
     timestep: torch.Tensor | float | int,
     class_labels: torch.Tensor | None,
     num_classes: int | None,
-    device: torch.device,
 ) -> torch.Tensor:
-    """Validate what conditions a model and return the timestep as a (B,) tensor.
+    """Validate what every model takes besides its own, and return the timestep as a (B,) tensor on the same device.
 
     Raises:
-        ValueError: the timestep is neither a scalar nor (B,); labels are given to an unconditional model, missing for
-            a conditional one, of a wrong shape or dtype, or outside 0 ... num_classes.
+        ValueError: the hidden states are not (B, channels, h, w); the timestep is neither a scalar nor (B,); labels
+            are given to an unconditional model, missing for a conditional one, of a wrong shape or dtype, or outside
+            0 ... num_classes.
     """
-    timestep = torch.as_tensor(timestep, device=device)
+    if hidden_states.ndim != 4 or hidden_states.shape[1] != channels:
+        raise ValueError(f"`hidden_states` must have shape (B, {channels}, h, w), got {tuple(hidden_states.shape)}.")
+    batch_size = hidden_states.shape[0]
+    timestep = torch.as_tensor(timestep, device=hidden_states.device)
     if timestep.ndim > 1 or (timestep.ndim == 1 and timestep.shape[0] not in (1, batch_size)):
         raise ValueError(f"`timestep` must be a scalar or have shape ({batch_size},), got {tuple(timestep.shape)}.")
     if num_classes is None:

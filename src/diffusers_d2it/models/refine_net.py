@@ -30,7 +30,16 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..limits import is_traced
-from .layers import DiTBlock, FinalLayer, SelfAttention, TimestepEmbedder, attend, residual_stream, run_block
+from .layers import (
+    DiTBlock,
+    FinalLayer,
+    SelfAttention,
+    TimestepEmbedder,
+    attend,
+    of_any_size,
+    residual_stream,
+    run_block,
+)
 
 
 _ROUNDING = 64  # a rounded list of windows grows by less than this part of all windows
@@ -166,10 +175,9 @@ def _refine_layout(
         groups=tuple(groups),
         rounded=rounded or traced,
     )
-    if rounded and not traced:
-        sized = (layout.tokens, layout.parents, layout.images, *(group.arrangement for group in groups))
-        for tensor in sized:
-            torch._dynamo.maybe_mark_dynamic(tensor, 0)
+    if rounded:
+        for tensor in (layout.tokens, layout.parents, layout.images, *(group.arrangement for group in groups)):
+            of_any_size(tensor, 0)
     return layout, position
 
 
@@ -339,8 +347,8 @@ class RefineNet(nn.Module):
         tokens = self.up_proj(parents.index_select(0, layout.parents)).unflatten(-1, (4, -1))  # (N / 4, 4, D)
         tokens = tokens + self.patch_embed(patches.index_select(0, layout.tokens)).view_as(tokens)
         tokens = residual_stream(tokens, self.residual_dtype)
-        if layout.rounded and not is_traced(tokens):
-            torch._dynamo.maybe_mark_dynamic(tokens, 0)
+        if layout.rounded:
+            of_any_size(tokens, 0)
 
         for block in self.transformer_blocks:
             tokens = run_block(self, block, tokens, conditioning, layout)  # (N / 4, 4, D)

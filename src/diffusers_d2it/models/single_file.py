@@ -43,7 +43,7 @@ class SingleFileMixin(FromOriginalModelMixin):
 
         Raises:
             ValueError: there is no `config`; the file is none of safetensors or GGUF; weights are missing, foreign to
-                the model, of another shape or not finite.
+                the model, of another shape, not floating point, or not finite, also in the `dtype` asked for.
             OSError: a file is not there.
         """
         source = pretrained_model_link_or_path_or_dict
@@ -75,16 +75,18 @@ def _check_weights(cls: type, weights: Mapping[str, torch.Tensor], where: str, k
     hub = {key: kwargs[key] for key in ("subfolder", "token", "local_files_only") if key in kwargs}
     config = cls.load_config(kwargs["config"], revision=kwargs.get("config_revision"), **hub)
     with torch.device("meta"):  # takes no memory
-        expected = cls.from_config(
-            {**config, **{key: kwargs[key] for key in config.keys() & kwargs.keys()}}
-        ).state_dict()
+        expected = cls.from_config({**config, **kwargs}).state_dict()
     if kwargs.get("quantization_config") is None:
         tensors = {
             name: Tensor(Path(where), str(tensor.dtype), tuple(tensor.shape)) for name, tensor in weights.items()
         }
         check_fits(tensors, {name: tuple(value.shape) for name, value in expected.items()}, where)
+        dtype = kwargs.get("dtype") or kwargs.get("torch_dtype")
+        dtype = dtype if isinstance(dtype, torch.dtype) else None  # diffusers takes anything else for float32
         for name, tensor in weights.items():
-            check_values_finite(tensor, kwargs.get("dtype"), f"{where}: `{visible(name)}`")
+            if not tensor.is_floating_point():
+                raise ValueError(f"{where}: `{visible(name)}` must be floating point, got {tensor.dtype}.")
+            check_values_finite(tensor, dtype, f"{where}: `{visible(name)}`")
     elif expected.keys() != weights.keys():  # shapes of packed integers are of another kind
         names = listed(sorted(expected.keys() ^ weights.keys()))
         raise ValueError(f"{where} must have the names of the weights of a {cls.__name__}; not in both: {names}.")

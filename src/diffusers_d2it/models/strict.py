@@ -96,7 +96,8 @@ class StrictModelMixin(SingleFileMixin, WithoutOrigin, ModelMixin):
     def _check_folder(cls, folder: Path, variant: str | None, kwargs: dict[str, Any]) -> None:
         """Check all files of a model that are going to be read, and that they fit one another."""
         files = checked_files(folder, variant)
-        config = cls._read_config(folder / CONFIG, kwargs)
+        names = [base.__name__ for base in cls.__mro__ if issubclass(base, StrictModelMixin)][:-1]
+        config = read_config(cls, folder / CONFIG, kwargs, names, cls.check_config)
         tensors = read_headers(files)
         if config.get("quantization_config") is None and kwargs.get("quantization_config") is None:
             check_floating(tensors)
@@ -107,11 +108,11 @@ class StrictModelMixin(SingleFileMixin, WithoutOrigin, ModelMixin):
         dtype = kwargs.get("dtype") or kwargs.get("torch_dtype")
         check_finite(tensors, dtype if isinstance(dtype, torch.dtype) else None)
 
-    @classmethod
-    def _read_config(cls, file: Path, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """The configuration that a file and the arguments make together, checked, with every key."""
-        known = [base.__name__ for base in cls.__mro__ if issubclass(base, StrictModelMixin)][:-1]
-        return read_config(cls, file, kwargs, known, cls.check_config)
+    def compile_repeated_blocks(self, *args: Any, **kwargs: Any) -> None:
+        """As of diffusers: `torch.compile` every repeated block, however many widths and sizes of one there are."""
+        # Blocks of a class share their code: each width and size of an autoencoder is another variant of it
+        torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+        super().compile_repeated_blocks(*args, **kwargs)
 
     def save_pretrained(
         self,

@@ -251,9 +251,9 @@ class D2iTContentModel(ClassLabelsMixin, StrictModelMixin, AttentionMixin, Cache
             ValueError: shapes, labels or map do not fit the configuration or one another, or the latents are not tied
                 (checked on the CPU; reading the answer back from an accelerator would stall it at every step).
         """
+        channels, num_classes = self.config.in_channels, self.config.num_classes
+        timestep = check_conditioning(hidden_states, channels, timestep, class_labels, num_classes)  # (B,)
         layout = self._prepare(hidden_states, grain_map)
-        num_classes, device = self.config.num_classes, hidden_states.device
-        timestep = check_conditioning(hidden_states.shape[0], timestep, class_labels, num_classes, device)  # (B,)
         label_embedding = 0.0 if self.label_embed is None else self.label_embed(class_labels)  # (B, D)
 
         # 1. Multi-grained Net: rough tokens, one per region (Eq. 6)
@@ -286,11 +286,6 @@ class D2iTContentModel(ClassLabelsMixin, StrictModelMixin, AttentionMixin, Cache
         layout = grain_map if isinstance(grain_map, GrainLayout) else self.prepare_grain_map(grain_map)
         if layout.grain_map.device != hidden_states.device:
             layout = layout.to(hidden_states.device)
-        if hidden_states.ndim != 4 or hidden_states.shape[1] != self.config.in_channels:
-            raise ValueError(
-                f"`hidden_states` must have shape (B, {self.config.in_channels}, height, width), got"
-                f" {tuple(hidden_states.shape)}."
-            )
         if (layout.num_grains, layout.window_size) != (self.config.num_grains, self.config.window_size):
             raise ValueError(
                 f"`grain_map` was prepared for {layout.num_grains} grains and windows of {layout.window_size} tokens,"

@@ -124,11 +124,10 @@ class D2iTGrainModel(ClassLabelsMixin, StrictModelMixin, AttentionMixin, SafeAda
         Raises:
             ValueError: shapes, labels or ratio do not fit the configuration.
         """
-        self._check_inputs(hidden_states, fine_ratio)
+        num_grains, num_classes = self.config.num_grains, self.config.num_classes
+        timestep = check_conditioning(hidden_states, num_grains, timestep, class_labels, num_classes)  # (B,)
         batch_size, _, height, width = hidden_states.shape
-        timestep = check_conditioning(
-            batch_size, timestep, class_labels, self.config.num_classes, hidden_states.device
-        )
+        self._check_fine_ratio(fine_ratio, batch_size)
 
         # 1. Conditioning: timestep, class, share of fine regions
         conditioning = self.time_embed(timestep, hidden_states.dtype)  # (B, D)
@@ -162,20 +161,15 @@ class D2iTGrainModel(ClassLabelsMixin, StrictModelMixin, AttentionMixin, SafeAda
         embedded = self.fine_ratio_embed(torch.nan_to_num(fine_ratio) * 1000, dtype)
         return torch.where(fine_ratio.isnan()[:, None], self.null_fine_ratio.to(embedded), embedded)
 
-    def _check_inputs(self, hidden_states: torch.Tensor, fine_ratio: torch.Tensor | None) -> None:
-        if hidden_states.ndim != 4 or hidden_states.shape[1] != self.config.num_grains:
-            raise ValueError(
-                f"`hidden_states` must have shape (B, {self.config.num_grains}, h, w), got"
-                f" {tuple(hidden_states.shape)}."
-            )
+    def _check_fine_ratio(self, fine_ratio: torch.Tensor | None, batch_size: int) -> None:
         if fine_ratio is None:
             return
         if not self.config.fine_ratio_condition:
             raise ValueError("`fine_ratio` was given to a grain model with fine_ratio_condition=False.")
-        if fine_ratio.shape != hidden_states.shape[:1] or not fine_ratio.is_floating_point():
+        if fine_ratio.shape != (batch_size,) or not fine_ratio.is_floating_point():
             raise ValueError(
-                f"`fine_ratio` must be floating point of shape ({len(hidden_states)},), got {fine_ratio.dtype} of"
-                f" shape {tuple(fine_ratio.shape)}."
+                f"`fine_ratio` must be floating point of shape ({batch_size},), got {fine_ratio.dtype} of shape"
+                f" {tuple(fine_ratio.shape)}."
             )
         if can_be_read(fine_ratio) and ((fine_ratio < 0) | (fine_ratio > 1)).any():  # false for NaN: left open
             raise ValueError(f"`fine_ratio` must lie in [0, 1] or be NaN, got {fine_ratio.tolist()}.")

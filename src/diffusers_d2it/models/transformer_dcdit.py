@@ -21,8 +21,8 @@ from diffusers.utils import BaseOutput, apply_lora_scale
 from torch import nn
 
 from ..budgets import BudgetArgument
-from .chunking import Chunks, confidence, dechunk, keep_likeliest, of_any_size
-from .configs import check_chunking_model
+from .chunking import Chunks, confidence, dechunk, keep_likeliest
+from .configs import ROUTER_GROUPS, ROUTER_REDUCTION, check_chunking_model
 from .layers import (
     ClassLabelsMixin,
     DiTBlock,
@@ -31,6 +31,7 @@ from .layers import (
     TimestepEmbedder,
     check_conditioning,
     init_dit_weights,
+    of_any_size,
     residual_stream,
     run_block,
     sincos_positions,
@@ -90,13 +91,13 @@ class ConvolutionStack(nn.Module):
 class PredictabilityRouter(nn.Module):
     """Boundary probability of a cell: what its neighbours do not predict is worth a token."""
 
-    def __init__(self, dim: int, reduction: int = 4, groups: int = 8):
+    def __init__(self, dim: int):
         super().__init__()
-        width = dim // reduction
+        width = dim // ROUTER_REDUCTION
         self.proj = nn.Conv2d(dim, width, 1)
         self.predictor = nn.Conv2d(width, width, 3, padding=1)
         self.conv = nn.Conv2d(width, width, 3, padding=1)
-        self.norm = nn.GroupNorm(groups, width)
+        self.norm = nn.GroupNorm(ROUTER_GROUPS, width)
         self.score = nn.Conv2d(width, 1, 1)
         nn.init.constant_(self.score.bias, _FEW_TOKENS)
 
@@ -282,11 +283,8 @@ class DCDiTModel(ClassLabelsMixin, StrictModelMixin, AttentionMixin, CacheMixin,
         Raises:
             ValueError: shapes, labels or budget do not fit the configuration or one another.
         """
-        if hidden_states.ndim != 4 or hidden_states.shape[1] != self.config.in_channels:
-            expected, found = f"(B, {self.config.in_channels}, H, W)", tuple(hidden_states.shape)
-            raise ValueError(f"`hidden_states` must have shape {expected}, got {found}.")
-        num_classes, device = self.config.num_classes, hidden_states.device
-        timestep = check_conditioning(hidden_states.shape[0], timestep, class_labels, num_classes, device)  # (B,)
+        channels, num_classes = self.config.in_channels, self.config.num_classes
+        timestep = check_conditioning(hidden_states, channels, timestep, class_labels, num_classes)  # (B,)
         label_embedding = 0.0 if self.label_embed is None else self.label_embed(class_labels)  # (B, D)
         conditioning = self.time_embed(timestep, hidden_states.dtype) + label_embedding  # (B, D)
         of_convolutions = conditioning if self.norm_conditioning is None else self.norm_conditioning(conditioning)
@@ -295,7 +293,7 @@ class DCDiTModel(ClassLabelsMixin, StrictModelMixin, AttentionMixin, CacheMixin,
         features = self.encoder(self.conv_in(hidden_states), of_convolutions)  # (B, H, W, D)
 
         # 2. Router: the cells that are worth a token, as many of them as the budget allows
-        with torch.autocast(device.type, enabled=False):
+        with torch.autocast(hidden_states.device.type, enabled=False):
             residual = self.residual_proj(features.to(self.residual_proj.weight.dtype))  # (B, H, W, D)
             residual = residual.to(features.device, torch.float32)  # several devices may share the layers
             probability = self._boundary_probability(features).to(features.device)  # (B, H, W)
@@ -312,7 +310,7 @@ class DCDiTModel(ClassLabelsMixin, StrictModelMixin, AttentionMixin, CacheMixin,
         tokens = self.norm_backbone(tokens)
 
         # 4. Back to all cells, and 5. convolutions over them
-        with torch.autocast(device.type, enabled=False):
+        with torch.autocast(hidden_states.device.type, enabled=False):
             tokens = tokens.to(probability.device, torch.float32)
             cells = dechunk(tokens, probability, chunks, self.config.smoothing_sigma)  # (B, H, W, D)
             cells = cells * confidence(probability)[..., None] + residual

@@ -7,8 +7,7 @@ from .pipeline_d2it import D2iTPipeline
 from .pipeline_d2it_img2img import D2iTImg2ImgPipeline
 from .pipeline_d2it_inpaint import D2iTInpaintPipeline
 from .pipeline_dcdit import DCDiTPipeline
-from .sampling_steps import SamplingSteps
-from .tied_scheduler import TiedScheduler
+from .sampling_steps import SamplingSteps, TiedScheduler
 
 
 __all__ = [

@@ -37,8 +37,14 @@ _turns: WeakKeyDictionary = WeakKeyDictionary()  # a lock for each denoiser, whi
 _running: WeakSet = WeakSet()  # denoisers of the calls that have their turn
 
 
-def turn_of(model: torch.nn.Module) -> threading.RLock:
-    """What to hold while a denoiser is in a call, or is changed; the same with and without torch.compile's wrapper."""
+def turn_of(model: torch.nn.Module | None) -> threading.RLock:
+    """What to hold while a denoiser is in a call, or is changed; the same with and without torch.compile's wrapper.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if model is None:
+        raise ValueError("`transformer` is None: this pipeline only decodes, by `decode_latents`.")
     with _guard:
         return _turns.setdefault(getattr(model, "_orig_mod", model), threading.RLock())
 
@@ -70,8 +76,6 @@ def one_call(call: Call) -> Call:
     @wraps(call)
     def waiting(self, *args, **kwargs):
         refuse_unknown(self, kwargs, call)
-        if self.transformer is None:
-            raise ValueError("`transformer` is None: this pipeline only decodes, by `decode_latents`.")
         model = getattr(self.transformer, "_orig_mod", self.transformer)
         with turn_of(model):
             if model in _running:

@@ -64,10 +64,13 @@ def check_grain_components(
         check_equal((f"grain_model.{name}", grain_model.config), (f"transformer.{name}", transformer.config))
     if (grain_model is None) != (grain_scheduler is None):
         raise ValueError("components do not fit: `grain_model` and `grain_scheduler` go together, one is None.")
-    if grain_scheduler is not None and grain_scheduler.config.prediction_type != "sample":
+    if grain_scheduler is None:
+        return
+    prediction_type = grain_scheduler.config.get("prediction_type")  # which schedulers of flow matching do not have
+    if prediction_type != "sample" or is_flow(grain_scheduler):
         raise ValueError(
-            "components do not fit: `grain_scheduler` needs prediction_type 'sample', got"
-            f" {grain_scheduler.config.prediction_type!r}."
+            "components do not fit: `grain_scheduler` must be one of diffusion with prediction_type 'sample', got"
+            f" {type(grain_scheduler).__name__} with {prediction_type!r}."
         )
 
 

@@ -16,7 +16,7 @@ from .batches import Batch
 from .grain_maps import DRAWN
 from .grained import GrainedPipeline
 from .pictures import fit_image, read_images
-from .tied_scheduler import TiedScheduler
+from .sampling_steps import TiedScheduler
 
 
 logger = logging.get_logger(__name__)

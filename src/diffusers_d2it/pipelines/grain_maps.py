@@ -23,6 +23,7 @@ from diffusers.utils import logging
 
 from ..data.images import ImageInput
 from ..grains import grain_map_from_entropy
+from ..limits import check_values, plain
 from ..models.autoencoder_kl_dynamic import DynamicAutoencoderKL
 from ..words import shown
 from .pictures import MaskInput, fit_image, fit_mask, read_images, read_masks
@@ -80,7 +81,7 @@ def grain_map_from_boxes(
     Raises:
         ValueError: a box is empty or lies outside the image.
     """
-    grain_map = torch.zeros(size, dtype=torch.int64)
+    grain_map, boxes = torch.zeros(size, dtype=torch.int64), plain(boxes)
     if len(boxes) and not isinstance(boxes[0], Sequence | np.ndarray | torch.Tensor):
         boxes = [boxes]
     for box in boxes:
@@ -119,8 +120,8 @@ def foveated_grain_map(
         raise ValueError(
             f"`center` must be (x, y) inside {image_size[1]}x{image_size[0]} pixels, got {shown(center)}."
         )
-    if not 0 <= fine_ratio <= 1:
-        raise ValueError(f"`fine_ratio` must lie in [0, 1], got {fine_ratio!r}.")
+    fine_ratio = plain(fine_ratio)
+    check_values({"fine_ratio": fine_ratio}, {"fine_ratio": float}, {"fine_ratio": (0, 1)}, exact=False)
     rows = (torch.arange(height) + 0.5) * (image_size[0] / height) - center[1]
     columns = (torch.arange(width) + 0.5) * (image_size[1] / width) - center[0]
     nearest = (rows[:, None] ** 2 + columns**2).flatten().argsort(stable=True)
@@ -142,7 +143,7 @@ def grain_map_from_image(
 
     Args:
         vae: its thresholds decide.
-        image: one or several, as of `data.images.image_to_pixels`; each is fitted to the size.
+        image: one or several, as of `pipelines.pictures.read_images`; each is fitted to the size.
         image_size: (H, W), multiples of a region.
         fine_ratio: share of fine regions over the calibration set; None for the autoencoder's default.
         device: where to count; default: the autoencoder's.

@@ -1,7 +1,6 @@
 # Copyright 2026 The diffusers-d2it authors. Licensed under the Apache License, Version 2.0.
 """Maps that are drawn: by the grain model (sec. 3.2.2 of arXiv:2504.09454), whole or around others, or by chance."""
 
-import copy
 import inspect
 import math
 
@@ -11,7 +10,7 @@ from diffusers.utils.torch_utils import randn_tensor
 
 from ..models.transformer_d2it_grain import D2iTGrainModel
 from .grain_maps import DRAWN
-from .sampling_steps import step_generator_kwargs
+from .sampling_steps import SamplingSteps
 
 
 _CERTAIN = 1e4  # logits of a region that is held, beyond those of any model
@@ -73,55 +72,33 @@ def sample_grain_map(
     guided = num_classes is not None and guidance_scale != 1.0
     null_ids = torch.full_like(class_ids, num_classes) if guided else None
 
-    scheduler = copy.deepcopy(scheduler)  # as in SamplingSteps
-    scheduler.set_timesteps(num_inference_steps, device="cpu")
-    step_kwargs = step_generator_kwargs(scheduler, generator)
-    if held is not None and "eta" in inspect.signature(scheduler.step).parameters:
-        step_kwargs["eta"] = 1.0
+    takes_eta = held is not None and "eta" in inspect.signature(scheduler.step).parameters
+    steps = SamplingSteps(scheduler, num_inference_steps, device, generator, eta=1.0 if takes_eta else None)
     noise = randn_tensor((batch_size, num_grains, *size), generator=generator, device=device, dtype=torch.float32)
-    given = None if held is None else _GivenGrains(held.to(device), scheduler, noise)
-    state = noise * scheduler.init_noise_sigma  # (B, k, h, w)
-    for i, (t, model_t) in enumerate(zip(scheduler.timesteps, scheduler.timesteps.to(device))):
-        if given is not None:
-            state = given.put_back(state, i)
-        model_input = scheduler.scale_model_input(state, t).to(model.dtype)
+    state = steps.prior(noise)  # (B, k, h, w)
+    if held is not None:
+        held = held.to(device)
+        is_held = (held != DRAWN)[:, None]  # (B, 1, h, w)
+        clean = model.state_from_grain_map(held.clamp_min(0), num_grains)  # (B, k, h, w)
+        speaking = clean * noise.abs()  # noise with the sign of the grain
+        # Before the first step, as `add_noise` sends a timestep to the device
+        held_at = [steps.noised(clean, speaking, i) for i in range(len(steps.timesteps))]
+    for i, t in enumerate(steps.timesteps):
+        if held is not None:
+            state = torch.where(is_held, held_at[i], state)
+        model_input, model_t = steps.model_input(state, t)
+        model_input = model_input.to(model.dtype)
         # Copied, because a CUDA graph writes its next output to the same place
         logits = model(model_input, model_t, class_ids, condition).logits.to(torch.float32, copy=True)
         if guided:
             null_logits = model(model_input, model_t, null_ids, condition).logits.float()
             logits = null_logits + guidance_scale * (logits - null_logits)
-        state = scheduler.step(model.expected_state(logits), t, state, return_dict=False, **step_kwargs)[0]
+        state = steps.step(model.expected_state(logits), t, state)
     if not logits.isfinite().all():
         raise ValueError("`grain_model` ended in logits that are not finite: the model or its scheduler diverged.")
-    if given is not None:
-        logits = given.decide(logits)
+    if held is not None:  # they come first or last where a share of fine regions is counted
+        logits = torch.where(is_held, clean * _CERTAIN, logits)
     return grain_map_from_logits(logits, counts)
-
-
-class _GivenGrains:
-    """The regions of maps that are held while the others are drawn.
-
-    Args:
-        held: (B, h, w) int64, `DRAWN` where a region is not held.
-        scheduler: with its timesteps set.
-        noise: (B, k, h, w), standard normal, what the drawing begins with.
-    """
-
-    def __init__(self, held: torch.Tensor, scheduler: KarrasDiffusionSchedulers, noise: torch.Tensor):
-        self._mask = (held != DRAWN)[:, None]  # (B, 1, h, w)
-        self._state = D2iTGrainModel.state_from_grain_map(held.clamp_min(0), noise.shape[1])  # (B, k, h, w)
-        of_steps, times = (len(scheduler.timesteps), 1, 1, 1), scheduler.timesteps.repeat_interleave(len(held))
-        speaking = self._state * noise.abs()  # noise with the sign of the grain
-        noised = scheduler.add_noise(self._state.repeat(of_steps), speaking.repeat(of_steps), times)
-        self._noised = noised.unflatten(0, (-1, len(held)))  # (T, B, k, h, w), of all steps at once
-
-    def put_back(self, state: torch.Tensor, step: int) -> torch.Tensor:
-        """The state with these regions as they are at a step."""
-        return torch.where(self._mask, self._noised[step], state)
-
-    def decide(self, logits: torch.Tensor) -> torch.Tensor:
-        """The logits, certain of these regions: they come first or last where a share of fine regions is counted."""
-        return torch.where(self._mask, self._state * _CERTAIN, logits)
 
 
 def grain_map_from_logits(logits: torch.Tensor, num_fine: list[int | None]) -> torch.Tensor:

@@ -24,7 +24,7 @@ from .class_conditional import ClassConditionalPipeline
 from .grain_maps import DRAWN, NAMES, as_regions, grain_map_from_image, read_maps
 from .grain_sampling import random_grain_map, sample_grain_map
 from .outputs import D2iTPipelineOutput
-from .tied_scheduler import TiedScheduler
+from .sampling_steps import TiedScheduler
 
 
 class GrainedPipeline(ClassConditionalPipeline):
@@ -235,7 +235,8 @@ class GrainedPipeline(ClassConditionalPipeline):
     def output(self, images: Any, grain_map: torch.Tensor, return_dict: bool) -> D2iTPipelineOutput | tuple:
         """What a call returns; models that were loaded for it go back."""
         self.maybe_free_model_hooks()
-        return D2iTPipelineOutput(images=images, grain_maps=grain_map) if return_dict else (images, grain_map)
+        output = D2iTPipelineOutput(images, grain_map, self.transformer.config.num_grains)
+        return output if return_dict else output.to_tuple()
 
     def _guided(self, conditions: dict[str, Any], null_conditions: dict[str, torch.Tensor]) -> dict[str, Any]:
         layout = self.transformer.prepare_grain_map(torch.cat([conditions["grain_map"].grain_map] * 2))

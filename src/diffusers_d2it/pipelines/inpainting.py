@@ -110,7 +110,8 @@ def crop_around(
     start = [min(max(round(at - side / 2), 0), whole - side) for at, side, whole in zip(middle, sides, mask.size)]
     box = (*start, start[0] + sides[0], start[1] + sides[1])
     part = to_pil(picture).crop(box).resize((width, height), PIL.Image.Resampling.BICUBIC)
-    return box, part, mask.crop(box).resize((width, height), PIL.Image.Resampling.BOX)
+    share = mask.crop(box).resize((width, height), PIL.Image.Resampling.BOX)
+    return box, part, share.point(lambda grey: 255 * (grey > 0))  # anything white is white, as in `is_new`
 
 
 def paste_part(

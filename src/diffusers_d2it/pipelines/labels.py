@@ -40,7 +40,7 @@ def class_ids(
     elif isinstance(class_labels, Iterable) and not isinstance(class_labels, _NO_ROW):
         class_labels = list(class_labels)
     labels = [class_labels] if isinstance(class_labels, (int, float, str)) else class_labels
-    if labels is None or labels == []:
+    if labels is None:
         raise ValueError(f"`class_labels` are required: this model is class-conditional, got {class_labels!r}.")
     if isinstance(labels, list) and len(labels) == 1 and isinstance(labels[0], list):
         [labels] = labels

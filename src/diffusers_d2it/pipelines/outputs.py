@@ -6,13 +6,14 @@ Shapes:
     h w sides of a grain map in regions
 """
 
-from dataclasses import dataclass
+from dataclasses import InitVar, dataclass
 
 import numpy as np
 import PIL.Image
 import torch
 from diffusers.utils import BaseOutput, make_image_grid
 
+from ..grains import fine_share
 from ..words import counted
 
 
@@ -47,9 +48,15 @@ class D2iTPipelineOutput(ImagesOutput):
     """Output of the pipelines of D2iT."""
 
     grain_maps: torch.Tensor  # the grain of every region, (B, h, w) int64, 0 = coarsest
+    num_grains: InitVar[int | None] = None  # of the model; None for those of the maps. No item, as it is no tensor
+
+    def __post_init__(self, num_grains: int | None) -> None:
+        super().__post_init__()
+        self.num_grains = num_grains
 
     def _spent(self) -> str:
-        return f"fine share {(self.grain_maps > 0).float().mean():.2f}"  # finer than the coarsest
+        num_grains = self.num_grains or int(self.grain_maps.max()) + 1
+        return f"fine share {fine_share(self.grain_maps, num_grains).mean():.2f}"
 
 
 @dataclass(repr=False)

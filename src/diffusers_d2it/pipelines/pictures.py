@@ -8,7 +8,7 @@ import PIL.Image
 import PIL.ImageOps
 import torch
 
-from ..data.images import ImageInput, fitted, image_to_pixels, open_image
+from ..data.images import ImageInput, decode_image, fitted
 from ..pixels import UnusableImageError, from_uint8, to_uint8, upright_rgb
 from ..words import printable
 
@@ -18,11 +18,56 @@ _COLOURED = 48  # levels between the channels of a pixel, beyond what compressio
 MaskInput = str | os.PathLike | PIL.Image.Image | np.ndarray | torch.Tensor | list
 
 
+def open_image(path: str | os.PathLike, argument: str) -> PIL.Image.Image:
+    """The picture of a file, RGB and upright; "~" is the user's home.
+
+    Raises:
+        ValueError: the file cannot be used; `argument` is what it was passed for.
+    """
+    try:
+        return decode_image({"path": os.path.expanduser(path)})
+    except UnusableImageError as error:
+        raise ValueError(f"`{argument}` {printable(path)}: {error}") from None
+
+
 def read_images(image: ImageInput) -> list[torch.Tensor]:
-    """Pictures as training would read them, each (3, H, W) in [-1, 1] at its own size; see `image_to_pixels`."""
+    """Pictures as training would read them, each (3, H, W) in [-1, 1] at its own size.
+
+    Args:
+        image: a path, a PIL image, an array ([B,] H, W[, 3]) or a tensor ([B,] 3, H, W), or a list of these. Floating-
+            point values lie in [0, 1], others have 8 or 16 bits.
+
+    Raises:
+        ValueError: it is none of these, values lie outside, or a file cannot be used.
+    """
     if isinstance(image, (list, tuple)) and image:
         return [pixels for one in image for pixels in read_images(one)]
-    return list(image_to_pixels(image))
+    if isinstance(image, (str, os.PathLike)):
+        image = open_image(image, "image")
+    if isinstance(image, torch.Tensor) and image.ndim in (3, 4) and image.shape[-3] in (1, 3, 4):
+        image = (image.float() if image.is_floating_point() else image).movedim(-3, -1).numpy(force=True)
+    if isinstance(image, np.ndarray) and image.dtype in (np.uint8, np.uint16) and image.ndim > 1:
+        if image.ndim == 4:
+            return read_images(list(image))
+        if image.ndim == 3 and image.dtype == np.uint16:  # Pillow knows 16 bits of grey alone
+            image = ((image.astype(np.int64) + 128) // 257).astype(np.uint8)
+        image = PIL.Image.fromarray(image[..., 0] if image.ndim == 3 and image.shape[-1] == 1 else image)
+    if isinstance(image, PIL.Image.Image):
+        try:
+            return [from_uint8(torch.from_numpy(np.array(upright_rgb(image)))).movedim(-1, 0)]
+        except UnusableImageError as error:
+            raise ValueError(f"`image`: {error}") from None
+    is_array = isinstance(image, np.ndarray) and image.dtype.kind == "f"
+    if not is_array or image.ndim not in (3, 4) or image.shape[-1] != 3:
+        raise ValueError(
+            "`image` must be paths, PIL images, an array (B, H, W, 3) or a tensor (B, 3, H, W), floating-point in"
+            f" [0, 1] or of 8 or 16 bits, got {type(image).__name__} {getattr(image, 'dtype', '')}"
+            f" {tuple(getattr(image, 'shape', ()))}."
+        )
+    if not (image.min() >= 0 and image.max() <= 1):  # written so that NaN fails it
+        raise ValueError(f"`image` must lie in [0, 1], got {image.min():.4g} to {image.max():.4g}.")
+    pixels = torch.from_numpy(2 * image.astype(np.float32) - 1).movedim(-1, -3)
+    return list(pixels) if pixels.ndim == 4 else [pixels]
 
 
 def fit_image(pixels: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
@@ -60,10 +105,7 @@ def read_masks(mask: MaskInput, name: str) -> list[PIL.Image.Image]:
             neither.
     """
     if isinstance(mask, (str, os.PathLike)):
-        try:
-            mask = open_image(mask)
-        except UnusableImageError as error:
-            raise ValueError(f"`{name}` {printable(mask)}: {error}") from None
+        mask = open_image(mask, name)
     if isinstance(mask, np.ndarray) and mask.dtype == np.uint8 and mask.ndim == 3 and mask.shape[-1] in (2, 3, 4):
         mask = PIL.Image.fromarray(mask)
     if isinstance(mask, PIL.Image.Image):

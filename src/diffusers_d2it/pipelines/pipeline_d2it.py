@@ -17,7 +17,7 @@ from .calls import one_call, turn_of
 from .grain_maps import MapInput
 from .grained import GrainedPipeline
 from .outputs import D2iTPipelineOutput
-from .tied_scheduler import TiedScheduler
+from .sampling_steps import TiedScheduler
 
 
 class D2iTPipeline(GrainedPipeline):
@@ -146,6 +146,7 @@ class D2iTPipeline(GrainedPipeline):
                 images, or as for `__call__`.
         """
         a, b, steps = plain(a), plain(b), plain(steps)
+        kwargs = {name: plain(value) for name, value in kwargs.items()}
         if not isinstance(steps, int) or steps < 2:
             raise ValueError(f"`steps` must be a whole number, at least 2, got {steps!r}.")
         for name, end in (("a", a), ("b", b)):
@@ -159,7 +160,7 @@ class D2iTPipeline(GrainedPipeline):
         with turn_of(self.transformer):
             grain_map, first, generator = self._map_and_noise(a, given.arguments)
             _, last, _ = self._map_and_noise(b, given.arguments)
-            between = slerp(tie(first, grain_map), tie(last, grain_map), plain(steps))  # (steps, C, h * R, w * R)
+            between = slerp(tie(first, grain_map), tie(last, grain_map), steps)  # (steps, C, h * R, w * R)
             state, kwargs = generator.get_state(), {**kwargs, "grain_map": grain_map, "fine_ratio": None}
             pictures = []
             for noise in between.split(1):

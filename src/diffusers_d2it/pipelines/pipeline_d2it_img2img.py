@@ -12,7 +12,7 @@ from .calls import one_call
 from .editing import EditingPipeline, start_of_edit
 from .grain_maps import MapInput
 from .outputs import D2iTPipelineOutput
-from .tied_scheduler import TiedScheduler
+from .sampling_steps import TiedScheduler
 
 
 class D2iTImg2ImgPipeline(EditingPipeline):

@@ -15,7 +15,7 @@ from .grain_maps import MapInput, read_maps
 from .inpainting import crop_around, is_new, masks_of, paste_part, pasted_back, touched, whole_codes
 from .outputs import D2iTPipelineOutput
 from .pictures import MaskInput
-from .tied_scheduler import TiedScheduler
+from .sampling_steps import TiedScheduler
 
 
 logger = logging.get_logger(__name__)
@@ -142,7 +142,7 @@ class D2iTInpaintPipeline(EditingPipeline):
         boxes, parts, part_masks = zip(*crops)
         whole = {name: value for name, value in call.items() if name != "self"}
         whole |= {"image": list(parts), "mask_image": list(part_masks), "padding_mask_crop": None, "return_dict": True}
-        output = type(self).__call__.__wrapped__(self, **whole)
+        output = D2iTInpaintPipeline.__call__.__wrapped__(self, **whole)
         per_picture = len(output.images) // len(pictures)
         for i, part in enumerate(output.images):
             one = i // per_picture

@@ -3,11 +3,13 @@
 
 import copy
 import inspect
+from typing import Any
 
 import numpy as np
 import torch
 from diffusers import DDPMScheduler, EDMEulerScheduler, LMSDiscreteScheduler, PNDMScheduler
 
+from ..grains import GrainLayout
 from .schedulers import is_flow, reads_variance
 
 
@@ -58,7 +60,7 @@ class SamplingSteps:
             network_timesteps = network_timesteps.float()  # not every device has float64
         self._on_device = dict(zip(map(float, self.timesteps), network_timesteps.to(device)))
         self._reads_variance = reads_variance(scheduler)
-        self._step_kwargs = step_generator_kwargs(scheduler, generator)
+        self._step_kwargs = _step_generator_kwargs(scheduler, generator)
         if eta is not None:
             _check_taken(scheduler.step, {"eta": eta})
             self._step_kwargs["eta"] = eta
@@ -124,6 +126,33 @@ class SamplingSteps:
         return self.tie(previous.to(latents.dtype))
 
 
+class TiedScheduler(SamplingSteps):
+    """Steps over latents with grains: a coarse code stays one value.
+
+    Schedulers act on single cells and draw independent noise for each. Every sample that leaves this class has been
+    tied, so a loop written with it cannot forget to (without the tie the cells of a code drift apart without bound).
+
+        steps = TiedScheduler(scheduler, layout, num_inference_steps=25, device=device, generator=generator)
+        latents = steps.prior(noise)
+        for t in steps.timesteps:
+            model_input, timestep = steps.model_input(latents, t)
+            noise_prediction = model(model_input, timestep, layout).sample
+            latents = steps.step(noise_prediction, t, latents)
+
+    Args:
+        scheduler, num_inference_steps, device, generator, timesteps, sigmas, eta: as of `SamplingSteps`.
+        layout: of the grain map.
+    """
+
+    def __init__(self, scheduler, layout: GrainLayout, *args: Any, **kwargs: Any):
+        super().__init__(scheduler, *args, **kwargs)
+        self.layout = layout
+
+    def tie(self, latents: torch.Tensor) -> torch.Tensor:
+        """Every cell of a code as its top-left one, which follows exactly the process that the code should follow."""
+        return self.layout.tie(latents)
+
+
 def _check_taken(method, arguments: dict) -> None:
     """Raise a ValueError that names an argument which a method of a scheduler does not take."""
     for name in arguments:
@@ -131,7 +160,7 @@ def _check_taken(method, arguments: dict) -> None:
             raise ValueError(f"`{name}` is not taken by `scheduler`, a {type(method.__self__).__name__}.")
 
 
-def step_generator_kwargs(scheduler, generator: torch.Generator | list[torch.Generator] | None) -> dict:
+def _step_generator_kwargs(scheduler, generator: torch.Generator | list[torch.Generator] | None) -> dict:
     """What `scheduler.step` takes so that its noise comes from `generator`; call it after `scheduler.set_timesteps`.
 
     DPMSolverSDEScheduler alone draws its noise from seeds that it holds itself: they are drawn from the generator.

@@ -77,6 +77,9 @@ class NpzImages:
     def __len__(self) -> int:
         return self.num_images
 
+    def __reduce__(self) -> tuple:
+        return NpzImages, (self.path,)  # an open file cannot be handed to another process
+
     def read(self, start: int, stop: int) -> np.ndarray:
         """Images `start` to `stop`, (stop - start, H, W, 3) uint8. Quick when it goes on where the last call ended.
 

@@ -36,7 +36,6 @@ from ..words import listed, without_paths
 
 
 PROTOCOL = "protocol.json"
-LABEL_SCHEMES = ("balanced", "random")
 
 _VERSION = 1
 _NOISE, _LABELS, _PHOTOGRAPHS = range(3)  # what a seed is for: they are independent of one another
@@ -45,6 +44,7 @@ _LABEL_RULES = {
     "balanced": "image i has class i modulo K of the K classes: the first N modulo K of them have one image more",
     "random": "image i has class SeedSequence(seed, spawn_key=(1, i)).generate_state(1, uint64) modulo K",
 }
+LABEL_SCHEMES = tuple(_LABEL_RULES)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ from ..draws import draw_integers, draw_uniform
 from .adapters import add_adapters, save_adapters
 from .alignment import Alignment, patches_of
 from .checkpoints import Checkpoints, trained_weights, use_ema
-from .compiling import compile_blocks
 from .discriminator import PatchDiscriminator
 from .distillation import Distillation
 from .finding import find_checkpoint, found_checkpoints
@@ -26,7 +25,6 @@ __all__ = [
     "PatchDiscriminator",
     "PerceptualLoss",
     "Run",
-    "compile_blocks",
     "count_entropy",
     "draw_budget",
     "draw_fine_ratio",

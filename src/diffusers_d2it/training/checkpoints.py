@@ -393,13 +393,9 @@ def _load_weights(module: nn.Module, weights: dict[str, Tensor], source: Path) -
 
 
 def _copy_weights(weights: dict[str, Tensor], stored: dict[str, Tensor], source: Path) -> None:
-    changed = {name for name in weights.keys() | stored.keys() if _shape(weights, name) != _shape(stored, name)}
-    if changed:
-        raise ValueError(f"{source} holds other adapters, such as `{min(changed)}`.")
+    shapes = [{(name, tensor.shape) for name, tensor in tensors.items()} for tensors in (weights, stored)]
+    if changed := shapes[0] ^ shapes[1]:
+        raise ValueError(f"{source} holds other adapters, such as `{min(changed)[0]}`.")
     with torch.no_grad():
         for name, weight in weights.items():
             weight.copy_(stored[name])
-
-
-def _shape(weights: dict[str, Tensor], name: str) -> torch.Size | None:
-    return weights[name].shape if name in weights else None

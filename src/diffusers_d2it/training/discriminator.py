@@ -16,7 +16,7 @@ class PatchDiscriminator(nn.Module):
 
     Args:
         in_channels: channels of an image.
-        base_channels: width of the first layer, doubled by each of the next two; a multiple of 8.
+        base_channels: width of the first layer, doubled by each of the next three; a multiple of 8.
 
     Raises:
         ValueError: `base_channels` is no positive multiple of 8.
@@ -27,16 +27,14 @@ class PatchDiscriminator(nn.Module):
         if base_channels < 8 or base_channels % 8:
             raise ValueError(f"`base_channels` must be a positive multiple of 8, got {base_channels}.")
         layers = [nn.Conv2d(in_channels, base_channels, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
-        channels = base_channels
-        for stride in (2, 2, 1):
-            width = min(2 * channels, 8 * base_channels)
+        for factor, stride in ((1, 2), (2, 2), (4, 1)):
+            channels = factor * base_channels
             layers += [
-                nn.Conv2d(channels, width, 4, stride=stride, padding=1, bias=False),
-                nn.GroupNorm(8, width),
+                nn.Conv2d(channels, 2 * channels, 4, stride=stride, padding=1, bias=False),
+                nn.GroupNorm(8, 2 * channels),
                 nn.LeakyReLU(0.2),
             ]
-            channels = width
-        layers.append(nn.Conv2d(channels, 1, 4, padding=1))
+        layers.append(nn.Conv2d(8 * base_channels, 1, 4, padding=1))
         self.layers = nn.Sequential(*layers)
         for layer in self.layers:
             if isinstance(layer, nn.Conv2d):

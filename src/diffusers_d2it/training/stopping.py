@@ -69,14 +69,12 @@ class StopSignals:
 
     def interruptible(self, function: Callable, *args: Any) -> Any:
         """`function(*args)`, or None if a signal ended it: for what takes long and changes nothing of the run."""
-        try:
+        with suppress(_Interrupted):
             try:
                 self._may_interrupt = True
                 return None if self._signal else function(*args)
             finally:
                 self._may_interrupt = False
-        except _Interrupted:
-            return None
 
     def _note(self, number: int, frame: object) -> None:
         if not self._signal:
