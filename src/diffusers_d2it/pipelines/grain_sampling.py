@@ -79,7 +79,7 @@ def sample_grain_map(
     if held is not None:
         held = held.to(device)
         is_held = (held != DRAWN)[:, None]  # (B, 1, h, w)
-        clean = model.state_from_grain_map(held.clamp_min(0), num_grains)  # (B, k, h, w)
+        clean = model.state_from_grain_map(held.clamp_min(0), num_grains).contiguous()  # (B, k, h, w), as the noise
         speaking = clean * noise.abs()  # noise with the sign of the grain
         # Before the first step, as `add_noise` sends a timestep to the device
         held_at = [steps.noised(clean, speaking, i) for i in range(len(steps.timesteps))]
