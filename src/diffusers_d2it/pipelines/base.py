@@ -5,17 +5,16 @@ import inspect
 import os
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, TypeVar
 
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import logging
 from huggingface_hub import ModelCard, hf_hub_download
 
-from ..files.folders import read_json, save_folder
+from ..files.folders import save_folder
 from ..files.source import HUB_ARGUMENTS, PARTS, WithoutOrigin, check_source, pin, refuse_code, without_origin
 from ..files.weights import check_sealed, sealed_files
-from ..limits import check_values
 from ..models.autoencoder_kl import check_autoencoder_kl
 from ..models.strict import init_parameters, refuse_unsafe, saving
 from ..optional import naming_what_is_broken
@@ -37,16 +36,10 @@ class StrictPipeline(WithoutOrigin, DiffusionPipeline):
     _models: Mapping[str, tuple[type[torch.nn.Module], ...]]  # classes that a component may be of
     _schedulers: tuple[str, ...]  # components that are schedulers of diffusers
     _optional_components: list[str]  # those of both that may be None
-    _limits: Mapping[str, tuple[float, float]]  # of arguments of `__call__`
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
         PARTS.update(getattr(cls, "_models", ()), getattr(cls, "_schedulers", ()))
-
-    @classmethod
-    def check_settings(cls, settings: Mapping[str, Any]) -> None:
-        """Raise a ValueError unless these arguments of `__call__` are of their types and in their ranges."""
-        check_values(settings, get_type_hints(cls.__call__), cls._limits, exact=False)
 
     @property
     def _execution_device(self) -> torch.device:
@@ -85,8 +78,7 @@ class StrictPipeline(WithoutOrigin, DiffusionPipeline):
         folder = pretrained_model_name_or_path
         if not os.path.isdir(folder):
             folder = cls.download(folder, **kwargs)
-        cls._check_folder(Path(folder), kwargs.keys(), kwargs.get("variant"))
-        index = read_json(Path(folder, INDEX))
+        index = cls._check_folder(Path(folder), kwargs.keys(), kwargs.get("variant"))
         let_diffusers_load([index[name] for name in init_parameters(cls) if is_component(index.get(name))])
         options = {key: value for key, value in kwargs.items() if key not in HUB_ARGUMENTS}
         with naming_what_is_broken("loading a pipeline"):  # diffusers imports all that a component might be
@@ -112,8 +104,12 @@ class StrictPipeline(WithoutOrigin, DiffusionPipeline):
         return super().download(pretrained_model_name, **kwargs | hub | {"use_safetensors": True})
 
     @classmethod
-    def _check_folder(cls, folder: Path, given: Collection[str], variant: str | None) -> None:
-        """Check the files of a pipeline but those of our models, which check their own, and components `given`."""
+    def _check_folder(cls, folder: Path, given: Collection[str], variant: str | None) -> dict[str, Any]:
+        """Check the files of a pipeline but those of our models, which check their own, and components `given`.
+
+        Returns:
+            What model_index.json says.
+        """
         records = sealed_files(folder)
         check_sealed([folder / INDEX], records)
         index = read_index(cls, folder / INDEX)
@@ -131,6 +127,7 @@ class StrictPipeline(WithoutOrigin, DiffusionPipeline):
                 check_scheduler_file(part / "scheduler_config.json")
             elif name in cls._models and [library, class_name] == ["diffusers", "AutoencoderKL"]:
                 check_autoencoder_kl(part, variant)
+        return index
 
     # -----------------------------------------------------------------------------------------------------------------
     # Saving

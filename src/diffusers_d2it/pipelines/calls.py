@@ -64,7 +64,7 @@ def refuse_unknown(pipe: object, kwargs: Mapping[str, Any], call: Callable) -> N
 
 
 def one_call(call: Call) -> Call:
-    """Make a method the `__call__` of a pipeline: its arguments are `plain`, and calls on one denoiser take turns.
+    """Make a method the `__call__` of a pipeline: no gradients, `plain` arguments, calls on a denoiser take turns.
 
     A call keeps its state in the pipeline, where callbacks change it, and in the caches of its denoiser, which
     pipelines may share. So a second thread waits, and gets what it would get alone; a callback must not wait for it.
@@ -77,7 +77,7 @@ def one_call(call: Call) -> Call:
     def waiting(self, *args, **kwargs):
         refuse_unknown(self, kwargs, call)
         model = getattr(self.transformer, "_orig_mod", self.transformer)
-        with turn_of(model):
+        with turn_of(model), torch.no_grad():
             if model in _running:
                 raise ValueError(f"`callback_on_step_end` calls a {type(self).__name__} while its model is in a call.")
             _running.add(model)

@@ -10,6 +10,7 @@ from diffusers.schedulers import KarrasDiffusionSchedulers
 from diffusers.utils import logging
 
 from ..models.autoencoder_kl_dynamic import DynamicAutoencoderKL
+from ..models.latent_codec import LatentCodec
 from ..models.transformer_d2it_content import D2iTContentModel
 from ..models.transformer_d2it_grain import D2iTGrainModel
 from ..words import shown
@@ -32,15 +33,16 @@ def check_components(
     """
     if transformer is None:
         return
+    config = transformer.config
     if vae is not None:
-        check_equal(("transformer.in_channels", transformer.config), ("vae.latent_channels", vae.config))
+        check_equal({"transformer.in_channels": config.in_channels, "vae.latent_channels": vae.config.latent_channels})
     check_scheduler(scheduler, transformer, is_flow(scheduler))
     if scheduler.config.get("clip_sample") or scheduler.config.get("thresholding"):
         logger.warning(
             "`scheduler` limits samples to [-1, 1], which is meant for pixels and spoils latents: make it with"
             " clip_sample=False and thresholding=False."
         )
-    num_classes = transformer.config.num_classes
+    num_classes = config.num_classes
     beyond = [id for id in labels or {} if id not in range(num_classes or 0)]
     if beyond:
         raise ValueError(f"components do not fit: `id2label` names {beyond}, the model has {num_classes} classes.")
@@ -55,13 +57,11 @@ def check_grain_components(
     """As `check_components`, of what D2iT has beside."""
     if transformer is None:
         return
-    if vae is not None and vae.num_grains != transformer.config.num_grains:
-        raise ValueError(
-            f"components do not fit: transformer.num_grains is {transformer.config.num_grains}, the vae has"
-            f" {vae.num_grains} grains."
-        )
+    config = transformer.config
+    if vae is not None:
+        check_equal({"transformer.num_grains": config.num_grains, "vae.num_grains": vae.num_grains})
     for name in ("num_grains", "num_classes") if grain_model is not None else ():
-        check_equal((f"grain_model.{name}", grain_model.config), (f"transformer.{name}", transformer.config))
+        check_equal({f"grain_model.{name}": grain_model.config[name], f"transformer.{name}": config[name]})
     if (grain_model is None) != (grain_scheduler is None):
         raise ValueError("components do not fit: `grain_model` and `grain_scheduler` go together, one is None.")
     if grain_scheduler is None:
@@ -74,25 +74,11 @@ def check_grain_components(
         )
 
 
-def check_equal(*keys: tuple[str, Mapping[str, Any]]) -> None:
-    """Raise a ValueError unless two keys of configurations, each "component.key" and its configuration, are equal."""
-    (left, left_value), (right, right_value) = ((name, config[name.partition(".")[2]]) for name, config in keys)
+def check_equal(values: Mapping[str, Any]) -> None:
+    """Raise a ValueError unless two values, each by the name "component.key", are equal."""
+    (left, left_value), (right, right_value) = values.items()
     if left_value != right_value:
         raise ValueError(f"components do not fit: {left} is {left_value}, {right} is {right_value}.")
-
-
-SAMPLING_LIMITS = {
-    "num_images_per_prompt": (1, 10_000),
-    "num_inference_steps": (1, 1_000_000),
-    "guidance_scale": (-1e6, 1e6),
-    "guidance_interval": (0, 1),
-    "guidance_power": (1e-6, 1e6),
-    "height": (1, 16_384),
-    "width": (1, 16_384),
-    "timesteps": (0, 1_000_000),
-    "sigmas": (0, 1e6),
-    "eta": (0, 1),
-}
 
 
 def check_noise(batch: Batch, latents: torch.Tensor | None, transformer: ModelMixin) -> None:
@@ -130,17 +116,16 @@ def check_maps(batch: Batch, fine_ratio: float | list[float | None] | None, can_
     drawn = [
         bool((one == DRAWN).any()) if isinstance(one, torch.Tensor) else one is None or one == "draw" for one in maps
     ]
+    decided = [
+        not is_drawn and not (isinstance(one, str) and one in ("random", "image", "draw"))
+        for one, is_drawn in zip(maps, drawn)
+    ]
     if any(drawn) and not can_draw:
         raise ValueError("`grain_map` is required, for every region: this pipeline has no grain model.")
-    if (
-        fine_ratio is not None
-        and not any(drawn)
-        and not any(isinstance(one, str) and one in ("random", "image", "draw") for one in maps)
-    ):
+    if fine_ratio is not None and all(decided):
         raise ValueError("`fine_ratio` and a given `grain_map`, other than 'random', are mutually exclusive.")
-    for i, one in enumerate(maps if isinstance(fine_ratio, list) else []):
-        decided = not drawn[i] and not (isinstance(one, str) and one in ("random", "image", "draw"))
-        if decided and fine_ratios[i] is not None:
+    for i, is_decided in enumerate(decided if isinstance(fine_ratio, list) else []):
+        if is_decided and fine_ratios[i] is not None:
             raise ValueError(f"`fine_ratio` must be None for image {i}, whose `grain_map` is given, got {fine_ratio}.")
 
 
@@ -164,25 +149,28 @@ def changed_by(returned: dict[str, torch.Tensor] | None, latents: torch.Tensor) 
 
 
 def size_of_call(
-    given: dict[str, tuple[int, int]],
-    height: int | None,
-    width: int | None,
-    factor: int | None,
+    call: Mapping[str, Any],
     transformer: ModelMixin,
+    vae: ModelMixin | None,
+    grain_map: tuple[int, int] | None = None,
 ) -> tuple[int, int]:
     """Sides (h, w) of what a call draws, in units of the model: regions or cells.
 
     Args:
-        given: sides of arguments that have some, by their names.
-        height, width: in pixels, as they are asked for.
-        factor: pixels along a side of a cell; None without an autoencoder.
+        call: its latents, height and width are read; without them it is the size of training.
         transformer: of which `patch_size` cells are the side of a unit.
+        vae: tells how many pixels a cell has.
+        grain_map: sides of the maps that are given in regions.
 
     Raises:
         ValueError: they contradict one another, or the size in pixels is no multiple of a unit.
     """
     trained = transformer.config.sample_size // transformer.patch_size
-    asked = dict(given)
+    height, width, latents = call["height"], call["width"], call["latents"]
+    factor = None if vae is None else LatentCodec(vae).factor  # pixels along a side of a cell
+    asked = {} if grain_map is None else {"grain_map": grain_map}
+    if latents is not None:
+        asked["latents"] = tuple(side // transformer.patch_size for side in latents.shape[-2:])
     if (height, width) != (None, None):
         if factor is None:
             named = " or a `grain_map`" if hasattr(transformer, "prepare_grain_map") else ""

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from functools import cache
-from typing import Any
+from typing import Any, get_type_hints
 
 import numpy as np
 import PIL.Image
@@ -20,12 +20,15 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils.torch_utils import randn_tensor
 
+from ..limits import check_values
 from ..models.latent_codec import LatentCodec
 from .base import Pipeline, StrictPipeline
+from .batches import Batch, make_batch
 from .calls import turn_of
-from .checks import SAMPLING_LIMITS, changed_by, check_components, size_of_call
+from .checks import changed_by, check_components, check_noise, size_of_call
 from .labels import class_ids, ids_of_names, label_id
 from .lora import LoraPipelineMixin
+from .outputs import ImagesOutput
 from .sampling_steps import SamplingSteps
 from .schedulers import check_scheduler, is_flow
 
@@ -40,14 +43,30 @@ class ClassConditionalPipeline(LoraPipelineMixin, StrictPipeline):
     """
 
     _schedulers = ("scheduler",)
-    _limits = SAMPLING_LIMITS
+    _limits: Mapping[str, tuple[float, float]] = {  # of arguments of `__call__`
+        "num_images_per_prompt": (1, 10_000),
+        "num_inference_steps": (1, 1_000_000),
+        "guidance_scale": (-1e6, 1e6),
+        "guidance_interval": (0, 1),
+        "guidance_power": (1e-6, 1e6),
+        "height": (1, 16_384),
+        "width": (1, 16_384),
+        "timesteps": (0, 1_000_000),
+        "sigmas": (0, 1e6),
+        "eta": (0, 1),
+    }
     _callback_tensor_inputs = ["latents"]
     _current_timestep = None
 
     @classmethod
     def check_settings(cls, settings: Mapping[str, Any]) -> None:
-        """As of `StrictPipeline`, but for labels (see `class_ids`); an interval must not end before it begins."""
-        super().check_settings({name: value for name, value in settings.items() if name != "class_labels"})
+        """Raise a ValueError unless these arguments of `__call__` are of their types and in their ranges.
+
+        Labels have a check of their own, `class_ids`; an interval must not end before it begins.
+        """
+        annotations = get_type_hints(cls.__call__)
+        annotations.pop("class_labels", None)
+        check_values(settings, annotations, cls._limits, exact=False)
         start, stop = settings.get("guidance_interval", (0, 1))
         if start > stop:
             raise ValueError(f"`guidance_interval` must be (start, stop) with start <= stop, got ({start}, {stop}).")
@@ -151,17 +170,18 @@ class ClassConditionalPipeline(LoraPipelineMixin, StrictPipeline):
     # The parts of a call
     # -----------------------------------------------------------------------------------------------------------------
 
-    def begin_call(self, call: dict[str, Any]) -> list[int] | None:
-        """Check what all calls have, and forget the call before.
+    def begin(self, call: dict[str, Any], num_pictures: int = 1) -> tuple[Batch, torch.Tensor | None, tuple[int, int]]:
+        """Check the arguments of a call and what they are for, and forget the call before.
 
         Args:
             call: all arguments of `__call__` by name.
+            num_pictures: that are edited.
 
         Returns:
-            Ids of the labels; None for an unconditional model.
+            What each image is made of; their classes (B,) on the execution device, or None; (h, w).
 
         Raises:
-            ValueError: an argument is out of range, unknown, or contradicts the components.
+            ValueError: an argument is out of range, unknown, or contradicts another or the model.
         """
         callback = call["callback_on_step_end"]
         if isinstance(callback, PipelineCallback | MultiPipelineCallbacks):
@@ -173,15 +193,19 @@ class ClassConditionalPipeline(LoraPipelineMixin, StrictPipeline):
         ids = class_ids(call["class_labels"], self.transformer.config.num_classes, self.id2label)
         self._guidance_scale, self._interrupt, self._cached_pass = call["guidance_scale"], False, None
         self._attention_kwargs = call["attention_kwargs"]
-        return ids
+        self._tensor_inputs = call["callback_on_step_end_tensor_inputs"]
+        each = self._each(call, ids)
+        batch = make_batch(ids, call["num_images_per_prompt"], call["generator"], num_pictures, **each)
+        check_noise(batch, call["latents"], self.transformer)
+        size = self._size(call, batch)
+        return batch, None if ids is None else torch.tensor(batch.ids, device=self._execution_device), size
 
-    def call_size(self, call: dict[str, Any], given: dict[str, tuple[int, int]] | None = None) -> tuple[int, int]:
-        """(h, w) of what a call draws: of `given` arguments, its latents, height and width, or as in training."""
-        given, latents = dict(given or {}), call["latents"]
-        if latents is not None:
-            given["latents"] = tuple(side // self.transformer.patch_size for side in latents.shape[-2:])
-        factor = None if self.vae is None else self.vae_scale_factor
-        return size_of_call(given, call["height"], call["width"], factor, self.transformer)
+    def _each(self, call: dict[str, Any], ids: list[int] | None) -> dict[str, list]:
+        """By the name of an argument what each image may have of it: one for all, one a pair or one an image."""
+
+    def _size(self, call: dict[str, Any], batch: Batch) -> tuple[int, int]:
+        """(h, w) of what a call draws."""
+        return size_of_call(call, self.transformer, self.vae)
 
     def prepare_latents(
         self,
@@ -220,9 +244,7 @@ class ClassConditionalPipeline(LoraPipelineMixin, StrictPipeline):
         """
         total = steps.skipped + len(steps.timesteps)
         self._num_timesteps = len(steps.timesteps)
-        callback, tensor_inputs = call["callback_on_step_end"], call["callback_on_step_end_tensor_inputs"]
-        if isinstance(callback, PipelineCallback | MultiPipelineCallbacks):
-            tensor_inputs = callback.tensor_inputs
+        callback = call["callback_on_step_end"]
 
         @cache
         def conditions_of(guided: bool) -> dict[str, Any]:
@@ -242,7 +264,7 @@ class ClassConditionalPipeline(LoraPipelineMixin, StrictPipeline):
                 if put_back is not None:
                     latents = put_back(latents, i)
                 if callback is not None:
-                    tensors = {name: latents for name in tensor_inputs}
+                    tensors = {name: latents for name in self._tensor_inputs}
                     latents = steps.tie(changed_by(callback(self, i, t, tensors), latents))
                 progress_bar.update()
         return latents
@@ -291,6 +313,11 @@ class ClassConditionalPipeline(LoraPipelineMixin, StrictPipeline):
             noise = null_noise + scale * (noise - null_noise)
             prediction = torch.cat([noise, prediction[:, channels:]], dim=1)
         return prediction.clone()  # a CUDA graph writes its next output to the same place
+
+    def output(self, output: ImagesOutput, return_dict: bool) -> ImagesOutput | tuple:
+        """What a call returns; models that were loaded for it go back."""
+        self.maybe_free_model_hooks()
+        return output if return_dict else output.to_tuple()
 
     @torch.no_grad()
     def decode_latents(

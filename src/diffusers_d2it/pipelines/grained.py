@@ -6,6 +6,7 @@ Shapes:
     h = H / S, w = W / S sides of the grain map, k grains, R = S / f cells along a side of a region
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -18,12 +19,11 @@ from ..models.autoencoder_kl_dynamic import DynamicAutoencoderKL
 from ..models.transformer_d2it_content import D2iTContentModel
 from ..models.transformer_d2it_grain import D2iTGrainModel
 from ..visualization import visualize_grain_map
-from .batches import Batch, make_batch
-from .checks import check_grain_components, check_maps, check_noise
+from .batches import Batch
+from .checks import check_grain_components, check_maps, size_of_call
 from .class_conditional import ClassConditionalPipeline
 from .grain_maps import DRAWN, NAMES, as_regions, grain_map_from_image, read_maps
 from .grain_sampling import random_grain_map, sample_grain_map
-from .outputs import D2iTPipelineOutput
 from .sampling_steps import TiedScheduler
 
 
@@ -140,8 +140,7 @@ class GrainedPipeline(ClassConditionalPipeline):
         batch: Batch,
         class_ids: torch.Tensor | None,
         size: tuple[int, int],
-        num_inference_steps: int,
-        guidance_scale: float,
+        call: Mapping[str, Any],
     ) -> torch.Tensor:
         """The maps of a batch, (B, h, w) on the execution device: given, by chance, or drawn, around what is held.
 
@@ -149,7 +148,7 @@ class GrainedPipeline(ClassConditionalPipeline):
             batch: its maps, their shares of fine regions, and what they are drawn from.
             class_ids: (B,), or None for an unconditional model.
             size: (h, w).
-            num_inference_steps, guidance_scale: of the grain model.
+            call: arguments of `__call__`, of which those for the grain model's steps and guidance are read.
         """
         maps, fine_ratios, generator = batch.each["grain_map"], batch.each["fine_ratio"], batch.map_generator
         device, num_grains = self._execution_device, self.transformer.config.num_grains
@@ -177,8 +176,8 @@ class GrainedPipeline(ClassConditionalPipeline):
                     size,
                     class_ids if class_ids is None else class_ids[rows],
                     len(rows),
-                    num_inference_steps,
-                    guidance_scale,
+                    call["grain_num_inference_steps"],
+                    call["grain_guidance_scale"],
                     [fine_ratios[row] for row in rows],
                     [generator[row] for row in rows] if isinstance(generator, list) else generator,
                     device,
@@ -190,53 +189,27 @@ class GrainedPipeline(ClassConditionalPipeline):
     # The parts of a call
     # -----------------------------------------------------------------------------------------------------------------
 
-    def begin(self, call: dict[str, Any], num_pictures: int = 1) -> tuple[Batch, torch.Tensor | None, tuple[int, int]]:
-        """Check the arguments of a call and what they are for, and forget the call before.
-
-        Args:
-            call: all arguments of `__call__` by name.
-            num_pictures: that are edited.
-
-        Returns:
-            What each image is made of; their classes (B,) on the execution device, or None; (h, w).
-
-        Raises:
-            ValueError: an argument is out of range, unknown, or contradicts another or the model.
-        """
-        ids = self.begin_call(call)
-        maps = read_maps(call["grain_map"], self.transformer.config.num_grains, self._map_names)
+    def _each(self, call: dict[str, Any], ids: list[int] | None) -> dict[str, list]:
         ratios = call["fine_ratio"] if isinstance(call["fine_ratio"], list) else [call["fine_ratio"]]
-        batch = make_batch(
-            ids,
-            call["num_images_per_prompt"],
-            call["generator"],
-            num_pictures,
-            grain_map=maps,
-            fine_ratio=ratios,
-        )
-        check_noise(batch, call["latents"], self.transformer)
+        maps = read_maps(call["grain_map"], self.transformer.config.num_grains, self._map_names)
+        return {"grain_map": maps, "fine_ratio": ratios}
+
+    def _size(self, call: dict[str, Any], batch: Batch) -> tuple[int, int]:
         check_maps(batch, call["fine_ratio"], self.grain_model is not None)
-        size = self.map_size(call, maps)
-        return batch, None if ids is None else torch.tensor(batch.ids, device=self._execution_device), size
+        return self.map_size(call, batch.each["grain_map"])
 
     def map_size(self, call: dict[str, Any], maps: list) -> tuple[int, int]:
-        """(h, w) of the maps of a call: of those in regions, or as `call_size`."""
+        """(h, w) of the maps of a call: of those in regions, or as `size_of_call`."""
         sizes = sorted({tuple(one.shape) for one in maps if isinstance(one, torch.Tensor)})
         if len(sizes) > 1:
             raise ValueError(f"`grain_map` must be of one size, got maps of {sizes} regions.")
-        return self.call_size(call, {"grain_map": sizes[0]} if sizes else {})
+        return size_of_call(call, self.transformer, self.vae, *sizes)
 
     def denoise(self, latents: torch.Tensor, steps: TiedScheduler, *args: Any, **kwargs: Any) -> torch.Tensor:
         """As of every pipeline, and every code of the result is one value."""
         latents = super().denoise(latents, steps, *args, **kwargs)
         steps.layout.check_tied(latents)
         return latents
-
-    def output(self, images: Any, grain_map: torch.Tensor, return_dict: bool) -> D2iTPipelineOutput | tuple:
-        """What a call returns; models that were loaded for it go back."""
-        self.maybe_free_model_hooks()
-        output = D2iTPipelineOutput(images, grain_map, self.transformer.config.num_grains)
-        return output if return_dict else output.to_tuple()
 
     def _guided(self, conditions: dict[str, Any], null_conditions: dict[str, torch.Tensor]) -> dict[str, Any]:
         layout = self.transformer.prepare_grain_map(torch.cat([conditions["grain_map"].grain_map] * 2))

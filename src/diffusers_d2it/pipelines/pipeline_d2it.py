@@ -33,7 +33,6 @@ class D2iTPipeline(GrainedPipeline):
     """
 
     @one_call
-    @torch.no_grad()
     def __call__(
         self,
         class_labels: int | str | list[int | str] | np.ndarray | torch.Tensor | None = None,
@@ -104,7 +103,7 @@ class D2iTPipeline(GrainedPipeline):
         batch, ids, size = self.begin(call)
 
         # 2. Grain map
-        grain_map = self.prepare_grain_map(batch, ids, size, grain_num_inference_steps, grain_guidance_scale)
+        grain_map = self.prepare_grain_map(batch, ids, size, call)
         layout = self.transformer.prepare_grain_map(grain_map)
 
         # 3. Noise with the grain of its region
@@ -117,7 +116,8 @@ class D2iTPipeline(GrainedPipeline):
         latents = self.denoise(steps.prior(noise), steps, conditions, call)  # (B, C, h * R, w * R)
 
         # 5. Decode
-        return self.output(self.decode_latents(latents, output_type), grain_map, return_dict)
+        images = self.decode_latents(latents, output_type)
+        return self.output(D2iTPipelineOutput(images, grain_map, layout.num_grains), return_dict)
 
     def interpolate(
         self,
@@ -177,8 +177,7 @@ class D2iTPipeline(GrainedPipeline):
         batch, ids, size = self.begin({**call, "generator": generator, "latents": latents})
         if batch.size != 1:
             raise ValueError(f"`class_labels`, `grain_map` and `fine_ratio` must be of one image, got {batch.size}.")
-        steps, scale = call["grain_num_inference_steps"], call["grain_guidance_scale"]
-        grain_map = self.prepare_grain_map(batch, ids, size, steps, scale)
+        grain_map = self.prepare_grain_map(batch, ids, size, call)
         return grain_map, self.prepare_latents(latents, 1, size, generator), generator
 
 

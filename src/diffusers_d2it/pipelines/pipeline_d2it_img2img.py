@@ -25,7 +25,6 @@ class D2iTImg2ImgPipeline(EditingPipeline):
     """
 
     @one_call
-    @torch.no_grad()
     def __call__(
         self,
         class_labels: int | str | list[int | str] | np.ndarray | torch.Tensor | None = None,
@@ -83,7 +82,7 @@ class D2iTImg2ImgPipeline(EditingPipeline):
 
         # 2. Grain map
         batch = self.with_own_maps(batch, pixels, torch.ones(batch.size, *size, dtype=torch.bool))
-        grain_map = self.prepare_grain_map(batch, ids, size, grain_num_inference_steps, grain_guidance_scale)
+        grain_map = self.prepare_grain_map(batch, ids, size, call)
         layout = self.transformer.prepare_grain_map(grain_map)
 
         # 3. The pictures, noised
@@ -97,4 +96,5 @@ class D2iTImg2ImgPipeline(EditingPipeline):
         latents = self.denoise(latents, steps, {"grain_map": layout, "class_labels": ids}, call)
 
         # 5. Decode
-        return self.output(self.decode_latents(latents, output_type), grain_map, return_dict)
+        images = self.decode_latents(latents, output_type)
+        return self.output(D2iTPipelineOutput(images, grain_map, layout.num_grains), return_dict)

@@ -32,7 +32,6 @@ class D2iTInpaintPipeline(EditingPipeline):
     """
 
     @one_call
-    @torch.no_grad()
     def __call__(
         self,
         class_labels: int | str | list[int | str] | np.ndarray | torch.Tensor | None = None,
@@ -97,7 +96,7 @@ class D2iTInpaintPipeline(EditingPipeline):
 
         # 2. Grain map
         batch = self.with_own_maps(batch, pixels, touched(new, self.vae.region_size))
-        grain_map = self.prepare_grain_map(batch, ids, size, grain_num_inference_steps, grain_guidance_scale)
+        grain_map = self.prepare_grain_map(batch, ids, size, call)
         layout = self.transformer.prepare_grain_map(grain_map)
 
         # 3. The pictures, noised; noise alone where they are new
@@ -124,7 +123,7 @@ class D2iTInpaintPipeline(EditingPipeline):
             images = self.image_processor.postprocess(pasted, output_type, [False] * batch.size)
         else:
             images = self.decode_latents(latents, output_type)
-        return self.output(images, grain_map, return_dict)
+        return self.output(D2iTPipelineOutput(images, grain_map, layout.num_grains), return_dict)
 
     def _draw_crops(self, call: dict[str, Any]) -> D2iTPipelineOutput | tuple:
         """The call for parts of the pictures around their masks, each put back into its picture."""
@@ -147,4 +146,4 @@ class D2iTInpaintPipeline(EditingPipeline):
         for i, part in enumerate(output.images):
             one = i // per_picture
             output.images[i] = paste_part(pictures[one], masks[one], boxes[one], part)
-        return output if call["return_dict"] else (output.images, output.grain_maps)
+        return output if call["return_dict"] else output.to_tuple()

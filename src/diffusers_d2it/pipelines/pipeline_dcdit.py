@@ -16,9 +16,7 @@ from diffusers.schedulers import KarrasDiffusionSchedulers
 from ..models.autoencoder_kl_dynamic import DynamicAutoencoderKL
 from ..models.transformer_dcdit import DCDiTModel, DCDiTOutput
 from ..visualization import visualize_boundary_map
-from .batches import Batch, make_batch
 from .calls import one_call
-from .checks import check_noise
 from .class_conditional import ClassConditionalPipeline
 from .outputs import DCDiTPipelineOutput
 from .sampling_steps import SamplingSteps
@@ -73,7 +71,6 @@ class DCDiTPipeline(ClassConditionalPipeline):
     visualize_boundary_map = staticmethod(visualize_boundary_map)
 
     @one_call
-    @torch.no_grad()
     def __call__(
         self,
         class_labels: int | str | list[int | str] | np.ndarray | torch.Tensor | None = None,
@@ -155,33 +152,15 @@ class DCDiTPipeline(ClassConditionalPipeline):
 
         # 4. Decode
         images = self.decode_latents(latents, output_type)
-        self.maybe_free_model_hooks()
-        output = DCDiTPipelineOutput(images, tokens.maps(), tokens.counts())
-        return output if return_dict else output.to_tuple()
+        return self.output(DCDiTPipelineOutput(images, tokens.maps(), tokens.counts()), return_dict)
 
-    def begin(self, call: dict[str, Any]) -> tuple[Batch, torch.Tensor | None, tuple[int, int]]:
-        """Check the arguments of a call and what they are for, and forget the call before.
-
-        Args:
-            call: all arguments of `__call__` by name.
-
-        Returns:
-            What each image is made of; their classes (B,) on the execution device, or None; sides in cells.
-
-        Raises:
-            ValueError: an argument is out of range, unknown, or contradicts another or the model.
-        """
-        ids = self.begin_call(call)
+    def _each(self, call: dict[str, Any], ids: list[int] | None) -> dict[str, list]:
         if ids is None and call["null_budget"] is not None:
             raise ValueError(f"`null_budget` must be None for an unconditional model, got {call['null_budget']}.")
         each = {"budget": call["budget"], "null_budget": call["null_budget"]}
         if each["null_budget"] is None:
             each["null_budget"] = each["budget"]
-        each = {name: one if isinstance(one, list) else [one] for name, one in each.items()}
-        batch = make_batch(ids, call["num_images_per_prompt"], call["generator"], **each)
-        check_noise(batch, call["latents"], self.transformer)
-        size = self.call_size(call)
-        return batch, None if ids is None else torch.tensor(batch.ids, device=self._execution_device), size
+        return {name: one if isinstance(one, list) else [one] for name, one in each.items()}
 
 
 class _Tokens:
