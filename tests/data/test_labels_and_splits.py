@@ -60,13 +60,12 @@ ARROW_TYPES = {
 }
 
 
-TYPES_OF_TEXT = ["string", "int64", "double", "bool"]  # of the others text files hold the same
+IN_TEXT = ["string", "int64", "double", "bool"]  # text files hold the same of the others
 
 
 @pytest.mark.parametrize("streaming", [False, True], ids=["map", "stream"])
 @pytest.mark.parametrize(
-    "kind, place",
-    [(kind, place) for place in PLACES for kind in (ARROW_TYPES if "parquet" in place else TYPES_OF_TEXT)],
+    "kind, place", [(kind, place) for place in PLACES for kind in (ARROW_TYPES if "parquet" in place else IN_TEXT)]
 )
 def test_labels_of_every_type_are_read_everywhere(tmp_path, kind, place, streaming):
     labels = ARROW_TYPES[kind]
@@ -267,14 +266,7 @@ def test_metadata_that_name_no_image_are_an_error(tmp_path, names, split, table,
 @pytest.mark.parametrize("name", ["set[1]", "set*", "se?1", "set1", "{set1}"])
 @pytest.mark.parametrize(
     "kind, single_file",
-    [
-        ("parquet", False),
-        ("parquet", True),
-        ("tar", False),
-        ("tar", True),
-        ("metadata.parquet", False),
-        ("csv", False),
-    ],
+    [*((kind, False) for kind in ("parquet", "tar", "metadata.parquet", "csv")), ("parquet", True), ("tar", True)],
 )
 def test_paths_are_no_patterns(tmp_path, name, kind, single_file):
     for folder, label in {"set1": 1, "seta1": 1, name: 0}.items():
