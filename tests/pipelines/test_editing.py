@@ -344,6 +344,10 @@ def test_a_line_thinner_than_a_pixel_is_new_in_a_crop_too(make, photos, caplog):
     _, _, part_mask = crop_around(2 * image - 1, PIL.Image.fromarray(mask.numpy()).convert("L"), (32, 32), 200)
     white = mask_of((6, 0, 7, 32)).numpy()
     assert np.array_equal(np.asarray(part_mask), 255 * white)
+    point = PIL.Image.new("L", (2048, 2048))
+    point.putpixel((1000, 1000), 255)
+    _, _, part_mask = crop_around(torch.zeros(3, 2048, 2048), point, (32, 32), 1000)
+    assert (np.asarray(part_mask) == 255).sum() == 1
     caplog.set_level("WARNING")
     call(edits, 1, image, mask, padding_mask_crop=200, output_type="pil")
     assert not [message for message in caplog.messages if "`mask_image`" in message]

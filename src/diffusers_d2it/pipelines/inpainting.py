@@ -6,6 +6,7 @@ Shapes as in `grained`.
 
 import math
 
+import numpy as np
 import PIL.Image
 import torch
 import torch.nn.functional as F
@@ -110,8 +111,8 @@ def crop_around(
     start = [min(max(round(at - side / 2), 0), whole - side) for at, side, whole in zip(middle, sides, mask.size)]
     box = (*start, start[0] + sides[0], start[1] + sides[1])
     part = to_pil(picture).crop(box).resize((width, height), PIL.Image.Resampling.BICUBIC)
-    share = mask.crop(box).resize((width, height), PIL.Image.Resampling.BOX)
-    return box, part, share.point(lambda grey: 255 * (grey > 0))  # anything white is white, as in `is_new`
+    share = mask.crop(box).convert("F").resize((width, height), PIL.Image.Resampling.BOX)  # 8 bits would round to 0
+    return box, part, PIL.Image.fromarray(np.asarray(share) > 0).convert("L")  # anything white is white
 
 
 def paste_part(
